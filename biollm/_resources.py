@@ -1,0 +1,36 @@
+"""Finds the data folders that ship with biollm, and the folders of the user."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+def data_dir(name: str) -> Path:
+    """Return the shipped folder `router_config` or `slurm_templates`.
+
+    A wheel holds it under `biollm/_data`; a checkout (or an editable install) beside the package.
+    """
+    for folder in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"The data folder {name!r} of biollm is missing: install it again.")
+
+
+def config_dirs() -> list[tuple[str, Path]]:
+    """Return the configuration layers in order, as (name, folder); later ones win. The folders may not exist."""
+    site = os.environ.get("BIOLLM_SITE_CONFIG") or "/etc/biollm"
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "biollm"
+    layers = [("shipped", data_dir("router_config")), ("site", Path(site)), ("user", home)]
+    if override := os.environ.get("BIOLLM_CONFIG_DIR"):
+        layers.append(("BIOLLM_CONFIG_DIR", Path(override)))
+    return layers
+
+
+def state_dir() -> Path:
+    """Return the folder of the ledger, tokens and weights: BIOLLM_STATE_DIR or XDG's state folder."""
+    if override := os.environ.get("BIOLLM_STATE_DIR"):
+        return Path(override)
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "biollm"

@@ -1,0 +1,164 @@
+"""The exceptions of biollm, each with its fields, a hint and the exit code of the command line.
+
+BiollmError                      1
+├── UsageError                   2   the call or the command is wrong
+│   └── UnknownNameError         2   a name that is not configured; lists those that are
+├── ConfigError                 78   a YAML file is wrong; names file, line, key and mend
+├── CompletionError             69   nobody could answer; carries every attempt
+│   ├── AllLimitedError         75   every rung is at a limit; retry after N seconds
+│   ├── KeysRefusedError        77   every key was refused or is missing
+│   ├── RequestRejectedError    69   two rungs said that the request itself is at fault
+│   ├── DeadlineError           69   the caller's deadline passed
+│   └── InterruptedStreamError  69   a stream broke; carries the text so far
+├── SlurmError                  69   Slurm refused or did not answer
+│   └── JobFailedError          69   a job ended before its server was ready
+├── DoesNotFitError             78   a model cannot start on the GPUs asked for
+└── UnavailableError            69   an optional part is missing; the hint names the command that adds it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from biollm.types import Attempt
+
+
+class BiollmError(Exception):
+    """Base of everything biollm raises on purpose.
+
+    Attributes:
+        hint: How to mend it, one sentence, or None.
+        exit_code: What the command line exits with.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(BiollmError):
+    """The call, or the command line, does not make sense."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError):
+    """A name that is not configured.
+
+    Attributes:
+        kind: What it should have been: "provider", "model", "account".
+        name: What was given.
+        choices: The names that exist.
+    """
+
+    def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
+        self.kind, self.name, self.choices = kind, name, tuple(choices)
+        near = nearest(name, self.choices)
+        hint = (f"Did you mean {near!r}? " if near else "") + f"Known: {', '.join(self.choices) or 'none'}."
+        super().__init__(f"There is no {kind} named {name!r}.", hint=hint)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a configuration file. `line` counts from 1; 0 means the file as a whole."""
+
+    file: str
+    line: int
+    key: str
+    message: str
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        key = f" {self.key}:" if self.key else ""
+        return f"{where}:{key} {self.message}" + (f" {self.hint}" if self.hint else "")
+
+
+class ConfigError(BiollmError):
+    """The configuration is wrong. `problems` lists everything found, not only the first."""
+
+    exit_code = 78
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class CompletionError(BiollmError):
+    """No deployment could answer.
+
+    Attributes:
+        attempts: Every deployment that was tried or passed over, in order, with its reason.
+    """
+
+    exit_code = 69
+
+    def __init__(self, message: str, attempts: Sequence[Attempt] = (), *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.attempts = tuple(attempts)
+
+
+class AllLimitedError(CompletionError):
+    """Every deployment is at a limit or cooling. `retry_after` is in seconds."""
+
+    exit_code = 75
+
+    def __init__(self, message: str, attempts: Sequence[Attempt], *, retry_after: float) -> None:
+        super().__init__(message, attempts, hint=f"Retry after {retry_after:.0f} s.")
+        self.retry_after = retry_after
+
+
+class KeysRefusedError(CompletionError):
+    """Every key is missing or was refused."""
+
+    exit_code = 77
+
+
+class RequestRejectedError(CompletionError):
+    """Two deployments said that the request itself is at fault (HTTP 400)."""
+
+
+class DeadlineError(CompletionError):
+    """The caller's deadline passed before an answer came."""
+
+
+class InterruptedStreamError(CompletionError):
+    """A stream ended before the provider said it was done. `partial` is the text received so far."""
+
+    def __init__(self, message: str, attempts: Sequence[Attempt], *, partial: str) -> None:
+        super().__init__(message, attempts)
+        self.partial = partial
+
+
+class SlurmError(BiollmError):
+    """Slurm refused a request or did not answer in time."""
+
+    exit_code = 69
+
+
+class JobFailedError(SlurmError):
+    """A job ended before its server was ready. The message holds state, reason and the last log lines."""
+
+
+class DoesNotFitError(BiollmError):
+    """A model cannot start on the GPUs it would get; the hint says what would work."""
+
+    exit_code = 78
+
+
+class UnavailableError(BiollmError):
+    """An optional part is missing (an extra, weights, a token); the hint names the command that adds it."""
+
+    exit_code = 69
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """Return the one of `choices` that looks most like `name`, or None."""
+    found = get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return found[0] if found else None

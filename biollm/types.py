@@ -1,0 +1,102 @@
+"""The values that a completion returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Outcome = Literal["ok", "skipped", "limited", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One deployment's part in a request.
+
+    Attributes:
+        deployment: Its id, "provider/model" or "provider.account/model".
+        outcome: "ok"; "skipped" (may not serve: key missing, capability, policy), "limited" (a quota or a
+            cooldown), both with nothing sent; "failed" (sent, no answer); "cancelled" (by the caller).
+        reason: One sentence; empty when ok. Never holds a key or a prompt.
+        status: The HTTP status, if one came.
+        ms: Milliseconds from sending to the end of the attempt.
+    """
+
+    deployment: str
+    outcome: Outcome
+    reason: str = ""
+    status: int | None = None
+    ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one completion."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Return prompt and completion tokens together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer, who gave it, and what happened on the way.
+
+    Attributes:
+        text: The answer; also `str(completion)`.
+        provider: Name in providers.yaml.
+        account: The account's name ("default" where a provider has only one).
+        model: Name in models.yaml, or of the provider's `models`.
+        deployment: The deployment's id.
+        usage: Tokens as the provider counted them.
+        cost_usd: Price in USD by LiteLLM's map; None when the price is unknown.
+        latency_ms: Milliseconds of the whole call, failed attempts included.
+        attempts: Every deployment that was tried or passed over, in order.
+        degraded: True when the embedded model answered.
+        parsed: The object of `response_model`, or None.
+        tool_calls: OpenAI-shaped tool calls.
+        finish_reason: The provider's own.
+        raw: LiteLLM's ModelResponse.
+    """
+
+    text: str
+    provider: str
+    account: str
+    model: str
+    deployment: str
+    usage: Usage = Usage()
+    cost_usd: float | None = None
+    latency_ms: float = 0.0
+    attempts: tuple[Attempt, ...] = ()
+    degraded: bool = False
+    parsed: Any = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    finish_reason: str = ""
+    raw: Any = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """A piece of a streamed answer; `str(chunk)` is its text. `completion` comes with the last one."""
+
+    text: str = ""
+    completion: Completion | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class StreamRestarted:
+    """The stream broke and starts again on the next rung: forget the text so far. `str()` is ""."""
+
+    attempt: Attempt
+
+    def __str__(self) -> str:
+        return ""
