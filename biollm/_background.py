@@ -1,0 +1,136 @@
+"""One event loop in one thread per process, on which everything of LiteLLM runs.
+
+With several loops LiteLLM loses half of its events and its HTTP clients belong to a loop that is gone (repeated
+`asyncio.run`, Jupyter). A fork gets a new loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import queue
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError as FutureCancelled
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+THREAD = "biollm"
+
+
+class Background:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        self.kept: dict[Any, Any] = {}  # ledgers and waterfalls, made once per process
+        self.closing: list[Callable[[], Awaitable[None]]] = []
+        self._thread = threading.Thread(target=self.loop.run_forever, name=THREAD, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the loop and wait for it; an interrupt of the caller cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def arun(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the loop from another loop; cancelling the caller cancels it."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+
+    def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
+        """Yield from an async generator that runs on the loop; leaving early cancels it."""
+        inbox: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
+        pump = asyncio.run_coroutine_threadsafe(_pump(items, inbox.put), self.loop)
+        try:
+            while not isinstance(item := inbox.get(), _End):
+                yield item
+            if item.error:
+                raise item.error
+        finally:
+            pump.cancel()
+
+    async def aiterate(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Yield from an async generator that runs on the loop, on the caller's loop."""
+        inbox: asyncio.Queue[T | _End] = asyncio.Queue()
+        caller = asyncio.get_running_loop()
+
+        def put(item: T | _End) -> None:
+            with suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
+                caller.call_soon_threadsafe(inbox.put_nowait, item)
+
+        pump = asyncio.run_coroutine_threadsafe(_pump(items, put), self.loop)
+        try:
+            while not isinstance(item := await inbox.get(), _End):
+                yield item
+            if item.error:
+                raise item.error
+        finally:
+            pump.cancel()
+
+    def stop(self) -> None:
+        """Cancel what runs, close what was opened, and end the thread; at interpreter exit."""
+        if self.pid != os.getpid() or not self.loop.is_running():
+            return
+        with suppress(TimeoutError, FutureCancelled):
+            asyncio.run_coroutine_threadsafe(self._finish(), self.loop).result(timeout=2)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=2)
+
+    async def _finish(self) -> None:
+        running = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for close in self.closing:
+            with suppress(Exception):
+                await close()
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None = None
+
+
+async def _pump(items: AsyncGenerator[T, None], put: Callable[[T | _End], None]) -> None:
+    """Move items to the caller from one task, so that timeouts and context variables hold over the whole stream."""
+    try:
+        async for item in items:
+            put(item)
+    except asyncio.CancelledError:
+        put(_End(FutureCancelled()))
+        raise
+    except Exception as error:
+        put(_End(error))
+    else:
+        put(_End())
+    finally:
+        await items.aclose()
+
+
+_current: list[Background] = []
+_lock = threading.Lock()
+
+
+def background() -> Background:
+    """Return this process's background loop, started on first use and again after a fork."""
+    with _lock:
+        if not _current or _current[0].pid != os.getpid():
+            _current[:] = [Background()]
+            atexit.register(_current[0].stop)
+        return _current[0]
+
+
+def _unlock_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_after_fork)

@@ -1,0 +1,163 @@
+"""One request on its way down the waterfall: what was tried, what it cost, and how it ends if nobody answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from uuid import uuid4
+
+from biollm.errors import (
+    AllLimitedError,
+    CompletionError,
+    DeadlineError,
+    KeysRefusedError,
+    RequestRejectedError,
+)
+from biollm.outcomes import Verdict
+from biollm.routing import Deployment, Wants
+from biollm.rungs import Rung
+from biollm.structured import Message, Shape
+from biollm.types import Attempt, Outcome
+
+# Seconds. A pass over the waterfall is repeated no sooner than this after a failure that cools nothing, and not at
+# all when the soonest rung frees later than a person would wait.
+BREATH, PATIENCE = 0.5, 600.0
+
+_OUTCOMES: dict[str, Outcome] = {"limited": "limited", "refused": "limited"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asked for. Times are in seconds; `timeout` is per attempt, `deadline` for the whole call.
+
+    Attributes:
+        params: Further arguments of LiteLLM's `acompletion`: temperature, max_tokens, tools...
+        on_send: Called with a deployment's id just before a request goes to it.
+    """
+
+    messages: list[Message]
+    params: Mapping[str, Any]
+    wants: Wants
+    timeout: float | None = None
+    deadline: float | None = None
+    fallback: bool = True
+    max_retries: int = 0
+    shape: Shape | None = None
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
+    on_interrupt: Literal["raise", "restart"] = "raise"
+    on_send: Callable[[str], None] | None = None
+
+
+@dataclass
+class Run:
+    """The memory of one request.
+
+    Attributes:
+        tried: Ids of deployments that failed in this pass.
+        frees: Epoch seconds at which something that stood in the way for a passing reason frees, this pass.
+        pinned: With `fallback=False`, the only deployment that may be asked.
+    """
+
+    request: Request
+    id: str = field(default_factory=lambda: uuid4().hex)
+    started: float = field(default_factory=time.perf_counter)
+    tried: set[str] = field(default_factory=set[str])
+    frees: list[float] = field(default_factory=list[float])
+    passes: int = 0
+    faults: int = 0
+    pinned: str | None = None
+    verdicts: list[Verdict] = field(default_factory=list[Verdict])
+    _attempts: list[tuple[int, int, Attempt]] = field(default_factory=list[tuple[int, int, Attempt]])
+    _passed: dict[tuple[int, str], Rung] = field(default_factory=dict[tuple[int, str], Rung])
+
+    @property
+    def ms(self) -> float:
+        """Return the milliseconds since the request began."""
+        return (time.perf_counter() - self.started) * 1000
+
+    def pass_over(self, rung: Rung) -> None:
+        """Note a deployment that is not asked in this pass."""
+        ident = rung.deployment.id
+        if (self.passes, ident) not in self._passed:
+            self._passed[self.passes, ident] = rung
+            if rung.standing == "limited":
+                self.frees.append(rung.until)
+
+    def note(self, deployment: Deployment, attempt: Attempt) -> None:
+        """Note an attempt that was made."""
+        self._attempts.append((self.passes, deployment.order, attempt))
+
+    def attempts(self) -> tuple[Attempt, ...]:
+        """Return what was tried and what was passed over before the last rung that was asked, in order."""
+        answered = next(
+            (order for _, order, attempt in reversed(self._attempts) if attempt.outcome == "ok"), None
+        )
+        every = list(self._attempts)
+        for (number, ident), rung in self._passed.items():
+            order = rung.deployment.order
+            if answered is None or order < answered or number < self.passes:
+                every.append(
+                    (number, order, Attempt(ident, _OUTCOMES.get(rung.standing, "skipped"), rung.reason))
+                )
+        return tuple(attempt for _, _, attempt in sorted(every, key=lambda entry: entry[:2]))
+
+    def next_pass(self) -> float | None:
+        """Return the seconds to wait before another pass over the waterfall, or None when there shall be none."""
+        if self.passes >= self.request.max_retries or self.faults >= 2 or not self.frees:
+            return None
+        wait = max(0.0, min(self.frees) - time.time())
+        if wait > PATIENCE:
+            return None
+        self.passes += 1
+        self.tried.clear()
+        self.frees.clear()
+        return wait
+
+    def failure(self) -> CompletionError:
+        """Return the error that says why nobody answered."""
+        attempts = self.attempts()
+        told = "\n".join(f"  {attempt.deployment}: {attempt.reason}" for attempt in attempts)
+        if self.faults >= 2:
+            return RequestRejectedError(f"Two providers say that the request is at fault.\n{told}", attempts)
+        standings = {rung.standing for (number, _), rung in self._passed.items() if number == self.passes}
+        refused = any(verdict.status in (401, 403) for verdict in self.verdicts)
+        others = any(verdict.status not in (401, 403) for verdict in self.verdicts)
+        if not others and "limited" not in standings and (refused or standings & {"keyless", "refused"}):
+            hint = "`biollm providers` shows which keys are missing; `biollm health` tries them."
+            return KeysRefusedError(f"No provider has a key that works.\n{told}", attempts, hint=hint)
+        if "limited" in standings and not self.verdicts and self.frees:
+            wait = max(0.0, min(self.frees) - time.time())
+            return AllLimitedError(
+                f"Every provider is at a limit or resting.\n{told}", attempts, retry_after=wait
+            )
+        if not attempts:
+            return CompletionError(
+                "No provider is configured that could answer.", hint="`biollm config` shows what is."
+            )
+        return CompletionError(f"Nobody could answer.\n{told}", attempts)
+
+    def too_late(self) -> DeadlineError:
+        """Return the error of a deadline that passed."""
+        return DeadlineError(
+            f"No answer within the deadline of {self.request.deadline:g} s.", self.attempts()
+        )
+
+
+@dataclass
+class Sent:
+    """One attempt that LiteLLM was asked for. Times are epoch seconds and milliseconds."""
+
+    deployment: Deployment
+    reservation: int | None
+    at: float
+    started: float
+    response: Any = None
+    ttft_ms: float | None = None
+    head: list[Any] = field(default_factory=list[Any])
+
+    @property
+    def ms(self) -> float:
+        """Return the milliseconds since it was sent."""
+        return (time.perf_counter() - self.started) * 1000

@@ -1,0 +1,502 @@
+"""Repeats LiteLLM's choice until somebody answers: one Router call per attempt, and a memory of what was tried.
+
+LiteLLM's own failover hops past living replicas and sends twice (its `order`), or costs seconds (its `fallbacks`), so
+fallbacks are off and this loop calls again with what failed taken out. The same loop serves empty answers, cut
+streams, the repair of structured answers, the list of attempts and every cap. It runs on the background loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import litellm
+
+from biollm import _reach, embedded, guard, routing
+from biollm._run import BREATH, Request, Run, Sent
+from biollm.credentials import Credential
+from biollm.errors import CompletionError, InterruptedStreamError
+from biollm.guard import RefusalError, Turn
+from biollm.ledger import Record
+from biollm.outcomes import CUT, EMPTY, NO_CHOICES, Verdict, classify, timed_out, unreachable
+from biollm.routing import Deployment
+from biollm.rungs import Rung, Rungs, cooling_keys
+from biollm.structured import Message, repair
+from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
+
+CONNECT = 3.0  # seconds that a host has to take a connection
+_FRESH = 120.0  # seconds that a short-lived token must still be good for
+
+
+class Waterfall:
+    """The rungs of one configuration with the Router that serves them."""
+
+    def __init__(self, rungs: Rungs) -> None:
+        self.rungs = rungs
+        self.ledger = rungs.ledger
+        self._reach = _reach.Reach(CONNECT)
+        embedded.register()
+        rungs.refresh()
+        rungs.ledger.refresh()
+        self._router = litellm.Router(model_list=self._entries(), **routing.router_settings(rungs.config))
+
+    def _entries(self) -> list[dict[str, Any]]:
+        keys = {ident: _params(found) for ident, found in self.rungs.credentials.items()}
+        return routing.model_list(self.rungs.deployments, keys)
+
+    def _follow(self) -> None:
+        """Bring the Router up to date with the servers that run."""
+        if not self.rungs.refresh():
+            return
+        wanted = {entry["model_info"]["id"]: entry for entry in self._entries()}
+        for gone in set(self._router.get_model_ids()) - set(wanted):
+            self._router.delete_deployment(gone)
+        for entry in wanted.values():
+            self._router.upsert_deployment(litellm.Deployment(**entry))
+
+    async def complete(self, request: Request) -> Completion:
+        """Return the first answer of the waterfall.
+
+        Raises:
+            CompletionError: Nobody answered.
+        """
+        run = Run(request)
+        async with _deadline(run):
+            async for rungs in self._turns(run):
+                answer = await self._ask(run, rungs)
+                if answer is not None:
+                    return answer
+        raise run.failure()
+
+    async def stream(self, request: Request) -> AsyncGenerator[StreamChunk | StreamRestarted, None]:
+        """Yield the first answer of the waterfall as it comes; the last chunk carries the Completion.
+
+        Raises:
+            CompletionError: Nobody answered.
+            InterruptedStreamError: The stream broke after some text, and was not to be restarted.
+        """
+        run = Run(request)
+        async with _deadline(run):
+            async for rungs in self._turns(run):
+                sent = await self._send(run, rungs, request.messages, stream=True)
+                if sent is None:
+                    continue
+                text: list[str] = []
+                verdict: Verdict | None = None
+                async for piece in self._relay(run, sent):
+                    if isinstance(piece, Verdict):
+                        verdict = piece
+                    else:
+                        text.append(piece)
+                        yield StreamChunk(piece)
+                if verdict is None:
+                    yield StreamChunk(completion=self._streamed(run, sent, "".join(text)))
+                    return
+                attempt = self._fail(run, sent, verdict)
+                if text and request.on_interrupt == "raise":
+                    why = f"The stream of {attempt.deployment} broke: {attempt.reason}."
+                    raise InterruptedStreamError(why, run.attempts(), partial="".join(text))
+                if text:
+                    yield StreamRestarted(attempt)
+        raise run.failure()
+
+    async def _turns(self, run: Run) -> AsyncIterator[list[Deployment]]:
+        """Yield what may be asked next, until nothing is left in any pass."""
+        while True:
+            while run.faults < 2 and (allowed := self._allowed(run)):
+                yield allowed
+                if not run.request.fallback and run.tried:
+                    break
+            wait = run.next_pass()
+            if wait is None:
+                return
+            await asyncio.sleep(wait)
+
+    def _allowed(self, run: Run) -> list[Deployment]:
+        """Return the deployments that may be asked now, in order; note why the others may not."""
+        self._follow()
+        if run.pinned:
+            return [deployment for deployment in self.rungs.deployments if deployment.id == run.pinned]
+        ready: list[Deployment] = []
+        for rung in self.rungs.standing(run.request.wants, skip=run.tried):
+            if rung.standing == "ready":
+                ready.append(rung.deployment)
+            else:
+                run.pass_over(rung)
+        if not run.request.fallback:
+            ready = ready[:1]
+            run.pinned = ready[0].id if ready else None
+        return ready
+
+    async def _ask(self, run: Run, rungs: Sequence[Deployment]) -> Completion | None:
+        """Ask once, and once more where the answer has not the wanted shape."""
+        shape, messages = run.request.shape, run.request.messages
+        if shape and not rungs[0].json_schema:
+            messages = shape.in_prompt(messages)
+        sent = await self._send(run, rungs, messages)
+        if sent is None or shape is None:
+            return sent and self._answered(run, sent)
+        for last in (False, True):
+            answer = _content(sent.response)
+            try:
+                return self._answered(run, sent, parsed=shape.parse(answer))
+            except ValueError as error:
+                problem = " ".join(str(error).split())[:500]
+            self._fail(run, sent, Verdict(f"the answer has not the wanted shape: {problem}", passing=False))
+            if last:
+                return None
+            again = await self._send(run, [sent.deployment], repair(messages, answer, problem))
+            if again is None:
+                return None
+            sent = again
+        return None
+
+    async def _send(
+        self, run: Run, rungs: Sequence[Deployment], messages: Sequence[Message], *, stream: bool = False
+    ) -> Sent | None:
+        """Let the Router ask one of `rungs`; return what came, or None after noting the failure.
+
+        For a stream, what came is its first content. A schema or a key may differ between orders, so the choice is
+        among the first order alone; within it LiteLLM chooses.
+        """
+        rungs = [deployment for deployment in rungs if deployment.order == rungs[0].order]
+        if not (rungs := await self._fresh(run, rungs)):
+            return None
+        turn = Turn(self.ledger, {d.id: self._need(run, d) for d in rungs})
+        limit, shortened = _limit(
+            run.request, rungs[0], self.rungs.config.timeout, self.rungs.config.stream_timeout, stream
+        )
+        sent = Sent(rungs[0], None, time.time(), time.perf_counter())
+        scope = asyncio.timeout(limit)
+        watch: asyncio.Task[bool] | None = None
+
+        def on_send(ident: str) -> None:
+            nonlocal watch
+            sent.deployment = next(d for d in rungs if d.id == ident)
+            sent.reservation, sent.at, sent.started = turn.reservation, time.time(), time.perf_counter()
+            if run.request.on_send:
+                run.request.on_send(ident)
+            watch = self._reach.watch(sent.deployment, scope)
+
+        turn.on_send = on_send
+        token = guard.current.set(turn)
+        verdict: Verdict | None = None
+        try:
+            guard.install()
+            async with scope:
+                sent.response = await self._call(run, rungs[0], messages, limit, stream)
+                verdict = await _first_content(sent) if stream else _empty(sent.response)
+        except RefusalError:
+            return self._refused(run, turn)
+        except asyncio.CancelledError:
+            self._settle(
+                run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms)
+            )
+            raise
+        except TimeoutError:
+            late = watch is not None and watch.done() and not watch.cancelled() and not watch.result()
+            verdict = unreachable(CONNECT) if late else timed_out(limit, shortened=shortened)
+        except Exception as error:
+            verdict = classify(error, time.time(), shortened=shortened)
+        finally:
+            guard.current.reset(token)
+            if watch:
+                watch.cancel()
+        if verdict:
+            self._fail(run, sent, verdict)
+            await self._reread_key(run, sent.deployment, verdict)
+            return None
+        self._reach.note(sent.deployment)
+        return sent
+
+    def _call(
+        self, run: Run, first: Deployment, messages: Sequence[Message], limit: float, stream: bool
+    ) -> Any:
+        request = run.request
+        params: dict[str, Any] = {**request.params, "timeout": limit}
+        if stream:
+            # LiteLLM ignores `timeout` for streams.
+            params |= {"stream": True, "stream_timeout": limit, "stream_options": {"include_usage": True}}
+        if request.shape and first.json_schema:
+            params["response_format"] = request.shape.response_format
+        if "tools" in params:
+            params["_skip_mcp_handler"] = True  # without it LiteLLM wants the mcp package for any tool
+        local = request.wants.policy == "local_only"
+        return self._router.acompletion(
+            model=routing.LOCAL_GROUP if local else routing.GROUP,
+            messages=list(messages),
+            disable_fallbacks=True,
+            **{"no-log": True},  # the host program's LiteLLM callbacks see nothing of ours
+            **params,
+        )
+
+    def _need(self, run: Run, deployment: Deployment) -> Any:
+        need = self.rungs.needs[deployment.id]
+        if (
+            run.pinned and run.passes
+        ):  # a repeat on the same deployment waits for quotas, not for its own failure
+            kept = tuple(key for key in need.cooling if key.startswith(("account:", "key:")))
+            return type(need)(need.scope, need.limits, kept)
+        return need
+
+    async def _fresh(self, run: Run, rungs: Sequence[Deployment]) -> list[Deployment]:
+        """Return those whose key is good; renew short-lived tokens that are about to expire."""
+        good: list[Deployment] = []
+        for deployment in rungs:
+            known = self.rungs.credentials[deployment.id]
+            if known.expires_at is not None and known.expires_at < time.time() + _FRESH:
+                found = await asyncio.to_thread(self.rungs.admit, deployment)
+                if found is None:
+                    run.tried.add(deployment.id)
+                    run.pass_over(
+                        next(r for r in self.rungs.standing(run.request.wants) if r.deployment is deployment)
+                    )
+                    continue
+                self._renew(deployment, found)
+            good.append(deployment)
+        return good
+
+    def _renew(self, deployment: Deployment, found: Credential) -> None:
+        for entry in routing.model_list([deployment], {deployment.id: _params(found)}):
+            self._router.upsert_deployment(litellm.Deployment(**entry))
+
+    async def _reread_key(self, run: Run, deployment: Deployment, verdict: Verdict) -> None:
+        """After a refused key, look whether its file holds another one; if so the deployment may be asked again."""
+        if verdict.status != 401 or deployment.embedded:
+            return
+        before = self.rungs.credentials[deployment.id].fingerprint
+        found = await asyncio.to_thread(self.rungs.admit, deployment)
+        if found and found.fingerprint != before:
+            self._renew(deployment, found)
+            run.tried.discard(deployment.id)
+
+    def _refused(self, run: Run, turn: Turn) -> None:
+        """Note that the ledger refused what LiteLLM chose."""
+        deployment = next(d for d in self.rungs.deployments if d.id == turn.chosen)
+        run.tried.add(deployment.id)
+        if turn.refused:
+            run.pass_over(Rung(deployment, "limited", turn.refused.reason, turn.refused.until))
+
+    def _fail(self, run: Run, sent: Sent, verdict: Verdict) -> Attempt:
+        """Cool what the verdict says, and note the attempt."""
+        deployment = sent.deployment
+        reason = self._redact(verdict.reason)
+        if verdict.cools:
+            keys = cooling_keys(deployment, self.rungs.credentials[deployment.id])
+            for key in keys:
+                if key.startswith(f"{verdict.cools}:"):
+                    self.ledger.cool(key, verdict.seconds, reason)
+        if verdict.passing:
+            run.frees.append(time.time() + (verdict.seconds if verdict.cools else BREATH))
+        run.tried.add(deployment.id)
+        run.faults += verdict.fault
+        run.verdicts.append(verdict)
+        return self._settle(run, sent, Attempt(deployment.id, "failed", reason, verdict.status, sent.ms))
+
+    def _settle(self, run: Run, sent: Sent, attempt: Attempt) -> Attempt:
+        """Note an attempt that gave no answer."""
+        run.note(sent.deployment, attempt)
+        self._record(run, sent, attempt)
+        return attempt
+
+    def _record(self, run: Run, sent: Sent, attempt: Attempt, completion: Completion | None = None) -> None:
+        """Write the attempt to the ledger, if anything was sent."""
+        if sent.reservation is None:
+            return
+        deployment = sent.deployment
+        usage = completion.usage if completion else Usage()
+        self.ledger.finish(
+            sent.reservation,
+            deployment.scope,
+            Record(
+                at=sent.at,
+                request=run.id,
+                deployment=deployment.id,
+                provider=deployment.provider.name,
+                account=deployment.account.name,
+                model=deployment.model,
+                outcome=attempt.outcome,
+                reason=attempt.reason,
+                status=attempt.status,
+                ms=attempt.ms,
+                ttft_ms=sent.ttft_ms,
+                prompt_tokens=usage.prompt_tokens,
+                completion_tokens=usage.completion_tokens,
+                cost_usd=completion.cost_usd if completion else None,
+                order=deployment.order,
+                degraded=deployment.embedded,
+                tags=run.request.tags,
+            ),
+        )
+
+    def _answered(self, run: Run, sent: Sent, *, parsed: Any = None) -> Completion:
+        """Return the Completion of a whole answer."""
+        response = sent.response
+        choice = response.choices[0]
+        calls = tuple(call.model_dump() for call in choice.message.tool_calls or ())
+        return self._completion(
+            run,
+            sent,
+            text=choice.message.content or "",
+            tool_calls=calls,
+            finish_reason=choice.finish_reason or "",
+            usage=_usage(getattr(response, "usage", None)),
+            cost=response._hidden_params.get("response_cost"),
+            parsed=parsed,
+            raw=response,
+        )
+
+    def _streamed(self, run: Run, sent: Sent, text: str) -> Completion:
+        """Return the Completion of a stream that ended well."""
+        chunks = sent.response.chunks
+        whole: Any = litellm.stream_chunk_builder(chunks, messages=run.request.messages)
+        message = whole.choices[0].message
+        usage = next((chunk.usage for chunk in reversed(chunks) if getattr(chunk, "usage", None)), None)
+        return self._completion(
+            run,
+            sent,
+            text=text,
+            tool_calls=tuple(call.model_dump() for call in message.tool_calls or ()),
+            finish_reason=whole.choices[0].finish_reason or "",
+            usage=_usage(usage or getattr(whole, "usage", None)),
+            cost=_price(whole, sent.deployment),
+            raw=whole,
+        )
+
+    def _completion(
+        self, run: Run, sent: Sent, *, usage: Usage, cost: float | None, **rest: Any
+    ) -> Completion:
+        deployment = sent.deployment
+        attempt = Attempt(deployment.id, "ok", ms=sent.ms)
+        run.note(deployment, attempt)
+        completion = Completion(
+            provider=deployment.provider.name,
+            account=deployment.account.name,
+            model=deployment.model,
+            deployment=deployment.id,
+            usage=usage,
+            cost_usd=0.0 if deployment.free else cost,
+            latency_ms=run.ms,
+            attempts=run.attempts(),
+            degraded=deployment.embedded,
+            **rest,
+        )
+        self._record(run, sent, attempt, completion)
+        return completion
+
+    async def _relay(self, run: Run, sent: Sent) -> AsyncIterator[str | Verdict]:
+        """Yield the text of a stream; at last a Verdict if it broke."""
+        limit, shortened = _limit(
+            run.request, sent.deployment, self.rungs.config.timeout, self.rungs.config.stream_timeout, True
+        )
+        try:
+            for chunk in sent.head:
+                if text := _delta(chunk):
+                    yield text
+            while True:
+                async with asyncio.timeout(limit):
+                    chunk = await anext(sent.response, None)
+                if chunk is None:
+                    break
+                if text := _delta(chunk):
+                    yield text
+        except (asyncio.CancelledError, GeneratorExit):
+            self._settle(
+                run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms)
+            )
+            raise
+        except TimeoutError:
+            yield timed_out(limit, shortened=shortened, what="further text")
+            return
+        except Exception as error:
+            yield classify(error, time.time(), shortened=shortened)
+            return
+        if not _finished(sent.response.chunks):
+            yield CUT
+
+    def _redact(self, text: str) -> str:
+        """Return `text` without any key that this process knows."""
+        for found in self.rungs.credentials.values():
+            if len(found.secret) >= 6:
+                text = text.replace(found.secret, "***")
+        return text
+
+
+@asynccontextmanager
+async def _deadline(run: Run) -> AsyncIterator[None]:
+    """Bound a whole call."""
+    try:
+        async with asyncio.timeout(run.request.deadline):
+            yield
+    except TimeoutError:
+        raise run.too_late() from None
+    except CompletionError as error:
+        raise error from None
+
+
+def _params(found: Credential) -> dict[str, Any]:
+    """Return a credential as LiteLLM's parameters."""
+    params: dict[str, Any] = {"api_key": found.secret or "none"}
+    if found.headers:
+        params["extra_headers"] = dict(found.headers)
+    if found.base_url:
+        params["api_base"] = found.base_url
+    return params
+
+
+def _limit(
+    request: Request, deployment: Deployment, timeout: float, stream_timeout: float, stream: bool
+) -> tuple[float, bool]:
+    """Return the seconds an attempt may take, and whether the caller made them fewer than configured."""
+    configured = deployment.provider.timeout or (stream_timeout if stream else timeout)
+    limit = request.timeout if request.timeout is not None else configured
+    return limit, limit < configured
+
+
+def _usage(usage: Any) -> Usage:
+    return Usage(getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
+
+
+def _price(response: Any, deployment: Deployment) -> float | None:
+    """Return the price of an answer in USD by LiteLLM's map, or None where it knows none."""
+    if deployment.free:
+        return 0.0
+    try:
+        return litellm.completion_cost(response, model=deployment.litellm_model)
+    except Exception:  # LiteLLM raises a bare Exception for a model without a price
+        return None
+
+
+def _content(response: Any) -> str:
+    return response.choices[0].message.content or ""
+
+
+def _empty(response: Any) -> Verdict | None:
+    """Return what is wrong with an answer that came without an error."""
+    if not response.choices:
+        return NO_CHOICES
+    message = response.choices[0].message
+    return None if (message.content or "").strip() or message.tool_calls else EMPTY
+
+
+def _delta(chunk: Any) -> str:
+    return (chunk.choices[0].delta.content or "") if chunk.choices else ""
+
+
+async def _first_content(sent: Sent) -> Verdict | None:
+    """Read a stream up to its first content, tool call or thought; return what is wrong if none comes."""
+    async for chunk in sent.response:
+        sent.head.append(chunk)
+        delta = chunk.choices[0].delta if chunk.choices else None
+        if delta and (delta.content or delta.tool_calls or getattr(delta, "reasoning_content", None)):
+            sent.ttft_ms = sent.ms
+            return None
+    return EMPTY if _finished(sent.response.chunks) else CUT
+
+
+def _finished(chunks: Sequence[Any]) -> bool:
+    """Return whether the provider itself ended the stream; LiteLLM invents a "stop" for one that was cut."""
+    return any(chunk.choices and chunk.choices[0].finish_reason for chunk in chunks)

@@ -1,0 +1,80 @@
+"""The command line: a command parses, calls one function and prints. Errors become exit codes here alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from biollm import __version__
+from biollm.cli import ask, show
+
+_EPILOG = (
+    "Exit codes: 0 ok, 2 usage, 69 nobody can answer, 75 all limited (retry later), 77 keys refused or missing, "
+    "78 configuration, 130 interrupted."
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"biollm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(  # pyright: ignore[reportUnusedFunction] # Typer calls it
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """One call that always gets an answer: free APIs, subscribed APIs, your own GPUs, this machine."""
+
+
+ask.register(app)
+show.register(app)
+
+
+def main() -> None:
+    """Run the command line and exit; what went wrong is one sentence on stderr."""
+    code = _run()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # the reader left; nothing more to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _run() -> int:
+    import click
+
+    from biollm.errors import BiollmError
+
+    try:
+        return app(standalone_mode=False) or 0
+    except BiollmError as error:
+        typer.echo(f"biollm: {error}", err=True)
+        if error.hint:
+            typer.echo(error.hint, err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("biollm: interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        typer.echo(f"biollm: {error.filename or ''}: {error.strerror or error}", err=True)
+        return 1

@@ -1,0 +1,78 @@
+"""Prints tables, JSON and progress: facts on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print aligned columns; the last one is not padded. Plain text, so that grep and awk can use it."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    for number, row in enumerate(cells):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        print(bold(line) if number == 0 else line)
+
+
+def bold(text: str) -> str:
+    """Return `text` in bold on a terminal that wants colour (no-color.org)."""
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\033[1m{text}\033[0m"
+
+
+def as_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, default=_plain, indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value) if isinstance(value, set | frozenset) else list(value)  # pyright: ignore
+    if isinstance(value, Path):
+        return str(value)
+    return value.model_dump() if hasattr(value, "model_dump") else str(value)
+
+
+class Progress:
+    """Says on stderr what is going on: one line that is replaced on a terminal, lines of their own elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet, self._live, self._shown = quiet, sys.stderr.isatty(), False
+
+    def say(self, text: str) -> None:
+        """Show what is being done now."""
+        if self._quiet:
+            return
+        sys.stderr.write(f"\r\033[K· {text}" if self._live else f"· {text}\n")
+        sys.stderr.flush()
+        self._shown = True
+
+    def clear(self) -> None:
+        """Take the line away before the answer is printed."""
+        if self._live and self._shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+            self._shown = False
+
+    def note(self, text: str) -> None:
+        """Leave a line on stderr, unless quiet."""
+        self.clear()
+        if not self._quiet:
+            print(text, file=sys.stderr)
+
+    def bytes(self, done: int, total: int) -> None:
+        """Show how far a download is."""
+        share = done / total if total else 0.0
+        bar = "█" * int(24 * share)
+        if self._live or done >= total:
+            self.say(f"[{bar:<24}] {done / 1e6:.0f} of {total / 1e6:.0f} MB")

@@ -1,0 +1,335 @@
+"""Commands that answer: complete, explain, login, embedded pull."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from biollm.client import Client
+    from biollm.cli._print import Progress
+    from biollm.types import Completion
+
+Provider = Annotated[str | None, typer.Option(help="Only this provider may answer.")]
+Model = Annotated[str | None, typer.Option(help="Only this model may answer.")]
+LocalOnly = Annotated[
+    bool, typer.Option("--local-only", help="Keep the prompt on this machine and the cluster.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command()(complete)
+    app.command()(explain)
+    app.command()(login)
+    embedded = typer.Typer(no_args_is_help=True, help="The small model that runs in biollm's own process.")
+    embedded.command("pull")(embedded_pull)
+    app.add_typer(embedded, name="embedded")
+
+
+def complete(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The question; `-` is stdin. Piped input is added to it.")
+    ] = None,
+    file: Annotated[
+        list[Path] | None, typer.Option("-f", "--file", help="Add a file's text; repeatable.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    provider: Provider = None,
+    model: Model = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Print as it comes (default on a terminal).")
+    ] = None,
+    as_json: Json = False,
+    schema: Annotated[
+        Path | None, typer.Option(help="A JSON Schema file; the answer is such an object.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="Further passes when all rungs fail for a passing reason.")
+    ] = 0,
+    no_fallback: Annotated[
+        bool, typer.Option("--no-fallback", help="Ask only the first that may serve.")
+    ] = False,
+    local_only: LocalOnly = False,
+    timeout: Annotated[float | None, typer.Option(help="Seconds per attempt.")] = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds for the whole call.")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(help="key=value, stored with the usage record; repeatable.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show every attempt.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Answer a question by the first provider that can."""
+    from biollm.cli._print import Progress
+
+    progress = Progress(quiet=quiet)
+    text = _prompt(prompt, file or [])
+    progress.say("looking for a provider")
+    from biollm.client import Client, Options
+
+    options: Options = {
+        "system": system,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "max_retries": max_retries,
+        "fallback": not no_fallback,
+        "local_only": local_only,
+        "timeout": timeout,
+        "deadline": deadline,
+        "tags": _tags(tag or []),
+        "allow_degraded": schema is None,
+        "on_send": lambda deployment: progress.say(f"asking {deployment}"),
+    }
+    client = Client(provider, model, **options)
+    if schema:
+        options["response_model"] = _schema(schema)
+    plain = not (schema or as_json)
+    live = plain and (sys.stdout.isatty() if stream is None else stream)
+    answer = _stream(client, text, options, progress) if live else client.complete(text, **options)
+    progress.clear()
+    _show(answer, as_json=as_json, live=live, structured=schema is not None)
+    _report(answer, progress, verbose=verbose)
+
+
+def _prompt(prompt: str | None, files: list[Path]) -> str:
+    """Return the question with the files and what was piped in; `-` as prompt or file is stdin."""
+    from biollm.errors import UsageError
+
+    named = prompt == "-" or Path("-") in files
+    mode = 0 if sys.stdin is None else _stdin_mode()
+    piped = sys.stdin.read() if named or stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
+    parts = [] if prompt in (None, "-") else [str(prompt)]
+    for file in files:
+        if file != Path("-"):
+            try:
+                parts.append(f"--- {file.name} ---\n{file.read_text(errors='replace')}")
+            except OSError as error:
+                raise UsageError(f"{file}: {error.strerror}.") from None
+    text = "\n\n".join([*parts, piped] if piped.strip() else parts)
+    if not text.strip():
+        raise UsageError(
+            "There is nothing to ask.", hint='Write biollm complete "question", add -f FILE, or pipe text in.'
+        )
+    return text
+
+
+def _stdin_mode() -> int:
+    """Return the kind of stdin; 0 when it is closed. A terminal, a socket and /dev/null are not read unasked."""
+    try:
+        return os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def _tags(pairs: list[str]) -> dict[str, str]:
+    from biollm.errors import UsageError
+
+    for pair in pairs:
+        if "=" not in pair:
+            raise UsageError(f"--tag {pair!r} is not key=value.")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _schema(file: Path) -> dict[str, Any]:
+    from biollm.errors import UsageError
+
+    try:
+        schema = json.loads(file.read_text())
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}.") from None
+    except ValueError as error:
+        raise UsageError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"{file} is not a JSON Schema: it must be an object.")
+    return schema  # pyright: ignore[reportUnknownVariableType]
+
+
+def _stream(client: Client, text: str, options: Any, progress: Progress) -> Completion:
+    """Print the answer as it comes; on a terminal as markdown."""
+    from biollm.types import StreamRestarted
+
+    pieces = client.stream(text, **options, on_interrupt="restart")
+    if sys.stdout.isatty():
+        return _live(pieces, progress)
+    answer: Completion | None = None
+    for piece in pieces:
+        progress.clear()
+        if isinstance(piece, StreamRestarted):
+            print("\n")
+            progress.note(
+                f"{piece.attempt.deployment} broke off ({piece.attempt.reason}); the answer starts again"
+            )
+        else:
+            print(piece, end="", flush=True)
+            answer = piece.completion or answer
+    print()
+    assert answer is not None  # noqa: S101 # a stream ends with its Completion or raises
+    return answer
+
+
+def _live(pieces: Any, progress: Progress) -> Completion:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.markdown import Markdown
+
+    text, answer = "", None
+    first = next(pieces)
+    progress.clear()
+    with Live(console=Console(), vertical_overflow="visible", refresh_per_second=8) as screen:
+        for piece in chain([first], pieces):
+            text = text + str(piece) if hasattr(piece, "completion") else ""
+            answer = getattr(piece, "completion", None) or answer
+            screen.update(Markdown(text))
+    assert answer is not None  # noqa: S101 # a stream ends with its Completion or raises
+    return answer
+
+
+def _show(answer: Completion, *, as_json: bool, live: bool, structured: bool) -> None:
+    from biollm.cli import _print
+
+    if as_json:
+        facts = {name: value for name, value in vars(answer).items() if name != "raw"}
+        _print.as_json(facts)
+    elif structured:
+        _print.as_json(answer.parsed)
+    elif not live and sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(answer.text))
+    elif not live:
+        print(answer.text)
+
+
+def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
+    """Say on stderr who answered, and on the way of `-v` what happened before."""
+    if verbose:
+        for attempt in answer.attempts:
+            progress.note(f"  {attempt.outcome:9} {attempt.deployment}  {attempt.reason}")
+    price = (
+        "free"
+        if answer.cost_usd == 0
+        else f"{answer.cost_usd:.4f} USD"
+        if answer.cost_usd
+        else "price unknown"
+    )
+    tokens = f"{answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"
+    progress.note(f"— {answer.deployment}, {answer.latency_ms / 1000:.1f} s, {tokens}, {price}")
+    if answer.degraded:
+        print(
+            "degraded: the small embedded model answered; it is often wrong. `biollm explain` says why.",
+            file=sys.stderr,
+        )
+
+
+def explain(
+    prompt: Annotated[str, typer.Argument(help="A prompt, to see whether it fits.")] = "",
+    provider: Provider = None,
+    model: Model = None,
+    local_only: LocalOnly = False,
+    capability: Annotated[
+        str | None, typer.Option(help='A capability the model must have, such as "reasoning".')
+    ] = None,
+    tools: Annotated[bool, typer.Option("--tools", help="As if the request had tools.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say who would answer now, and why each one before it would not. Sends nothing."""
+    from biollm.cli import _print
+    from biollm.client import Client
+
+    client = Client(provider, model, local_only=local_only, allow_degraded=True)
+    found = client.explain(prompt, capability=capability, tools=[{}] if tools else None)
+    if as_json:
+        _print.as_json([_rung(rung) for rung in found])
+        return
+    first = next((rung for rung in found if rung.standing == "ready"), None)
+    rows = [
+        (
+            "→" if rung is first else " ",
+            rung.deployment.order,
+            rung.deployment.id,
+            rung.standing,
+            _reason(rung),
+        )
+        for rung in found
+    ]
+    _print.table(("", "#", "deployment", "standing", "reason"), rows)
+    print(f"\n{first.deployment.id} would answer." if first else "\nNobody could answer now.")
+
+
+def _rung(rung: Any) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    until = datetime.fromtimestamp(rung.until, UTC).isoformat(timespec="seconds") if rung.until else None
+    deployment = rung.deployment
+    return {
+        "deployment": deployment.id,
+        "order": deployment.order,
+        "provider": deployment.provider.name,
+        "account": deployment.account.name,
+        "model": deployment.model,
+        "standing": rung.standing,
+        "reason": rung.reason,
+        "until": until,
+    }
+
+
+def _reason(rung: Any) -> str:
+    import time
+
+    left = rung.until - time.time()
+    return f"{rung.reason} ({left:.0f} s left)" if 0 < left < 86400 else rung.reason
+
+
+def login(
+    provider: Annotated[str, typer.Argument(help="github_copilot")],
+    account: Annotated[str | None, typer.Option(help="Which of the provider's accounts.")] = None,
+) -> None:
+    """Log an account in, where a provider wants a browser instead of a key."""
+    from biollm import copilot
+    from biollm._resources import state_dir
+    from biollm.config import load_config
+    from biollm.errors import UnknownNameError, UsageError
+
+    if provider != "github_copilot":
+        raise UsageError(
+            f"{provider} needs no login.", hint="Only github_copilot does; the others take a key (env_key)."
+        )
+    names = [each.name for each in load_config().provider(provider).accounts]
+    chosen = account or (names[0] if len(names) == 1 else "")
+    if chosen not in names:
+        raise UnknownNameError("account", chosen, names)
+    copilot.login(chosen, state_dir(), show=lambda text: print(text, file=sys.stderr))
+    print(f"{provider}/{chosen}: logged in.")
+
+
+def embedded_pull(
+    model: Annotated[
+        str | None, typer.Argument(help="A model of type embedded; the first one by default.")
+    ] = None,
+) -> None:
+    """Fetch the weights of the embedded model, once."""
+    from biollm import embedded
+    from biollm._resources import state_dir
+    from biollm.cli._print import Progress
+    from biollm.config import load_config
+    from biollm.errors import UnknownNameError
+
+    models = {key: each for key, each in load_config().models.items() if each.type == "embedded"}
+    chosen = model or next(iter(models), "")
+    if chosen not in models:
+        raise UnknownNameError("embedded model", chosen, models)
+    progress = Progress()
+    path = embedded.pull(models[chosen], state_dir(), progress.bytes)
+    progress.note(f"{chosen}: ready")
+    print(path)

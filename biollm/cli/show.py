@@ -1,0 +1,195 @@
+"""Commands that show: models, providers, health, config, init."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from biollm.config import Config
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    for command in (providers, health, config, init):
+        app.command()(command)
+    models = typer.Typer(invoke_without_command=True, help="The models of the configuration.")
+    models.callback()(models_list)
+    app.add_typer(models, name="models")
+
+
+def models_list(context: typer.Context, as_json: Json = False) -> None:
+    """List every model that a provider serves, in waterfall order."""
+    if context.invoked_subcommand:
+        return
+    from biollm import routing
+    from biollm.cli import _print
+    from biollm.config import load_config
+
+    settings = load_config()
+    facts = [_model(settings, each) for each in {d.order: d for d in routing.deployments(settings)}.values()]
+    if as_json:
+        _print.as_json(facts)
+        return
+    rows = [
+        (
+            f["order"],
+            f["model"],
+            f["provider"],
+            f["type"],
+            f["context_length"] or "?",
+            ", ".join(f["capabilities"] or ["?"]),
+        )
+        for f in facts
+    ]
+    _print.table(("#", "model", "provider", "type", "context", "capabilities"), rows)
+
+
+def _model(settings: Config, deployment: Any) -> dict[str, Any]:
+    known = settings.models.get(deployment.model)
+    return {
+        "order": deployment.order,
+        "model": deployment.model,
+        "provider": deployment.provider.name,
+        "type": deployment.provider.type,
+        "id": deployment.litellm_model.split("/", 1)[-1],
+        "context_length": deployment.context_length,
+        "capabilities": sorted(deployment.capabilities) if deployment.capabilities else None,
+        "hf_id": known.hf_id if known else None,
+    }
+
+
+def providers(as_json: Json = False) -> None:
+    """List the providers' accounts: key, limits, what is used. Sends nothing."""
+    from biollm.cli import _print
+    from biollm.client import Client
+
+    seen: dict[str, dict[str, Any]] = {}
+    client = Client(allow_degraded=True)
+    for rung in client.explain():
+        deployment = rung.deployment
+        key = "ok" if rung.standing in ("ready", "limited") else rung.standing
+        used = client.used(deployment)
+        fact = {
+            "priority": deployment.provider.priority,
+            "provider": deployment.provider.name,
+            "account": deployment.account.name,
+            "type": deployment.provider.type,
+            "standing": key,
+            "free": deployment.free,
+            "limits": [{"limit": str(limit), "used": amount} for limit, amount, _ in used],
+            "reason": rung.reason,
+        }
+        name = f"{deployment.provider.name}/{deployment.account.name}"
+        if name not in seen or (seen[name]["standing"] != "ok" and key == "ok"):
+            seen[name] = fact
+    if as_json:
+        _print.as_json(list(seen.values()))
+        return
+    rows = [
+        (
+            f["priority"],
+            name,
+            f["type"],
+            f["standing"],
+            ", ".join(f"{x['used']:g} of {x['limit']}" for x in f["limits"]) or "-",
+            f["reason"],
+        )
+        for name, f in seen.items()
+    ]
+    _print.table(("priority", "provider/account", "type", "standing", "limits", "why not"), rows)
+
+
+def health(
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for all of it.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Ask every provider at once whether it is there; no billable tokens. Exit 0 when at least one is, else 69."""
+    from biollm import health as checks
+    from biollm.cli import _print
+    from biollm.config import load_config
+
+    progress = _print.Progress(quiet=as_json)
+    progress.say("asking every provider")
+    found = checks.check(load_config(), timeout=timeout)
+    progress.clear()
+    if as_json:
+        _print.as_json(found)
+    else:
+        rows = [
+            (each.who, "up" if each.available else "down", _ms(each.latency_ms), _why(each)) for each in found
+        ]
+        _print.table(("provider", "state", "ms", "remarks"), rows)
+    if not any(each.available for each in found):
+        raise typer.Exit(69)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _why(health: Any) -> str:
+    return health.error or (f"does not list: {', '.join(health.missing)}" if health.missing else "")
+
+
+def config(
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether it is right: exit 0 or 78.")
+    ] = False,
+    litellm: Annotated[
+        bool, typer.Option("--litellm", help="Print a config.yaml for the LiteLLM proxy.")
+    ] = False,
+    schema: Annotated[
+        Literal["models", "providers", "cluster"] | None, typer.Option(help="Print a file's JSON Schema.")
+    ] = None,
+    lenient: Annotated[bool, typer.Option("--lenient", help="Unknown keys are warnings.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the effective configuration, and where each value came from."""
+    from biollm import config as configuration
+    from biollm.cli import _print
+
+    if schema:
+        _print.as_json(configuration.json_schema(schema))
+        return
+    settings = configuration.load_config(lenient=lenient)
+    for warning in settings.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if check:
+        print(
+            f"The configuration is right: {len(settings.providers)} providers, {len(settings.models)} models."
+        )
+    elif litellm:
+        _litellm(settings)
+    elif as_json:
+        _print.as_json({"values": settings, "sources": settings.sources})
+    else:
+        _print.table(("key", "value", "from"), configuration.describe(settings))
+
+
+def _litellm(settings: Config) -> None:
+    import yaml
+
+    from biollm import routing
+
+    made, left_out = routing.proxy_config(settings)
+    for sentence in left_out:
+        print(f"# left out: {sentence}")
+    print(yaml.safe_dump(made, sort_keys=False), end="")
+
+
+def init(
+    directory: Annotated[
+        Path | None, typer.Argument(help="Where to; default: your configuration folder.")
+    ] = None,
+) -> None:
+    """Write a commented configuration to start from, and say which keys are in the environment. Overwrites nothing."""
+    from biollm._resources import config_dirs
+    from biollm.starter import write_starter
+
+    for line in write_starter(directory or config_dirs()[-1][1]):
+        print(line)

@@ -1,0 +1,384 @@
+"""The typed client: one call that always gets an answer.
+
+from biollm.client import get_model_client
+print(get_model_client().complete("Why did this job fail? ..."))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+
+from biollm._background import background
+from biollm._resources import state_dir
+from biollm._run import Request
+from biollm.config import Config, Limit, load_config
+from biollm.endpoints import Watch
+from biollm.errors import (
+    AllLimitedError,
+    BiollmError,
+    CompletionError,
+    ConfigError,
+    DeadlineError,
+    InterruptedStreamError,
+    KeysRefusedError,
+    RequestRejectedError,
+    UnknownNameError,
+    UsageError,
+    nearest,
+)
+from biollm.health import check_all_providers
+from biollm.ledger import Ledger
+from biollm.routing import Deployment, Policy, Wants
+from biollm.rungs import Rung, Rungs, check_names, explain
+from biollm.structured import Message, Shape
+from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from biollm._waterfall import Waterfall
+
+__all__ = [
+    "AllLimitedError",
+    "Attempt",
+    "BiollmError",
+    "Client",
+    "Completion",
+    "CompletionError",
+    "ConfigError",
+    "DeadlineError",
+    "InterruptedStreamError",
+    "KeysRefusedError",
+    "ModelRouter",
+    "Options",
+    "RequestRejectedError",
+    "StreamChunk",
+    "StreamRestarted",
+    "UnknownNameError",
+    "Usage",
+    "UsageError",
+    "check_all_providers",
+    "get_model_client",
+]
+
+Prompt = str | Sequence[Message]
+Piece = StreamChunk | StreamRestarted
+_STRICTNESS: tuple[Policy, ...] = ("any", "no_training", "local_only")
+_CHARS_PER_TOKEN = 5  # more than any usual text has, so that what is skipped as too long surely is
+_SENT_ON = ("temperature", "max_tokens", "tools", "tool_choice")
+
+
+class Options(TypedDict, total=False):
+    """What `complete`, `acomplete`, `stream`, `astream` and `complete_many` take beside the prompt.
+
+    Attributes:
+        system: The system message.
+        provider, model: Only these deployments may answer.
+        temperature, max_tokens, tools, tool_choice: As in OpenAI's API.
+        extra: Further arguments of OpenAI's API (`seed`, `stop`, `top_p`, ...).
+        timeout: Seconds per attempt; for a stream to its first content, and between chunks.
+        deadline: Seconds for the whole call.
+        fallback: False asks only the first deployment that may serve, and raises its own error.
+        max_retries: Further passes over the waterfall when rungs failed for a passing reason; with
+            `fallback=False`, repeats on the same deployment.
+        local_only: True keeps the prompt on this machine and the cluster.
+        response_model: A pydantic class, or a JSON Schema; the answer is in `Completion.parsed`.
+        capability: Only models that list it, such as "reasoning".
+        allow_degraded: Whether the small embedded model may answer; False unless set, and always False
+            unless set in this call where `response_model` is given.
+        tags: Stored with the usage record, such as {"agent": "ErrorDiagnosisAgent"}.
+        on_interrupt: What a stream does that breaks after some text: "raise", or "restart" on the next rung.
+        on_send: Called with a deployment's id just before a request goes to it.
+    """
+
+    system: str | None
+    provider: str | None
+    model: str | None
+    temperature: float | None
+    max_tokens: int | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    extra: Mapping[str, Any]
+    timeout: float | None
+    deadline: float | None
+    fallback: bool
+    max_retries: int
+    local_only: bool
+    response_model: type[BaseModel] | Mapping[str, Any] | None
+    capability: str | None
+    allow_degraded: bool
+    tags: Mapping[str, str]
+    on_interrupt: Literal["raise", "restart"]
+    on_send: Callable[[str], None] | None
+
+
+class Client:
+    """Asks the waterfall. Usable from threads, inside a running event loop, and after a fork.
+
+    Args:
+        provider, model: Only these deployments may answer, unless a call says otherwise.
+        config_dir: The folder with models.yaml and providers.yaml; else the usual layers.
+        defaults: Options of every call.
+
+    Raises:
+        ConfigError: A YAML file is wrong.
+        UnknownNameError: The provider or the model is not configured.
+    """
+
+    def __init__(
+        self,
+        provider: str | None = None,
+        model: str | None = None,
+        *,
+        config_dir: str | Path | None = None,
+        **defaults: Unpack[Options],
+    ) -> None:
+        _check_options(defaults)
+        self._dir = Path(config_dir) if config_dir is not None else None
+        self._defaults: Options = {"provider": provider, "model": model, **defaults}
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the configuration again; requests under way go on with the old one."""
+        self.config: Config = load_config(self._dir)
+        check_names(self.config, self._defaults.get("provider"), self._defaults.get("model"))
+        kept = background().kept
+        for key in [key for key in kept if key[:2] == ("waterfall", self._dir)]:
+            del kept[key]
+
+    def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+        """Return an answer to `prompt`, a text or OpenAI-shaped messages.
+
+        Raises:
+            CompletionError: Nobody could answer; `attempts` says why. Its subclasses: AllLimitedError,
+                KeysRefusedError, RequestRejectedError, DeadlineError.
+            UsageError: An option does not exist, or does not fit.
+        """
+        return background().run(self._complete(self._request(prompt, options)))
+
+    async def acomplete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+        """Like `complete`; cancelling it cancels the request."""
+        return await background().arun(self._complete(self._request(prompt, options)))
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Piece]:
+        """Yield the answer as it comes; `str()` of a piece is its text. The last piece holds the Completion.
+
+        Raises:
+            InterruptedStreamError: It broke after some text; `partial` holds that.
+            CompletionError: Nobody could answer.
+        """
+        request = self._request(prompt, options)
+        if request.shape:
+            raise UsageError("A stream has no response_model.", hint="Use complete().")
+        return background().iterate(self._stream(request))
+
+    def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
+        """Like `stream`, for `async for`."""
+        request = self._request(prompt, options)
+        if request.shape:
+            raise UsageError("A stream has no response_model.", hint="Use acomplete().")
+        return background().aiterate(self._stream(request))
+
+    def complete_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Completion | CompletionError]:
+        """Return an answer to each prompt, in order; one that nobody could answer is its error, not raised.
+
+        Args:
+            prompts: Texts or lists of messages.
+            concurrency: How many are under way at once.
+            progress: Called with (done, all) after each.
+            options: As in `complete`.
+        """
+        return background().run(self._many(list(prompts), concurrency, progress, options))
+
+    async def acomplete_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Completion | CompletionError]:
+        """Like `complete_many`."""
+        return await background().arun(self._many(list(prompts), concurrency, progress, options))
+
+    def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Rung]:
+        """Return who would answer now and why each other would not; sends nothing."""
+        request = self._request(prompt, options)
+        watch = Watch(self.config.cluster)
+        return explain(
+            Rungs(self.config, self._ledger(), state_dir(), self._policy(), watch.alive), request.wants
+        )
+
+    def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
+        """Return each limit of the deployment's account, how much of it is used, and when it resets (epoch seconds)."""
+        return self._ledger().used(deployment.scope, deployment.limits)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ledger().flush()
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await asyncio.to_thread(self._ledger().flush)
+
+    def _policy(self, local_only: bool = False) -> Policy:
+        """Return the strictest of what the configuration, the environment and the caller say."""
+        environment = os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", "0", "false", "no")
+        asked = local_only or environment or self._defaults.get("local_only", False)
+        return max(self.config.data_policy, "local_only" if asked else "any", key=_STRICTNESS.index)
+
+    def _request(self, prompt: Prompt, options: Options) -> Request:
+        _check_options(options)
+        chosen: Options = {**self._defaults, **options}
+        provider, model = _forced(self._defaults, options)
+        check_names(self.config, provider, model)
+        messages = _messages(prompt, chosen.get("system"))
+        wanted = chosen.get("response_model")
+        degraded = (options if wanted else chosen).get("allow_degraded", False)
+        params = {key: chosen[key] for key in _SENT_ON if chosen.get(key) is not None}
+        letters = sum(len(str(message.get("content") or "")) for message in messages)
+        wants = Wants(
+            provider=provider,
+            model=model,
+            policy=self._policy(chosen.get("local_only", False)),
+            tools=bool(chosen.get("tools")),
+            schema=wanted is not None,
+            capability=chosen.get("capability"),
+            tokens=letters // _CHARS_PER_TOKEN + (chosen.get("max_tokens") or 0),
+            allow_degraded=degraded,
+        )
+        return Request(
+            messages=messages,
+            params={**chosen.get("extra", {}), **params},
+            wants=wants,
+            timeout=_positive("timeout", chosen.get("timeout")),
+            deadline=_positive("deadline", chosen.get("deadline")),
+            fallback=chosen.get("fallback", True),
+            max_retries=chosen.get("max_retries", 0),
+            shape=Shape(wanted) if wanted is not None else None,
+            tags={**_environment_tags(), **chosen.get("tags", {})},
+            on_interrupt=chosen.get("on_interrupt", "raise"),
+            on_send=chosen.get("on_send"),
+        )
+
+    async def _complete(self, request: Request) -> Completion:
+        return await self._waterfall().complete(request)
+
+    async def _stream(self, request: Request) -> AsyncGenerator[Piece, None]:
+        async for piece in self._waterfall().stream(request):
+            yield piece
+
+    async def _many(
+        self,
+        prompts: Sequence[Prompt],
+        concurrency: int,
+        progress: Callable[[int, int], None] | None,
+        options: Options,
+    ) -> list[Completion | CompletionError]:
+        if concurrency < 1:
+            raise UsageError(f"concurrency is {concurrency}; it must be at least 1.")
+        requests = [self._request(prompt, options) for prompt in prompts]
+        gate, done = asyncio.Semaphore(concurrency), 0
+
+        async def one(request: Request) -> Completion | CompletionError:
+            nonlocal done
+            async with gate:
+                try:
+                    answer: Completion | CompletionError = await self._complete(request)
+                except CompletionError as error:
+                    answer = error
+            done += 1
+            if progress:
+                progress(done, len(requests))
+            return answer
+
+        return list(await asyncio.gather(*map(one, requests)))
+
+    def _ledger(self) -> Ledger:
+        folder = state_dir()
+        return background().kept.setdefault(("ledger", folder), Ledger(folder))
+
+    def _waterfall(self) -> Waterfall:
+        """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""
+        kept, policy = background().kept, self._policy()
+        key = ("waterfall", self._dir, os.environ.get("BIOLLM_CONFIG_DIR"), policy, state_dir())
+        if key not in kept:
+            made = _import_waterfall()
+            watch = background().kept.setdefault(("watch", self._dir), Watch(self.config.cluster))
+            kept[key] = made(Rungs(self.config, self._ledger(), state_dir(), policy, watch.alive))
+        return kept[key]
+
+
+ModelRouter = Client
+
+
+def get_model_client(
+    provider: str | None = None,
+    model: str | None = None,
+    *,
+    config_dir: str | Path | None = None,
+    **defaults: Unpack[Options],
+) -> Client:
+    """Return a Client; see there."""
+    return Client(provider, model, config_dir=config_dir, **defaults)
+
+
+def _import_waterfall() -> type[Waterfall]:
+    """Import LiteLLM with its fetch of the price map switched off, and leave the environment as it was."""
+    name = "LITELLM_LOCAL_MODEL_COST_MAP"
+    before = os.environ.get(name)
+    os.environ[name] = before or "True"
+    try:
+        from biollm._waterfall import Waterfall
+    finally:
+        if before is None:
+            del os.environ[name]
+    return Waterfall
+
+
+def _check_options(options: Options) -> None:
+    for name in options:
+        if name not in Options.__annotations__:
+            near = nearest(name, Options.__annotations__)
+            hint = f"Did you mean {near}?" if near else "Further arguments of the API go into extra={...}."
+            raise UsageError(f"There is no option {name!r}.", hint=hint)
+
+
+def _forced(defaults: Options, options: Options) -> tuple[str | None, str | None]:
+    """Return the provider and model to insist on; naming only a provider drops the client's default model."""
+    provider, model = options.get("provider"), options.get("model")
+    if provider is None and model is None:
+        return defaults.get("provider"), defaults.get("model")
+    return provider, model
+
+
+def _messages(prompt: Prompt, system: str | None) -> list[Message]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _positive(name: str, seconds: float | None) -> float | None:
+    if seconds is not None and seconds <= 0:
+        raise UsageError(f"{name} is {seconds:g}; it must be more than 0 seconds.")
+    return seconds
+
+
+def _environment_tags() -> dict[str, str]:
+    """Return BIOLLM_TAGS, written as "agent=ErrorDiagnosis,user=ann"."""
+    pairs = (part.partition("=") for part in os.environ.get("BIOLLM_TAGS", "").split(",") if "=" in part)
+    return {key.strip(): value.strip() for key, _, value in pairs}

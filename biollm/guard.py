@@ -1,0 +1,101 @@
+"""The LiteLLM callback that narrows each choice to what may serve, and reserves at the ledger before anything is sent.
+
+LiteLLM's own limits count per deployment, per process and per clock minute, and its cooldowns turn a short Retry-After
+into 30 s; the ledger counts per account, over all processes, in any window. What a request left for LiteLLM to choose
+from rides in a context variable, so calls that the host program makes itself pass through untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import litellm
+from litellm.integrations.custom_logger import CustomLogger
+
+from biollm._background import THREAD
+from biollm.ledger import Ledger, Need, Refused
+
+
+class RefusalError(Exception):
+    """The ledger refused the deployment that LiteLLM chose; nothing was sent."""
+
+
+@dataclass
+class Turn:
+    """One call of the Router: what it may choose from, and what came of it.
+
+    Attributes:
+        needs: Deployment id -> its claim on the ledger; ids not in here may not be chosen.
+        on_send: Called with the chosen deployment's id just before the request is sent.
+        chosen: The id of the deployment that LiteLLM chose.
+        reservation: The ledger's row, once reserved.
+        refused: The ledger's refusal, if it refused.
+    """
+
+    ledger: Ledger
+    needs: Mapping[str, Need]
+    on_send: Callable[[str], None] | None = None
+    chosen: str | None = None
+    reservation: int | None = None
+    refused: Refused | None = None
+
+
+current: ContextVar[Turn | None] = ContextVar("biollm_turn", default=None)
+
+
+def deployment_id(entry: Mapping[str, Any]) -> str:
+    """Return the deployment's id, the same in the groups `biollm` and `biollm-local`."""
+    return str(entry["model_info"]["id"]).removesuffix("@local")
+
+
+class Guard(CustomLogger):
+    """Two of LiteLLM's hooks; see the module's docstring. The signatures are LiteLLM's."""
+
+    async def async_filter_deployments(  # noqa: D102
+        self,
+        model: str,
+        healthy_deployments: list[Any],
+        messages: Any,
+        request_kwargs: dict[str, Any] | None = None,
+        parent_otel_span: Any = None,
+    ) -> list[Any]:
+        turn = current.get()
+        if turn is None:
+            return healthy_deployments
+        return [entry for entry in healthy_deployments if deployment_id(entry) in turn.needs]
+
+    async def async_pre_call_check(self, deployment: dict[str, Any], parent_otel_span: Any) -> dict[str, Any]:  # noqa: D102
+        turn = current.get()
+        if turn is None:
+            return deployment
+        turn.chosen = deployment_id(deployment)
+        granted = await turn.ledger.reserve(turn.needs[turn.chosen])
+        if isinstance(granted, Refused):
+            turn.refused = granted
+            raise RefusalError(granted.reason)
+        turn.reservation = granted
+        if turn.on_send:
+            turn.on_send(turn.chosen)
+        return deployment
+
+
+class _Hush(logging.Filter):
+    """Drops what LiteLLM logs of our calls: failures are in the list of attempts, and a log could hold a key."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.threadName != THREAD
+
+
+def install() -> None:
+    """Put one Guard among LiteLLM's callbacks; again, if the host program has replaced them since."""
+    if any(isinstance(callback, Guard) for callback in litellm.callbacks):
+        return
+    litellm.callbacks.append(Guard())
+    for name in ("LiteLLM", "LiteLLM Router"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _Hush) for each in logger.filters):
+            logger.addFilter(_Hush())

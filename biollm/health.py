@@ -1,0 +1,133 @@
+"""Asks every provider at once whether it is there, without a billable token: by its list of models."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biollm._background import background
+from biollm._resources import state_dir
+from biollm.config import Config, load_config
+from biollm.endpoints import Watch
+from biollm.ledger import Ledger
+from biollm.routing import Deployment, Wants
+from biollm.rungs import Rungs
+
+if TYPE_CHECKING:
+    import httpx
+
+    from biollm.credentials import Credential
+
+_GEMINI = "https://generativelanguage.googleapis.com/v1beta"
+
+
+@dataclass(frozen=True)
+class Health:
+    """What one account of a provider, or one running server, answered.
+
+    Attributes:
+        who: The deployment's id without its model.
+        available: Whether it lists its models.
+        latency_ms: Milliseconds of that answer.
+        error: Why it is not available, one sentence.
+        missing: Models that the configuration names and the provider does not list.
+    """
+
+    provider: str
+    who: str
+    available: bool
+    latency_ms: float | None = None
+    error: str = ""
+    missing: tuple[str, ...] = ()
+
+
+def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) -> dict[str, dict[str, Any]]:
+    """Return for each provider {"available": True, "latency_ms": 120} or {"available": False, "error": "..."}.
+
+    A provider is available when one of its accounts, or one of its servers, is.
+
+    Args:
+        config: The configuration; the usual layers when None.
+        timeout: Seconds for all of it, whatever hangs.
+
+    Raises:
+        ConfigError: A YAML file is wrong.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for health in check(config or load_config(), timeout=timeout):
+        good = {"available": True, "latency_ms": round(health.latency_ms or 0)}
+        bad = {"available": False, "error": health.error}
+        if health.provider not in found or (health.available and not found[health.provider]["available"]):
+            found[health.provider] = good if health.available else bad
+    return found
+
+
+def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
+    """Return how each account and each running server is, in waterfall order. `timeout` is in seconds, for all."""
+    rungs = Rungs(
+        config, Ledger(state_dir()), Path(state_dir()), config.data_policy, Watch(config.cluster).alive
+    )
+    rungs.refresh()
+    groups: dict[str, list[Deployment]] = {}
+    for rung in rungs.standing(Wants(policy=config.data_policy)):
+        deployment = rung.deployment
+        groups.setdefault(f"{deployment.scope.split(':')[0]}{deployment.start}", []).append(deployment)
+    return background().run(_check_all(rungs, list(groups.values()), timeout))
+
+
+async def _check_all(rungs: Rungs, groups: Sequence[list[Deployment]], timeout: float) -> list[Health]:
+    import httpx
+
+    async with (
+        httpx.AsyncClient(timeout=timeout) as cloud,
+        httpx.AsyncClient(timeout=timeout, trust_env=False) as local,
+    ):
+        return list(
+            await asyncio.gather(
+                *(_check(rungs, group, local if group[0].local else cloud, timeout) for group in groups)
+            )
+        )
+
+
+async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClient, timeout: float) -> Health:
+    import httpx
+
+    first = group[0]
+    who = first.id if first.start else first.id.removesuffix(f"/{first.model}")
+    known = rungs.credentials.get(first.id)
+    if known is None:
+        return Health(first.provider.name, who, False, error=rungs.missing(first))
+    if first.embedded:
+        return Health(first.provider.name, who, True, 0.0)
+    started = time.perf_counter()
+    try:
+        async with asyncio.timeout(timeout):
+            listed = await _models(client, first, known)
+    except TimeoutError:
+        return Health(first.provider.name, who, False, error=f"no answer within {timeout:g} s")
+    except httpx.HTTPStatusError as error:
+        return Health(first.provider.name, who, False, error=f"HTTP {error.response.status_code}")
+    except (httpx.HTTPError, ValueError) as error:
+        text = str(error).replace(known.secret, "***") if known.secret else str(error)
+        return Health(first.provider.name, who, False, error=f"{type(error).__name__}: {text}".strip(": "))
+    ms = (time.perf_counter() - started) * 1000
+    names = {deployment.litellm_model.split("/", 1)[1] for deployment in group}
+    return Health(first.provider.name, who, True, ms, missing=tuple(sorted(names - listed)) if listed else ())
+
+
+async def _models(client: httpx.AsyncClient, deployment: Deployment, known: Credential) -> set[str]:
+    """Return the ids that the provider lists; none where it lists nothing of use."""
+    if deployment.litellm_model.startswith("gemini/"):
+        url, headers = deployment.base_url or _GEMINI, {"x-goog-api-key": known.secret}
+    else:
+        url = known.base_url or deployment.base_url or ""
+        headers = {"Authorization": f"Bearer {known.secret}", **known.headers} if known.secret else {}
+    answer = await client.get(f"{url}/models", headers=headers)
+    answer.raise_for_status()
+    body = answer.json()
+    entries = body.get("data") or body.get("models") or []
+    return {str(entry.get("id") or entry.get("name", "")).removeprefix("models/") for entry in entries}

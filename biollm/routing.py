@@ -1,0 +1,315 @@
+"""Turns configuration and discovered endpoints into deployments, and deployments into Router arguments.
+
+Pure: nothing is read, sent or imported from LiteLLM. LiteLLM has `order`, `rpm` and model groups; it has no notion
+of an account that several deployments share, of data that must not leave, or of what a request needs, so a
+Deployment carries those facts beside LiteLLM's own.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from biollm.config import Account, Cluster, Config, Limit, Model, Provider
+    from biollm.endpoints import Endpoint
+
+GROUP, LOCAL_GROUP = "biollm", "biollm-local"
+Policy = Literal["any", "no_training", "local_only"]
+
+# Providers whose API takes a JSON Schema (`response_format: json_schema`); elsewhere the schema goes into the prompt.
+_TAKES_SCHEMA = {"openai", "azure", "gemini", "vertex_ai", "anthropic", "mistral", "groq", "hosted_vllm"}
+# A deployment's own address, so that no OPENAI_BASE_URL of the environment sends a key elsewhere.
+_DEFAULT_URL = {"openai": "https://api.openai.com/v1"}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One place that may answer: a model at an account or at a running server.
+
+    Attributes:
+        id: "provider/model", "provider.account/model" where a provider has several accounts, "#start" appended
+            for a discovered server.
+        order: Place in the waterfall, from 1; accounts and replicas of one model share it.
+        scope: Who its limits belong to: the account, or the account and model where limits are per model.
+        local: True when nothing leaves the cluster.
+        free: True when a token costs nothing (free tier, local, embedded).
+        trains: True when the provider may train on prompts.
+        context_length: Tokens of prompt and answer together, or None when unknown.
+        start: The running server's start id, or "" for a configured address.
+        key_file: Where a discovered server's key lies.
+    """
+
+    id: str
+    provider: Provider = field(repr=False)
+    account: Account = field(repr=False)
+    model: str
+    order: int
+    litellm_model: str
+    base_url: str | None
+    scope: str
+    limits: tuple[Limit, ...] = ()
+    local: bool = False
+    free: bool = False
+    trains: bool = False
+    json_schema: bool = False
+    tools: bool = True
+    context_length: int | None = None
+    capabilities: frozenset[str] | None = None
+    start: str = ""
+    key_file: str = ""
+
+    @property
+    def embedded(self) -> bool:
+        """Return whether the model runs in this process."""
+        return self.provider.type == "embedded"
+
+    @property
+    def endpoint(self) -> str:
+        """Return what a network failure concerns: a URL, a server's start, or the provider's default address."""
+        return self.start or self.base_url or self.provider.name
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a request asks of the deployment that serves it. `tokens` is a lower bound of prompt plus answer."""
+
+    provider: str | None = None
+    model: str | None = None
+    policy: Policy = "any"
+    tools: bool = False
+    schema: bool = False
+    capability: str | None = None
+    tokens: int = 0
+    allow_degraded: bool = True
+
+
+def deployments(
+    config: Config, endpoints: Iterable[Endpoint] = (), policy: Policy | None = None
+) -> list[Deployment]:
+    """Return every deployment in waterfall order; with a local_only policy, those that never leave the cluster.
+
+    A local model without a server stands there too, without an address, so that it can be explained.
+    """
+    found: list[Deployment] = []
+    order = 0
+    running = list(endpoints)
+    for provider in config.providers:
+        for model in _by_priority(config, provider):
+            order += 1
+            found += _of_model(config, provider, model, order, [e for e in running if e.model == model])
+    if (policy or config.data_policy) == "local_only":
+        return [deployment for deployment in found if deployment.local]
+    return found
+
+
+def _by_priority(config: Config, provider: Provider) -> list[str]:
+    """Return the provider's models in their order: a `priority` of their own, then the place in the list."""
+
+    def rank(name: str) -> float:
+        own = config.models[name].priority if name in config.models else None
+        return float("inf") if own is None else own
+
+    return sorted(provider.models, key=rank)
+
+
+def _of_model(
+    config: Config, provider: Provider, name: str, order: int, endpoints: Sequence[Endpoint]
+) -> Iterable[Deployment]:
+    model = config.models.get(name)
+    several = len(provider.accounts) > 1
+    if provider.type != "local" or provider.base_url or not endpoints:
+        for account in provider.accounts:
+            who = f"{provider.name}.{account.name}" if several else provider.name
+            yield _deployment(config.cluster, provider, account, model, name, order, f"{who}/{name}")
+    if provider.type == "local":
+        for endpoint in endpoints:
+            ident = f"{provider.name}/{name}#{endpoint.start}"
+            yield _deployment(
+                config.cluster, provider, provider.accounts[0], model, name, order, ident, endpoint
+            )
+
+
+def _deployment(
+    cluster: Cluster,
+    provider: Provider,
+    account: Account,
+    model: Model | None,
+    name: str,
+    order: int,
+    ident: str,
+    endpoint: Endpoint | None = None,
+) -> Deployment:
+    scope = f"{provider.name}/{account.name}"
+    base_url = (
+        endpoint.base_url if endpoint else provider.base_url or _DEFAULT_URL.get(provider.litellm_provider)
+    )
+    own = provider.type == "embedded" or endpoint is not None or (provider.type == "local" and not base_url)
+    local = own or is_local(base_url, cluster.local_hosts)
+    # LiteLLM's github_copilot keeps one login for all; its API is OpenAI's, so each account goes there with its own.
+    prefix = "openai" if provider.litellm_provider == "github_copilot" else provider.litellm_provider
+    remote_name = endpoint.served_model_name if endpoint else provider.model_ids.get(name, name)
+    return Deployment(
+        id=ident,
+        provider=provider,
+        account=account,
+        model=name,
+        order=order,
+        litellm_model=f"{prefix}/{remote_name}",
+        base_url=base_url,
+        scope=f"{scope}:{name}" if provider.limits_per == "model" else scope,
+        limits=account.limits,
+        local=local,
+        free=provider.free_tier or local,
+        trains=provider.trains_on_prompts,
+        json_schema=_first(model and model.json_schema, provider.json_schema, _takes_schema(provider)),
+        tools=_first(model and model.tools, provider.tools, _takes_tools(provider, model)),
+        context_length=_context(provider, model),
+        capabilities=model.capabilities if model else None,
+        start=endpoint.start if endpoint else "",
+        key_file=str(endpoint.key_file) if endpoint else "",
+    )
+
+
+def _context(provider: Provider, model: Model | None) -> int | None:
+    """Return the tokens a deployment takes; a server of ours may be started with fewer than its model can."""
+    if model is None:
+        return None
+    return model.served_context if provider.type == "local" else model.context_length
+
+
+def _first(*choices: bool | None) -> bool:
+    return next(choice for choice in choices if choice is not None)
+
+
+def _takes_schema(provider: Provider) -> bool:
+    if provider.litellm_provider == "openai" and provider.base_url:
+        return False  # some other company's idea of OpenAI's API
+    return provider.type == "embedded" or provider.litellm_provider in _TAKES_SCHEMA
+
+
+def _takes_tools(provider: Provider, model: Model | None) -> bool:
+    """vLLM answers tool requests only with a parser chosen; the embedded model drops tools silently."""
+    if provider.type == "local":
+        return model is None or "tool_call_parser" in model.vllm_args
+    return provider.type == "api"
+
+
+def is_local(base_url: str | None, local_hosts: Sequence[str]) -> bool:
+    """Return whether `base_url` is loopback or a host that the site calls its own."""
+    host = urlsplit(base_url).hostname if base_url else None
+    if not host:
+        return False
+    if host == "localhost" or host in local_hosts:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def obstacle(deployment: Deployment, wants: Wants) -> str | None:
+    """Return why `deployment` may not serve such a request, as one sentence, or None."""
+    if wants.policy == "local_only" and not deployment.local:
+        return "the data policy is local_only and this deployment is not local"
+    if wants.policy == "no_training" and deployment.trains:
+        return "the provider may train on prompts and the data policy is no_training"
+    if deployment.embedded and not wants.allow_degraded:
+        return "the embedded model is a degraded answer, which this request does not allow"
+    if wants.tools and not deployment.tools:
+        return "takes no tools"
+    if wants.capability and wants.capability not in (deployment.capabilities or ()):
+        return f"lacks the capability {wants.capability!r}"
+    if deployment.context_length and wants.tokens > deployment.context_length:
+        return f"needs about {wants.tokens} tokens, its context is {deployment.context_length}"
+    return None
+
+
+def asked_for(deployment: Deployment, wants: Wants) -> bool:
+    """Return whether the deployment is among those that a forced provider and model leave."""
+    return wants.provider in (None, deployment.provider.name) and wants.model in (None, deployment.model)
+
+
+def router_settings(config: Config) -> dict[str, Any]:
+    """Return the Router's settings: no retries, no cooldowns of its own (the ledger has them), finite timeouts."""
+    return {
+        "num_retries": 0,
+        "allowed_fails": 0,
+        "disable_cooldowns": True,
+        "timeout": config.timeout,
+        "stream_timeout": config.stream_timeout,
+    }
+
+
+def model_list(
+    found: Iterable[Deployment], keys: Mapping[str, Mapping[str, Any]], *, local_group: bool = True
+) -> list[dict[str, Any]]:
+    """Return LiteLLM's `model_list`: group `biollm`, and `biollm-local` with the deployments that never leave.
+
+    Args:
+        found: The deployments; those without an entry in `keys` are left out.
+        keys: Deployment id -> further `litellm_params`: `api_key`, `extra_headers`, `api_base`.
+        local_group: Whether to add the second group.
+    """
+    entries: list[dict[str, Any]] = []
+    for deployment in found:
+        if deployment.id not in keys:
+            continue
+        entry = _entry(deployment, keys[deployment.id])
+        entries.append(entry)
+        if local_group and deployment.local:
+            twin = {**entry["model_info"], "id": f"{deployment.id}@local"}
+            entries.append({**entry, "model_name": LOCAL_GROUP, "model_info": twin})
+    return entries
+
+
+def _entry(deployment: Deployment, key: Mapping[str, Any]) -> dict[str, Any]:
+    params: dict[str, Any] = {
+        "model": deployment.litellm_model,
+        "order": deployment.order,
+        "drop_params": True,
+    }
+    if deployment.base_url:
+        params["api_base"] = deployment.base_url
+    if rpm := requests_per_minute(deployment.limits):
+        params["rpm"] = rpm
+    if deployment.provider.timeout:
+        params["timeout"] = deployment.provider.timeout
+    info = {"id": deployment.id, "provider": deployment.provider.name, "account": deployment.account.name}
+    return {"model_name": GROUP, "litellm_params": {**params, **key}, "model_info": info}
+
+
+def requests_per_minute(limits: Iterable[Limit]) -> int | None:
+    """Return the requests of the tightest limit per second or minute, as LiteLLM's `rpm`, or None."""
+    per_minute = {"s": 60.0, "min": 1.0}
+    rates = [
+        limit.amount * per_minute[limit.unit]
+        for limit in limits
+        if limit.kind == "requests" and limit.unit in per_minute
+    ]
+    return max(1, int(min(rates))) if rates else None
+
+
+def proxy_config(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Return a config.yaml for the LiteLLM proxy, and a sentence for each deployment it cannot express.
+
+    Keys appear as `os.environ/NAME` only. The proxy counts requests per deployment and clock minute; token and
+    dollar budgets, shared accounts and data policies exist in biollm alone.
+    """
+    keys: dict[str, dict[str, Any]] = {}
+    left_out: list[str] = []
+    found = deployments(config)
+    for deployment in found:
+        if deployment.embedded or deployment.provider.litellm_provider == "github_copilot":
+            left_out.append(f"{deployment.id}: its answers or its tokens come from biollm's own process")
+        elif deployment.account.key_file:
+            left_out.append(f"{deployment.id}: its key lies in a file, which the proxy does not read")
+        elif deployment.account.env_key:
+            keys[deployment.id] = {"api_key": f"os.environ/{deployment.account.env_key}"}
+        else:
+            keys[deployment.id] = {"api_key": "none"}
+    settings = {**router_settings(config), "optional_pre_call_checks": ["enforce_model_rate_limits"]}
+    return {"model_list": model_list(found, keys), "router_settings": settings}, left_out

@@ -1,0 +1,186 @@
+"""Says who may serve a request now, and why each of the others may not. Sends nothing.
+
+The deployments of the waterfall with what they need: a key, a claim on the ledger, weights. `explain` reads it, the
+waterfall routes by it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from biollm import credentials, embedded, endpoints, routing
+from biollm.config import Config
+from biollm.credentials import Credential
+from biollm.errors import UnknownNameError
+from biollm.ledger import Ledger, Need
+from biollm.routing import Deployment, Policy, Wants
+
+if TYPE_CHECKING:
+    from biollm.endpoints import Endpoint
+
+Standing = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A deployment and how it stands now.
+
+    Attributes:
+        standing: "ready"; "limited" (a quota or a cooldown, until `until`); "refused" (its key was refused);
+            "keyless" (no key); "unfit" (the request needs or forbids something); "absent" (no server, no weights).
+        reason: One sentence; empty when ready.
+        until: Epoch seconds at which a limited rung frees.
+    """
+
+    deployment: Deployment
+    standing: Standing
+    reason: str = ""
+    until: float = 0.0
+
+
+class Rungs:
+    """The deployments of one configuration.
+
+    Args:
+        config: The configuration.
+        ledger: Shared with every process of the user.
+        state: The folder of tokens and weights.
+        policy: Overrides the configuration's data policy.
+        discover: Returns the running servers; called before every request, so it must only look at memory.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        state: Path,
+        policy: Policy,
+        discover: Callable[[], Iterable[Endpoint]] = tuple,
+    ) -> None:
+        self.config, self.ledger, self.state, self.policy = config, ledger, state, policy
+        self._discover = discover
+        self._servers: tuple[Endpoint, ...] | None = None
+        self.deployments: list[Deployment] = []
+        self.credentials: dict[str, Credential] = {}
+        self.needs: dict[str, Need] = {}
+        self._missing: dict[str, tuple[Standing, str]] = {}
+
+    def refresh(self) -> bool:
+        """Follow the running servers; return whether the deployments changed."""
+        servers = tuple(sorted(self._discover(), key=lambda server: server.start))
+        starts = [server.start for server in servers]
+        if self._servers is not None and starts == [server.start for server in self._servers]:
+            return False
+        self._servers = servers
+        self.deployments = routing.deployments(self.config, servers, self.policy)
+        alive = {deployment.id for deployment in self.deployments}
+        for known in (self.credentials, self.needs, self._missing):
+            for gone in set(known) - alive:
+                del known[gone]
+        for deployment in self.deployments:
+            if deployment.id not in self.needs and deployment.id not in self._missing:
+                self.admit(deployment, exchange=False)
+        return True
+
+    def admit(self, deployment: Deployment, *, exchange: bool = True) -> Credential | None:
+        """Look for what the deployment needs to be asked (again); return its credential, or None and note why.
+
+        With `exchange`, a short-lived token may be fetched, which blocks.
+        """
+        found = self._look(deployment, exchange)
+        if isinstance(found, str):
+            self.credentials.pop(deployment.id, None)
+            self._missing[deployment.id] = (
+                "keyless" if deployment.provider.type == "api" else "absent",
+                found,
+            )
+            return None
+        self._missing.pop(deployment.id, None)
+        self.credentials[deployment.id] = found
+        self.needs[deployment.id] = Need(deployment.scope, deployment.limits, cooling_keys(deployment, found))
+        return found
+
+    def _look(self, deployment: Deployment, exchange: bool) -> Credential | str:
+        if deployment.embedded:
+            model = self.config.models[deployment.model]
+            ready = embedded.ready(model, self.state)
+            return (
+                ready
+                if isinstance(ready, str)
+                else Credential("", "", base_url=embedded.address(model, ready))
+            )
+        if deployment.provider.type == "local" and deployment.base_url is None:
+            return f"no server is up: biollm up {deployment.model}"
+        if deployment.start:
+            server = next(server for server in self._servers or () if server.start == deployment.start)
+            return credentials.of_secret(endpoints.read_key(server))
+        return credentials.find(deployment.provider, deployment.account, self.state, exchange=exchange)
+
+    def missing(self, deployment: Deployment) -> str:
+        """Return what the deployment lacks to be asked at all, one sentence; empty when nothing."""
+        return self._missing.get(deployment.id, ("", ""))[1]
+
+    def standing(self, wants: Wants, *, skip: Iterable[str] = ()) -> list[Rung]:
+        """Return how each deployment asked for stands, in waterfall order, but those in `skip`."""
+        blocked, now = self.ledger.blocked(), time.time()
+        rungs = []
+        for deployment in self.deployments:
+            if deployment.id not in skip and routing.asked_for(deployment, wants):
+                rungs.append(self._stand(deployment, wants, blocked, now))
+        return rungs
+
+    def _stand(self, deployment: Deployment, wants: Wants, blocked: Any, now: float) -> Rung:
+        if missing := self._missing.get(deployment.id):
+            return Rung(deployment, *missing)
+        if reason := routing.obstacle(deployment, wants):
+            return Rung(deployment, "unfit", reason)
+        if blocked:
+            need = self.needs[deployment.id]
+            for key in (*need.cooling, f"scope:{need.scope}"):
+                until, why = blocked.get(key, (0.0, ""))
+                if until > now:
+                    return Rung(deployment, "refused" if key.startswith("key:") else "limited", why, until)
+        return Rung(deployment, "ready")
+
+
+def cooling_keys(deployment: Deployment, credential: Credential) -> tuple[str, ...]:
+    """Return the ledger's keys of which each, while it cools, keeps the deployment from serving."""
+    keys = [f"account:{deployment.scope}", f"endpoint:{deployment.endpoint}", f"deployment:{deployment.id}"]
+    return (*keys, f"key:{credential.fingerprint}") if credential.fingerprint else tuple(keys)
+
+
+def check_names(config: Config, provider: str | None, model: str | None) -> None:
+    """Refuse a forced provider or model that is not configured.
+
+    Raises:
+        UnknownNameError: It lists those that are.
+    """
+    if provider is not None:
+        config.provider(provider)
+    if model is not None:
+        among = [p for p in config.providers if provider in (None, p.name)]
+        names = [name for p in among for name in p.models]
+        if model not in names:
+            raise UnknownNameError("model", model, names)
+
+
+def explain(rungs: Rungs, wants: Wants) -> Sequence[Rung]:
+    """Return every deployment with how it stands now, quotas counted freshly; nothing is sent."""
+    rungs.refresh()
+    rungs.ledger.refresh()
+    found = rungs.standing(wants)
+    fresh = []
+    for rung in found:
+        if rung.standing == "ready":
+            used = rungs.ledger.used(rung.deployment.scope, rung.deployment.limits)
+            full = [(limit, resets) for limit, count, resets in used if count >= limit.amount]
+            if full:
+                rung = replace(
+                    rung, standing="limited", reason=f"{full[0][0]} is used up", until=full[0][1] or 0.0
+                )
+        fresh.append(rung)
+    return fresh

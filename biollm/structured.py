@@ -1,0 +1,71 @@
+"""Asks for an answer in the shape of a schema, and reads it back.
+
+LiteLLM passes `response_format` on where the provider takes one; where not, the schema goes into the prompt. Nothing
+in LiteLLM checks the answer or asks again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The wanted shape of an answer: a pydantic class, or a JSON Schema as a mapping."""
+
+    wanted: type[BaseModel] | Mapping[str, Any]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON Schema."""
+        return dict(self.wanted) if isinstance(self.wanted, Mapping) else self.wanted.model_json_schema()
+
+    @property
+    def response_format(self) -> dict[str, Any]:
+        """Return OpenAI's `response_format` for it."""
+        schema = self.schema
+        name = re.sub(r"\W", "_", str(schema.get("title") or "answer"))[:64]
+        return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
+
+    def in_prompt(self, messages: Sequence[Message]) -> list[Message]:
+        """Return `messages` with the schema put into words, for deployments that take no schema."""
+        asked = (
+            f"Answer with one JSON object only, valid against this JSON Schema:\n{json.dumps(self.schema)}"
+        )
+        if messages and messages[0]["role"] == "system":  # chat templates take one system message, first
+            return [{**messages[0], "content": f"{messages[0]['content']}\n\n{asked}"}, *messages[1:]]
+        return [{"role": "system", "content": asked}, *messages]
+
+    def parse(self, text: str) -> Any:
+        """Return the answer as the pydantic class, or as plain data where a JSON Schema was given.
+
+        Raises:
+            ValueError: The text holds no JSON, or not of this shape; the message says where.
+        """
+        found = re.search(r"\{.*\}|\[.*\]", text, re.DOTALL)  # tolerates a fence or a sentence around it
+        raw = found[0] if found else text
+        if not isinstance(self.wanted, Mapping):
+            return self.wanted.model_validate_json(raw)
+        import jsonschema
+
+        value = json.loads(raw)
+        try:
+            jsonschema.validate(value, self.schema)
+        except jsonschema.ValidationError as error:
+            raise ValueError(error.message) from None
+        return value
+
+
+def repair(messages: Sequence[Message], answer: str, problem: str) -> list[Message]:
+    """Return the conversation that asks once more, showing the answer and what is wrong with it."""
+    ask = f"That is not valid: {problem}\nAnswer again with the corrected JSON object only."
+    return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": ask}]
