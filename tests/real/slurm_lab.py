@@ -3,8 +3,7 @@
     with SlurmLab(Path("/tmp/lab")) as lab:
         lab.run("sbatch", "--gres=gpu:2", "job.sh")
 
-Installs Debian's slurm-wlm and munge where it runs as root. Every daemon is a child in the foreground that dies
-with this process; `stop` also ends what the jobs left behind.
+Installs Debian's slurm-wlm and munge where it runs as root. Every daemon is a child that dies with this process; `stop` also ends what the jobs left behind.
 """
 
 from __future__ import annotations
@@ -69,8 +68,8 @@ PartitionName=preempt Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE MaxTime=7-0 D
 PartitionName=short Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=10
 """
 NODE = (
-    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=192 Boards=1 SocketsPerBoard=2 "
-    "CoresPerSocket=96 ThreadsPerCore=1 RealMemory=2000000 Gres=gpu:h100:{gpus} Feature=h100 State=UNKNOWN\n"
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=192 Boards=1 "
+    "SocketsPerBoard=2 CoresPerSocket=96 ThreadsPerCore=1 RealMemory=2000000 Gres=gpu:h100:{gpus} Feature=h100 State=UNKNOWN\n"
 )
 
 
@@ -80,9 +79,7 @@ class LabMissingError(RuntimeError):
 
 def install() -> None:
     """Install slurm-wlm and munge from Debian when root; their system services are not started."""
-    if all(
-        shutil.which(tool, path=_path()) for tool in ("slurmctld", "slurmd", "sbatch", "munged", "setpriv")
-    ):
+    if all(shutil.which(tool, path=_path()) for tool in ("slurmctld", "slurmd", "sbatch", "munged", "setpriv")):
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise LabMissingError("no Slurm here: install slurm-wlm and munge, or run as root on Debian")
@@ -200,9 +197,7 @@ class SlurmLab:
         quiet = socket.gethostbyname(socket.gethostname()).startswith("127.")
         text = CONF.format(cluster=self.cluster, port=ports[0], user=getpass.getuser(), root=self.root,
                            communication="NoInAddrAny,NoCtldInAddrAny" if quiet else "")  # fmt: skip
-        nodes = [
-            NODE.format(name=n, port=p, gpus=self.gpus) for n, p in zip(self.nodes, ports[1:], strict=True)
-        ]
+        nodes = [NODE.format(name=n, port=p, gpus=self.gpus) for n, p in zip(self.nodes, ports[1:], strict=True)]
         head, partitions = text.split("PartitionName", 1)
         self.conf.write_text(head + "".join(nodes) + "PartitionName" + partitions)
         names = ",".join(self.nodes)
@@ -217,7 +212,8 @@ class SlurmLab:
         with (self.root / "log" / name).open("ab") as log:
             self._daemons[name] = subprocess.Popen(
                 ("setpriv", "--pdeathsig", "TERM", program, *rest),
-                env=self.env, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=self.env, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
             )  # fmt: skip
 
     def _stop(self, name: str, how: signal.Signals) -> None:

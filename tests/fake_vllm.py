@@ -1,0 +1,94 @@
+"""A stand-in for `vllm serve` that starts at once: takes vLLM's arguments, loads the middleware, answers.
+
+    python fake_vllm.py serve MODEL --port N --middleware MODULE.CLASS [--fake WHAT] ...
+
+Only for tests of the supervisor's own behaviour; what vLLM does is tested with the real one. WHAT: `crash`
+(exit 3 at once), `mute` (never listens, as vLLM on a taken port), `die:S` (exit 5 after S seconds), `slow:S`
+(answers completions after S seconds), `refuse` (completions fail), `stubborn` (ignores TERM).
+"""
+
+import argparse
+import asyncio
+import importlib
+import json
+import signal
+import sys
+
+
+def application(what: str, served: str):
+    async def app(scope, receive, send):
+        request = await receive()
+        while request.get("more_body"):
+            request = await receive()
+        status, body = 200, {}
+        if scope["path"] == "/v1/models":
+            body = {"data": [{"id": served}]}
+        elif scope["path"] in ("/v1/completions", "/v1/chat/completions"):
+            await asyncio.sleep(float(what.partition(":")[2] or 0) if what.startswith("slow") else 0)
+            status = 500 if what == "refuse" else 200
+            body = {"choices": [{"text": "hi"}], "model": served}
+        elif scope["path"] not in ("/health", "/metrics"):
+            status = 404
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+    return app
+
+
+async def converse(app, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    method, path, _ = head[0].split(" ")
+    pairs = [line.split(": ", 1) for line in head[1:] if line]
+    headers = [(name.lower().encode(), value.encode()) for name, value in pairs]
+    body = await reader.readexactly(int(dict(headers).get(b"content-length", 0)))
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            writer.write(f"HTTP/1.1 {message['status']} -\r\nconnection: close\r\n".encode())
+            writer.write(b"".join(b"%s: %s\r\n" % pair for pair in message["headers"]) + b"\r\n")
+        else:
+            writer.write(message["body"])
+
+    await app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
+    await writer.drain()
+    writer.close()
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("serve")
+    parser.add_argument("model")
+    for name in ("--host", "--served-model-name", "--middleware"):
+        parser.add_argument(name)
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--fake", default="")
+    options, _ = parser.parse_known_args()
+    what = options.fake
+    print("fake vLLM:", *sys.argv[1:], flush=True)
+    if what == "crash":
+        print("ValueError: the weights are broken", file=sys.stderr)
+        sys.exit(3)
+    stopped = asyncio.Event()
+    stop = (lambda: None) if what == "stubborn" else stopped.set
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    if what.startswith("die"):
+        asyncio.get_running_loop().call_later(float(what.partition(":")[2]), sys.exit, 5)
+    module, _, name = options.middleware.rpartition(".")
+    app = getattr(importlib.import_module(module), name)(application(what, options.served_model_name))
+    if what == "mute":
+        await stopped.wait()
+        return
+    server = await asyncio.start_server(
+        lambda r, w: converse(app, r, w), options.host, options.port, reuse_address=True
+    )
+    await stopped.wait()
+    server.close()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others)  # requests in flight are finished, as with --shutdown-timeout
+
+
+asyncio.run(main())
