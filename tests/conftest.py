@@ -1,0 +1,74 @@
+"""What the tests share: a loopback network, folders of their own, and a waterfall written in one line.
+
+def test_the_second_answers(net, waterfall):
+    waterfall(first=net.refusing(), second=net.serve(text="from second"))
+    assert str(get_model_client().complete("hi")) == "from second"
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from provider import Loopback, Server
+
+KEYS = "LIGHTNING_API_KEY GOOGLE_API_KEY GEMINI_API_KEY OPENAI_API_KEY HF_TOKEN OPENAI_BASE_URL OPENAI_API_BASE"
+Rung = Server | str | Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Loopback]:
+    """Servers of one module's tests."""
+    with Loopback() as net:
+        yield net
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state folder of this test alone; no test sees the user's files, keys or proxies."""
+    for name in os.environ:
+        if name.startswith("BIOLLM_") and name != "BIOLLM_REQUIRE_REAL":
+            monkeypatch.delenv(name)
+    for name in (*KEYS.split(), "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg-config"))
+    monkeypatch.setenv("BIOLLM_SITE_CONFIG", str(tmp_path / "site"))
+    monkeypatch.setenv("BIOLLM_STATE_DIR", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def waterfall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write a configuration of these providers alone, in this order, and use it.
+
+    A server or a URL stands for an API provider with the one model `small` and a key `sk-planted-NAME-...` in the
+    variable NAME_KEY; a mapping gives further keys or other values. `top` holds keys of the file's top.
+    """
+
+    def write(top: Mapping[str, Any] | None = None, /, **rungs: Rung) -> Path:
+        folder = tmp_path / "config"
+        folder.mkdir(exist_ok=True)
+        entries = {name: _entry(name, place, rung) for place, (name, rung) in enumerate(rungs.items(), 1)}
+        for name in rungs:
+            monkeypatch.setenv(f"{name.upper()}_KEY", f"sk-planted-{name}-0123456789")
+        whole = {"inherit": False, "providers": entries, **(top or {})}
+        (folder / "providers.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+        monkeypatch.setenv("BIOLLM_CONFIG_DIR", str(folder))
+        return folder
+
+    return write
+
+
+def _entry(name: str, place: int, rung: Rung) -> dict[str, Any]:
+    given = (
+        {"base_url": rung.url} if isinstance(rung, Server) else {"base_url": rung} if isinstance(rung, str) else rung
+    )
+    entry = {"type": "api", "priority": place, "models": ["small"], "env_key": f"{name.upper()}_KEY", **given}
+    if entry["type"] != "api" or "accounts" in entry or "key_file" in entry:
+        entry = {key: value for key, value in entry.items() if key != "env_key" or key in given}
+    return entry
