@@ -1,0 +1,295 @@
+"""Reads the records that running model servers leave in the run directory, and says which are alive.
+
+Slurm knows jobs, not servers; LiteLLM knows configured URLs, not what came and went. A record counts while it is
+renewed, its walltime is not about to end, its owner is trusted, its host is a node of the cluster, and the server
+at its address names the same start (a port can have a new owner before a record is gone).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from biollm.owners import is_this_host, uids
+from biollm.site import run_dir
+
+if TYPE_CHECKING:
+    from biollm.config import Cluster
+
+STALE_S = 20.0  # a record is renewed every 5 s, or 10 s later by a server that is slow to answer
+ENDING_S = 10.0  # a server with less walltime left gets no new requests
+PROBE_S = 15.0  # between two questions to the same server
+_RETRY_S = 2.0  # the same, after it did not answer
+_UNUSED_S = 60.0  # a watch that nobody asks stops reading
+_SKEW_S = 60.0  # how long a measured difference of clocks is believed
+_START = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that is alive.
+
+    Attributes:
+        start: Id of this start of the server; every answer carries it as `x-biollm-start`.
+        job: Slurm's job id.
+        ticket: Id of the submission; unlike a job's id it is never used again.
+        host: The node's name.
+        base_url: "http://ADDRESS:PORT/v1".
+        key_file: Holds the key of this start; see `read_key`.
+        owner: User id of the record's owner.
+        left_s: Seconds of walltime left when it was read.
+        age_s: Seconds since the record was renewed.
+        up_s: Seconds since the start, at that renewal.
+        chain: Id of the chain of successors, or "".
+        link: Place in the chain, from 1.
+    """
+
+    start: str
+    cluster: str
+    job: str
+    ticket: str
+    model: str
+    served_model_name: str
+    host: str
+    base_url: str
+    key_file: Path
+    owner: int
+    left_s: float
+    age_s: float
+    up_s: float
+    chain: str
+    link: int
+
+
+class Records:
+    """The records of a cluster's run directory; unchanged ones are not read again."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster, self._run = cluster, run_dir(cluster)
+        self._owners = uids(cluster.trusted_owners)
+        self._known: dict[str, tuple[tuple[int, int], Any, int]] = {}
+        self._nodes: tuple[float, dict[str, str]] = (-1.0, {})
+        self._skew = (-_SKEW_S, 0.0)
+
+    def read(self) -> tuple[list[Endpoint], dict[str, str]]:
+        """Return what is alive by its record, and for every other record why it is not."""
+        alive: list[Endpoint] = []
+        others: dict[str, str] = {}
+        known, self._known = self._known, {}
+        try:
+            entries = [entry for entry in os.scandir(self._run / "records") if entry.name.endswith(".json")]
+        except OSError:
+            return [], {}
+        now = self.now() if entries else 0.0
+        for entry in entries:
+            try:
+                seen = entry.stat(follow_symlinks=False)
+                mark = (seen.st_mtime_ns, seen.st_ino)
+                if (old := known.get(entry.name)) is None or old[0] != mark:
+                    old = (mark, *_load(entry.path))
+                self._known[entry.name] = old
+                found = self._judge(entry.name[:-5], old[1], old[2], now - seen.st_mtime)
+            except FileNotFoundError:
+                continue  # it left just now
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                found = "cannot be read, or is no record"
+            if isinstance(found, str):
+                others[entry.name[:-5]] = found
+            else:
+                alive.append(found)
+        return alive, others
+
+    def now(self) -> float:
+        """Return the time by the file system's clock: nodes' and servers' clocks may differ by minutes."""
+        measured, skew = self._skew
+        if time.monotonic() - measured >= _SKEW_S:
+            skew = _skew(self._run)
+            self._skew = (time.monotonic(), skew)
+        return time.time() + skew
+
+    def _judge(self, name: str, record: Any, owner: int, age: float) -> Endpoint | str:
+        """Return the endpoint of a record, or why it does not count."""
+        left = float(record["left_s"]) - age
+        address, host = str(record["address"]), str(record["host"])
+        if record["cluster"] != self._cluster.name:
+            return f"belongs to the cluster {record['cluster']!r}"
+        if owner not in self._owners:
+            return f"its owner (user id {owner}) is not trusted"
+        if record["start"] != name or not _START.fullmatch(name):
+            return "is named otherwise than its file"
+        if age > STALE_S:
+            return f"was not renewed for {age:.0f} s"
+        if left < ENDING_S:
+            return "its walltime is about to end"
+        if self._node_map().get(host) != address and not is_this_host(address):
+            return f"{host} ({address}) is not known as a node of the cluster"
+        return Endpoint(
+            start=name, cluster=record["cluster"], job=str(record["job"]), ticket=str(record["ticket"]),
+            model=str(record["model"]), served_model_name=str(record["model"]), host=host,
+            base_url=f"http://{address}:{int(record['port'])}/v1", key_file=self._run / "starts" / name / "key",
+            owner=owner, left_s=left, age_s=max(age, 0.0), up_s=float(record["up_s"]),
+            chain=str(record["chain"]), link=int(record["link"]),
+        )  # fmt: skip
+
+    def _node_map(self) -> Mapping[str, str]:
+        """Return node name -> address, as the controller told `biollm up` or `status` last."""
+        path = self._run / f"nodes-{self._cluster.name}.json"
+        try:
+            changed = path.stat().st_mtime
+            if changed != self._nodes[0]:
+                nodes, owner = _load(path)
+                self._nodes = (changed, nodes if owner in self._owners else {})
+        except (OSError, ValueError):
+            return {}
+        return self._nodes[1]
+
+
+class Watch:
+    """The servers that are alive, kept in memory and refreshed in the background: asking costs no file access."""
+
+    def __init__(self, cluster: Cluster, interval: float = 0.5) -> None:
+        self._records, self._interval = Records(cluster), interval
+        self._alive: tuple[Endpoint, ...] = ()
+        self._probed: dict[str, tuple[float, bool]] = {}  # start -> when, and whether it answered
+        self._thread: threading.Thread | None = None
+        self._asked = 0.0
+
+    def alive(self) -> tuple[Endpoint, ...]:
+        """Return the servers alive at most an interval ago; the first call reads at once."""
+        self._asked = time.monotonic()
+        if self._thread is None or not self._thread.is_alive():  # also in the child of a fork
+            self.refresh()
+            self._thread = threading.Thread(target=self._run, name="biollm-endpoints", daemon=True)
+            self._thread.start()
+        return self._alive
+
+    def refresh(self) -> tuple[Endpoint, ...]:
+        """Read the records, and ask the servers that are new or were not asked for a while."""
+        found, _ = self._records.read()
+        now = time.monotonic()
+        probed = self._probed = {e.start: self._probed[e.start] for e in found if e.start in self._probed}
+        due = [e for e in found if (p := probed.get(e.start)) is None or now - p[0] > (PROBE_S if p[1] else _RETRY_S)]
+        for endpoint, named in _probe(due):
+            answered = probed.get(endpoint.start, (0.0, False))[1] if named is None else named == endpoint.start
+            probed[endpoint.start] = (now, answered)
+        self._alive = tuple(e for e in found if probed.get(e.start, (0.0, False))[1])
+        return self._alive
+
+    def _run(self) -> None:
+        while time.monotonic() - self._asked < _UNUSED_S:
+            began = time.monotonic()
+            self.refresh()
+            took = time.monotonic() - began
+            time.sleep(max(self._interval, 20 * took))  # a slow file system is read more rarely
+
+
+def scan(cluster: Cluster) -> tuple[Endpoint, ...]:
+    """Return the servers that are alive now; reads and asks once."""
+    return Watch(cluster).refresh()
+
+
+def read_key(endpoint: Endpoint) -> str:
+    """Return the key of an endpoint.
+
+    Raises:
+        OSError: It is gone, not readable for this user, or not the record's owner's.
+    """
+    with endpoint.key_file.open() as file:
+        if os.fstat(file.fileno()).st_uid != endpoint.owner:
+            raise PermissionError(f"{endpoint.key_file} does not belong to the owner of its record.")
+        return file.read().strip()
+
+
+def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout: float) -> tuple[int, str]:
+    """Return status and text of one request to the server itself, with its key and past any proxy.
+
+    Args:
+        endpoint: The server.
+        method: "GET" or "POST".
+        path: From the root, such as "/v1/completions".
+        body: Sent as JSON.
+        timeout: Seconds.
+
+    Raises:
+        OSError: It did not answer, or another server did.
+    """
+    status, start, text = _request(endpoint, method, path, body, timeout, read_key(endpoint))
+    if start != endpoint.start:
+        raise ConnectionError(f"Another server answers at {endpoint.base_url}.")
+    return status, text
+
+
+def load(endpoint: Endpoint) -> tuple[int, int] | None:
+    """Return how many requests run and wait on a server, or None when it does not say."""
+    try:
+        _, text = ask(endpoint, "GET", "/metrics", timeout=3)
+    except OSError:
+        return None
+    found = re.findall(r"^vllm:num_requests_(running|waiting)(?:\{.*\})? ([\d.e+]+)$", text, re.MULTILINE)
+    running, waiting = (sum(float(n) for name, n in found if name == which) for which in ("running", "waiting"))
+    return int(running), int(waiting)
+
+
+def _load(path: str | Path) -> tuple[Any, int]:
+    """Return the JSON of a file and its owner; a link, or a file that others may write, is an error."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
+        seen = os.fstat(file.fileno())
+        if not stat.S_ISREG(seen.st_mode) or seen.st_mode & 0o022:
+            raise ValueError("others may write it")
+        return json.load(file), seen.st_uid
+
+
+def _skew(folder: Path) -> float:
+    """Return the file system's clock minus this host's, in seconds; 0 where nothing can be written."""
+    mark = folder / f".clock-{os.getuid()}"
+    try:
+        mark.touch(mode=0o600)
+        return mark.stat().st_mtime - time.time()
+    except OSError:
+        return 0.0
+
+
+def _probe(endpoints: Sequence[Endpoint]) -> Iterable[tuple[Endpoint, str | None]]:
+    """Yield for each server the start that it names: "" for none or no connection, None for no answer in time."""
+    if not endpoints:
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask_health(endpoint: Endpoint) -> str | None:
+        try:
+            return _request(endpoint, "GET", "/health", None, 1.0, None)[1]
+        except TimeoutError:
+            return None
+        except OSError:
+            return ""
+
+    with ThreadPoolExecutor(min(64, len(endpoints))) as pool:
+        yield from zip(endpoints, pool.map(ask_health, endpoints), strict=True)
+
+
+def _request(
+    endpoint: Endpoint, method: str, path: str, body: Any, timeout: float, key: str | None
+) -> tuple[int, str, str]:
+    """Return (status, start id, text) of one request."""
+    import http.client
+
+    url = urlsplit(endpoint.base_url)
+    connection = http.client.HTTPConnection(str(url.hostname), url.port, timeout=timeout)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers.get("x-biollm-start") or "", answer.read().decode(errors="replace")
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"{endpoint.base_url} does not speak HTTP: {error!r}") from error
+    finally:
+        connection.close()

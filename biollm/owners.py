@@ -1,0 +1,48 @@
+"""Says whose a process or a file is: on a shared host, another user's server must not get a prompt or a key."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:
+    """Does whatever listens at a loopback URL belong to this user, a trusted owner or root?
+
+    On a shared host anybody can take port 8000 first. Other hosts, and a port where nobody listens, are not
+    judged: True.
+    """
+    url = urlsplit(base_url)
+    if url.hostname not in _LOOPBACK:
+        return True
+    port = url.port or (443 if url.scheme == "https" else 80)
+    trusted = uids(trusted_owners) | {0}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+        except OSError:
+            continue
+        if any(r[3] == "0A" and int(r[1].rpartition(":")[2], 16) == port and int(r[7]) not in trusted for r in rows):
+            return False
+    return True
+
+
+def is_this_host(address: str) -> bool:
+    """Is the address loopback, or this host's own name?"""
+    return address in _LOOPBACK or address == socket.gethostname()
+
+
+def uids(trusted_owners: Iterable[str]) -> frozenset[int]:
+    """Return the user ids of this user and of the trusted owners (names or numbers; unknown names are left out)."""
+    found = {os.getuid()}
+    for name in trusted_owners:
+        with suppress(KeyError):
+            found.add(int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid)
+    return frozenset(found)
