@@ -1,0 +1,33 @@
+"""Explains every log of a folder, a few at a time, with a progress bar.
+
+    python examples/many_logs.py examples/logs
+
+A log that nobody could explain does not stop the others.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.progress import Progress
+
+from biollm.client import Completion, get_model_client
+
+
+def main() -> None:
+    logs = sorted(Path(sys.argv[1]).glob("*.log"))
+    prompts = [f"Why did this job fail? One sentence.\n\n{log.read_text(errors='replace')[-20_000:]}" for log in logs]
+    client = get_model_client(allow_degraded=True)
+    with Progress() as bar:
+        task = bar.add_task("asking", total=len(logs))
+        answers = client.complete_many(
+            prompts, concurrency=4, max_retries=2, progress=lambda done, _: bar.update(task, completed=done)
+        )
+    for log, answer in zip(logs, answers, strict=True):
+        text = answer.text if isinstance(answer, Completion) else f"no answer: {answer}"
+        print(f"{log.name}: {text.strip()}")
+    if not all(isinstance(answer, Completion) for answer in answers):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
