@@ -1,6 +1,7 @@
 """Prints slurm_templates/vllm-flags.json; run it by the Python of an environment that holds the vLLM to describe.
 
-Value of a flag: "bool" (negated by --no-), "flag" (given or not), "int", "float", "json", "list", "str", or its choices.
+Value of a flag: "bool" (negated by --no-), "flag" (given or not), "int", "float", "tokens" (16k, 16K), "json",
+"list", "str", or its choices.
 """
 
 import json
@@ -27,14 +28,12 @@ def kind(action):
     while name in ("_optional_type", "_parse_type"):  # optional_type(int): the function it wraps
         action.type = action.type.__closure__[0].cell_contents
         name = getattr(action.type, "__name__", "str")
-    return {"human_readable_int": "int", "human_readable_int_or_auto": "tokens", "loads": "json", "parse_dataclass": "json",
+    return {"human_readable_int": "tokens", "human_readable_int_or_auto": "tokens", "loads": "json", "parse_dataclass": "json",
             "union_dict_and_str": "json", "int": "int", "float": "float"}.get(name, "str")  # fmt: skip
 
 
 flags = {
-    max(action.option_strings, key=len).removeprefix("--").replace("-", "_")
-    if type(action).__name__ != "BooleanOptionalAction"
-    else action.option_strings[0].removeprefix("--").replace("-", "_"): kind(action)
+    next(option for option in action.option_strings if option.startswith("--"))[2:].replace("-", "_"): kind(action)
     for action in make_arg_parser(FlexibleArgumentParser())._actions
     if action.option_strings and action.dest != "help"
 }

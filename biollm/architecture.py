@@ -1,0 +1,130 @@
+"""Reads a model's architecture numbers from its published `config.json`.
+
+LiteLLM knows prices, not layers; vLLM computes this on a GPU node only, and needs torch to do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from biollm.config import Architecture
+from biollm.errors import UsageError
+
+# A key of these says that some layers keep a state instead of a KV cache: the formulas below would be wrong.
+_HYBRID = ("mamba_d_state", "ssm_cfg", "linear_num_value_heads", "state_size", "hybrid_override_pattern")
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+
+
+def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
+    """Return the architecture of a decoder-only transformer from its Hugging Face `config.json`.
+
+    Covers the llama shape (Llama, Qwen2/3, Mistral, Phi-3), mixtures of experts (Mixtral, Qwen-MoE, MiniMax-M2,
+    gpt-oss) and multi-head latent attention (DeepSeek-V2/V3).
+
+    Raises:
+        UsageError: A key is missing, or the model is of a kind whose size this cannot compute.
+    """
+    text = cast("Mapping[str, Any]", config.get("text_config") or config)
+    kind, hint = str(text.get("model_type")), "Write the `architecture:` block in models.yaml by hand."
+    if any(text.get(key) for key in _HYBRID) or "linear_attention" in (text.get("layer_types") or ()):
+        raise UsageError(f"model_type {kind} has state-space layers: its size is not known.", hint=hint)
+    try:
+        return _read(config, text, kind)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"config.json (model_type {kind}) is not of a known kind: {error!r}.", hint=hint) from None
+
+
+def _read(config: Mapping[str, Any], text: Mapping[str, Any], kind: str) -> Architecture:
+    heads = int(text["num_attention_heads"])
+    experts = _first(text, "n_routed_experts", "num_local_experts", "num_experts")
+    parameters, kept = _count(text, kind, experts)
+    quantization = cast("Mapping[str, Any]", config.get("quantization_config") or {})
+    published = text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "bfloat16"
+    dtype, bits = _dtype(quantization, str(published))
+    block = quantization.get("weight_block_size") or [0]
+    mla = int(text.get("kv_lora_rank") or 0)
+    return Architecture(
+        parameters=parameters,
+        weight_bytes=round((parameters - kept) * bits / 8 + kept * _BITS.get(dtype, 16) / 8),
+        dtype=dtype,
+        layers=int(text["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=0 if mla else int(text.get("num_key_value_heads") or heads),
+        head_dim=0 if mla else _head_dim(text),
+        kv_lora_rank=mla,
+        rope_dim=int(text["qk_rope_head_dim"]) if mla else 0,
+        hidden=int(text["hidden_size"]),
+        intermediate=_expert_size(text) if experts else int(text["intermediate_size"]),
+        vocab=int(text["vocab_size"]),
+        experts=experts,
+        quant_block=int(block[0]),
+        context=int(text.get("max_position_embeddings") or 0),
+    )
+
+
+def _count(text: Mapping[str, Any], kind: str, experts: int) -> tuple[int, int]:
+    """Return (all parameters, those that quantisation leaves alone: embeddings, head, routers)."""
+    hidden, layers, vocab = int(text["hidden_size"]), int(text["num_hidden_layers"]), int(text["vocab_size"])
+    embeddings = vocab * hidden * (1 if text.get("tie_word_embeddings") else 2)
+    dense = 3 * hidden * int(text["intermediate_size"])
+    moe_layers, router = 0, 0
+    if experts:
+        moe_layers = len(
+            range(int(text.get("first_k_dense_replace") or 0), layers, int(text.get("decoder_sparse_step") or 1))
+        )
+        router = experts * hidden
+    expert = 3 * hidden * _expert_size(text) if experts else 0
+    shared = int(text.get("n_shared_experts") or 0) * expert + 3 * hidden * int(
+        text.get("shared_expert_intermediate_size") or 0
+    )
+    feed_forward = (layers - moe_layers) * dense + moe_layers * (router + shared + experts * expert)
+    parameters = embeddings + hidden + layers * (2 * hidden + _attention(text, kind)) + feed_forward
+    # gpt-oss keeps everything but its experts in bfloat16
+    kept = parameters - moe_layers * experts * expert if kind == "gpt_oss" else embeddings + moe_layers * router
+    return parameters, kept
+
+
+def _attention(text: Mapping[str, Any], kind: str) -> int:
+    hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
+    if text.get("kv_lora_rank"):  # multi-head latent attention
+        latent, rope, value = (
+            int(text["kv_lora_rank"]),
+            int(text["qk_rope_head_dim"]),
+            int(text["v_head_dim"]),
+        )
+        nope, query = int(text["qk_nope_head_dim"]), int(text.get("q_lora_rank") or 0)
+        queries = (hidden + 1 + heads * (nope + rope)) * query if query else hidden * heads * (nope + rope)
+        return queries + hidden * (latent + rope) + latent + latent * heads * (nope + value) + heads * value * hidden
+    q, kv = heads * _head_dim(text), int(text.get("num_key_value_heads") or heads) * _head_dim(text)
+    size = 2 * hidden * q + 2 * hidden * kv
+    if kind.startswith("qwen2") or text.get("attention_bias"):
+        size += q + 2 * kv + (hidden if text.get("attention_bias") else 0)
+    if kind.startswith("qwen3"):
+        size += 2 * _head_dim(text)
+    return size + (q + kv if text.get("use_qk_norm") else 0)
+
+
+def _dtype(quantization: Mapping[str, Any], published: str) -> tuple[str, float]:
+    """Return the name of the weights' type, and bits per weight with its scales."""
+    if not quantization:
+        return published, _BITS.get(published, 16)
+    method = str(quantization.get("quant_method", "?"))
+    groups = cast("Mapping[str, Any]", quantization.get("config_groups") or {})
+    weights: list[dict[str, Any]] = [group.get("weights") or {} for group in groups.values()]
+    bits = int(quantization.get("bits") or (weights[0].get("num_bits") if weights else 0) or 0)
+    bits = bits or (4 if method == "mxfp4" or quantization.get("load_in_4bit") else 8)
+    # a 16-bit scale (and a zero point) per group of 128 or 32; an fp32 scale per 128 x 128 block of fp8
+    return method, bits + (0.25 if bits == 4 else 32 / 128**2)
+
+
+def _head_dim(text: Mapping[str, Any]) -> int:
+    return int(text.get("head_dim") or int(text["hidden_size"]) // int(text["num_attention_heads"]))
+
+
+def _expert_size(text: Mapping[str, Any]) -> int:
+    return _first(text, "moe_intermediate_size", "intermediate_size")
+
+
+def _first(text: Mapping[str, Any], *keys: str) -> int:
+    return next((int(text[key]) for key in keys if text.get(key)), 0)

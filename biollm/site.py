@@ -1,0 +1,60 @@
+"""Says where a site keeps things: run directory, logs, caches, weights, and the file its nodes run. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from biollm._resources import state_dir
+from biollm.config import Cluster, Model
+from biollm.errors import UsageError
+
+
+def run_dir(cluster: Cluster) -> Path:
+    """Return the folder on the shared file system where servers leave their records."""
+    return cluster.run_dir or state_dir() / "slurm"
+
+
+def log_dir(cluster: Cluster) -> Path:
+    """Return the folder of the jobs' and servers' logs."""
+    return cluster.log_dir or run_dir(cluster) / "logs"
+
+
+def cache_dir(cluster: Cluster) -> Path:
+    """Return the folder of caches that must not fill $HOME."""
+    return cluster.cache_dir or run_dir(cluster) / "cache"
+
+
+def models_dir(cluster: Cluster) -> Path:
+    """Return the shared folder of the weights."""
+    return cluster.models_dir or run_dir(cluster) / "models"
+
+
+def weights_dir(model: Model, cluster: Cluster) -> Path:
+    """Return where a model's weights are, or are to be: its `path`, or models_dir/ORG/NAME[@REVISION].
+
+    Raises:
+        UsageError: It is no local model with weights on Hugging Face or in a folder.
+    """
+    if model.path:
+        return model.path
+    if model.type != "local" or not model.hf_id:
+        raise UsageError(f"{model.key} is no local model: it needs `type: local`, and an hf_id or a path.")
+    suffix = f"@{model.revision.replace('/', '_')}" if model.revision else ""
+    return models_dir(cluster) / f"{model.hf_id}{suffix}"
+
+
+def node_files(cluster: Cluster) -> dict[Path, str]:
+    """Return what must lie in run_dir before a job starts, path -> text; the supervisor comes first.
+
+    A new version has another name, so that running jobs keep theirs.
+    """
+    stem, texts = _node_source()
+    return {run_dir(cluster) / "lib" / f"{stem}{part}.py": text for part, text in texts.items()}
+
+
+@cache
+def _node_source() -> tuple[str, dict[str, str]]:
+    texts = {part: (Path(__file__).parent / f"_node{part}.py").read_text() for part in ("", "_guard")}
+    return f"biollm_node_{hashlib.sha256(''.join(texts.values()).encode()).hexdigest()[:12]}", texts

@@ -1,0 +1,124 @@
+"""Checks `vllm_args` against a snapshot of vLLM's flags, and turns them into arguments of `vllm serve`.
+
+vLLM's own parser cannot be imported on a login node (it wants a device), and it accepts an unknown quantisation
+or parser, and a GPU memory utilisation of 1.7. tests/real/vllm_flags.py makes the snapshot from that parser.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, cast
+
+from biollm._resources import data_dir
+from biollm.errors import UsageError, nearest
+from biollm.fit import token_count
+
+# Set for each start by the launch script or on the node
+_OURS = {
+    "model", "served_model_name", "revision", "host", "port", "uds", "root_path", "config", "middleware", "grpc",
+    "shutdown_timeout", "api_server_count", "headless", "nnodes", "node_rank", "master_addr", "master_port",
+    "device_ids", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs",
+}  # fmt: skip
+_SECRET = ("api_key", "hf_token")
+_LEAST = {
+    "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "max_num_seqs": 1,
+    "block_size": 1, "cpu_offload_gb": 0, "seed": 0,
+}  # fmt: skip
+_PLUGINS = {"tool_call_parser": "tool_parser_plugin", "reasoning_parser": "reasoning_parser_plugin"}
+
+
+@cache
+def snapshot() -> dict[str, Any]:
+    """Return the version ("vllm") and the flags of vLLM: "bool", "flag", "int", "tokens", "json", ..., or choices."""
+    return json.loads((data_dir("slurm_templates") / "vllm-flags.json").read_text())
+
+
+def problems(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield (key, one sentence) for everything in `args` that vLLM would refuse, or take and then fail."""
+    flags = snapshot()["flags"]
+    given = {_name(key) for key in args}
+    for key, value in args.items():
+        name = _name(key)
+        if name in _SECRET:
+            yield key, "is a secret. Every start gets a key of its own; `biollm pull` reads HF_TOKEN."
+        elif name in _OURS:
+            yield key, "is set by biollm itself. Take it out."
+        elif name not in flags:
+            near = nearest(name, flags)
+            hint = f" Did you mean {near!r}?" if near else ""
+            yield key, f"is no flag of vLLM {snapshot()['vllm']}.{hint}"
+        elif message := _wrong(name, flags[name], value, free=_PLUGINS.get(name) in given):
+            yield key, message
+    if args.get("enable_auto_tool_choice") and "tool_call_parser" not in given:
+        yield "enable_auto_tool_choice", "needs tool_call_parser beside it."
+
+
+def _wrong(name: str, kind: Any, value: Any, *, free: bool) -> str | None:
+    """Return what is wrong with one value, or None; `free` lets any choice pass."""
+    if value is None or value == "" or "\0" in str(value):
+        return "has no value."
+    if (kind in ("bool", "flag")) != isinstance(value, bool):
+        return f"is {value!r}, not {'true or false' if kind in ('bool', 'flag') else 'a value for it'}."
+    items = [str(item) for item in (value if isinstance(value, list) else [value])]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if isinstance(kind, list):
+        choices = [str(choice) for choice in kind]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        unknown = None if free else next((item for item in items if item not in choices), None)
+        near = nearest(unknown or "", choices)
+        hint = f" Did you mean {near!r}?" if near else ""
+        return f"is {unknown!r}.{hint} Known: {', '.join(choices)}." if unknown else None
+    if kind == "json":
+        return None if isinstance(value, dict | list) or _is_json(value) else f"is {value!r}, not JSON."
+    if isinstance(value, dict) or (isinstance(value, list) and kind != "list"):
+        return "takes one value."
+    if kind == "list":
+        return "takes no values that begin with a dash." if any(item.startswith("-") for item in items) else None
+    return _number(name, kind, value)
+
+
+def _number(name: str, kind: str, value: Any) -> str | None:
+    if kind == "tokens":
+        try:
+            token_count(value)
+        except UsageError as error:
+            return f"is no number of tokens: {value!r}. {error.hint}"
+    if kind not in ("int", "float"):
+        return None
+    if not isinstance(value, int | float) or (kind == "int" and value != int(value)):
+        return f"is {value!r}, not a {'whole ' if kind == 'int' else ''}number."
+    if name == "gpu_memory_utilization" and not 0 < value <= 1:
+        return f"is {value}; it is a share of the GPU's memory, above 0 and at most 1."
+    least = _LEAST.get(name)
+    return f"is {value}; the least is {least}." if least is not None and value < least else None
+
+
+def argv(args: Mapping[str, object]) -> list[str]:
+    """Return `args` as command-line arguments; call it only on what has no `problems`."""
+    flags = snapshot()["flags"]
+    words: list[str] = []
+    value: Any
+    for key, value in args.items():
+        flag, kind = "--" + _name(key).replace("_", "-"), flags[_name(key)]
+        if isinstance(value, bool):
+            words += [flag] if value else [f"--no-{flag[2:]}"] if kind == "bool" else []
+        elif isinstance(value, dict) or (isinstance(value, list) and kind == "json"):
+            words += [flag, json.dumps(value, separators=(",", ":"))]
+        elif isinstance(value, list):
+            words += [flag, *map(str, cast("list[object]", value))] if value else []
+        else:
+            text = str(value)
+            words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return words
+
+
+def _name(key: str) -> str:
+    return key.lstrip("-").replace("-", "_")
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.loads(str(value))
+    except ValueError:
+        return False
+    return True
