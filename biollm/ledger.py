@@ -1,0 +1,444 @@
+"""What all processes of a user remember together: who sent how much, who is cooling, and how attempts ended.
+
+LiteLLM counts per deployment, per process and per clock minute, and has no token budget; here limits belong
+to an account, hold in any window, and are exact over processes. `quotas.db` answers "may I send?";
+`history.db` keeps what happened: table `attempt`, one column per field of Record, indexed by `at`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import json
+import logging
+import math
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
+
+from biollm._sqlite import BOUND, Database, Writer, on_network, read
+from biollm.types import Outcome
+
+if TYPE_CHECKING:
+    from biollm.config import Limit
+
+_log = logging.getLogger("biollm")
+
+_RETRY = 5.0  # seconds until a ledger that failed is asked again
+_PRUNE = 60.0  # seconds between removals of what no window can see any more
+_EXIT = 2.0  # seconds that closing waits for a file
+
+# SQLite 3.26 (RHEL 8) must do: no RETURNING, no STRICT. `tokens` is NULL until the attempt is finished; long
+# after `at`, that marks a process that died.
+_QUOTAS = """
+CREATE TABLE IF NOT EXISTS sent (id INTEGER PRIMARY KEY, scope TEXT NOT NULL, at REAL NOT NULL, tokens, usd);
+CREATE INDEX IF NOT EXISTS sent_scope_at ON sent (scope, at);
+CREATE TABLE IF NOT EXISTS total (
+    scope TEXT NOT NULL, start REAL NOT NULL, until REAL NOT NULL,
+    requests DEFAULT 0, tokens DEFAULT 0, usd DEFAULT 0, PRIMARY KEY (scope, start, until)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS cooling (
+    key TEXT PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
+"""
+_COOLING = "SELECT key, until, reason FROM cooling WHERE until > ?"
+_COOL = (
+    "INSERT INTO cooling VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE"
+    " SET until = excluded.until, reason = excluded.reason WHERE excluded.until > until"
+)
+_CLAIM = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # the least that must still fit
+
+
+@dataclass(frozen=True)
+class Need:
+    """One attempt's claim.
+
+    Attributes:
+        scope: Who the limits belong to: "gemini/default", or "gemini/default:model" where they are per model.
+        limits: Every one must have room.
+        cooling: Keys any of which blocks the attempt while it cools: the account, the endpoint, the API key.
+    """
+
+    scope: str
+    limits: tuple[Limit, ...] = ()
+    cooling: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Nothing may be sent before `until` (seconds since the epoch).
+
+    Attributes:
+        reason: One sentence: "15/min used by gemini/default, frees in 12 s".
+        key: What blocks: "scope:" and the scope for a limit, else the cooling key.
+    """
+
+    until: float
+    reason: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished attempt of a request. Times in seconds since the epoch, durations in ms, money in USD.
+
+    Attributes:
+        request: The id that all attempts of a request share.
+        ttft_ms: Milliseconds to the first token of a stream.
+        order: The deployment's place in the waterfall, from 1.
+        tags: The caller's own, such as {"agent": "ErrorDiagnosisAgent"}.
+    """
+
+    at: float
+    request: str
+    deployment: str
+    provider: str
+    account: str
+    model: str
+    outcome: Outcome
+    reason: str = ""
+    status: int | None = None
+    ms: float = 0.0
+    ttft_ms: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float | None = None
+    order: int = 0
+    degraded: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+_COLUMNS = ", ".join(f'"{column.name}"' for column in fields(Record))
+_HISTORY = f"""
+CREATE TABLE IF NOT EXISTS attempt (id INTEGER PRIMARY KEY, {_COLUMNS});
+CREATE INDEX IF NOT EXISTS attempt_at ON attempt (at);
+"""
+_ADD = f"INSERT INTO attempt ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(Record)))})"  # noqa: S608
+_PAGE = f"SELECT id, {_COLUMNS} FROM attempt WHERE (at, id) > (?, ?) AND at < ? ORDER BY at, id LIMIT 5000"  # noqa: S608
+
+_Write = Callable[[sqlite3.Connection], object]
+_Query = Callable[[str, Sequence[object]], list[Any]]
+
+
+@dataclass(eq=False)
+class _Ask:
+    need: Need
+    id: int
+    future: asyncio.Future[int | Refused | None]
+    answer: int | Refused | None = None
+
+
+class _Process:
+    """What belongs to one process and must not survive a fork; `memory` stands in for quotas.db."""
+
+    def __init__(self, quotas: Writer[_Ask | _Write], history: Writer[Record]) -> None:
+        self.quotas, self.history = quotas, history
+        self.lock = threading.Lock()
+        self.memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self.memory.executescript(_QUOTAS)
+
+
+class Ledger:
+    """The ledger in one folder; for any mixture of threads, event loops, processes and forks.
+
+    Nothing is opened before first use. While a file cannot be used, limits hold within this process, up to
+    10,000 finished attempts wait in memory, and one warning of the logger "biollm" says so.
+
+    Args:
+        directory: Made (0700) if missing. With the setgid bit it is a group's, and files are 0660.
+        clock: Seconds since the epoch.
+        network: Whether the folder is on a network file system; None to find out.
+    """
+
+    def __init__(
+        self, directory: Path, *, clock: Callable[[], float] = time.time, network: bool | None = None
+    ) -> None:
+        self._directory, self._clock, self._network = directory, clock, network
+        self._quotas, self._history = directory / "quotas.db", directory / "history.db"
+        # A parent's stays in here after a fork: closing its files in the child would harm the parent.
+        self._processes: dict[int, _Process] = {}
+        self._blocked: dict[str, tuple[float, str]] = {}
+        self._alone_since: float | None = None
+        self._pruned = -math.inf
+        self._warned = threading.Lock()  # held once the one warning is out
+        atexit.register(self.close)
+
+    async def reserve(self, need: Need) -> int | Refused:
+        """Count one request against every limit of `need`, or say why not and until when; at most 250 ms.
+
+        Exact over all processes. A cancelled caller may leave its request counted.
+        """
+        process = self._process()
+        since = self._alone_since
+        if since is None or abs(self._clock() - since) >= _RETRY:
+            loop = asyncio.get_running_loop()
+            ask = _Ask(need, secrets.randbits(62), loop.create_future())
+            process.quotas.put(ask, urgent=True)
+            timer = loop.call_later(BOUND, self._give_up, ask.future)
+            try:
+                answer = await ask.future
+            finally:
+                timer.cancel()
+            if answer is not None:
+                return answer
+        return self._reserve_alone(process, need)
+
+    def finish(self, reservation: int | None, scope: str, record: Record) -> None:
+        """Hand in a finished attempt: its tokens and cost count at once, and it is on disk 50 ms later."""
+        process = self._process()
+        if reservation is not None:
+            used = (record.prompt_tokens + record.completion_tokens, record.cost_usd or 0.0)
+            done = partial(_finish, scope=scope, reservation=reservation, at=record.at, used=used)
+            if self._alone_since is not None:
+                with process.lock:
+                    done(process.memory)
+            process.quotas.put(done)
+        process.history.put(record)
+
+    def cool(self, key: str, seconds: float, reason: str) -> None:
+        """Block `key` in every process for `seconds`. Of two blocks the longer holds: both were asked for."""
+        until = self._clock() + seconds
+        self._block(key, until, reason)
+        self._process().quotas.put(lambda db: db.execute(_COOL, (key, until, reason)))
+
+    def blocked(self) -> Mapping[str, tuple[float, str]]:
+        """Return what blocks by this process's last view: cooling key or "scope:..." -> (until, reason)."""
+        now = self._clock()
+        return {key: block for key, block in self._blocked.copy().items() if block[0] > now}
+
+    def refresh(self) -> None:
+        """Read who is cooling from the file, and forget limits found full; blocks up to 250 ms."""
+        for key in [key for key in self._blocked.copy() if key.startswith("scope:")]:
+            self._blocked.pop(key, None)
+        for key, until, reason in self._read(self._quotas, _COOLING, (self._clock(),)):
+            self._block(key, until, reason)
+
+    def used(self, scope: str, limits: Sequence[Limit]) -> list[tuple[Limit, float, float | None]]:
+        """Return (limit, used, resets at): its period's end, or when a window's oldest request leaves."""
+        now, query = self._clock(), partial(self._read, self._quotas)
+        return [(limit, *_used(query, scope, limit, now)) for limit in limits]
+
+    def history(self, since: float | None = None, until: float | None = None) -> Iterator[Record]:
+        """Yield the attempts of `since` <= at < `until`, oldest first. No lock is held between them."""
+        last, number = -math.inf if since is None else since, -1
+        while rows := self._read(self._history, _PAGE, (last, number, math.inf if until is None else until)):
+            for row in rows:
+                yield Record(*row[1:-2], degraded=bool(row[-2]), tags=json.loads(row[-1]))
+            number, last = rows[-1][:2]
+
+    def flush(self) -> None:
+        """Wait, at most 2 s, until everything handed in has been written or has failed."""
+        if process := self._processes.get(os.getpid()):
+            process.quotas.flush(_EXIT)
+            process.history.flush(_EXIT)
+
+    def close(self) -> None:
+        """Write what waits and close the files, in at most 2 s each; also done at interpreter exit."""
+        if process := self._processes.pop(os.getpid(), None):
+            process.quotas.close(_EXIT)
+            process.history.close(_EXIT)
+            with process.lock:
+                process.memory.close()
+
+    def _process(self) -> _Process:
+        pid = os.getpid()
+        return self._processes.get(pid) or self._processes.setdefault(pid, self._start())
+
+    def _start(self) -> _Process:
+        network = on_network(self._directory) if self._network is None else self._network
+        # There a rollback journal waits for the disk at every commit; a power cut may cost quotas.db instead.
+        quotas = Database(self._quotas, _QUOTAS, network=network, synchronous="OFF" if network else "NORMAL")
+        history = Database(self._history, _HISTORY, network=network, synchronous="NORMAL")
+        return _Process(
+            Writer(quotas, self._write_quotas, self._settle_quotas),
+            Writer(history, _write_history, lambda _, error: self._warn(error)),
+        )
+
+    def _write_quotas(self, db: sqlite3.Connection, jobs: Sequence[_Ask | _Write]) -> None:
+        now = self._clock()
+        if abs(now - self._pruned) > _PRUNE:
+            _prune(db, now)
+            self._pruned = now
+        for key, until, reason in db.execute(_COOLING, (now,)):
+            self._block(key, until, reason)
+        for job in jobs:
+            if not isinstance(job, _Ask):
+                job(db)
+            elif not job.future.done():
+                job.answer = self._decide(db, job.need, job.id, now)
+
+    def _settle_quotas(self, jobs: Sequence[_Ask | _Write], error: Exception | None) -> None:
+        self._alone_since = self._clock() if error else None
+        self._warn(error)
+        loops: dict[asyncio.AbstractEventLoop, list[_Ask]] = {}
+        for job in jobs:
+            if isinstance(job, _Ask):
+                job.answer = None if error else job.answer
+                loops.setdefault(job.future.get_loop(), []).append(job)
+        for loop, asks in loops.items():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits there
+                loop.call_soon_threadsafe(_resolve, asks)
+
+    def _reserve_alone(self, process: _Process, need: Need) -> int | Refused:
+        now = self._clock()
+        with process.lock:
+            answer = self._decide(process.memory, need, secrets.randbits(62), now)
+        if isinstance(answer, int):
+            process.quotas.put(partial(_grant, need=need, reservation=answer, at=now))
+        return answer
+
+    def _decide(self, db: sqlite3.Connection, need: Need, reservation: int, now: float) -> int | Refused:
+        keys = (*need.cooling, f"scope:{need.scope}")  # a limit found full stays full until it frees
+        found = [(*self._blocked.get(key, (0.0, "")), key) for key in keys]
+        refusals = [refusal for refusal in found if refusal[0] > now]
+        for limit in need.limits:
+            until = _full(db, need.scope, limit, now)
+            if until is not None:
+                refusals.append((until, f"{limit} used by {need.scope}", f"scope:{need.scope}"))
+        if not refusals:
+            _grant(db, need, reservation, now)
+            return reservation
+        until, reason, key = max(refusals)
+        self._block(key, until, reason)
+        return Refused(until, f"{reason}, frees in {_span(until - now)}", key)
+
+    def _block(self, key: str, until: float, reason: str) -> None:
+        if until > self._blocked.get(key, (-math.inf,))[0]:
+            self._blocked[key] = (until, reason)
+
+    def _give_up(self, future: asyncio.Future[int | Refused | None]) -> None:
+        if not future.done():
+            self._alone_since = self._clock()
+            self._warn(TimeoutError(f"no answer within {BOUND * 1000:.0f} ms"))
+            future.set_result(None)
+
+    def _read(self, path: Path, sql: str, arguments: Sequence[object]) -> list[Any]:
+        try:
+            return read(path, sql, arguments)
+        except (sqlite3.Error, OSError) as error:
+            self._warn(error)
+            return []
+
+    def _warn(self, error: Exception | None) -> None:
+        if error and self._warned.acquire(blocking=False):
+            _log.warning(
+                "The ledger in %s cannot be used (%s): until it can, limits hold within this process, and "
+                "records wait in memory. Make the folder writable, or set BIOLLM_STATE_DIR to another.",
+                self._directory,
+                error,
+            )
+
+
+def _resolve(asks: Sequence[_Ask]) -> None:
+    for ask in asks:
+        if not ask.future.done():
+            ask.future.set_result(ask.answer)
+
+
+def _write_history(db: sqlite3.Connection, records: Sequence[Record]) -> None:
+    rows = [[getattr(record, column.name) for column in fields(Record)] for record in records]
+    db.executemany(_ADD, [[*row[:-1], json.dumps(dict(row[-1]))] for row in rows])
+
+
+def _grant(db: sqlite3.Connection, need: Need, reservation: int, at: float) -> None:
+    if need.limits:
+        db.execute("INSERT INTO sent (id, scope, at) VALUES (?, ?, ?)", (reservation, need.scope, at))
+    for start, until in {_period(limit, at) for limit in need.limits if not limit.rolling}:
+        db.execute(
+            "INSERT INTO total (scope, start, until, requests) VALUES (?, ?, ?, 1)"
+            " ON CONFLICT (scope, start, until) DO UPDATE SET requests = requests + 1",
+            (need.scope, start, until),
+        )
+
+
+def _finish(
+    db: sqlite3.Connection, scope: str, reservation: int, at: float, used: tuple[float, float]
+) -> None:
+    db.execute("UPDATE sent SET tokens = ?, usd = ? WHERE id = ?", (*used, reservation))
+    db.execute(  # in the periods in which it was sent
+        "UPDATE total SET tokens = tokens + ?, usd = usd + ? WHERE scope = ?"
+        " AND coalesce((SELECT at FROM sent WHERE id = ?), ?) BETWEEN start AND until - 1e-6",
+        (*used, scope, reservation, at),
+    )
+
+
+def _prune(db: sqlite3.Connection, now: float) -> None:
+    """Remove what no limit looks at: windows are an hour at most. Rows of a clock that ran ahead go too."""
+    db.execute("DELETE FROM sent WHERE abs(at - ?) > 3660", (now,))
+    db.execute("DELETE FROM total WHERE until < ?", (now - 86400,))  # a day for attempts still under way
+    db.execute("DELETE FROM cooling WHERE until <= ?", (now,))
+
+
+def _used(query: _Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:
+    """Return how much of `limit` is used, and when its period ends or its oldest request leaves."""
+    if not limit.rolling:
+        start, until = _period(limit, now)
+        sql = f"SELECT {limit.kind} FROM total WHERE scope = ? AND start = ? AND until = ?"  # noqa: S608
+        rows = query(sql, (scope, start, until))
+        return (rows[0][0] if rows else 0.0), until
+    value = "1" if limit.kind == "requests" else limit.kind
+    sql = f"SELECT total({value}), min(at) FROM sent WHERE scope = ? AND at > ?"  # noqa: S608
+    ((used, oldest),) = query(sql, (scope, now - _window(limit))) or [(0.0, None)]
+    return used, None if oldest is None else oldest + _window(limit)
+
+
+def _full(db: sqlite3.Connection, scope: str, limit: Limit, now: float) -> float | None:
+    """Return when `limit` has room again, or None if it has room now."""
+    used, until = _used(lambda sql, values: db.execute(sql, values).fetchall(), scope, limit, now)
+    excess = used + _CLAIM[limit.kind] - limit.amount
+    if excess <= 0:
+        return None
+    if limit.rolling:
+        value = "1" if limit.kind == "requests" else f"coalesce({limit.kind}, 0)"
+        sql = f"SELECT at, {value} FROM sent WHERE scope = ? AND at > ? ORDER BY at"  # noqa: S608
+        for at, count in db.execute(sql, (scope, now - _window(limit))).fetchall():
+            excess -= count
+            if excess <= 0:
+                return at + _window(limit)
+    return until
+
+
+def _window(limit: Limit) -> float:
+    """Return the seconds that a request counts in a rolling window.
+
+    The server counts arrivals, not reservations. Where one request is slow to arrive (name look-up, TLS) and
+    a later one quick, they stand closer together there than here; the second more makes up for it.
+    """
+    return limit.seconds + min(1.0, limit.seconds / 10)
+
+
+def _period(limit: Limit, now: float) -> tuple[float, float]:
+    """Return start and end of the calendar day or month around `now`, as `limit.resets` has it."""
+    clock, _, zone = (limit.resets or "00:00").partition(" ")
+    hour, minute = (int(part) for part in clock.split(":"))
+    tz = ZoneInfo(zone) if zone else UTC
+
+    def begin(day: date) -> float:
+        return datetime.combine(day, time_of_day(hour, minute), tz).timestamp()
+
+    def step(day: date, days: int) -> date:
+        if limit.unit == "day":
+            return day + timedelta(days)
+        return (day + timedelta(31 if days > 0 else -1)).replace(day=1)
+
+    today = datetime.fromtimestamp(now, tz).date()
+    first = today if limit.unit == "day" else today.replace(day=1)
+    if begin(first) > now:
+        first = step(first, -1)
+    return begin(first), begin(step(first, 1))
+
+
+def _span(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{math.ceil(seconds)} s"

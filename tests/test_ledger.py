@@ -1,0 +1,648 @@
+import asyncio
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from biollm._sqlite import on_network
+from biollm.config import Limit
+from biollm.ledger import Ledger, Need, Record, Refused
+
+NOON = 1_795_435_200.0  # 2026-11-23 12:00 UTC
+SCOPE = "gemini/default"
+SPAWN = multiprocessing.get_context("spawn")
+both_journals = pytest.mark.parametrize("network", [False, True], ids=["wal", "rollback"])
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
+    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ledger:
+        yield ledger
+
+
+def per(amount: float, unit: str, kind: str = "requests", resets: str | None = None) -> Limit:
+    return Limit(kind, amount, unit, resets)
+
+
+def reserve(ledger: Ledger, *limits: Limit, scope: str = SCOPE, cooling: tuple[str, ...] = ()) -> int | Refused:
+    return asyncio.run(ledger.reserve(Need(scope, limits, cooling)))
+
+
+def granted(answers: list[int | Refused]) -> int:
+    return sum(not isinstance(answer, Refused) for answer in answers)
+
+
+def record(at: float = NOON, **more: object) -> Record:
+    facts = {"request": "r1", "deployment": "gemini/m", "provider": "gemini", "account": "default", "model": "m"}
+    return Record(at=at, outcome="ok", **facts | more)
+
+
+def rows(folder: Path, sql: str, file: str = "quotas.db") -> list[tuple]:
+    with contextlib.closing(sqlite3.connect(folder / file)) as db:
+        return db.execute(sql).fetchall()
+
+
+# Limits
+
+
+def test_a_request_limit_holds_in_every_window(ledger: Ledger, clock: Clock) -> None:
+    """A window is held a second longer than it says: requests do not all take equally long to arrive."""
+    sent = []
+    for _ in range(400):
+        if not isinstance(reserve(ledger, per(15, "min")), Refused):
+            sent.append(clock.now)
+        clock.now += 0.5
+    assert max(sum(start <= at < start + 61 for at in sent) for start in sent) == 15
+    assert len(sent) == 60  # 15 in each of the 61 s windows that 200 s touch: not one is wasted
+
+
+def test_a_refusal_says_what_is_used_by_whom_and_when_it_frees(ledger: Ledger, clock: Clock) -> None:
+    reserve(ledger, per(2, "min"))
+    clock.now += 49
+    reserve(ledger, per(2, "min"))
+    assert reserve(ledger, per(2, "min")) == Refused(
+        NOON + 61, "2/min used by gemini/default, frees in 12 s", "scope:gemini/default"
+    )
+    assert ledger.blocked() == {"scope:gemini/default": (NOON + 61, "2/min used by gemini/default")}
+    clock.now = NOON + 61
+    assert ledger.blocked() == {}
+    assert isinstance(reserve(ledger, per(2, "min")), int)
+
+
+@pytest.mark.parametrize(
+    ("limit", "uses", "frees"),
+    [
+        (per(3, "s"), [(0, 0.0)] * 3, 1.1),
+        (per(3, "hour"), [(0, 0.0)] * 3, 3601),
+        (per(2.4, "min"), [(0, 0.0)] * 2, 61),  # a share of 12/min: never more than the share
+        (per(1000, "min", "tokens"), [(600, 0.0), (400, 0.0)], 61),
+        (per(1000, "hour", "tokens"), [(999, 0.0), (5000, 0.0)], 3601),
+        (per(0.5, "hour", "usd"), [(1, 0.3), (1, 0.2)], 3601),
+        (per(3, "day"), [(0, 0.0)] * 3, 12 * 3600),
+        (per(3, "month"), [(0, 0.0)] * 3, 7.5 * 86400),
+        (per(1000, "day", "tokens"), [(600, 0.0), (400, 0.0)], 12 * 3600),
+        (per(30e6, "month", "tokens"), [(30_000_000, 0.0)], 7.5 * 86400),
+        (per(10, "month", "usd"), [(1, 4.0), (1, 6.0)], 7.5 * 86400),
+        (per(1, "day", resets="00:00 America/Los_Angeles"), [(0, 0.0)], 20 * 3600),
+    ],
+    ids=str,
+)
+def test_a_limit_is_full_when_used_and_frees(
+    tmp_path: Path, clock: Clock, limit: Limit, uses: list[tuple[int, float]], frees: float
+) -> None:
+    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ledger:
+        for tokens, cost in uses:
+            reservation = reserve(ledger, limit)
+            assert isinstance(reservation, int)
+            ledger.finish(
+                reservation,
+                SCOPE,
+                record(prompt_tokens=tokens - tokens // 3, completion_tokens=tokens // 3, cost_usd=cost),
+            )
+        refused = reserve(ledger, limit)
+        assert isinstance(refused, Refused)
+        assert refused.until == pytest.approx(NOON + frees)
+        clock.now = refused.until
+        assert isinstance(reserve(ledger, limit), int)
+
+
+def test_the_request_that_must_leave_first_decides_when_a_token_limit_frees(ledger: Ledger, clock: Clock) -> None:
+    limit = per(1000, "min", "tokens")
+    for tokens in (100, 800, 200):
+        ledger.finish(reserve(ledger, limit), SCOPE, record(prompt_tokens=tokens))
+        clock.now += 10
+    assert reserve(ledger, limit).until == NOON + 10 + 61  # 100 alone would leave 1000 used
+
+
+def test_every_limit_is_asked_before_anything_counts_and_the_last_to_free_is_named(ledger: Ledger) -> None:
+    limits = per(2, "min"), per(1, "day")
+    reserve(ledger, *limits)
+    assert reserve(ledger, *limits).reason == "1/day used by gemini/default, frees in 12 h"
+    assert [used for _, used, _ in ledger.used(SCOPE, limits)] == [1, 1]
+
+
+def test_scopes_do_not_share_limits(ledger: Ledger) -> None:
+    answers = [reserve(ledger, per(1, "min"), scope=scope) for scope in ("a", "a", "b", "a:m", "b")]
+    assert [isinstance(answer, Refused) for answer in answers] == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("unit", "resets", "now", "start", "end"),
+    [
+        ("day", "00:00 Europe/Berlin", "2026-03-29 12:00", "2026-03-29 00:00", "2026-03-30 00:00"),  # 23 h
+        ("day", "00:00 Europe/Berlin", "2026-10-25 12:00", "2026-10-25 00:00", "2026-10-26 00:00"),  # 25 h
+        ("day", "02:30 Europe/Berlin", "2026-03-29 01:00", "2026-03-28 02:30", "2026-03-29 03:30"),  # no 02:30
+        ("day", "09:00 Asia/Tokyo", "2026-11-23 08:59", "2026-11-22 09:00", "2026-11-23 09:00"),
+        ("month", "00:00 America/Los_Angeles", "2026-11-30 23:59", "2026-11-01 00:00", "2026-12-01 00:00"),
+        ("month", "06:00 Europe/Berlin", "2026-03-01 05:00", "2026-02-01 06:00", "2026-03-01 06:00"),
+        ("month", "00:00 UTC", "2028-02-29 12:00", "2028-02-01 00:00", "2028-03-01 00:00"),
+        ("month", "00:00 UTC", "2026-12-31 23:59", "2026-12-01 00:00", "2027-01-01 00:00"),
+    ],
+)
+def test_days_and_months_begin_when_the_provider_says(
+    ledger: Ledger, clock: Clock, unit: str, resets: str, now: str, start: str, end: str
+) -> None:
+    def at(text: str) -> float:
+        return datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(resets.split()[1])).timestamp()
+
+    limit = per(1, unit, resets=resets)
+    clock.now = at(start) - 1
+    reserve(ledger, limit)  # counts for the period before
+    clock.now = at(now)
+    assert ledger.used(SCOPE, [limit]) == [(limit, 0, at(end))]
+    assert isinstance(reserve(ledger, limit), int)
+    assert reserve(ledger, limit).until == at(end)
+
+
+def test_an_attempt_counts_in_the_periods_in_which_it_was_sent(ledger: Ledger, clock: Clock) -> None:
+    limits = per(100, "day", "tokens"), per(100, "month", "tokens")
+    clock.now = NOON + 12 * 3600 - 1
+    reservation = reserve(ledger, *limits)
+    clock.now += 2
+    ledger.finish(reservation, SCOPE, record(clock.now, prompt_tokens=60))
+    ledger.flush()
+    assert [used for _, used, _ in ledger.used(SCOPE, limits)] == [0, 60]
+
+
+def test_used_of_a_ledger_that_does_not_exist_is_nothing_and_makes_nothing(tmp_path: Path, clock: Clock) -> None:
+    ledger = Ledger(tmp_path / "state", clock=clock)
+    limits = per(15, "min"), per(10, "month", "usd")
+    ledger.refresh()
+    assert ledger.used(SCOPE, limits) == [(limits[0], 0, None), (limits[1], 0, NOON + 7.5 * 86400)]
+    assert list(ledger.history()) == []
+    ledger.close()
+    assert not (tmp_path / "state").exists()
+
+
+def test_what_no_window_sees_is_removed_even_from_a_clock_that_ran_ahead(ledger: Ledger, clock: Clock) -> None:
+    clock.now += 10 * 86400
+    reserve(ledger, per(5, "hour"))
+    clock.now = NOON
+    reserve(ledger, per(5, "hour"), per(5, "day"))
+    clock.now += 2 * 86400
+    reserve(ledger, per(5, "hour"))
+    assert len(rows(ledger._directory, "SELECT * FROM sent")) == 1
+    assert rows(ledger._directory, "SELECT * FROM total") == []
+
+
+# Processes
+
+
+def spawned_child(folder: Path, network: bool, count: int, threads: int, out: object) -> None:
+    """Reserve from several threads at once, each with an event loop of its own and several tasks on it."""
+    ledger = Ledger(folder, network=network)
+    answers: list[int | Refused] = []
+
+    async def burst() -> None:
+        answers.extend(await asyncio.gather(*(ledger.reserve(Need(SCOPE, (per(60, "min"),))) for _ in range(count))))
+
+    running = [threading.Thread(target=lambda: asyncio.run(burst())) for _ in range(threads)]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join()
+    ledger.close()
+    out.put(granted(answers))
+
+
+@pytest.mark.slow
+@both_journals
+def test_a_limit_is_exact_over_processes_threads_and_loops(tmp_path: Path, network: bool) -> None:
+    out = SPAWN.Queue()
+    children = [SPAWN.Process(target=spawned_child, args=(tmp_path, network, 25, 2, out)) for _ in range(4)]
+    for child in children:
+        child.start()
+    counts = [out.get() for _ in children]
+    for child in children:
+        child.join()
+    assert sum(counts) == 60
+    assert rows(tmp_path, "PRAGMA journal_mode") == [("delete" if network else "wal",)]
+
+
+VICTIM = """
+import asyncio, sys, time
+from pathlib import Path
+from biollm.config import Limit
+from biollm.ledger import Ledger, Need, Record
+ledger = Ledger(Path(sys.argv[1]), network=sys.argv[2] == "True")
+async def main():
+    while True:
+        got = await ledger.reserve(Need("s", (Limit("requests", 1e6, "min"), Limit("requests", 1e6, "day"))))
+        sys.stdout.write("r"); sys.stdout.flush()
+        ledger.finish(got, "s", Record(time.time(), "r", "d", "p", "a", "m", "ok", prompt_tokens=1))
+        if sys.argv[3] == "flush":
+            ledger.flush()
+            sys.stdout.write("f"); sys.stdout.flush()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@both_journals
+@pytest.mark.parametrize("flush", ["flush", "stream"])
+def test_a_killed_process_loses_nothing_and_blocks_nobody(tmp_path: Path, network: bool, flush: str) -> None:
+    dice, told = random.Random(7), ""
+    with contextlib.closing(Ledger(tmp_path, network=network)) as ledger:
+        for _ in range(4):
+            victim = subprocess.Popen(
+                [sys.executable, "-c", VICTIM, tmp_path, str(network), flush], stdout=subprocess.PIPE, text=True
+            )
+            told += victim.stdout.read(20)
+            time.sleep(dice.random() / 20)  # any moment will do
+            victim.send_signal(signal.SIGKILL)
+            told += victim.communicate()[0]
+            assert isinstance(reserve(ledger, per(1e6, "min"), scope="other"), int)
+        assert ledger._alone_since is None
+        day = per(1e6, "day")
+        ((_, reserved, _),) = ledger.used("s", [day])
+        assert told.count("r") <= reserved <= told.count("r") + 4
+        assert told.count("f") <= sum(1 for _ in ledger.history()) <= reserved
+    unfinished = rows(tmp_path, "SELECT count(*) FROM sent WHERE tokens IS NULL AND scope = 's'")[0][0]
+    finished = rows(tmp_path, "SELECT tokens FROM total WHERE scope = 's'")[0][0]
+    assert finished + unfinished == reserved
+    for file in ("quotas.db", "history.db"):
+        assert rows(tmp_path, "PRAGMA integrity_check", file) == [("ok",)]
+
+
+def test_a_forked_child_writes_for_itself_and_leaves_its_parents_files_alone(tmp_path: Path) -> None:
+    ledger, limit = Ledger(tmp_path), per(10, "min")
+    reserve(ledger, limit)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            got = [reserve(ledger, limit) for _ in range(6)]
+            ledger.finish(got[0], SCOPE, record(time.time(), request="child"))
+            ledger.close()
+            status = 0
+        os._exit(status)
+    got = [reserve(ledger, limit) for _ in range(6)]
+    assert os.waitpid(child, 0)[1] == 0
+    ledger.finish(got[0], SCOPE, record(time.time(), request="parent"))
+    ledger.flush()
+    assert {entry.request for entry in ledger.history()} == {"child", "parent"}
+    assert ledger.used(SCOPE, [limit])[0][1] == 10
+    ledger.close()
+
+
+EXIT = """
+import asyncio, sys
+from pathlib import Path
+from biollm.config import Limit
+from biollm.ledger import Ledger, Need, Record
+ledger = Ledger(Path(sys.argv[1]))
+got = asyncio.run(ledger.reserve(Need("s", (Limit("requests", 5, "min"),))))
+ledger.finish(got, "s", Record(1.0, "r", "d", "p", "a", "m", "ok"))
+ledger.cool("key:1", 1e9, "refused")
+"""
+
+
+def test_a_clean_exit_writes_what_waits_and_says_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", EXIT, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(list(Ledger(tmp_path).history())) == 1
+    assert rows(tmp_path, "SELECT tokens IS NULL FROM sent") == [(0,)]
+    assert rows(tmp_path, "SELECT key FROM cooling") == [("key:1",)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "history.db",
+        "history.lock",
+        "quotas.db",
+        "quotas.lock",
+    ]
+
+
+# Cooling
+
+
+def test_cooling_blocks_at_once_here_and_soon_in_every_process(tmp_path: Path, clock: Clock) -> None:
+    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+    one.cool("account:gemini/default", 30.5, "429 from gemini")
+    assert one.blocked() == {"account:gemini/default": (NOON + 30.5, "429 from gemini")}
+    assert other.blocked() == {}
+    one.flush()
+    refused = reserve(other, per(15, "min"), cooling=("endpoint:x", "account:gemini/default"))
+    assert refused == Refused(NOON + 30.5, "429 from gemini, frees in 31 s", "account:gemini/default")
+    assert other.blocked() == one.blocked()
+    assert isinstance(reserve(other, cooling=("endpoint:x",)), int)
+    clock.now += 30.5
+    assert isinstance(reserve(other, per(15, "min"), cooling=("account:gemini/default",)), int)
+    assert other.blocked() == {}
+    one.close()
+    other.close()
+
+
+def test_any_answer_of_the_ledger_brings_the_news_of_other_processes(tmp_path: Path, clock: Clock) -> None:
+    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+    one.cool("key:1", 9, "401")
+    one.flush()
+    reserve(other, scope="unrelated")
+    assert other.blocked() == {"key:1": (NOON + 9, "401")}
+    one.cool("key:2", 9, "401")
+    one.flush()
+    other.refresh()
+    assert set(other.blocked()) == {"key:1", "key:2"}
+    one.close()
+    other.close()
+
+
+def test_of_two_blocks_the_longer_holds(ledger: Ledger, clock: Clock) -> None:
+    for seconds, reason in ((20, "minute"), (7200, "day"), (20, "minute")):
+        ledger.cool("account:a", seconds, reason)
+    assert ledger.blocked() == {"account:a": (NOON + 7200, "day")}
+    ledger.flush()
+    assert rows(ledger._directory, "SELECT * FROM cooling") == [("account:a", NOON + 7200, "day")]
+    assert reserve(ledger, cooling=("account:a",)).reason == "day, frees in 2 h"
+
+
+def test_refresh_forgets_a_limit_found_full_so_that_a_raised_one_counts(ledger: Ledger) -> None:
+    reserve(ledger, per(1, "day"))
+    assert isinstance(reserve(ledger, per(1, "day")), Refused)
+    ledger.refresh()
+    assert isinstance(reserve(ledger, per(2, "day")), int)
+
+
+# History
+
+
+def test_history_keeps_every_fact_in_the_order_of_time(ledger: Ledger) -> None:
+    full = record(
+        NOON + 1, reason="é ✓ 'quoted'", status=503, ms=12.5, ttft_ms=3.25, prompt_tokens=7, completion_tokens=9,
+        cost_usd=0.25, order=4, degraded=True, tags={"agent": "ErrorDiagnosisAgent", "user": "ü"},
+    )  # fmt: skip
+    for entry in (full, record(NOON), record(NOON + 2), record(NOON + 2, request="r2")):
+        ledger.finish(None, SCOPE, entry)
+    ledger.flush()
+    assert list(ledger.history()) == [record(NOON), full, record(NOON + 2), record(NOON + 2, request="r2")]
+    assert list(ledger.history(NOON + 1, NOON + 2)) == [full]
+
+
+def test_history_is_read_in_pages_and_blocks_no_writer_meanwhile(tmp_path: Path, clock: Clock) -> None:
+    with contextlib.closing(Ledger(tmp_path, clock=clock, network=True)) as ledger:
+        for number in range(5001):
+            ledger.finish(None, SCOPE, record(NOON, request=str(number)))
+        ledger.flush()
+        reading = ledger.history()
+        assert next(reading).request == "0"
+        ledger.finish(None, SCOPE, record(NOON, request="last"))
+        ledger.flush()
+        assert [entry.request for entry in reading] == [*map(str, range(1, 5001)), "last"]
+
+
+def test_a_finished_attempt_reaches_the_disk_by_itself(ledger: Ledger) -> None:
+    ledger.finish(reserve(ledger, per(5, "min")), SCOPE, record())
+    deadline = time.monotonic() + 20  # 50 ms are promised; a loaded machine gets longer
+    while not list(ledger.history()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert list(ledger.history()) == [record()]
+
+
+# Faults: completions work, limits hold in the process, one warning says so
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    with contextlib.closing(sqlite3.connect(folder / "quotas.db", isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@contextlib.contextmanager
+def stopped_in_the_queue(folder: Path) -> Iterator[None]:
+    """Another process stands at the head of the queue and does nothing."""
+    held, go = SPAWN.Event(), SPAWN.Event()
+    other = SPAWN.Process(target=hold_queue, args=(folder / "quotas.lock", held, go))
+    other.start()
+    held.wait()
+    yield
+    go.set()
+    other.join()
+
+
+def hold_queue(path: Path, held: object, go: object) -> None:
+    with path.open("r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        held.set()
+        go.wait()
+
+
+@both_journals
+@pytest.mark.parametrize("trouble", [locked, stopped_in_the_queue])
+def test_while_the_file_is_held_limits_are_kept_here_and_are_told_afterwards(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, network: bool, trouble: Callable
+) -> None:
+    limit, month = per(3, "min"), per(100, "month", "tokens")
+    with contextlib.closing(Ledger(tmp_path, clock=clock, network=network)) as ledger:
+        reserve(ledger)
+        with trouble(tmp_path):
+            answers = [reserve(ledger, limit, month) for _ in range(5)]
+            assert granted(answers) == 3
+            ledger.finish(answers[0], SCOPE, record(prompt_tokens=100))
+            clock.now += 61
+            assert "tokens/month used" in reserve(ledger, limit, month).reason
+        (warning,) = caplog.messages
+        assert str(tmp_path) in warning
+        assert "BIOLLM_STATE_DIR" in warning
+        clock.now += 5
+        assert isinstance(reserve(ledger, limit, scope="other"), int)
+        ledger.flush()
+        assert [used for _, used, _ in ledger.used(SCOPE, [limit, month])] == [0, 100]
+        assert rows(tmp_path, "SELECT count(*), total(tokens) FROM sent") == [(4, 100)]
+        assert len(list(ledger.history())) == 1
+    assert len(caplog.messages) == 1
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"not a database, but long enough to look at " * 100)
+
+
+def torn(path: Path) -> None:
+    """The header is right, every page after it is not."""
+    content = bytearray(path.read_bytes())
+    content[4096:] = os.urandom(len(content) - 4096)
+    path.write_bytes(content)
+
+
+@both_journals
+@pytest.mark.parametrize("damage", [garbage, torn])
+@pytest.mark.parametrize("name", ["quotas.db", "history.db"])
+def test_a_damaged_file_is_set_aside_and_a_new_one_begins(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, network: bool, damage: Callable, name: str
+) -> None:
+    limit = per(3, "min")
+    with contextlib.closing(Ledger(tmp_path, clock=clock, network=network)) as ledger:
+        ledger.finish(reserve(ledger, limit, per(3, "day")), SCOPE, record())
+    damage(tmp_path / name)
+    with contextlib.closing(Ledger(tmp_path, clock=clock, network=network)) as ledger:
+        reservation = reserve(ledger, limit)
+        ledger.finish(reservation, SCOPE, record(request="after"))
+        ledger.flush()
+        assert "after" in {entry.request for entry in ledger.history()}
+        assert ledger.used(SCOPE, [limit])[0][1] == (1 if name == "quotas.db" else 2)
+        assert ledger._alone_since is None
+    (warning,) = caplog.messages
+    assert f"{tmp_path / name} is damaged" in warning
+    assert (tmp_path / f"{name}.corrupt-1").exists()
+
+
+def test_a_damaged_file_is_reported_by_reading_and_left_in_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    garbage(tmp_path / "history.db")
+    assert list(Ledger(tmp_path).history()) == []
+    assert len(caplog.messages) == 1
+    assert (tmp_path / "history.db").exists()
+
+
+def test_a_file_that_somebody_removed_is_made_again(ledger: Ledger, tmp_path: Path) -> None:
+    reserve(ledger, per(3, "min"))
+    for path in tmp_path.glob("quotas.db*"):
+        path.unlink()
+    reserve(ledger, per(3, "min"))
+    assert len(rows(tmp_path, "SELECT * FROM sent")) == 1
+
+
+def test_a_folder_that_cannot_be_made_stops_nothing(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").write_text("a file where the folder should be")
+    with contextlib.closing(Ledger(tmp_path / "state", clock=clock)) as ledger:
+        answers = [reserve(ledger, per(3, "min")) for _ in range(5)]
+        assert granted(answers) == 3
+        ledger.finish(answers[0], SCOPE, record())
+        ledger.cool("account:a", 60, "429")
+        assert isinstance(reserve(ledger, cooling=("account:a",)), Refused)
+        ledger.refresh()
+        assert list(ledger.history()) == []
+        ledger.flush()
+        assert len(caplog.messages) == 1
+        (tmp_path / "state").unlink()
+        clock.now += 61
+        assert isinstance(reserve(ledger, per(3, "min")), int)
+        ledger.finish(None, SCOPE, record())
+        ledger.flush()
+        assert len(list(ledger.history())) == 2
+    assert len(caplog.messages) == 1
+
+
+def test_a_full_disk_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with contextlib.closing(Ledger(tmp_path)) as ledger:
+            reserve(ledger, per(3, "min"))
+            with contextlib.suppress(OSError), (tmp_path / "ballast").open("wb") as ballast:
+                while True:
+                    ballast.write(bytes(4096))
+                    ballast.flush()
+            big = record(reason="x" * 300_000)
+            for _ in range(3):
+                ledger.finish(None, SCOPE, big)
+            ledger.flush()
+            assert len(caplog.messages) == 1
+            assert isinstance(reserve(ledger, per(3, "min")), int)
+            assert isinstance(reserve(ledger, per(3, "min"), scope="b"), int)
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_job_that_can_never_be_written_holds_up_no_other(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
+    ledger.finish(None, SCOPE, record(tags={"agent": object()}))
+    ledger.flush()
+    ledger.finish(None, SCOPE, record())
+    ledger.flush()
+    assert list(ledger.history()) == [record()]
+    assert len(caplog.messages) == 1
+
+
+def test_a_caller_that_went_away_breaks_nothing(ledger: Ledger) -> None:
+    async def leave() -> None:
+        asking = asyncio.ensure_future(ledger.reserve(Need(SCOPE, (per(5, "min"),))))
+        await asyncio.sleep(0)
+        asking.cancel()
+
+    asyncio.run(leave())
+    assert isinstance(reserve(ledger, per(5, "min")), int)
+    assert ledger.used(SCOPE, [per(5, "min")])[0][1] <= 2
+
+
+# Files
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+@pytest.mark.parametrize(("folder_mode", "mode"), [(None, 0o600), (0o2770, 0o660)], ids=["own", "group"])
+@both_journals
+def test_files_are_private_or_the_groups_whatever_the_umask(
+    tmp_path: Path, umask: int, folder_mode: int | None, mode: int, network: bool
+) -> None:
+    folder = tmp_path / "state" / "biollm"
+    if folder_mode:
+        folder.mkdir(parents=True)
+        folder.chmod(folder_mode)
+    before = os.umask(umask)
+    try:
+        ledger = Ledger(folder, network=network)
+        ledger.finish(reserve(ledger, per(5, "min")), SCOPE, record())
+        ledger.flush()
+        modes = {path.name: path.stat().st_mode & 0o7777 for path in folder.iterdir()}
+        ledger.close()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o7777 == (folder_mode or 0o700)
+    assert set(modes.values()) == {mode}, modes
+    assert len(modes) == (6 if network else 8), modes
+
+
+@pytest.mark.parametrize(
+    ("folder", "network"),
+    [
+        ("/home/ana/.local/state", True),
+        ("/home/local/ana", False),
+        ("/tmp/x", False),
+        ("/data/my lab/x", True),
+        ("/scratch", True),
+        ("/scratchy", False),
+        ("/mnt/ssh/x", True),
+        ("/over/x", False),
+    ],
+)
+def test_network_file_systems_are_known_by_the_type_of_their_mount(tmp_path: Path, folder: str, network: bool) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "/dev/sda / ext4 rw 0 0\nfiler:/home /home nfs4 rw 0 0\n/dev/sdb /home/local xfs rw 0 0\n"
+        "filer:/lab /data/my\\040lab beegfs_nodev rw 0 0\nfs /scratch lustre rw 0 0\n"
+        "me@x: /mnt/ssh fuse.sshfs rw 0 0\nfiler:/o /over nfs rw 0 0\n/dev/sdc /over ext4 rw 0 0\n"
+    )
+    assert on_network(Path(folder), mounts) is network
+
+
+def test_where_mounts_cannot_be_read_a_folder_counts_as_local(tmp_path: Path) -> None:
+    assert on_network(tmp_path, tmp_path / "missing") is False
