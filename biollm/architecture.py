@@ -114,8 +114,8 @@ def _dtype(quantization: Mapping[str, Any], published: str) -> tuple[str, float]
     weights: list[dict[str, Any]] = [group.get("weights") or {} for group in groups.values()]
     bits = int(quantization.get("bits") or (weights[0].get("num_bits") if weights else 0) or 0)
     bits = bits or (4 if method == "mxfp4" or quantization.get("load_in_4bit") else 8)
-    # a 16-bit scale (and a zero point) per group of 128 or 32; an fp32 scale per 128 x 128 block of fp8
-    return method, bits + (0.25 if bits == 4 else 32 / 128**2)
+    # scales: 8 bits per 32 weights (mxfp4), 16 and a 4-bit zero point per 128 (awq, gptq), 32 per 128 x 128 (fp8)
+    return method, bits + (8 / 32 if method == "mxfp4" else 20 / 128 if bits == 4 else 32 / 128**2)
 
 
 def _head_dim(text: Mapping[str, Any]) -> int:

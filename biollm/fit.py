@@ -23,7 +23,7 @@ GPUS = {
     "a40": 44.4, "a10": 22.0, "a6000": 47.5, "l40s": 44.4, "l40": 44.4, "l4": 22.0, "v100": 31.7, "v100-16gb": 15.8,
     "t4": 14.6, "rtx4090": 23.6, "rtx3090": 23.6,
 }  # fmt: skip
-_BITS = {"fp8": 8, "int8": 8, "awq": 4.25, "gptq": 4.25, "mxfp4": 4.25}  # per weight, with scales; named so or within
+_BITS = {"fp8": 8, "int8": 8, "awq": 4.16, "gptq": 4.16, "mxfp4": 4.25}  # per weight, with scales; named so or within
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # as vLLM reads them
 
 
