@@ -91,16 +91,12 @@ class Run:
 
     def attempts(self) -> tuple[Attempt, ...]:
         """Return what was tried and what was passed over before the last rung that was asked, in order."""
-        answered = next(
-            (order for _, order, attempt in reversed(self._attempts) if attempt.outcome == "ok"), None
-        )
+        answered = next((order for _, order, attempt in reversed(self._attempts) if attempt.outcome == "ok"), None)
         every = list(self._attempts)
         for (number, ident), rung in self._passed.items():
             order = rung.deployment.order
             if answered is None or order < answered or number < self.passes:
-                every.append(
-                    (number, order, Attempt(ident, _OUTCOMES.get(rung.standing, "skipped"), rung.reason))
-                )
+                every.append((number, order, Attempt(ident, _OUTCOMES.get(rung.standing, "skipped"), rung.reason)))
         return tuple(attempt for _, _, attempt in sorted(every, key=lambda entry: entry[:2]))
 
     def next_pass(self) -> float | None:
@@ -129,9 +125,7 @@ class Run:
             return KeysRefusedError(f"No provider has a key that works.\n{told}", attempts, hint=hint)
         if "limited" in standings and not self.verdicts and self.frees:
             wait = max(0.0, min(self.frees) - time.time())
-            return AllLimitedError(
-                f"Every provider is at a limit or resting.\n{told}", attempts, retry_after=wait
-            )
+            return AllLimitedError(f"Every provider is at a limit or resting.\n{told}", attempts, retry_after=wait)
         if not attempts:
             return CompletionError(
                 "No provider is configured that could answer.", hint="`biollm config` shows what is."
@@ -140,9 +134,7 @@ class Run:
 
     def too_late(self) -> DeadlineError:
         """Return the error of a deadline that passed."""
-        return DeadlineError(
-            f"No answer within the deadline of {self.request.deadline:g} s.", self.attempts()
-        )
+        return DeadlineError(f"No answer within the deadline of {self.request.deadline:g} s.", self.attempts())
 
 
 @dataclass

@@ -28,6 +28,7 @@ from biollm.structured import Message, repair
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
 
 CONNECT = 3.0  # seconds that a host has to take a connection
+_LITELLM: Any = litellm  # its own types are partial
 _FRESH = 120.0  # seconds that a short-lived token must still be good for
 
 
@@ -41,7 +42,7 @@ class Waterfall:
         embedded.register()
         rungs.refresh()
         rungs.ledger.refresh()
-        self._router = litellm.Router(model_list=self._entries(), **routing.router_settings(rungs.config))
+        self._router: Any = _LITELLM.Router(model_list=self._entries(), **routing.router_settings(rungs.config))
 
     def _entries(self) -> list[dict[str, Any]]:
         keys = {ident: _params(found) for ident, found in self.rungs.credentials.items()}
@@ -55,7 +56,7 @@ class Waterfall:
         for gone in set(self._router.get_model_ids()) - set(wanted):
             self._router.delete_deployment(gone)
         for entry in wanted.values():
-            self._router.upsert_deployment(litellm.Deployment(**entry))
+            self._router.upsert_deployment(_LITELLM.Deployment(**entry))
 
     async def complete(self, request: Request) -> Completion:
         """Return the first answer of the waterfall.
@@ -192,9 +193,7 @@ class Waterfall:
         except RefusalError:
             return self._refused(run, turn)
         except asyncio.CancelledError:
-            self._settle(
-                run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms)
-            )
+            self._settle(run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms))
             raise
         except TimeoutError:
             late = watch is not None and watch.done() and not watch.cancelled() and not watch.result()
@@ -212,9 +211,7 @@ class Waterfall:
         self._reach.note(sent.deployment)
         return sent
 
-    def _call(
-        self, run: Run, first: Deployment, messages: Sequence[Message], limit: float, stream: bool
-    ) -> Any:
+    def _call(self, run: Run, first: Deployment, messages: Sequence[Message], limit: float, stream: bool) -> Any:
         request = run.request
         params: dict[str, Any] = {**request.params, "timeout": limit}
         if stream:
@@ -235,9 +232,7 @@ class Waterfall:
 
     def _need(self, run: Run, deployment: Deployment) -> Any:
         need = self.rungs.needs[deployment.id]
-        if (
-            run.pinned and run.passes
-        ):  # a repeat on the same deployment waits for quotas, not for its own failure
+        if run.pinned and run.passes:  # a repeat on the same deployment waits for quotas, not for its own failure
             kept = tuple(key for key in need.cooling if key.startswith(("account:", "key:")))
             return type(need)(need.scope, need.limits, kept)
         return need
@@ -251,9 +246,7 @@ class Waterfall:
                 found = await asyncio.to_thread(self.rungs.admit, deployment)
                 if found is None:
                     run.tried.add(deployment.id)
-                    run.pass_over(
-                        next(r for r in self.rungs.standing(run.request.wants) if r.deployment is deployment)
-                    )
+                    run.pass_over(next(r for r in self.rungs.standing(run.request.wants) if r.deployment is deployment))
                     continue
                 self._renew(deployment, found)
             good.append(deployment)
@@ -261,7 +254,7 @@ class Waterfall:
 
     def _renew(self, deployment: Deployment, found: Credential) -> None:
         for entry in routing.model_list([deployment], {deployment.id: _params(found)}):
-            self._router.upsert_deployment(litellm.Deployment(**entry))
+            self._router.upsert_deployment(_LITELLM.Deployment(**entry))
 
     async def _reread_key(self, run: Run, deployment: Deployment, verdict: Verdict) -> None:
         """After a refused key, look whether its file holds another one; if so the deployment may be asked again."""
@@ -352,7 +345,7 @@ class Waterfall:
     def _streamed(self, run: Run, sent: Sent, text: str) -> Completion:
         """Return the Completion of a stream that ended well."""
         chunks = sent.response.chunks
-        whole: Any = litellm.stream_chunk_builder(chunks, messages=run.request.messages)
+        whole: Any = _LITELLM.stream_chunk_builder(chunks, messages=run.request.messages)
         message = whole.choices[0].message
         usage = next((chunk.usage for chunk in reversed(chunks) if getattr(chunk, "usage", None)), None)
         return self._completion(
@@ -366,9 +359,7 @@ class Waterfall:
             raw=whole,
         )
 
-    def _completion(
-        self, run: Run, sent: Sent, *, usage: Usage, cost: float | None, **rest: Any
-    ) -> Completion:
+    def _completion(self, run: Run, sent: Sent, *, usage: Usage, cost: float | None, **rest: Any) -> Completion:
         deployment = sent.deployment
         attempt = Attempt(deployment.id, "ok", ms=sent.ms)
         run.note(deployment, attempt)
@@ -404,9 +395,7 @@ class Waterfall:
                 if text := _delta(chunk):
                     yield text
         except (asyncio.CancelledError, GeneratorExit):
-            self._settle(
-                run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms)
-            )
+            self._settle(run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms))
             raise
         except TimeoutError:
             yield timed_out(limit, shortened=shortened, what="further text")
@@ -426,7 +415,7 @@ class Waterfall:
 
 
 @asynccontextmanager
-async def _deadline(run: Run) -> AsyncIterator[None]:
+async def _deadline(run: Run) -> AsyncGenerator[None]:
     """Bound a whole call."""
     try:
         async with asyncio.timeout(run.request.deadline):
@@ -465,7 +454,7 @@ def _price(response: Any, deployment: Deployment) -> float | None:
     if deployment.free:
         return 0.0
     try:
-        return litellm.completion_cost(response, model=deployment.litellm_model)
+        return _LITELLM.completion_cost(response, model=deployment.litellm_model)
     except Exception:  # LiteLLM raises a bare Exception for a model without a price
         return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
@@ -51,6 +52,7 @@ __all__ = [
     "CompletionError",
     "ConfigError",
     "DeadlineError",
+    "Defaults",
     "InterruptedStreamError",
     "KeysRefusedError",
     "ModelRouter",
@@ -72,12 +74,11 @@ _CHARS_PER_TOKEN = 5  # more than any usual text has, so that what is skipped as
 _SENT_ON = ("temperature", "max_tokens", "tools", "tool_choice")
 
 
-class Options(TypedDict, total=False):
-    """What `complete`, `acomplete`, `stream`, `astream` and `complete_many` take beside the prompt.
+class Defaults(TypedDict, total=False):
+    """What `get_model_client` and every call take; a call's own wins.
 
     Attributes:
         system: The system message.
-        provider, model: Only these deployments may answer.
         temperature, max_tokens, tools, tool_choice: As in OpenAI's API.
         extra: Further arguments of OpenAI's API (`seed`, `stop`, `top_p`, ...).
         timeout: Seconds per attempt; for a stream to its first content, and between chunks.
@@ -96,8 +97,6 @@ class Options(TypedDict, total=False):
     """
 
     system: str | None
-    provider: str | None
-    model: str | None
     temperature: float | None
     max_tokens: int | None
     tools: Sequence[Mapping[str, Any]] | None
@@ -114,6 +113,17 @@ class Options(TypedDict, total=False):
     tags: Mapping[str, str]
     on_interrupt: Literal["raise", "restart"]
     on_send: Callable[[str], None] | None
+
+
+class Options(Defaults, total=False):
+    """What `complete`, `acomplete`, `stream`, `astream` and `complete_many` take beside the prompt.
+
+    Attributes:
+        provider, model: Only these deployments may answer; they replace the client's own.
+    """
+
+    provider: str | None
+    model: str | None
 
 
 class Client:
@@ -135,9 +145,9 @@ class Client:
         model: str | None = None,
         *,
         config_dir: str | Path | None = None,
-        **defaults: Unpack[Options],
+        **defaults: Unpack[Defaults],
     ) -> None:
-        _check_options(defaults)
+        _check_options({**defaults})
         self._dir = Path(config_dir) if config_dir is not None else None
         self._defaults: Options = {"provider": provider, "model": model, **defaults}
         self.reload()
@@ -216,9 +226,7 @@ class Client:
         """Return who would answer now and why each other would not; sends nothing."""
         request = self._request(prompt, options)
         watch = Watch(self.config.cluster)
-        return explain(
-            Rungs(self.config, self._ledger(), state_dir(), self._policy(), watch.alive), request.wants
-        )
+        return explain(Rungs(self.config, self._ledger(), state_dir(), self._policy(), watch.alive), request.wants)
 
     def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
         """Return each limit of the deployment's account, how much of it is used, and when it resets (epoch seconds)."""
@@ -240,7 +248,8 @@ class Client:
         """Return the strictest of what the configuration, the environment and the caller say."""
         environment = os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", "0", "false", "no")
         asked = local_only or environment or self._defaults.get("local_only", False)
-        return max(self.config.data_policy, "local_only" if asked else "any", key=_STRICTNESS.index)
+        strictest: Policy = "local_only" if asked else "any"
+        return max((self.config.data_policy, strictest), key=_STRICTNESS.index)
 
     def _request(self, prompt: Prompt, options: Options) -> Request:
         _check_options(options)
@@ -249,8 +258,8 @@ class Client:
         check_names(self.config, provider, model)
         messages = _messages(prompt, chosen.get("system"))
         wanted = chosen.get("response_model")
-        degraded = (options if wanted else chosen).get("allow_degraded", False)
-        params = {key: chosen[key] for key in _SENT_ON if chosen.get(key) is not None}
+        degraded = options.get("allow_degraded", False if wanted else chosen.get("allow_degraded", False))
+        params = {key: value for key, value in chosen.items() if key in _SENT_ON and value is not None}
         letters = sum(len(str(message.get("content") or "")) for message in messages)
         wants = Wants(
             provider=provider,
@@ -332,7 +341,7 @@ def get_model_client(
     model: str | None = None,
     *,
     config_dir: str | Path | None = None,
-    **defaults: Unpack[Options],
+    **defaults: Unpack[Defaults],
 ) -> Client:
     """Return a Client; see there."""
     return Client(provider, model, config_dir=config_dir, **defaults)
@@ -343,6 +352,8 @@ def _import_waterfall() -> type[Waterfall]:
     name = "LITELLM_LOCAL_MODEL_COST_MAP"
     before = os.environ.get(name)
     os.environ[name] = before or "True"
+    # Pydantic's remark on one of LiteLLM's own types, at the first stream.
+    warnings.filterwarnings("ignore", message="Item 'summary' on TypedDict class")
     try:
         from biollm._waterfall import Waterfall
     finally:
@@ -352,9 +363,10 @@ def _import_waterfall() -> type[Waterfall]:
 
 
 def _check_options(options: Options) -> None:
+    known = Options.__optional_keys__
     for name in options:
-        if name not in Options.__annotations__:
-            near = nearest(name, Options.__annotations__)
+        if name not in known:
+            near = nearest(name, known)
             hint = f"Did you mean {near}?" if near else "Further arguments of the API go into extra={...}."
             raise UsageError(f"There is no option {name!r}.", hint=hint)
 

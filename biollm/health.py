@@ -68,9 +68,7 @@ def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) 
 
 def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
     """Return how each account and each running server is, in waterfall order. `timeout` is in seconds, for all."""
-    rungs = Rungs(
-        config, Ledger(state_dir()), Path(state_dir()), config.data_policy, Watch(config.cluster).alive
-    )
+    rungs = Rungs(config, Ledger(state_dir()), Path(state_dir()), config.data_policy, Watch(config.cluster).alive)
     rungs.refresh()
     groups: dict[str, list[Deployment]] = {}
     for rung in rungs.standing(Wants(policy=config.data_policy)):
@@ -128,6 +126,6 @@ async def _models(client: httpx.AsyncClient, deployment: Deployment, known: Cred
         headers = {"Authorization": f"Bearer {known.secret}", **known.headers} if known.secret else {}
     answer = await client.get(f"{url}/models", headers=headers)
     answer.raise_for_status()
-    body = answer.json()
-    entries = body.get("data") or body.get("models") or []
+    body: Any = answer.json()
+    entries: list[Any] = body.get("data") or body.get("models") or []
     return {str(entry.get("id") or entry.get("name", "")).removeprefix("models/") for entry in entries}

@@ -73,11 +73,7 @@ def classify(error: BaseException, now: float, *, shortened: bool = False) -> Ve
     names = [type(link).__name__ for link in _chain(error)]
     headers = getattr(error, "litellm_response_headers", None)
     status = getattr(error, "status_code", None)
-    if (
-        "JSONDecodeError" in names
-        or "Empty or invalid response" in str(error)
-        or "Unable to get json" in str(error)
-    ):
+    if "JSONDecodeError" in names or "Empty or invalid response" in str(error) or "Unable to get json" in str(error):
         return Verdict("answered with something that is not JSON", cools="endpoint", seconds=BROKEN)
     if isinstance(status, int) and (headers is not None or "HTTPStatusError" in names):
         return _answered(error, status, headers or {}, now)
@@ -112,12 +108,7 @@ def _network(error: BaseException, names: list[str], shortened: bool) -> Verdict
         return Verdict("no answer in time", cools="" if shortened else "endpoint", seconds=BROKEN)
     if "OSError" in text or "ConnectError" in text or "ConnectorError" in text:
         return Verdict("the host cannot be reached", cools="endpoint", seconds=UNREACHABLE)
-    if (
-        "PayloadError" in text
-        or "ReadError" in text
-        or "ServerDisconnected" in text
-        or "RemoteProtocol" in text
-    ):
+    if "PayloadError" in text or "ReadError" in text or "ServerDisconnected" in text or "RemoteProtocol" in text:
         return Verdict("the connection broke in the middle of the answer", cools="endpoint", seconds=BROKEN)
     return Verdict(f"{type(error).__name__}: {_message(error)}", cools="endpoint", seconds=BROKEN)
 
@@ -178,8 +169,8 @@ def seconds_to_midnight(now: float, zone: str) -> float:
 
 def _message(error: BaseException) -> str:
     """Return what the provider said, without LiteLLM's prefixes, at most 200 characters on one line."""
-    body: Any = getattr(error, "body", None)
-    text = str(body["message"]) if isinstance(body, dict) and body.get("message") else str(error)
+    body: dict[str, object] | object = getattr(error, "body", None)
+    text = str(body["message"]) if isinstance(body, dict) and "message" in body else str(error)
     if quoted := re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', text):
         text = quoted[1]
     else:

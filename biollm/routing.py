@@ -87,9 +87,7 @@ class Wants:
     allow_degraded: bool = True
 
 
-def deployments(
-    config: Config, endpoints: Iterable[Endpoint] = (), policy: Policy | None = None
-) -> list[Deployment]:
+def deployments(config: Config, endpoints: Iterable[Endpoint] = (), policy: Policy | None = None) -> list[Deployment]:
     """Return every deployment in waterfall order; with a local_only policy, those that never leave the cluster.
 
     A local model without a server stands there too, without an address, so that it can be explained.
@@ -128,9 +126,7 @@ def _of_model(
     if provider.type == "local":
         for endpoint in endpoints:
             ident = f"{provider.name}/{name}#{endpoint.start}"
-            yield _deployment(
-                config.cluster, provider, provider.accounts[0], model, name, order, ident, endpoint
-            )
+            yield _deployment(config.cluster, provider, provider.accounts[0], model, name, order, ident, endpoint)
 
 
 def _deployment(
@@ -144,9 +140,7 @@ def _deployment(
     endpoint: Endpoint | None = None,
 ) -> Deployment:
     scope = f"{provider.name}/{account.name}"
-    base_url = (
-        endpoint.base_url if endpoint else provider.base_url or _DEFAULT_URL.get(provider.litellm_provider)
-    )
+    base_url = endpoint.base_url if endpoint else provider.base_url or _DEFAULT_URL.get(provider.litellm_provider)
     own = provider.type == "embedded" or endpoint is not None or (provider.type == "local" and not base_url)
     local = own or is_local(base_url, cluster.local_hosts)
     # LiteLLM's github_copilot keeps one login for all; its API is OpenAI's, so each account goes there with its own.

@@ -61,7 +61,8 @@ class Rungs:
         policy: Policy,
         discover: Callable[[], Iterable[Endpoint]] = tuple,
     ) -> None:
-        self.config, self.ledger, self.state, self.policy = config, ledger, state, policy
+        self.config, self.ledger, self.state = config, ledger, state
+        self.policy: Policy = policy
         self._discover = discover
         self._servers: tuple[Endpoint, ...] | None = None
         self.deployments: list[Deployment] = []
@@ -108,11 +109,7 @@ class Rungs:
         if deployment.embedded:
             model = self.config.models[deployment.model]
             ready = embedded.ready(model, self.state)
-            return (
-                ready
-                if isinstance(ready, str)
-                else Credential("", "", base_url=embedded.address(model, ready))
-            )
+            return ready if isinstance(ready, str) else Credential("", "", base_url=embedded.address(model, ready))
         if deployment.provider.type == "local" and deployment.base_url is None:
             return f"no server is up: biollm up {deployment.model}"
         if deployment.start:
@@ -127,7 +124,7 @@ class Rungs:
     def standing(self, wants: Wants, *, skip: Iterable[str] = ()) -> list[Rung]:
         """Return how each deployment asked for stands, in waterfall order, but those in `skip`."""
         blocked, now = self.ledger.blocked(), time.time()
-        rungs = []
+        rungs: list[Rung] = []
         for deployment in self.deployments:
             if deployment.id not in skip and routing.asked_for(deployment, wants):
                 rungs.append(self._stand(deployment, wants, blocked, now))
@@ -173,14 +170,12 @@ def explain(rungs: Rungs, wants: Wants) -> Sequence[Rung]:
     rungs.refresh()
     rungs.ledger.refresh()
     found = rungs.standing(wants)
-    fresh = []
+    fresh: list[Rung] = []
     for rung in found:
         if rung.standing == "ready":
             used = rungs.ledger.used(rung.deployment.scope, rung.deployment.limits)
             full = [(limit, resets) for limit, count, resets in used if count >= limit.amount]
             if full:
-                rung = replace(
-                    rung, standing="limited", reason=f"{full[0][0]} is used up", until=full[0][1] or 0.0
-                )
+                rung = replace(rung, standing="limited", reason=f"{full[0][0]} is used up", until=full[0][1] or 0.0)
         fresh.append(rung)
     return fresh

@@ -20,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: no boxes, and rich is not imported
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=_EPILOG,
 )
@@ -56,25 +57,20 @@ def main() -> None:
 
 
 def _run() -> int:
-    import click
-
     from biollm.errors import BiollmError
 
     try:
-        return app(standalone_mode=False) or 0
+        app()
+    except SystemExit as end:  # Typer has said what is wrong with the command line
+        if end.code == 130:
+            typer.echo("biollm: interrupted", err=True)
+        return int(end.code or 0)
     except BiollmError as error:
         typer.echo(f"biollm: {error}", err=True)
         if error.hint:
             typer.echo(error.hint, err=True)
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("biollm: interrupted", err=True)
-        return 130
-    except BrokenPipeError:
-        return 0
     except OSError as error:
         typer.echo(f"biollm: {error.filename or ''}: {error.strerror or error}", err=True)
         return 1
+    return 0

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from biollm.client import Client
     from biollm.cli._print import Progress
+    from biollm.client import Client
     from biollm.types import Completion
 
-Provider = Annotated[str | None, typer.Option(help="Only this provider may answer.")]
-Model = Annotated[str | None, typer.Option(help="Only this model may answer.")]
-LocalOnly = Annotated[
-    bool, typer.Option("--local-only", help="Keep the prompt on this machine and the cluster.")
-]
+Provider = Annotated[str | None, typer.Option(metavar="NAME", help="Only this provider may answer.")]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help="Only this model may answer.")]
+LocalOnly = Annotated[bool, typer.Option("--local-only", help="Keep the prompt on this machine and the cluster.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -37,12 +35,13 @@ def register(app: typer.Typer) -> None:
 
 def complete(
     prompt: Annotated[
-        str | None, typer.Argument(help="The question; `-` is stdin. Piped input is added to it.")
+        str | None, typer.Argument(metavar="PROMPT", help="The question; - is stdin. Piped input is added to it.")
     ] = None,
     file: Annotated[
-        list[Path] | None, typer.Option("-f", "--file", help="Add a file's text; repeatable.")
+        list[Path] | None,
+        typer.Option("-f", "--file", metavar="FILE", help="Add a file's text; repeatable; - is stdin."),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     provider: Provider = None,
     model: Model = None,
     stream: Annotated[
@@ -50,21 +49,19 @@ def complete(
     ] = None,
     as_json: Json = False,
     schema: Annotated[
-        Path | None, typer.Option(help="A JSON Schema file; the answer is such an object.")
+        Path | None, typer.Option(metavar="FILE", help="A JSON Schema; the answer is JSON of that shape.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, metavar="T", help="0 to 2.")] = None,
     max_retries: Annotated[
-        int, typer.Option(min=0, help="Further passes when all rungs fail for a passing reason.")
+        int, typer.Option(min=0, metavar="N", help="Further passes when all rungs fail for a passing reason.")
     ] = 0,
-    no_fallback: Annotated[
-        bool, typer.Option("--no-fallback", help="Ask only the first that may serve.")
-    ] = False,
+    no_fallback: Annotated[bool, typer.Option("--no-fallback", help="Ask only the first that may serve.")] = False,
     local_only: LocalOnly = False,
-    timeout: Annotated[float | None, typer.Option(help="Seconds per attempt.")] = None,
-    deadline: Annotated[float | None, typer.Option(help="Seconds for the whole call.")] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Per attempt.")] = None,
+    deadline: Annotated[float | None, typer.Option(metavar="SECONDS", help="For the whole call.")] = None,
     tag: Annotated[
-        list[str] | None, typer.Option(help="key=value, stored with the usage record; repeatable.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Stored with the usage record; repeatable.")
     ] = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show every attempt.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
@@ -90,7 +87,7 @@ def complete(
         "allow_degraded": schema is None,
         "on_send": lambda deployment: progress.say(f"asking {deployment}"),
     }
-    client = Client(provider, model, **options)
+    client = Client(provider, model, local_only=local_only)
     if schema:
         options["response_model"] = _schema(schema)
     plain = not (schema or as_json)
@@ -106,7 +103,7 @@ def _prompt(prompt: str | None, files: list[Path]) -> str:
     from biollm.errors import UsageError
 
     named = prompt == "-" or Path("-") in files
-    mode = 0 if sys.stdin is None else _stdin_mode()
+    mode = _stdin_mode()
     piped = sys.stdin.read() if named or stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
     parts = [] if prompt in (None, "-") else [str(prompt)]
     for file in files:
@@ -126,8 +123,8 @@ def _prompt(prompt: str | None, files: list[Path]) -> str:
 def _stdin_mode() -> int:
     """Return the kind of stdin; 0 when it is closed. A terminal, a socket and /dev/null are not read unasked."""
     try:
-        return os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError):
+        return os.fstat(0).st_mode
+    except OSError:
         return 0
 
 
@@ -166,9 +163,7 @@ def _stream(client: Client, text: str, options: Any, progress: Progress) -> Comp
         progress.clear()
         if isinstance(piece, StreamRestarted):
             print("\n")
-            progress.note(
-                f"{piece.attempt.deployment} broke off ({piece.attempt.reason}); the answer starts again"
-            )
+            progress.note(f"{piece.attempt.deployment} broke off ({piece.attempt.reason}); the answer starts again")
         else:
             print(piece, end="", flush=True)
             answer = piece.completion or answer
@@ -216,13 +211,7 @@ def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
     if verbose:
         for attempt in answer.attempts:
             progress.note(f"  {attempt.outcome:9} {attempt.deployment}  {attempt.reason}")
-    price = (
-        "free"
-        if answer.cost_usd == 0
-        else f"{answer.cost_usd:.4f} USD"
-        if answer.cost_usd
-        else "price unknown"
-    )
+    price = "free" if answer.cost_usd == 0 else f"{answer.cost_usd:.4f} USD" if answer.cost_usd else "price unknown"
     tokens = f"{answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"
     progress.note(f"— {answer.deployment}, {answer.latency_ms / 1000:.1f} s, {tokens}, {price}")
     if answer.degraded:
@@ -233,17 +222,20 @@ def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
 
 
 def explain(
-    prompt: Annotated[str, typer.Argument(help="A prompt, to see whether it fits.")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A prompt, to see whether it fits.")] = "",
     provider: Provider = None,
     model: Model = None,
     local_only: LocalOnly = False,
     capability: Annotated[
-        str | None, typer.Option(help='A capability the model must have, such as "reasoning".')
+        str | None, typer.Option(metavar="NAME", help="As if the request needed it, such as reasoning.")
     ] = None,
     tools: Annotated[bool, typer.Option("--tools", help="As if the request had tools.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say who would answer now, and why each one before it would not. Sends nothing."""
+    """Say who would answer now and why others would not.
+
+    Sends nothing.
+    """
     from biollm.cli import _print
     from biollm.client import Client
 
@@ -292,10 +284,10 @@ def _reason(rung: Any) -> str:
 
 
 def login(
-    provider: Annotated[str, typer.Argument(help="github_copilot")],
-    account: Annotated[str | None, typer.Option(help="Which of the provider's accounts.")] = None,
+    provider: Annotated[str, typer.Argument(metavar="PROVIDER", help="github_copilot")],
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="Which of the provider's accounts.")] = None,
 ) -> None:
-    """Log an account in, where a provider wants a browser instead of a key."""
+    """Log in where a browser takes the place of a key."""
     from biollm import copilot
     from biollm._resources import state_dir
     from biollm.config import load_config
@@ -307,6 +299,8 @@ def login(
         )
     names = [each.name for each in load_config().provider(provider).accounts]
     chosen = account or (names[0] if len(names) == 1 else "")
+    if not chosen:
+        raise UsageError(f"{provider} has several accounts.", hint=f"Add --account: {', '.join(names)}.")
     if chosen not in names:
         raise UnknownNameError("account", chosen, names)
     copilot.login(chosen, state_dir(), show=lambda text: print(text, file=sys.stderr))
@@ -315,7 +309,7 @@ def login(
 
 def embedded_pull(
     model: Annotated[
-        str | None, typer.Argument(help="A model of type embedded; the first one by default.")
+        str | None, typer.Argument(metavar="MODEL", help="A model of type embedded; by default the first.")
     ] = None,
 ) -> None:
     """Fetch the weights of the embedded model, once."""

@@ -64,7 +64,10 @@ def _model(settings: Config, deployment: Any) -> dict[str, Any]:
 
 
 def providers(as_json: Json = False) -> None:
-    """List the providers' accounts: key, limits, what is used. Sends nothing."""
+    """List accounts: key, limits, what is used.
+
+    Sends nothing.
+    """
     from biollm.cli import _print
     from biollm.client import Client
 
@@ -105,10 +108,13 @@ def providers(as_json: Json = False) -> None:
 
 
 def health(
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for all of it.")] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="For all of it.")] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """Ask every provider at once whether it is there; no billable tokens. Exit 0 when at least one is, else 69."""
+    """Ask every provider whether it is there.
+
+    All at once, by their lists of models: no billable tokens. Exit 0 when at least one is there, else 69.
+    """
     from biollm import health as checks
     from biollm.cli import _print
     from biollm.config import load_config
@@ -120,9 +126,7 @@ def health(
     if as_json:
         _print.as_json(found)
     else:
-        rows = [
-            (each.who, "up" if each.available else "down", _ms(each.latency_ms), _why(each)) for each in found
-        ]
+        rows = [(each.who, "up" if each.available else "down", _ms(each.latency_ms), _why(each)) for each in found]
         _print.table(("provider", "state", "ms", "remarks"), rows)
     if not any(each.available for each in found):
         raise typer.Exit(69)
@@ -137,19 +141,16 @@ def _why(health: Any) -> str:
 
 
 def config(
-    check: Annotated[
-        bool, typer.Option("--check", help="Only say whether it is right: exit 0 or 78.")
-    ] = False,
-    litellm: Annotated[
-        bool, typer.Option("--litellm", help="Print a config.yaml for the LiteLLM proxy.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say whether it is right: exit 0 or 78.")] = False,
+    litellm: Annotated[bool, typer.Option("--litellm", help="Print a config.yaml for the LiteLLM proxy.")] = False,
     schema: Annotated[
-        Literal["models", "providers", "cluster"] | None, typer.Option(help="Print a file's JSON Schema.")
+        Literal["models", "providers", "cluster"] | None,
+        typer.Option(metavar="NAME", help="Print the JSON Schema of models, providers or cluster."),
     ] = None,
     lenient: Annotated[bool, typer.Option("--lenient", help="Unknown keys are warnings.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the effective configuration, and where each value came from."""
+    """Print the configuration in force and its sources."""
     from biollm import config as configuration
     from biollm.cli import _print
 
@@ -160,9 +161,7 @@ def config(
     for warning in settings.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if check:
-        print(
-            f"The configuration is right: {len(settings.providers)} providers, {len(settings.models)} models."
-        )
+        print(f"The configuration is right: {len(settings.providers)} providers, {len(settings.models)} models.")
     elif litellm:
         _litellm(settings)
     elif as_json:
@@ -184,10 +183,13 @@ def _litellm(settings: Config) -> None:
 
 def init(
     directory: Annotated[
-        Path | None, typer.Argument(help="Where to; default: your configuration folder.")
+        Path | None, typer.Argument(metavar="DIRECTORY", help="Where to; by default your configuration folder.")
     ] = None,
 ) -> None:
-    """Write a commented configuration to start from, and say which keys are in the environment. Overwrites nothing."""
+    """Write a commented configuration to start from.
+
+    Says which keys it found. Overwrites nothing.
+    """
     from biollm._resources import config_dirs
     from biollm.starter import write_starter
 

@@ -1,0 +1,586 @@
+"""The client answers from the first rung that can, says what happened, and is usable from anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from behaviours import (
+    CUT,
+    EMPTY,
+    HANG,
+    HTTP_400,
+    HTTP_401,
+    HTTP_429,
+    HTTP_500,
+    HTTP_503,
+    SSE_ERROR,
+    gemini_limited,
+    limited,
+)
+from provider import Json, Loopback
+from pydantic import BaseModel
+
+from biollm.client import (
+    AllLimitedError,
+    Client,
+    Completion,
+    CompletionError,
+    DeadlineError,
+    InterruptedStreamError,
+    KeysRefusedError,
+    ModelRouter,
+    RequestRejectedError,
+    StreamRestarted,
+    UnknownNameError,
+    UsageError,
+    get_model_client,
+)
+
+Write = Callable[..., Path]
+
+
+def trail(answer: Completion | CompletionError) -> list[tuple[str, str]]:
+    """Return who was asked or passed over, and the outcome."""
+    return [(attempt.deployment.split("/")[0], attempt.outcome) for attempt in answer.attempts]
+
+
+class Diagnosis(BaseModel):
+    category: str
+    confidence: float
+
+
+# --- who answers ---------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_says_who_gave_it_and_what_it_took(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(text="out of memory"))
+    answer = get_model_client().complete("Why?")
+    assert str(answer) == answer.text == "out of memory"
+    assert (answer.provider, answer.account, answer.model, answer.deployment) == (
+        "first",
+        "default",
+        "small",
+        "first/small",
+    )
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens > 0
+    assert answer.latency_ms > 0
+    assert answer.finish_reason == "stop"
+    assert trail(answer) == [("first", "ok")]
+    assert not answer.degraded
+    assert answer.raw.choices[0].message.content == "out of memory"
+
+
+def test_a_dead_rung_is_passed_at_once_and_rests_for_every_process(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.refusing(), second=net.serve())
+    assert trail(get_model_client().complete("hi")) == [("first", "failed"), ("second", "ok")]
+    assert trail(get_model_client().complete("hi")) == [("first", "limited"), ("second", "ok")]
+    code = "from biollm.client import *; print([a.outcome for a in get_model_client().complete('x').attempts])"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "['limited', 'ok']"
+    assert seen.stderr == "", "no warnings at exit"
+
+
+def test_a_living_replica_of_the_same_order_answers(net: Loopback, waterfall: Write) -> None:
+    accounts = [{"name": f"a{n}", "env_key": f"{name}_KEY"} for n, name in enumerate(("FIRST", "LAST"))]
+    live = net.serve(HTTP_429, text="alive")
+    waterfall(first={"base_url": live.url, "accounts": accounts}, last=net.serve(text="last"))
+    answer = get_model_client().complete("hi")
+    assert (answer.text, len(live.completions)) == ("alive", 2)
+
+
+def test_each_account_sends_its_own_key_and_a_missing_one_borrows_none(
+    net: Loopback, waterfall: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-openai-0123456789")
+    keyless, second = net.serve(), net.serve()
+    waterfall(keyless={"base_url": keyless.url, "env_key": "NOT_SET"}, second=second)
+    answer = get_model_client().complete("hi")
+    assert answer.attempts[0].reason == "no key: set NOT_SET"
+    assert keyless.requests == []
+    assert second.completions[0].headers["authorization"] == "Bearer sk-planted-second-0123456789"
+
+
+def test_a_forced_provider_or_model_is_the_only_one_asked(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(text="1"), second={"base_url": net.serve(text="2").url, "models": ["large"]})
+    client = get_model_client()
+    assert client.complete("hi", provider="second").text == "2"
+    assert client.complete("hi", model="large").text == "2"
+    assert get_model_client(provider="second", model="large").complete("hi").text == "2"
+
+
+def test_an_unknown_name_lists_those_that_exist(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve())
+    with pytest.raises(UnknownNameError, match="no provider named 'frist'") as caught:
+        get_model_client(provider="frist")
+    assert caught.value.hint == "Did you mean 'first'? Known: first."
+    with pytest.raises(UnknownNameError, match="no model named 'x'"):
+        get_model_client().complete("hi", model="x")
+
+
+def test_an_unknown_option_is_an_error_that_names_the_nearest(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve())
+    with pytest.raises(UsageError) as caught:
+        get_model_client().complete("hi", temprature=1)  # type: ignore[call-arg]
+    assert caught.value.hint == "Did you mean temperature?"
+
+
+def test_messages_system_and_parameters_reach_the_provider(net: Loopback, waterfall: Write) -> None:
+    server = net.serve()
+    waterfall(first=server)
+    history = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    get_model_client().complete(history, system="be brief", temperature=0.1, max_tokens=7, extra={"seed": 3})
+    body = server.completions[0].body
+    assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "user"]
+    assert (body["temperature"], body["max_tokens"], body["seed"]) == (0.1, 7, 3)
+
+
+# --- what rests, what repeats, what ends ---------------------------------------------------------------------------
+
+
+def test_retry_after_cools_the_account_with_all_its_models(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(limited("30"))
+    waterfall(first={"base_url": server.url, "models": ["small", "large"]}, last=net.serve())
+    assert trail(get_model_client().complete("hi")) == [("first", "failed"), ("first", "limited"), ("last", "ok")]
+    assert len(server.completions) == 1
+
+
+def test_where_limits_are_per_model_only_the_model_rests(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(gemini_limited("Minute", "30s"), text="large one")
+    waterfall(first={"base_url": server.url, "models": ["small", "large"], "limits_per": "model"})
+    answer = get_model_client().complete("hi")
+    assert (answer.model, answer.text) == ("large", "large one")
+
+
+def test_a_rate_limit_is_honoured_before_anything_is_sent(net: Loopback, waterfall: Write) -> None:
+    server = net.serve()
+    waterfall(first={"base_url": server.url, "rate_limit": "2/min"}, second=net.serve(text="second"))
+    client = get_model_client()
+    assert [client.complete("hi").provider for _ in range(4)] == ["first", "first", "second", "second"]
+    assert len(server.completions) == 2
+
+
+def test_when_all_are_limited_the_error_says_when_to_come_back(net: Loopback, waterfall: Write) -> None:
+    waterfall(first={"base_url": net.serve().url, "rate_limit": "1/min"})
+    client = get_model_client()
+    client.complete("hi")
+    with pytest.raises(AllLimitedError) as caught:
+        client.complete("hi")
+    assert 50 < caught.value.retry_after <= 62
+    assert trail(caught.value) == [("first", "limited")]
+
+
+def test_a_token_budget_counts_what_was_used(net: Loopback, waterfall: Write) -> None:
+    waterfall(first={"base_url": net.serve().url, "token_budget": "1/day"}, second=net.serve())
+    client = get_model_client()
+    assert [client.complete("hi").provider for _ in range(2)] == ["first", "second"]
+
+
+def test_two_rungs_that_blame_the_request_end_the_waterfall(net: Loopback, waterfall: Write) -> None:
+    third = net.serve()
+    waterfall(first=net.serve(HTTP_400), second=net.serve(HTTP_400), third=third)
+    with pytest.raises(RequestRejectedError, match="temperature") as caught:
+        get_model_client().complete("hi")
+    assert (trail(caught.value), third.requests) == ([("first", "failed"), ("second", "failed")], [])
+
+
+def test_refused_keys_are_an_error_of_their_own(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(HTTP_401), second={"base_url": net.serve().url, "env_key": "NOT_SET"})
+    with pytest.raises(KeysRefusedError, match="NOT_SET"):
+        get_model_client().complete("hi")
+
+
+def test_a_refused_key_rests_until_it_changes(net: Loopback, waterfall: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = net.serve(HTTP_401)
+    waterfall(first=server, last=net.serve())
+    assert trail(get_model_client().complete("hi")) == [("first", "failed"), ("last", "ok")]
+    assert trail(get_model_client().complete("hi")) == [("first", "limited"), ("last", "ok")]
+    monkeypatch.setenv("FIRST_KEY", "sk-planted-first-new-key")
+    assert get_model_client().complete("hi").provider == "first"
+
+
+def test_a_key_file_is_read_again_after_a_401(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("old-key-0123456789")
+    file.chmod(0o600)
+    server = net.serve(text="fine")
+    waterfall(first={"base_url": server.url, "key_file": str(file)}, last=net.serve(text="last"))
+    client = get_model_client()
+    client.complete("hi")
+    file.write_text("new-key-0123456789")
+    server.script.append(HTTP_401)
+    assert client.complete("hi").text == "fine"
+    assert [r.headers["authorization"][7:10] for r in server.completions] == ["old", "old", "new"]
+
+
+def test_further_passes_wait_for_the_soonest_that_frees(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(limited("0.2"), text="at last"), second=net.serve(limited("300")))
+    answer = ModelRouter().complete(prompt="hi", fallback=True, max_retries=3)
+    assert trail(answer) == [("first", "failed"), ("second", "failed"), ("first", "ok")]
+
+
+def test_without_fallback_the_first_is_asked_alone_and_repeated(net: Loopback, waterfall: Write) -> None:
+    first, second = net.serve(limited("0.1"), EMPTY, text="third time"), net.serve()
+    waterfall(first=first, second=second)
+    assert get_model_client().complete("hi", fallback=False, max_retries=2).text == "third time"
+    assert second.requests == []
+
+
+def test_without_fallback_its_own_error_is_raised(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(then=HTTP_503), second=net.serve())
+    with pytest.raises(CompletionError, match="The engine is overloaded") as caught:
+        get_model_client().complete("hi", fallback=False)
+    assert (trail(caught.value), caught.value.attempts[0].status) == ([("first", "failed")], 503)
+
+
+def test_a_short_timeout_of_the_callers_own_cools_nothing(net: Loopback, waterfall: Write) -> None:
+    first = net.serve(HANG, text="slow but fine")
+    waterfall(first=first, second=net.serve(text="second"))
+    client = get_model_client()
+    assert client.complete("hi", timeout=0.2).text == "second"
+    assert client.complete("hi").text == "slow but fine"
+
+
+def test_a_deadline_bounds_the_whole_call(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(then=HANG))
+    with pytest.raises(DeadlineError, match=r"0\.3 s"):
+        get_model_client().complete("hi", deadline=0.3)
+
+
+def test_a_host_that_drops_packets_costs_three_seconds_once(net: Loopback, waterfall: Write) -> None:
+    dropping = {"base_url": net.dropping(), "litellm_provider": "hosted_vllm"}
+    waterfall(first=dropping, second=net.serve())
+    client = get_model_client()
+    first = client.complete("hi")
+    assert first.attempts[0].reason == "no connection within 3 s (a firewall?)"
+    assert 2900 < first.attempts[0].ms < 10_000
+    assert client.complete("hi").attempts[0].outcome == "limited"
+
+
+# --- data, degraded, capabilities ----------------------------------------------------------------------------------
+
+
+def test_local_only_sends_nothing_elsewhere(net: Loopback, waterfall: Write) -> None:
+    near = net.serve(text="near")
+    waterfall(far={"base_url": "https://far.invalid/v1"}, near=near)
+    answer = get_model_client().complete("hi", local_only=True)
+    assert (answer.text, trail(answer)) == ("near", [("far", "skipped"), ("near", "ok")])
+
+
+@pytest.mark.parametrize("how", ["environment", "configuration", "client"])
+def test_under_a_local_only_policy_cloud_deployments_are_not_even_built(
+    net: Loopback, waterfall: Write, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    waterfall(
+        {"data_policy": "local_only"} if how == "configuration" else {}, far={"base_url": "https://far.invalid/v1"}
+    )
+    if how == "environment":
+        monkeypatch.setenv("BIOLLM_LOCAL_ONLY", "1")
+    client = get_model_client(**({"local_only": True} if how == "client" else {}))
+    with pytest.raises(CompletionError) as caught:
+        client.complete("hi", local_only=False)
+    assert caught.value.attempts == ()
+
+
+def test_no_training_leaves_out_who_may_train(net: Loopback, waterfall: Write) -> None:
+    free = net.serve()
+    waterfall({"data_policy": "no_training"}, free={"base_url": free.url, "trains_on_prompts": True}, paid=net.serve())
+    assert trail(get_model_client().complete("hi")) == [("free", "skipped"), ("paid", "ok")]
+    assert free.requests == []
+
+
+def test_rungs_that_lack_what_a_request_needs_are_skipped_unsent(net: Loopback, waterfall: Write) -> None:
+    first = net.serve()
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    waterfall(first={"base_url": first.url, "tools": False}, second=net.serve())
+    answer = get_model_client().complete("hi", tools=[tool])
+    assert (answer.provider, first.requests) == ("second", [])
+    assert answer.tool_calls[0]["function"]["name"] == "look"
+
+
+# --- structured answers --------------------------------------------------------------------------------------------
+
+GOOD, BAD = '{"category": "memory", "confidence": 0.9}', '{"category": "memory"}'
+
+
+def says(*texts: str) -> Callable[[Json], Json]:
+    """Answer with one text after the other."""
+    queue = list(texts)
+    return lambda body: {"role": "assistant", "content": queue.pop(0) if len(queue) > 1 else queue[0]}
+
+
+def test_the_schema_is_sent_where_the_deployment_takes_one(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(answer=says(GOOD))
+    waterfall(first={"base_url": server.url, "json_schema": True})
+    answer = get_model_client().complete("Why?", response_model=Diagnosis)
+    assert answer.parsed == Diagnosis(category="memory", confidence=0.9)
+    sent = server.completions[0].body
+    assert sent["response_format"]["json_schema"]["schema"] == Diagnosis.model_json_schema()
+    assert len(sent["messages"]) == 1
+
+
+def test_and_put_in_the_prompt_where_not(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(answer=says(f"Here it is:\n```json\n{GOOD}\n```"))
+    waterfall(first={"base_url": server.url, "json_schema": False})
+    answer = get_model_client().complete("Why?", system="be kind", response_model=Diagnosis)
+    assert answer.parsed == Diagnosis(category="memory", confidence=0.9)
+    sent = server.completions[0].body
+    assert "response_format" not in sent
+    assert [m["role"] for m in sent["messages"]] == ["system", "user"]
+    assert sent["messages"][0]["content"].startswith("be kind")
+    assert "confidence" in sent["messages"][0]["content"]
+
+
+def test_a_wrong_shape_is_repaired_once(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(answer=says(BAD, GOOD))
+    waterfall(first=server)
+    assert get_model_client().complete("Why?", response_model=Diagnosis).parsed.confidence == 0.9
+    assert "confidence" in server.completions[1].body["messages"][-1]["content"]
+
+
+def test_then_the_next_rung_is_asked(net: Loopback, waterfall: Write) -> None:
+    first = net.serve(answer=says(BAD))
+    waterfall(first=first, second=net.serve(answer=says(GOOD)))
+    answer = get_model_client().complete("Why?", response_model=Diagnosis)
+    assert (answer.provider, len(first.completions)) == ("second", 2)
+
+
+def test_a_json_schema_gives_plain_data(net: Loopback, waterfall: Write) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    waterfall(first=net.serve(answer=says('{"n": "x"}', '{"n": 3}')))
+    assert get_model_client().complete("?", response_model=schema).parsed == {"n": 3}
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_yields_text_and_ends_with_the_completion(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(text="All is well."))
+    pieces = list(get_model_client().stream("hi"))
+    assert "".join(map(str, pieces)) == "All is well."
+    last = pieces[-1]
+    assert not isinstance(last, StreamRestarted)
+    assert last.completion is not None
+    assert (last.completion.text, last.completion.finish_reason) == ("All is well.", "stop")
+    assert last.completion.usage.completion_tokens > 0
+
+
+def test_a_stream_that_dies_before_its_first_content_moves_on_unseen(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(then=HTTP_500), second=net.serve(text="fine"))
+    assert "".join(map(str, get_model_client().stream("hi"))) == "fine"
+
+
+@pytest.mark.parametrize("fault", [CUT, SSE_ERROR], ids=["cut", "error event"])
+def test_a_broken_stream_raises_with_its_partial_text(net: Loopback, waterfall: Write, fault: Any) -> None:
+    waterfall(first=net.serve(then=fault, text="one two three four five"), second=net.serve())
+    pieces: list[str] = []
+    with pytest.raises(InterruptedStreamError) as caught:
+        pieces.extend(str(piece) for piece in get_model_client().stream("hi"))
+    assert caught.value.partial == "".join(pieces) != ""
+
+
+def test_or_starts_again_on_the_next_rung_and_says_so(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(then=CUT, text="one two three four"), second=net.serve(text="whole"))
+    pieces = list(get_model_client().stream("hi", on_interrupt="restart"))
+    (event,) = [piece for piece in pieces if isinstance(piece, StreamRestarted)]
+    assert (str(event), event.attempt.deployment) == ("", "first/small")
+    assert "".join(map(str, pieces[pieces.index(event) :])) == "whole"
+
+
+def test_leaving_a_stream_early_ends_the_request(net: Loopback, waterfall: Write, state: Path) -> None:
+    waterfall(first=net.serve(text="one two three four five six"))
+    client = get_model_client()
+    for _ in client.stream("hi"):
+        break
+    assert client.complete("hi").text
+
+
+def test_a_stream_takes_no_response_model(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve())
+    with pytest.raises(UsageError, match="no response_model"):
+        get_model_client().stream("hi", response_model=Diagnosis)
+
+
+# --- from everywhere -----------------------------------------------------------------------------------------------
+
+
+def test_async_over_several_event_loops_and_inside_a_running_one(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(text="fine"))
+    client = get_model_client()
+
+    async def both() -> tuple[str, str, str]:
+        streamed = "".join([str(piece) async for piece in client.astream("hi")])
+        return (await client.acomplete("hi")).text, streamed, client.complete("sync inside a loop").text
+
+    for _ in range(2):
+        assert asyncio.run(both()) == ("fine", "fine", "fine")
+
+
+def test_many_are_answered_in_order_with_bounded_concurrency(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(answer=lambda body: {"role": "assistant", "content": body["messages"][-1]["content"].upper()})
+    waterfall(first=server)
+    seen: list[tuple[int, int]] = []
+    answers = get_model_client().complete_many(
+        "abcde", concurrency=2, progress=lambda done, all: seen.append((done, all))
+    )
+    assert [str(answer) for answer in answers] == list("ABCDE")
+    assert sorted(seen) == [(n, 5) for n in range(1, 6)]
+    assert server.connections <= 4, "two requests at once, and a probe beside the first of each"
+
+
+def test_many_return_errors_in_their_place(net: Loopback, waterfall: Write) -> None:
+    waterfall(first={"base_url": net.serve().url, "rate_limit": "1/min"})
+    first, second = get_model_client().complete_many(["a", "b"], concurrency=1)
+    assert isinstance(first, Completion)
+    assert isinstance(second, AllLimitedError)
+
+
+def test_threads_share_one_router(net: Loopback, waterfall: Write) -> None:
+    waterfall(first={"base_url": net.serve().url, "rate_limit": "10/min"}, second=net.serve())
+    client, answers = get_model_client(), []
+    threads = [threading.Thread(target=lambda: answers.append(client.complete("hi").provider)) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (answers.count("first"), answers.count("second")) == (10, 10)
+
+
+def _in_a_fork(queue: Any) -> None:
+    queue.put(get_model_client().complete("hi").text)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_gets_a_loop_of_its_own(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(text="fine"))
+    assert get_model_client().complete("hi").text == "fine"
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_a_fork, args=(queue,))
+    child.start()
+    assert queue.get(timeout=30) == "fine"
+    child.join()
+
+
+def test_cancelling_cancels_the_request(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(then=HANG)
+    waterfall(first=server)
+
+    async def main() -> None:
+        task = asyncio.create_task(get_model_client().acomplete("hi"))
+        while not server.completions:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while server.tasks:  # the connection goes away
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_reload_sees_a_changed_file(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(text="old"))
+    client = get_model_client()
+    assert client.complete("hi").text == "old"
+    waterfall(first=net.serve(text="new"))
+    assert client.complete("hi").text == "old"
+    client.reload()
+    assert client.complete("hi").text == "new"
+
+
+def test_as_a_context_manager_what_was_done_is_on_disk_at_the_end(net: Loopback, waterfall: Write, state: Path) -> None:
+    from biollm.ledger import Ledger
+
+    waterfall(first=net.serve())
+    with Client(tags={"agent": "tester"}) as client:
+        client.complete("hi", tags={"step": "1"})
+    (record,) = Ledger(state).history()
+    assert (record.provider, record.outcome, record.tags) == ("first", "ok", {"step": "1"})
+
+
+def test_the_host_programs_litellm_notices_nothing(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(text="ours")
+    waterfall(first=server)
+    host = net.serve(text="theirs")
+    code = f"""
+        import litellm, logging, os, json
+        from litellm.integrations.custom_logger import CustomLogger
+        seen = []
+        class Theirs(CustomLogger):
+            async def async_log_success_event(self, kwargs, response_obj, start_time, end_time): seen.append("async")
+            def log_success_event(self, kwargs, response_obj, start_time, end_time): seen.append("sync")
+        theirs = Theirs()
+        litellm.callbacks = [theirs]
+        settings = (litellm.drop_params, litellm.num_retries, litellm.set_verbose)
+        level = logging.getLogger().level, logging.getLogger().handlers[:]
+        environment = dict(os.environ)
+        from biollm.client import get_model_client
+        assert get_model_client().complete("hi").text == "ours"
+        assert "".join(map(str, get_model_client().stream("hi"))) == "ours"
+        assert seen == [], seen
+        assert theirs in litellm.callbacks
+        assert settings == (litellm.drop_params, litellm.num_retries, litellm.set_verbose)
+        assert level == (logging.getLogger().level, logging.getLogger().handlers)
+        assert environment == dict(os.environ)
+        answer = litellm.completion("openai/m", messages=[{{"role": "user", "content": "x"}}], api_key="k", api_base="{host.url}")
+        assert answer.choices[0].message.content == "theirs"
+        assert seen == ["sync"], seen
+    """
+    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # the host's own import of LiteLLM
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (run.returncode, run.stderr) == (0, ""), run.stderr
+
+
+@pytest.mark.slow
+def test_processes_share_a_limit_exactly(net: Loopback, waterfall: Write) -> None:
+    server = net.serve()
+    waterfall(first={"base_url": server.url, "rate_limit": "15/min"}, second=net.serve())
+    code = """
+        import asyncio
+        from biollm.client import get_model_client
+        client = get_model_client()
+        for _ in range(5): client.complete("sync")
+        asyncio.run(client.acomplete_many(["async"] * 5))
+        print("ok")
+    """
+    environment = os.environ | {"PYTHONWARNINGS": "error::ResourceWarning"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for _ in range(3)
+    ]
+    began = time.time()
+    assert [process.communicate()[0].strip() for process in processes] == ["ok"] * 3
+    assert time.time() - began < 60, "all within one window, or the count below means nothing"
+    assert len(server.completions) == 15
+
+
+def test_keys_show_nowhere(net: Loopback, waterfall: Write, caplog: pytest.LogCaptureFixture) -> None:
+    from behaviours import HTTP_401_ECHO
+
+    waterfall(first=net.serve(then=HTTP_401_ECHO))
+    client = get_model_client()
+    with caplog.at_level("DEBUG"), pytest.raises(CompletionError) as caught:
+        client.complete("hi")
+    shown = json.dumps([str(caught.value), repr(caught.value), repr(caught.value.attempts), repr(client), caplog.text])
+    assert "sk-planted" not in shown
+    assert "***" in str(caught.value)

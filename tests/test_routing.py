@@ -1,0 +1,209 @@
+"""Configuration and running servers become deployments, and deployments become LiteLLM's arguments."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from biollm import routing
+from biollm.config import Config, Limit, load_config
+from biollm.routing import Wants
+
+GOLDEN = Path(__file__).parent / "golden" / "shipped_waterfall.json"
+
+PROVIDERS = """
+providers:
+  two: {type: api, priority: 2, base_url: "https://two.example/v1", models: [big, small], rate_limit: [15/min, 1000/day],
+        accounts: [{name: lab, env_key: LAB}, {name: core, env_key: CORE, rate_limit: 2/s}]}
+  one: {type: api, priority: 1, env_key: ONE, base_url: "https://one.example/v1", models: [big], trains_on_prompts: true,
+        limits_per: model, rate_limit: 5/min, model_ids: {big: vendor/big-v2}}
+  gpu: {type: local, priority: 5, models: [mine]}
+  near: {type: api, priority: 6, base_url: "http://127.0.0.1:9/v1", models: [tiny]}
+"""
+MODELS = """
+models:
+  mine: {hf_id: lab/mine, type: local, context_length: 4096, capabilities: [code, reasoning], vllm_args: {max_model_len: 2048}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return _config(tmp_path)
+
+
+def _config(folder: Path, *, shipped: bool = False) -> Config:
+    (folder / "providers.yaml").write_text(("" if shipped else "inherit: false") + PROVIDERS)
+    (folder / "models.yaml").write_text(MODELS)
+    return load_config(folder)
+
+
+def server(start: str, model: str = "mine") -> Any:
+    """Stand for the record of a running server."""
+    return SimpleNamespace(
+        start=start, model=model, served_model_name=model, base_url=f"http://n1:80{start}/v1", key_file="/k"
+    )
+
+
+def test_the_shipped_waterfall_is_the_recorded_one() -> None:
+    found = routing.deployments(load_config())
+    shown = routing.model_list(found, {d.id: {"api_key": f"os.environ/{d.account.env_key}"} for d in found})
+    assert shown == json.loads(GOLDEN.read_text()), "if this is meant, write the new list into tests/golden"
+
+
+def test_priority_then_place_in_the_list_becomes_order_and_accounts_share_it(config: Config) -> None:
+    found = [(d.order, d.id) for d in routing.deployments(config)]
+    assert found == [
+        (1, "one/big"),
+        (2, "two.lab/big"),
+        (2, "two.core/big"),
+        (3, "two.lab/small"),
+        (3, "two.core/small"),
+        (4, "gpu/mine"),
+        (5, "near/tiny"),
+    ]
+
+
+def test_a_model_of_its_own_priority_goes_before_its_place(config: Config) -> None:
+    small = replace_model(config, "small", priority=1)
+    assert [d.model for d in routing.deployments(small) if d.provider.name == "two"][0] == "small"
+
+
+def replace_model(config: Config, key: str, **changes: Any) -> Config:
+    model = config.models["mine"].model_copy(update={"key": key, "type": "api", **changes})
+    return replace(config, models={**config.models, key: model})
+
+
+def test_running_servers_are_replicas_of_one_order(config: Config) -> None:
+    found = [
+        d for d in routing.deployments(config, [server("1"), server("2"), server("3", "other")]) if d.model == "mine"
+    ]
+    assert [(d.order, d.id, d.base_url, d.key_file) for d in found] == [
+        (4, "gpu/mine#1", "http://n1:801/v1", "/k"),
+        (4, "gpu/mine#2", "http://n1:802/v1", "/k"),
+    ]
+    assert all(d.local and d.litellm_model == "hosted_vllm/mine" for d in found)
+
+
+def test_a_local_model_without_a_server_stays_visible_without_an_address(config: Config) -> None:
+    (mine,) = [d for d in routing.deployments(config) if d.model == "mine"]
+    assert (mine.base_url, mine.local) == (None, True)
+
+
+def test_local_only_keeps_what_never_leaves_whatever_its_type(config: Config) -> None:
+    assert [d.id for d in routing.deployments(config, [server("1")], "local_only")] == ["gpu/mine#1", "near/tiny"]
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "local"),
+    [
+        ("http://127.0.0.1:8000/v1", (), True),
+        ("http://127.9.9.9/v1", (), True),
+        ("http://[::1]:8000/v1", (), True),
+        ("http://localhost/v1", (), True),
+        ("https://api.openai.com/v1", (), False),
+        ("https://localhost.evil.example/v1", (), False),
+        ("http://10.0.0.7:8000/v1", (), False),
+        ("http://llm.lab.example/v1", ("llm.lab.example",), True),
+        (None, (), False),
+    ],
+)
+def test_local_means_loopback_or_a_host_the_site_calls_its_own(
+    url: str | None, hosts: tuple[str, ...], local: bool
+) -> None:
+    assert routing.is_local(url, hosts) is local
+
+
+def test_limits_belong_to_the_account_or_to_its_model(config: Config) -> None:
+    scopes = {d.id: d.scope for d in routing.deployments(config)}
+    assert scopes["two.lab/big"] == scopes["two.lab/small"] == "two/lab"
+    assert scopes["one/big"] == "one/default:big"
+
+
+@pytest.mark.parametrize(
+    ("limits", "rpm"),
+    [
+        ([Limit("requests", 15, "min")], 15),
+        ([Limit("requests", 2, "s"), Limit("requests", 60, "min")], 60),
+        ([Limit("requests", 1000, "day")], None),
+        ([Limit("tokens", 15, "min")], None),
+        ([], None),
+    ],
+)
+def test_the_tightest_rate_becomes_rpm(limits: list[Limit], rpm: int | None) -> None:
+    assert routing.requests_per_minute(limits) == rpm
+
+
+def test_both_groups_and_only_deployments_with_a_key(config: Config) -> None:
+    found = routing.deployments(config, [server("1")])
+    made = routing.model_list(found, {"one/big": {"api_key": "k"}, "gpu/mine#1": {"api_key": "s"}})
+    assert [(e["model_name"], e["model_info"]["id"]) for e in made] == [
+        ("biollm", "one/big"),
+        ("biollm", "gpu/mine#1"),
+        ("biollm-local", "gpu/mine#1@local"),
+    ]
+    assert made[0]["litellm_params"] == {
+        "model": "openai/vendor/big-v2",
+        "order": 1,
+        "drop_params": True,
+        "api_base": "https://one.example/v1",
+        "rpm": 5,
+        "api_key": "k",
+    }
+
+
+@pytest.mark.parametrize(
+    ("ident", "wants", "reason"),
+    [
+        ("one/big", Wants(), None),
+        ("one/big", Wants(policy="local_only"), "local_only"),
+        ("one/big", Wants(policy="no_training"), "train on prompts"),
+        ("two.lab/big", Wants(policy="no_training"), None),
+        ("gpu/mine#1", Wants(tools=True), "takes no tools"),
+        ("two.lab/big", Wants(tools=True), None),
+        ("gpu/mine#1", Wants(capability="reasoning"), None),
+        ("two.lab/big", Wants(capability="reasoning"), "lacks the capability"),
+        ("gpu/mine#1", Wants(tokens=2048), None),
+        ("gpu/mine#1", Wants(tokens=2049), "its context is 2048"),
+    ],
+)
+def test_what_a_request_needs_rules_deployments_out(
+    config: Config, ident: str, wants: Wants, reason: str | None
+) -> None:
+    (deployment,) = [d for d in routing.deployments(config, [server("1")]) if d.id == ident]
+    said = routing.obstacle(deployment, wants)
+    assert said is None if reason is None else said and reason in said
+
+
+def test_an_openai_deployment_has_its_own_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://elsewhere.example/v1")
+    config = _config(tmp_path, shipped=True)
+    assert {d.base_url for d in routing.deployments(config) if d.provider.name == "openai"} == {
+        "https://api.openai.com/v1"
+    }
+
+
+def test_copilot_accounts_go_to_the_openai_dialect(tmp_path: Path) -> None:
+    config = _config(tmp_path, shipped=True)
+    models = {d.litellm_model.split("/")[0] for d in routing.deployments(config) if d.provider.name == "github_copilot"}
+    assert models == {"openai"}
+
+
+def test_the_proxy_file_holds_no_key_and_says_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-0123456789")
+    made, left_out = routing.proxy_config(_config(tmp_path, shipped=True))
+    keys = {entry["litellm_params"]["api_key"] for entry in made["model_list"]}
+    assert all(key == "none" or key.startswith("os.environ/") for key in keys)
+    assert "sk-planted" not in json.dumps(made)
+    assert {sentence.split("/")[0] for sentence in left_out} >= {
+        "embedded",
+        "github_copilot.lab",
+        "github_copilot.core",
+    }
+    assert made["router_settings"]["optional_pre_call_checks"] == ["enforce_model_rate_limits"]
