@@ -104,6 +104,8 @@ class Job:
     def event(self, model: str, state: str, reason: str = "", **detail: Any) -> None:
         """Write one change of state: to the job's log, and where `biollm up` and `status` read it."""
         _say(f"{model} {state} {reason}")
+        if self.rank and state != "failed":
+            return  # the first node speaks for the server
         entry = {"at": time.time(), "model": model, "state": state, "reason": reason, "restart": self.restart}
         line = json.dumps({**entry, "job": self.id, "host": self.host, **detail}) + "\n"
         try:

@@ -112,7 +112,7 @@ class Records:
         """Return the time by the file system's clock: nodes' and servers' clocks may differ by minutes."""
         measured, skew = self._skew
         if time.monotonic() - measured >= _SKEW_S:
-            skew = _skew(self._run)
+            skew = file_time(self._run) - time.time()
             self._skew = (time.monotonic(), skew)
         return time.time() + skew
 
@@ -239,6 +239,16 @@ def load(endpoint: Endpoint) -> tuple[int, int] | None:
     return int(running), int(waiting)
 
 
+def file_time(folder: Path) -> float:
+    """Return the time by the clock that stamps the files in `folder`; this host's where nothing can be written."""
+    mark = folder / f".clock-{os.getuid()}"
+    try:
+        mark.touch(mode=0o600)
+        return mark.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
 def _load(path: str | Path) -> tuple[Any, int]:
     """Return the JSON of a file and its owner; a link, or a file that others may write, is an error."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
@@ -246,16 +256,6 @@ def _load(path: str | Path) -> tuple[Any, int]:
         if not stat.S_ISREG(seen.st_mode) or seen.st_mode & 0o022:
             raise ValueError("others may write it")
         return json.load(file), seen.st_uid
-
-
-def _skew(folder: Path) -> float:
-    """Return the file system's clock minus this host's, in seconds; 0 where nothing can be written."""
-    mark = folder / f".clock-{os.getuid()}"
-    try:
-        mark.touch(mode=0o600)
-        return mark.stat().st_mtime - time.time()
-    except OSError:
-        return 0.0
 
 
 def _probe(endpoints: Sequence[Endpoint]) -> Iterable[tuple[Endpoint, str | None]]:

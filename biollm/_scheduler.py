@@ -1,0 +1,168 @@
+"""Runs Slurm's commands, and shares one look at the queue among all processes of a user.
+
+Slurm's commands cost the controller a connection each, and hang for a minute when it is away. So each has a time
+limit and an allowlisted environment (sbatch would copy the caller's keys into the controller's state), and the queue
+is asked at most every 5 s per user, 30 s when nothing changes: one asks, all others read what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from biollm._files import locked, write_private
+from biollm.endpoints import file_time
+from biollm.errors import SlurmError
+
+ASK_S, REST_S = 5.0, 30.0  # between two questions about the queue: at first, and when nothing changes
+_KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF")
+_ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
+_AWAY = re.compile(r"Unable to contact slurm controller|Connection refused|Socket timed out|Zero Bytes", re.IGNORECASE)
+_MENDS = (
+    ("Invalid partition", "has no such partition.", "`sinfo -s` lists them; set `partition` or --partition."),
+    ("Invalid account", "does not know this account here.", "`sacctmgr show assoc user=$USER` lists yours; set `account`."),
+    ("Invalid qos", "does not know this qos here.", "`sacctmgr show qos` lists them; set `qos`."),
+    ("Invalid feature", "has no node with this feature.", "`sinfo -o '%P %f'` lists them; set `constraint`."),
+    ("time limit is invalid", "allows less time in this partition.",
+     "`sinfo -o '%P %l'` shows how much; set `walltime` or --time."),
+    ("generic resource", "has no such GPU.", "`sinfo -o '%P %G'` lists them; set `gpu_type` and `gpu_request`."),
+    ("node configuration", "has no node with as many GPUs, CPUs or as much memory.",
+     "`sinfo -o '%P %G %c %m'` lists them; set `gpus_per_node`, `gpu_type`, `cpus_per_node`, `memory_gb_per_node`."),
+    ("policy", "refuses it by a limit of your account or qos.", "`sacctmgr show assoc user=$USER` shows them."),
+    ("option", "does not know one of the options.", "Look at `sbatch_options` in cluster.yaml."),
+)  # fmt: skip
+
+
+class ControllerAwayError(SlurmError):
+    """The controller does not answer; jobs that run go on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job as the queue shows it. `start` is Slurm's time or, for a pending job, its estimate; "" is unknown."""
+
+    job: str
+    state: str
+    reason: str
+    start: str
+    node: str
+
+    @property
+    def ended(self) -> bool:
+        """Is this one of the states that a job never leaves?"""
+        return self.state in _ENDED
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The user's jobs at the time `at` (by the file system's clock), or the `error` with the rows last seen."""
+
+    rows: dict[str, Row]
+    at: float = 0.0
+    error: str = ""
+    interval: float = ASK_S
+
+
+def run(*command: str, timeout: float = 20) -> str:
+    """Return what one of Slurm's commands prints.
+
+    Raises:
+        ControllerAwayError: It did not answer within `timeout` seconds.
+        SlurmError: It refused, or is not installed here.
+    """
+    env = {name: os.environ[name] for name in _KEPT if name in os.environ} | {"SLURM_TIME_FORMAT": "standard"}
+    try:
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError as error:
+        raise SlurmError(
+            f"There is no {command[0]} on this machine.", hint="Run this on a login node of the cluster."
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ControllerAwayError(
+            f"{command[0]} had no answer within {timeout:.0f} s.", hint="`scontrol ping` tells whether Slurm is up."
+        ) from error
+    if done.returncode == 0:
+        return done.stdout.strip()
+    said = " ".join(line.split("error: ")[-1] for line in done.stderr.strip().splitlines()[-3:])
+    if _AWAY.search(said):
+        raise ControllerAwayError(
+            f"Slurm's controller does not answer ({said}).", hint="`scontrol ping` tells when it is back."
+        )
+    for text, sentence, hint in _MENDS:
+        if text.lower() in said.lower():
+            raise SlurmError(f"Slurm {sentence} It said: {said}", hint=hint)
+    raise SlurmError(f"{command[0]} failed: {said or f'exit code {done.returncode}'}")
+
+
+def submit(script: Path, arguments: list[str], options: list[str]) -> str:
+    """Submit a script with arguments of its own; return the job's id."""
+    export = f"--export={','.join(name for name in _KEPT if name in os.environ)}"
+    return run("sbatch", "--parsable", export, *options, str(script), *arguments).split(";")[0]
+
+
+def nodes() -> dict[str, str]:
+    """Return the address of each node, as the controller knows it; names need not resolve."""
+    lines = run("scontrol", "-o", "show", "node").splitlines()
+    found = (dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines)
+    return {node["NodeName"]: node.get("NodeAddr", node["NodeName"]) for node in found if "NodeName" in node}
+
+
+def queue(folder: Path, cluster: str, since: float = 0.0) -> Queue:
+    """Return this user's jobs; asks the controller only when the shared snapshot is due.
+
+    Args:
+        folder: The run directory.
+        cluster: Name of the cluster, since two may share a home directory.
+        since: A snapshot from before this time (a submission's) is due after 5 s, however rested.
+    """
+    path = folder / f"queue-{cluster}-{os.getuid()}.json"
+
+    def due(snapshot: Queue) -> bool:
+        interval = ASK_S if snapshot.at < since else snapshot.interval
+        return not 0 <= file_time(folder) - snapshot.at < interval
+
+    if due(_read(path)):
+        with locked(path.with_suffix(".lock")):
+            if due(old := _read(path)):
+                write_private(path, json.dumps(_ask(old)))
+    return _read(path)
+
+
+def _ask(old: Queue) -> dict[str, object]:
+    """Ask the controller; return the next snapshot."""
+    rest = min(REST_S, old.interval * 1.5)
+    try:
+        text = run("squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%r|%S|%N")
+    except SlurmError as error:
+        return {"rows": [list(vars(row).values()) for row in old.rows.values()], "error": str(error), "interval": rest}
+    rows = [
+        ["" if word in ("N/A", "None") else word for word in line.split("|")]
+        for line in text.splitlines()
+        if line.count("|") == 4
+    ]
+    same = {row[0]: row[1] for row in rows} == {row.job: row.state for row in old.rows.values()} and not old.error
+    return {"rows": rows, "error": "", "interval": rest if same else ASK_S}
+
+
+def _read(path: Path) -> Queue:
+    try:
+        at, found = path.stat().st_mtime, json.loads(path.read_text())
+        return Queue({row[0]: Row(*row) for row in found["rows"]}, at, found["error"], found["interval"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Queue({})

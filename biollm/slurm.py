@@ -1,0 +1,337 @@
+"""Starts model servers as Slurm jobs, waits for them, shows them and stops them.
+
+What Slurm lacks: it knows when a job runs, not when its server answers. The only module that runs Slurm's commands,
+through `_scheduler`; what is known of a job is put together in `tickets`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from biollm import _scheduler
+from biollm._files import locked, private_folder, write_private
+from biollm._scheduler import Queue
+from biollm.config import Cluster, Model
+from biollm.endpoints import Endpoint, Records, Watch, ask, file_time, load
+from biollm.errors import SlurmError, UnavailableError, UsageError
+from biollm.launch import LaunchScript, Options, render
+from biollm.owners import uids
+from biollm.site import log_dir, node_files, run_dir, weights_dir
+from biollm.tickets import Job, Ticket, failure, find, gpu_hours, judge, read, save, server_log, sweep, tail, tickets
+
+OnState = Callable[[Job], None]
+
+
+def up(
+    models: Sequence[Model],
+    cluster: Cluster,
+    options: Options | None = None,
+    *,
+    replicas: int = 1,
+    share: str = "",
+    whole_nodes: bool = False,
+    wait: bool = True,
+    timeout: float | None = None,
+    on_state: OnState | None = None,
+) -> list[Job]:
+    """Submit a job that serves `models` (or several, each with all of them), and wait until its servers answer.
+
+    Args:
+        models: Each gets its own GPUs and port in the job.
+        cluster: The site.
+        options: What differs from the site's and the models' settings.
+        replicas: How many such jobs.
+        share: A group that may use the servers, too.
+        whole_nodes: Submit even where GPUs of a whole node would idle.
+        wait: Return only when they are ready.
+        timeout: Seconds to wait for all of them; the jobs stay when it passes.
+        on_state: Called with each job whenever it has changed.
+
+    Raises:
+        UnavailableError: Weights or the serving environment are missing.
+        DoesNotFitError, ConfigError, UsageError: The script cannot be rendered, or a site limit forbids it.
+        SlurmError: Slurm refused; JobFailedError: a job ended before its servers were ready.
+    """
+    script = _ready_to_submit(models, cluster, options, whole_nodes)
+    with _submitting(cluster):
+        new = _submit_all(script, models, cluster, options, replicas, share)
+    if not wait:
+        return [Job(ticket, "pending", "submitted") for ticket in new]
+    return wait_for([ticket for ticket in new if ticket.link == 1], cluster, timeout=timeout, on_state=on_state)
+
+
+def ensure(
+    model: Model,
+    cluster: Cluster,
+    options: Options | None = None,
+    *,
+    timeout: float | None = None,
+    on_state: OnState | None = None,
+) -> Endpoint:
+    """Return a server of `model` that is alive; start one if none is and none is on its way. Raises as `up` does."""
+    script = _ready_to_submit([model], cluster, options, whole_nodes=False)
+    with _submitting(cluster):  # of two callers at once, the second finds the first one's ticket
+        coming = [job for job in status(cluster) if job.phase in ("pending", "starting", "ready")]
+        mine = sorted((job for job in coming if model.key in job.ticket.models), key=lambda job: job.phase != "ready")
+        ticket = mine[0].ticket if mine else _submit_all(script, [model], cluster, options, 1, "")[0]
+    (job,) = wait_for([ticket], cluster, timeout=timeout, on_state=on_state)
+    for endpoint in job.endpoints:
+        if endpoint.model == model.key:
+            return endpoint
+    raise failure(job)
+
+
+def wait_for(
+    waiting: Sequence[Ticket],
+    cluster: Cluster,
+    *,
+    timeout: float | None = None,
+    on_state: OnState | None = None,
+) -> list[Job]:
+    """Wait until the servers of each ticket answer a completion.
+
+    Raises:
+        JobFailedError: A job ended before; with its state, the reason and the last lines of its log.
+        SlurmError: `timeout` seconds passed; the jobs stay.
+    """
+    deadline = time.monotonic() + timeout if timeout is not None else None
+    shown: dict[str, Job] = {}
+    ready: dict[str, Job] = {}
+    records, queue, asked = Records(cluster), Queue({}), -1.0
+    while len(ready) < len(waiting):
+        if time.monotonic() - asked >= 1:
+            queue = _queue(cluster, max(ticket.submitted for ticket in waiting))
+            asked = time.monotonic()
+        alive, _ = records.read()
+        for ticket in waiting:
+            job = judge(read(ticket, cluster), queue, alive, records.now())
+            if ticket.id not in ready and on_state and not _alike(job, shown.get(ticket.id)):
+                on_state(job)
+            shown[ticket.id] = job
+            if job.over:
+                raise failure(job)
+            if job.phase == "ready" and ticket.id not in ready and all(map(_completes, job.endpoints)):
+                ready[ticket.id] = job
+        if deadline and time.monotonic() > deadline and len(ready) < len(waiting):
+            states = ", ".join(f"job {job.ticket.job} is {job.phase} ({job.reason})" for job in shown.values())
+            raise SlurmError(f"Not ready within {timeout:g} s: {states}.", hint="They go on: see `biollm status`.")
+        time.sleep(0.2)
+    return list(ready.values())
+
+
+def status(cluster: Cluster) -> list[Job]:
+    """Return this user's jobs that are not over, or have been for less than a day, with the requests at each server."""
+    folder = run_dir(cluster)
+    if not (folder / "jobs").is_dir():
+        return []
+    every = tickets(cluster)
+    newest = {ticket.job: ticket for ticket in every}  # a controller that lost its state counts from 1 again
+    queue = _queue(cluster, max((ticket.submitted for ticket in every), default=0))
+    gone = replace(queue, rows={})
+    alive, now = Watch(cluster).refresh(), file_time(folder)
+    jobs = [judge(ticket, queue if newest[ticket.job] is ticket else gone, alive, now) for ticket in every]
+    jobs = [job for job in jobs if not job.over or now - max(job.ticket.submitted, job.ticket.seen) < 86400]
+    return [replace(job, requests={e.start: load(e) for e in job.endpoints}) for job in jobs]
+
+
+def logs(cluster: Cluster, target: str, *, lines: int = 50, follow: bool = False) -> Iterator[str]:
+    """Yield the last lines of the log of a job (by id) or of a model's newest server, then what comes, until it is over.
+
+    Raises:
+        UsageError: There is no such job or model.
+    """
+    ticket = find(cluster, target)[-1]
+    path = server_log(ticket, target)
+    yield from tail(path, lines)
+    at = path.stat().st_size if path.exists() else 0
+    while follow:
+        over = judge(read(ticket, cluster), _queue(cluster), Records(cluster).read()[0], 0).over
+        if path.exists():
+            with path.open(errors="replace") as file:
+                file.seek(at)
+                yield from (line.rstrip("\n") for line in file)
+                at = file.tell()
+        if over:
+            return
+        time.sleep(0.5)
+
+
+def down(cluster: Cluster, target: str | None = None, *, wait: bool = True) -> list[Ticket]:
+    """Stop the jobs of a model, a job by its id, or (None) all: servers leave routing, finish what runs, and stop.
+
+    Raises:
+        UsageError: There is no such job or model.
+    """
+    every = tickets(cluster)
+    chosen = every if target is None else find(cluster, target)
+    chains = {ticket.chain for ticket in chosen if ticket.chain}
+    chosen += [ticket for ticket in every if ticket.chain in chains and ticket not in chosen]
+    jobs = [job for job in _judged(chosen, cluster) if not job.over]
+    for job in jobs:  # whoever starts meanwhile finds the mark
+        (run_dir(cluster) / "jobs" / f"{job.ticket.chain or job.ticket.id}.stop").touch(mode=0o600)
+    if jobs:
+        _scheduler.run("scancel", "--state=PENDING", *(job.ticket.job for job in jobs))
+    for flags, spans in (["--batch"], False), ([], True):  # a job on several nodes runs in a step
+        if running := [job.ticket.job for job in jobs if (job.ticket.nodes > 1) == spans]:
+            _scheduler.run("scancel", "--state=RUNNING", "--signal=USR1", *flags, *running)
+    if wait:
+        _await_end([job.ticket for job in jobs], cluster)
+    return [job.ticket for job in jobs]
+
+
+def missing(models: Sequence[Model], cluster: Cluster) -> Iterator[UnavailableError]:
+    """Yield what is not there yet of weights and serving environment, each with the command that mends it."""
+    for model in models:
+        folder = weights_dir(model, cluster)
+        if not (folder / "config.json").exists():
+            yield UnavailableError(f"The weights of {model.key} are not in {folder}.", hint=f"biollm pull {model.key}")
+    venv, image = cluster.environment.venv, cluster.environment.container or ""
+    if venv and not (venv / "bin" / "vllm").exists():
+        mend = f"python3 -m venv {venv} && {venv}/bin/pip install vllm"
+        yield UnavailableError(f"There is no vLLM in {venv}.", hint=mend)
+    if image.startswith("/") and not Path(image).exists():
+        mend = f"{cluster.environment.container_command} pull {image} docker://vllm/vllm-openai:latest"
+        yield UnavailableError(f"There is no container image {image}.", hint=mend)
+
+
+def _ready_to_submit(
+    models: Sequence[Model], cluster: Cluster, options: Options | None, whole_nodes: bool
+) -> LaunchScript:
+    script = render(models, cluster, options)
+    if script.idle_gpus and not whole_nodes:
+        raise UsageError(script.warnings[-1], hint="--yes submits it all the same.")
+    for problem in missing(models, cluster):
+        raise problem
+    return script
+
+
+def _submit_all(
+    script: LaunchScript, models: Sequence[Model], cluster: Cluster, options: Options | None, replicas: int, share: str
+) -> list[Ticket]:
+    handover = cluster.handover if options is None or options.handover is None else options.handover
+    links, request = cluster.max_chain if handover else 1, script.request
+    count = replicas * links
+    hours = count * script.gpus * request.walltime / 3600
+    check_limits(cluster, status(cluster), jobs=count, gpus=replicas * script.gpus * min(links, 2), hours=hours)
+    _prepare(cluster, share)
+    lead = request.drain + 2 * _start_time(models, cluster)
+    minutes = max(0, int(request.walltime - lead) // 60)
+    new: list[Ticket] = []
+    for _ in range(replicas):
+        chain = uuid.uuid4().hex if links > 1 else ""
+        for link in range(1, links + 1):
+            ticket = Ticket(uuid.uuid4().hex, "", tuple(model.key for model in models), script.gpus,
+                            request.walltime, Path(), chain, link, links, request.nodes)  # fmt: skip
+            after = [f"--dependency=after:{new[-1].job}+{minutes}"] if link > 1 else []
+            new.append(_submit(script, cluster, ticket, after, share))
+    return new
+
+
+def check_limits(cluster: Cluster, known: Sequence[Job], *, jobs: int, gpus: int, hours: float) -> None:
+    """Hold a start against the site's limits: max_jobs, max_gpus and gpu_hours_per_day.
+
+    Args:
+        cluster: The site.
+        known: The jobs of the last day.
+        jobs: Jobs to come.
+        gpus: GPUs that they hold at a time.
+        hours: GPU hours of their whole walltimes.
+
+    Raises:
+        UsageError: One would be exceeded; names it.
+    """
+    active = [job.ticket for job in known if not job.over]
+    for name, limit, have, more in (
+        ("max_jobs", cluster.max_jobs, len(active), jobs),
+        ("max_gpus", cluster.max_gpus, sum(ticket.gpus for ticket in active), gpus),
+        ("gpu_hours_per_day", cluster.gpu_hours_per_day, sum(map(gpu_hours, known)), hours),
+    ):
+        if limit is not None and have + more > limit:
+            raise UsageError(
+                f"{name} of this site is {limit:g}: {have:g} are taken, this would take {more:g} more.",
+                hint="`biollm status` shows what runs, `biollm down` stops it. A handover holds its GPUs twice.",
+            )
+
+
+def _start_time(models: Sequence[Model], cluster: Cluster) -> float:
+    """Seconds that these models took to start the last time, or may take at most."""
+    times = {e["model"]: float(e["took_s"]) for t in tickets(cluster) for e in t.events if e.get("took_s")}
+    return max(times.get(model.key, model.start_timeout) for model in models)
+
+
+def _prepare(cluster: Cluster, share: str) -> None:
+    """Make the run directory, its node files and the map of the nodes; open them to a group."""
+    folder = private_folder(run_dir(cluster))
+    mode = folder.stat().st_mode & 0o7777  # a lab's common folder stays common
+    for name in ("records", "starts", "jobs", "lib"):
+        if not (folder / name).exists():
+            (folder / name).mkdir()
+            (folder / name).chmod(mode)
+    private_folder(log_dir(cluster))
+    sweep(cluster)
+    for path, text in node_files(cluster).items():
+        if not path.exists():
+            write_private(path, text)
+            path.chmod(0o644)
+        if path.stat().st_uid not in uids(cluster.trusted_owners) or path.read_text() != text:
+            raise SlurmError(f"{path} is not what this version put there.", hint="Remove it, or use your own run_dir.")
+    nodes = folder / f"nodes-{cluster.name}.json"
+    write_private(nodes, json.dumps(_scheduler.nodes()))
+    nodes.chmod(0o644)
+    for path in (folder, folder / "records", folder / "starts") if share else ():
+        shutil.chown(path, group=share)
+        path.chmod(path.stat().st_mode & 0o7777 | 0o050)
+
+
+def _submit(script: LaunchScript, cluster: Cluster, ticket: Ticket, options: list[str], share: str) -> Ticket:
+    jobs = run_dir(cluster) / "jobs"
+    path = jobs / f"{ticket.id}.sh"
+    write_private(path, script.text)
+    arguments = ["--ticket", ticket.id, *(["--share", share] if share else [])]
+    if ticket.chain:
+        arguments += ["--chain", ticket.chain, "--link", str(ticket.link), "--links", str(ticket.links)]
+    job = _scheduler.submit(path, arguments, options)
+    log = Path(script.request.log.replace("%%", "%").replace("%j", job))
+    return save(replace(ticket, job=job, log=log), cluster)
+
+
+def _submitting(cluster: Cluster) -> AbstractContextManager[None]:
+    return locked(private_folder(run_dir(cluster)) / f"submit-{os.getuid()}.lock")
+
+
+def _queue(cluster: Cluster, since: float = 0.0) -> Queue:
+    return _scheduler.queue(run_dir(cluster), cluster.name, since)
+
+
+def _judged(chosen: Sequence[Ticket], cluster: Cluster) -> list[Job]:
+    queue, alive, now = _queue(cluster), Records(cluster).read()[0], file_time(run_dir(cluster))
+    return [judge(read(ticket, cluster), queue, alive, now) for ticket in chosen]
+
+
+def _alike(job: Job, shown: Job | None) -> bool:
+    return shown is not None and (job.phase, job.reason, job.start) == (shown.phase, shown.reason, shown.start)
+
+
+def _completes(endpoint: Endpoint) -> bool:
+    body = {"model": endpoint.served_model_name, "prompt": "Hello", "max_tokens": 1}
+    with suppress(OSError):
+        return ask(endpoint, "POST", "/v1/completions", body, timeout=60)[0] == 200
+    return False
+
+
+def _await_end(stopping: Sequence[Ticket], cluster: Cluster) -> None:
+    """Wait until the jobs are over; cancel those that do not drain in time."""
+    deadline = time.monotonic() + cluster.drain + 30
+    while waiting := [job.ticket for job in _judged(stopping, cluster) if not job.over]:
+        if time.monotonic() > deadline:
+            _scheduler.run("scancel", *(ticket.job for ticket in waiting))
+            return
+        time.sleep(0.5)
