@@ -1,0 +1,106 @@
+"""Finds the secret of one account: its own variable, its own file, or its Copilot token; never another's.
+
+LiteLLM falls back to variables such as OPENAI_API_KEY when a deployment has no key, and would send that key
+to whatever host the deployment names. So every key is found here, before a Router exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from biollm import copilot
+
+if TYPE_CHECKING:
+    from biollm.config import Account, Provider
+
+_SALT = b"biollm key fingerprint 1:"
+
+
+@dataclass(frozen=True)
+class Credential:
+    """What a deployment needs to be asked. The secret shows in no repr.
+
+    Attributes:
+        secret: The key; "" where none is needed.
+        fingerprint: Short salted hash: changes with the key, gives nothing of it away; "" without a key.
+        headers: Further headers that the provider wants.
+        base_url: Where this account's requests go, if that is not the provider's own address.
+        expires_at: Epoch seconds; None for keys that last.
+    """
+
+    secret: str = field(repr=False)
+    fingerprint: str
+    headers: dict[str, str] = field(default_factory=dict[str, str])
+    base_url: str | None = None
+    expires_at: float | None = None
+
+
+def of_secret(secret: str) -> Credential:
+    """Return a credential of nothing but a key."""
+    return Credential(secret, fingerprint(secret))
+
+
+def fingerprint(secret: str) -> str:
+    """Return 12 hex digits that tell one key from another and may be stored."""
+    return hashlib.sha256(_SALT + secret.encode()).hexdigest()[:12] if secret else ""
+
+
+def find(provider: Provider, account: Account, state: Path, *, exchange: bool = True) -> Credential | str:
+    """Return the account's credential as it is now: files are read each time, so a new key is seen at once.
+
+    May block for seconds while a Copilot token is exchanged. With `exchange=False` nothing is sent, and a
+    credential that needs an exchange has expired.
+
+    Args:
+        provider: Who will be asked.
+        account: Whose key it is.
+        state: Folder of the Copilot logins.
+
+    Returns:
+        The credential, or one sentence why there is none and how to mend it.
+    """
+    if account.env_key and (secret := os.environ.get(account.env_key, "").strip()):
+        return _checked(secret, account.env_key)
+    if account.key_file:
+        return _from_file(account.key_file.expanduser())
+    if account.env_key:
+        return f"no key: set {account.env_key}"
+    if provider.litellm_provider == "github_copilot":
+        return _from_copilot(account.name, state, exchange)
+    if provider.type == "api":
+        return f"no key: give {provider.name} an env_key or a key_file in providers.yaml"
+    return Credential("", "")
+
+
+def _checked(secret: str, where: str | Path) -> Credential | str:
+    if secret.isascii() and len(secret.split()) == 1:
+        return of_secret(secret)
+    return f"{where} does not hold one key and nothing else: it is empty, or has spaces, lines or odd letters"
+
+
+def _from_file(path: Path) -> Credential | str:
+    try:
+        with path.open() as file:
+            facts = os.fstat(file.fileno())
+            secret = file.read(65536).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        return f"the key file {path} cannot be read: {why}"
+    if facts.st_uid != os.getuid():
+        return f"the key file {path} belongs to another user: use one of your own"
+    if facts.st_mode & 0o177:
+        return f"the key file {path} is open to others: chmod 600 {shlex.quote(str(path))}"
+    return _checked(secret, path)
+
+
+def _from_copilot(account: str, state: Path, exchange: bool) -> Credential | str:
+    found = copilot.token(account, state, exchange=exchange)
+    if isinstance(found, str):
+        return found
+    secret = found.secret
+    return Credential(secret, fingerprint(secret), copilot.HEADERS, found.base_url, found.expires_at)
