@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -35,7 +35,7 @@ class _Broken(Exception):  # noqa: N818 - never leaves this module
 
 @dataclass
 class Document:
-    """A file's content. `value` is a mapping of texts (None for null); `lines` counts from 1; `problems` were found on the way."""
+    """A file: its content as texts (None for null), the line of each key, from 1, and what is wrong with it."""
 
     file: str
     value: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -60,7 +60,7 @@ def read(path: Path) -> Document:
         text = path.read_bytes().decode("utf-8-sig")
         value = _Builder(document, text).document()
         if not isinstance(value, dict):
-            raise _Broken(1, "must be a mapping (`providers:`, say), not a list or a text.")  # noqa: TRY004, TRY301
+            raise _Broken(1, "must be a mapping (`providers:`, say), not a list or a text.")  # noqa: TRY301
         document.value = value
     except OSError as error:
         document.problems.append(Problem(str(path), 0, "", f"cannot be read: {error.strerror}."))
@@ -82,7 +82,7 @@ class _Builder:
 
     def _events(self) -> Iterator[Any]:
         try:
-            yield from yaml.parse(self.text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            yield from cast("Any", yaml).parse(self.text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = mark.line + 1 if mark else 0
@@ -139,9 +139,7 @@ class _Builder:
             if key in own:
                 first = self.out.lines[*path, key]
                 self.out.problems.append(
-                    Problem(
-                        self.out.file, line, dotted((*path, key)), f"stands twice; first in line {first}."
-                    )
+                    Problem(self.out.file, line, dotted((*path, key)), f"stands twice; first in line {first}.")
                 )
             self.out.lines[*path, key] = line
             value = self.value(next(self.events), (*path, key))

@@ -87,7 +87,8 @@ class ConfigError(BiollmError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        more = [f"... and {len(self.problems) - 20} more."] if len(self.problems) > 20 else []
+        super().__init__("\n".join([*map(str, self.problems[:20]), *more]))  # one screen
 
 
 class CompletionError(BiollmError):

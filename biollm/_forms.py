@@ -1,0 +1,238 @@
+"""Turns the texts people write in YAML (`15/min`, `8:00:00`, `1/5`, `~/weights`) into checked values.
+
+Pydantic knows numbers and patterns; it lacks quotas, Slurm's time spans, and errors that never print a key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+Kind = Literal["requests", "tokens", "usd"]
+Unit = Literal["s", "min", "hour", "day", "month"]
+_SECONDS = {"s": 1, "min": 60, "hour": 3600, "day": 86400, "month": 30 * 86400}
+_WORDS = {
+    "s": "s",
+    "sec": "s",
+    "second": "s",
+    "m": "min",
+    "minute": "min",
+    "h": "hour",
+    "hr": "hour",
+    "d": "day",
+    "mo": "month",
+}
+_LIMIT = re.compile(r"\$?\s*([\d_,]*\.?\d+)\s*([kmb]?)\s*(tok|req|usd|dollar)?[a-z]*\s*(?:/|\bper\b)\s*([a-z]+)", re.I)
+_EXAMPLES = {"requests": "15/min", "tokens": "120k/min or 30M/month", "usd": "10 USD/month"}
+_SPAN = re.compile(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)|(\d+(?:\.\d+)?)\s*([a-z]*))")
+_KEY = re.compile(r"(?:sk-|pk-|rk-|gsk_|gh[opsu]_|github_pat_|hf_|xai-|AIza|nvapi-|r8_|pplx-)[\w-]{12,}")
+_RANDOM = re.compile(r"(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{20,}|[0-9a-fA-F-]{24,}")
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """So many requests, tokens or US dollars in a period.
+
+    Attributes:
+        unit: s, min and hour are rolling windows; day and month are periods of the calendar.
+        resets: "00:00 America/Los_Angeles": when the day or month begins; None is midnight UTC.
+    """
+
+    kind: Kind
+    amount: float
+    unit: Unit
+    resets: str | None = None
+
+    @property
+    def rolling(self) -> bool:
+        """Return whether it holds in every window of its length, not in a period of the calendar."""
+        return self.unit in ("s", "min", "hour")
+
+    @property
+    def seconds(self) -> int:
+        """Return the length of its window in seconds; of a month, 30 days."""
+        return _SECONDS[self.unit]
+
+    def __str__(self) -> str:
+        size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if self.amount >= n), (1, ""))
+        if self.kind == "tokens":
+            return f"{self.amount / size:g}{letter} tokens/{self.unit}"
+        return f"{self.amount:.15g}{' USD' if self.kind == 'usd' else ''}/{self.unit}"
+
+
+def masked(text: str) -> str:
+    """Return a text with what looks like a key cut to its first four characters."""
+    return _KEY.sub(lambda key: f"{key[0][:4]}…", text)
+
+
+def shown(value: object) -> str:
+    """Return a value as an error may print it: quoted, short, and no key in it."""
+    text = masked(str(value))
+    return repr(text if len(text) <= 60 else f"{text[:57]}…")
+
+
+def as_list(value: object) -> list[Any]:
+    """Return a list or tuple as a list, anything else as the one item of a list."""
+    return list(cast("list[Any]", value)) if isinstance(value, list | tuple) else [value]
+
+
+def _limit(kind: Kind, item: object) -> Limit:
+    if isinstance(item, Limit):
+        return item
+    if found := _LIMIT.fullmatch(str(item).strip()):
+        unit = _unit(found[4])
+        said = {"tok": "tokens", "req": "requests", "": kind}.get((found[3] or "").lower()[:3], "usd")
+        amount = float(re.sub("[_,]", "", found[1])) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[found[2].lower()]
+        if unit and said == kind and amount > 0:
+            return Limit(kind, amount, cast("Unit", unit))
+    raise ValueError(f"{shown(item)} is not a limit. Write it like {_EXAMPLES[kind]}.")
+
+
+def _limits(kind: Kind) -> tuple[BeforeValidator, WithJsonSchema]:
+    def parse(value: object) -> tuple[Limit, ...]:
+        return tuple(_limit(kind, item) for item in as_list(value))
+
+    text = {"type": "string", "examples": [_EXAMPLES[kind]]}
+    return BeforeValidator(parse), WithJsonSchema({"anyOf": [text, {"type": "array", "items": text}]})
+
+
+def _unit(word: str) -> str | None:
+    word = word.lower()
+    word = word if word in _WORDS else word.removesuffix("s")
+    return _WORDS.get(word, word if word in _SECONDS else None)
+
+
+def _duration(value: object) -> int:
+    if found := _SPAN.fullmatch(str(value).strip()):
+        if found[2]:
+            days, hours, minutes, seconds = (int(part or 0) for part in found.group(1, 2, 3, 4))
+            return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        if (unit := _unit(found[6] or "s")) and unit != "month":
+            return round(float(found[5]) * _SECONDS[unit])
+    raise ValueError(f"{shown(value)} is not a time span. Write it like 8:00:00, 30 min or 900 (seconds).")
+
+
+def _walltime(value: object) -> int:
+    if isinstance(value, str) and value.strip().isdigit():
+        raise ValueError(f"{value} could be minutes or seconds. Write it like 8:00:00 or 480 min.")
+    return _duration(value)
+
+
+def _path(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        path = Path(os.path.expandvars(value)).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{shown(value)}: {error}") from None
+    if not path.is_absolute() and not value.startswith("$"):
+        raise ValueError(f"{shown(value)} must be an absolute path; it may begin with ~ or $VARIABLE.")
+    return path
+
+
+def _env_key(value: object) -> object:
+    text = str(value)
+    if _KEY.search(text) or _RANDOM.fullmatch(text):
+        raise ValueError(
+            f"{text[:4]}… ({len(text)} characters) looks like a key itself. Write the name of the environment variable"
+            " that holds it, and get a new key: this one has been in a file."
+        )
+    if not re.fullmatch(r"[A-Za-z_]\w*", text, re.ASCII):
+        raise ValueError(f"{text[:4]!r}… is not the name of an environment variable.")
+    return value
+
+
+def _url(value: object) -> object:
+    text = str(value)
+    if "@" in text:
+        raise ValueError("holds a user name or a password. Keys belong in env_key or key_file.")
+    try:
+        url = urlsplit(text)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query and not url.fragment
+    except ValueError:
+        good = False
+    if not good or re.search(r"\s", text):
+        raise ValueError(f"{shown(text)} is not a base URL. Write it like https://host/v1, scheme included.")
+    return text.rstrip("/")
+
+
+def _resets(value: object) -> str:
+    from zoneinfo import ZoneInfo
+
+    found = re.fullmatch(r"((?:[01]\d|2[0-3]):[0-5]\d)\s+(\S+)", text := str(value).strip())
+    try:
+        ZoneInfo(found[2] if found else "")
+    except (KeyError, ValueError, OSError):
+        raise ValueError(f"{shown(text)} is not a time and a zone. Write it like 00:00 America/Los_Angeles.") from None
+    return text
+
+
+def _share(value: object) -> object:
+    found = re.fullmatch(r"(\d+)\s*/\s*([1-9]\d*)", str(value).strip())
+    return int(found[1]) / int(found[2]) if found else value
+
+
+def _typed(value: object) -> object:
+    """Read the texts of vllm_args as YAML means them: truth values, numbers, JSON, or themselves."""
+    if isinstance(value, dict):
+        return {key: _typed(item) for key, item in cast("dict[str, object]", value).items()}
+    if isinstance(value, list):
+        return [_typed(item) for item in as_list(cast("object", value))]
+    if not isinstance(value, str) or value.lower() in _TRUTH:
+        return _TRUTH[value.lower()] if isinstance(value, str) else value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _no_key(value: object) -> object:
+    if _KEY.search(str(value)):
+        raise ValueError("looks like a key; it would stand in the launch script for all to read.")
+    return value
+
+
+def _capability(value: object) -> str:
+    return str(value).strip().lower().replace("_", "-")
+
+
+def _if_set(check: Callable[[object], object]) -> BeforeValidator:
+    return BeforeValidator(lambda value: None if value is None else check(value))
+
+
+Requests = Annotated[tuple[Limit, ...], *_limits("requests")]
+Tokens = Annotated[tuple[Limit, ...], *_limits("tokens")]
+Dollars = Annotated[tuple[Limit, ...], *_limits("usd")]
+Duration = Annotated[int, Field(ge=0), BeforeValidator(_duration), WithJsonSchema({"type": ["string", "number"]})]
+Walltime = Annotated[
+    int, Field(ge=60), BeforeValidator(_walltime), WithJsonSchema({"type": "string", "examples": ["8:00:00"]})
+]
+Share = Annotated[
+    float,
+    Field(gt=0, le=1),
+    BeforeValidator(_share),
+    WithJsonSchema({"type": ["string", "number"], "examples": ["1/5"]}),
+]
+FullPath = Annotated[Path, BeforeValidator(_path)]
+EnvKey = Annotated[str | None, _if_set(_env_key)]
+Url = Annotated[str | None, _if_set(_url)]
+Resets = Annotated[str | None, _if_set(_resets)]
+Typed = Annotated[object, BeforeValidator(_typed)]
+EnvValue = Annotated[str | None, BeforeValidator(_no_key)]
+Capability = Annotated[str, BeforeValidator(_capability)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9](?:\.?[\w:/@+-])*$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(gt=0)]
+Price = Annotated[float, Field(ge=0)]
