@@ -43,6 +43,19 @@ def _plain(value: Any) -> Any:
     return value.model_dump() if hasattr(value, "model_dump") else str(value)
 
 
+def moment(epoch: float | None) -> str | None:
+    """Return epoch seconds as ISO 8601 in UTC; None where there is no such moment."""
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="seconds") if epoch else None
+
+
+def short(amount: float) -> str:
+    """Return a number as people write it: 12, 1.5k, 30M."""
+    size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if amount >= n), (1, ""))
+    return f"{amount / size:.3g}{letter}"
+
+
 class Progress:
     """Says on stderr what is going on: one line that is replaced on a terminal, lines of their own elsewhere."""
 
@@ -72,7 +85,6 @@ class Progress:
 
     def bytes(self, done: int, total: int) -> None:
         """Show how far a download is."""
-        share = done / total if total else 0.0
-        bar = "█" * int(24 * share)
-        if self._live or done >= total:
-            self.say(f"[{bar:<24}] {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+        bar = "█" * int(24 * done / total) if total else ""
+        if self._live or done == total:
+            self.say(f"[{bar:<24}] {done / 1e6:.0f} of {total / 1e6:.0f} MB" if total else f"{done / 1e6:.0f} MB")

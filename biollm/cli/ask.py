@@ -15,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from biollm.cli._print import Progress
     from biollm.client import Client
+    from biollm.errors import CompletionError
     from biollm.types import Completion
 
 Provider = Annotated[str | None, typer.Option(metavar="NAME", help="Only this provider may answer.")]
@@ -72,7 +73,7 @@ def complete(
     progress = Progress(quiet=quiet)
     text = _prompt(prompt, file or [])
     progress.say("looking for a provider")
-    from biollm.client import Client, Options
+    from biollm.client import Client, CompletionError, Options
 
     options: Options = {
         "system": system,
@@ -92,7 +93,13 @@ def complete(
         options["response_model"] = _schema(schema)
     plain = not (schema or as_json)
     live = plain and (sys.stdout.isatty() if stream is None else stream)
-    answer = _stream(client, text, options, progress) if live else client.complete(text, **options)
+    try:
+        answer = _stream(client, text, options, progress) if live else client.complete(text, **options)
+    except CompletionError as error:
+        progress.clear()
+        if as_json:
+            _failed(error)
+        raise
     progress.clear()
     _show(answer, as_json=as_json, live=live, structured=schema is not None)
     _report(answer, progress, verbose=verbose)
@@ -206,6 +213,14 @@ def _show(answer: Completion, *, as_json: bool, live: bool, structured: bool) ->
         print(answer.text)
 
 
+def _failed(error: CompletionError) -> None:
+    """Print a failure for a program; for people it is on stderr in any case."""
+    from biollm.cli import _print
+
+    facts = {"error": str(error).split("\n")[0], "hint": error.hint, "exit_code": error.exit_code}
+    _print.as_json({**facts, "retry_after": getattr(error, "retry_after", None), "attempts": error.attempts})
+
+
 def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
     """Say on stderr who answered, and on the way of `-v` what happened before."""
     if verbose:
@@ -260,9 +275,8 @@ def explain(
 
 
 def _rung(rung: Any) -> dict[str, Any]:
-    from datetime import UTC, datetime
+    from biollm.cli import _print
 
-    until = datetime.fromtimestamp(rung.until, UTC).isoformat(timespec="seconds") if rung.until else None
     deployment = rung.deployment
     return {
         "deployment": deployment.id,
@@ -272,7 +286,7 @@ def _rung(rung: Any) -> dict[str, Any]:
         "model": deployment.model,
         "standing": rung.standing,
         "reason": rung.reason,
-        "until": until,
+        "until": _print.moment(rung.until),
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from biollm.config import Config
+    from biollm.config import Config, Limit
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -84,7 +84,7 @@ def providers(as_json: Json = False) -> None:
             "type": deployment.provider.type,
             "standing": key,
             "free": deployment.free,
-            "limits": [{"limit": str(limit), "used": amount} for limit, amount, _ in used],
+            "limits": [_limit(*each) for each in used],
             "reason": rung.reason,
         }
         name = f"{deployment.provider.name}/{deployment.account.name}"
@@ -99,12 +99,19 @@ def providers(as_json: Json = False) -> None:
             name,
             f["type"],
             f["standing"],
-            ", ".join(f"{x['used']:g} of {x['limit']}" for x in f["limits"]) or "-",
+            ", ".join(f"{_print.short(x['used'])} of {x['limit']}" for x in f["limits"]) or "-",
             f["reason"],
         )
         for name, f in seen.items()
     ]
     _print.table(("priority", "provider/account", "type", "standing", "limits", "why not"), rows)
+
+
+def _limit(limit: Limit, used: float, resets: float | None) -> dict[str, Any]:
+    from biollm.cli import _print
+
+    facts = {"limit": str(limit), "kind": limit.kind, "amount": limit.amount, "per": limit.unit}
+    return {**facts, "used": used, "resets": _print.moment(resets)}
 
 
 def health(
