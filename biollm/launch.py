@@ -105,6 +105,7 @@ def render(models: Sequence[Model], cluster: Cluster, options: Options | None = 
         directives=list(header(cluster, job)),
         login=environment.modules or environment.conda,
         exports=_exports(cluster),
+        cache=cache_dir(cluster),
         environment=environment,
         command=_command(cluster, job),
         # one flag and its value a line

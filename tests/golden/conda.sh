@@ -1,0 +1,60 @@
+#!/bin/bash -l
+# codellama-34b on vLLM, by biollm VERSION
+#SBATCH --job-name=biollm-codellama-34b
+#SBATCH --partition=other
+#SBATCH --account=genomics
+#SBATCH --qos=long
+#SBATCH --constraint=a100&nvlink
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:a100:1
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=128G
+#SBATCH --time=1-02:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=/scratch/lab/biollm/logs/biollm-%j.log
+#SBATCH --no-requeue
+#SBATCH --mail-type=END
+#SBATCH --comment="for the lab"
+
+set -eo pipefail
+umask 077
+unset VLLM_PORT SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
+eval "$(conda shell.bash hook)"
+conda activate vllm
+export HF_HUB_OFFLINE=1
+export HF_HOME=/scratch/lab/biollm/cache/huggingface
+export VLLM_NO_USAGE_STATS=1
+export DO_NOT_TRACK=1
+export VLLM_CACHE_ROOT=/scratch/lab/biollm/cache/vllm
+mkdir -p /scratch/lab/biollm/cache
+set -u
+
+exec python3 /scratch/lab/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
+{
+ "v": 1,
+ "cluster": "university",
+ "run_dir": "/scratch/lab/biollm",
+ "log_dir": "/scratch/lab/biollm/logs",
+ "walltime": 93600,
+ "drain": 120,
+ "idle_timeout": 1800,
+ "handover": false,
+ "nodes": 1,
+ "models": [
+  {
+   "name": "codellama-34b",
+   "argv": [
+    "vllm", "serve", "/scratch/lab/models/codellama/CodeLlama-34b-Instruct-hf",
+    "--served-model-name", "codellama-34b",
+    "--tensor-parallel-size", "1",
+    "--max-model-len", "16384",
+    "--dtype", "bfloat16"
+   ],
+   "gpus": 1,
+   "start_timeout": 1200
+  }
+ ]
+}
+BIOLLM_SPEC

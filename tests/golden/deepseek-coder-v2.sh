@@ -1,0 +1,56 @@
+#!/bin/bash
+# deepseek-coder-v2 on vLLM, by biollm VERSION
+#SBATCH --job-name=biollm-deepseek-coder-v2
+#SBATCH --partition=gpu
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=208
+#SBATCH --mem=0
+#SBATCH --time=08:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=/scratch/lab/biollm/logs/biollm-%j.log
+#SBATCH --no-requeue
+#SBATCH --exclusive
+
+set -eo pipefail
+umask 077
+unset VLLM_PORT SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
+source /home/me/envs/vllm/bin/activate
+export HF_HUB_OFFLINE=1
+export HF_HOME=/scratch/lab/biollm/cache/huggingface
+export VLLM_NO_USAGE_STATS=1
+export DO_NOT_TRACK=1
+export VLLM_CACHE_ROOT=/scratch/lab/biollm/cache/vllm
+mkdir -p /scratch/lab/biollm/cache
+set -u
+
+exec python3 /scratch/lab/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
+{
+ "v": 1,
+ "cluster": "a3-highgpu-8g",
+ "run_dir": "/scratch/lab/biollm",
+ "log_dir": "/scratch/lab/biollm/logs",
+ "walltime": 28800,
+ "drain": 120,
+ "idle_timeout": 1800,
+ "handover": false,
+ "nodes": 1,
+ "models": [
+  {
+   "name": "deepseek-coder-v2",
+   "argv": [
+    "vllm", "serve", "/scratch/lab/models/deepseek-ai/DeepSeek-Coder-V2-Instruct",
+    "--served-model-name", "deepseek-coder-v2",
+    "--tensor-parallel-size", "8",
+    "--max-model-len", "131072",
+    "--dtype", "bfloat16",
+    "--trust-remote-code"
+   ],
+   "gpus": 8,
+   "start_timeout": 3600
+  }
+ ]
+}
+BIOLLM_SPEC
