@@ -8,10 +8,13 @@ streams, the repair of structured answers, the list of attempts and every cap. I
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import litellm
 
@@ -46,6 +49,7 @@ class Waterfall:
 
     def _entries(self) -> list[dict[str, Any]]:
         keys = {ident: _params(found) for ident, found in self.rungs.credentials.items()}
+        _keep_off_proxies(self.rungs.deployments)
         return routing.model_list(self.rungs.deployments, keys)
 
     def _follow(self) -> None:
@@ -424,6 +428,14 @@ async def _deadline(run: Run) -> AsyncGenerator[None]:
         raise run.too_late() from None
     except CompletionError as error:
         raise error from None
+
+
+def _keep_off_proxies(found: Sequence[Deployment]) -> None:
+    """Take local hosts out of the proxy's reach; LiteLLM would send even loopback requests through HTTP_PROXY."""
+    hosts = {urlsplit(d.base_url).hostname or "" for d in found if d.local and d.base_url}
+    if getproxies() and (through := sorted(host for host in hosts if not proxy_bypass(host))):
+        kept = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [kept, *through]))
 
 
 def _params(found: Credential) -> dict[str, Any]:

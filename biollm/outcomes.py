@@ -1,7 +1,8 @@
 """Reads what went wrong with an attempt out of LiteLLM's exception: the reason, and what must cool for how long.
 
-LiteLLM maps most failures of the network to InternalServerError 500, so the truth is taken from the innermost
-exception of the chain and from whether the server sent headers. Pure: nothing is sent or stored.
+LiteLLM's classes and status codes are not to be trusted: a refused connection is an InternalServerError 500, a 401
+may be a BadRequestError. The truth is in the chain of causes: an httpx.HTTPStatusError means that a server answered;
+else the class of the innermost exception says what broke. Pure: nothing is sent or stored.
 """
 
 from __future__ import annotations
@@ -70,14 +71,52 @@ def classify(error: BaseException, now: float, *, shortened: bool = False) -> Ve
         now: Epoch seconds, for a Retry-After that is a date.
         shortened: Whether the caller set a timeout shorter than the configured one.
     """
-    names = [type(link).__name__ for link in _chain(error)]
-    headers = getattr(error, "litellm_response_headers", None)
-    status = getattr(error, "status_code", None)
-    if "JSONDecodeError" in names or "Empty or invalid response" in str(error) or "Unable to get json" in str(error):
-        return Verdict("answered with something that is not JSON", cools="endpoint", seconds=BROKEN)
-    if isinstance(status, int) and (headers is not None or "HTTPStatusError" in names):
-        return _answered(error, status, headers or {}, now)
-    return _network(error, names, shortened)
+    chain = list(_chain(error))
+    names = " ".join(type(link).__name__ for link in chain)
+    answer = next((link for link in chain if type(link).__name__.endswith("HTTPStatusError")), None)
+    if answer is not None:
+        response: Any = getattr(answer, "response")  # noqa: B009 # httpx is not imported for its types
+        return _answered(names, response.status_code, response.headers, _text(response) or str(error), now)
+    if "ContextWindowExceeded" in names or "ContentPolicyViolation" in names:
+        return Verdict(_message(str(error)), passing=False)
+    if "ProxyError" in names or "ProxyConnection" in names:
+        status = next((link.status for link in chain if hasattr(link, "status")), None)  # type: ignore[attr-defined]
+        return Verdict(f"the proxy refused{f' (HTTP {status})' if status else ''}", cools="endpoint", seconds=BROKEN)
+    for signs, verdict in _NETWORK:
+        if any(sign in names for sign in signs):
+            return verdict
+    if "Timeout" in names:
+        return Verdict("no answer in time", cools="" if shortened else "endpoint", seconds=BROKEN)
+    if "RequestError" in names or "ReadError" in names or "ClientError" in names:
+        return Verdict("the connection broke", cools="endpoint", seconds=BROKEN)
+    return Verdict(f"failed: {_message(str(error))}", cools="endpoint", seconds=BROKEN)
+
+
+# Class names in an exception's chain -> what happened; the first match counts. Transport texts are never quoted:
+# they can hold a proxy's password.
+_NETWORK: tuple[tuple[tuple[str, ...], Verdict], ...] = (
+    (("JSONDecodeError",), Verdict("answered with something that is not JSON", cools="endpoint", seconds=BROKEN)),
+    (("gaierror", "DNSError"), Verdict("the host's name does not resolve", cools="endpoint", seconds=UNREACHABLE)),
+    (
+        ("CertificateError", "CertVerificationError"),
+        Verdict(
+            "its certificate is not trusted (a private CA? set SSL_CERT_FILE)", cools="endpoint", seconds=UNREACHABLE
+        ),
+    ),
+    (("SSLError", "SSLZero"), Verdict("no TLS connection came about", cools="endpoint", seconds=UNREACHABLE)),
+    (
+        ("ConnectTimeout", "ConnectionTimeoutError"),
+        Verdict("no connection came about in time", cools="endpoint", seconds=UNREACHABLE),
+    ),
+    (("ConnectionRefusedError",), Verdict("the connection was refused", cools="endpoint", seconds=BROKEN)),
+    # A kept connection that the server closed at this very moment looks the same, so nothing cools.
+    (("ServerDisconnectedError",), Verdict("the server hung up without an answer")),
+    (
+        ("PayloadError", "ProtocolError"),
+        Verdict("the connection broke in the middle of the answer", cools="endpoint", seconds=BROKEN),
+    ),
+    (("ConnectError",), Verdict("the host cannot be reached", cools="endpoint", seconds=UNREACHABLE)),
+)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -88,45 +127,27 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _network(error: BaseException, names: list[str], shortened: bool) -> Verdict:
-    """Judge a failure without an HTTP answer by the innermost exception's class."""
-    text = " ".join(names)
-    if "gaierror" in text or "DNSError" in text:
-        return Verdict("the host's name does not resolve", cools="endpoint", seconds=UNREACHABLE)
-    if "CertificateError" in text or "SSLCertVerificationError" in text:
-        hint = "its certificate is not trusted (a private CA? set SSL_CERT_FILE)"
-        return Verdict(hint, cools="endpoint", seconds=UNREACHABLE)
-    if "SSL" in text:
-        return Verdict("no TLS connection came about", cools="endpoint", seconds=UNREACHABLE)
-    if "ProxyError" in text or "ProxyConnection" in text:
-        return Verdict(f"the proxy refused: {_message(error)}", cools="endpoint", seconds=BROKEN)
-    if "ConnectionRefusedError" in text:
-        return Verdict("the connection was refused", cools="endpoint", seconds=BROKEN)
-    if "ConnectionTimeoutError" in text or "ConnectTimeout" in text:
-        return Verdict("no connection came about in time", cools="endpoint", seconds=UNREACHABLE)
-    if "Timeout" in text:
-        return Verdict("no answer in time", cools="" if shortened else "endpoint", seconds=BROKEN)
-    if "OSError" in text or "ConnectError" in text or "ConnectorError" in text:
-        return Verdict("the host cannot be reached", cools="endpoint", seconds=UNREACHABLE)
-    if "PayloadError" in text or "ReadError" in text or "ServerDisconnected" in text or "RemoteProtocol" in text:
-        return Verdict("the connection broke in the middle of the answer", cools="endpoint", seconds=BROKEN)
-    return Verdict(f"{type(error).__name__}: {_message(error)}", cools="endpoint", seconds=BROKEN)
+def _text(response: Any) -> str:
+    """Return an answer's body, or "" where it cannot be read any more."""
+    try:
+        return response.text
+    except Exception:  # a stream that was not read (httpx.ResponseNotRead)
+        return ""
 
 
-def _answered(error: BaseException, status: int, headers: Mapping[str, str], now: float) -> Verdict:
+def _answered(names: str, status: int, headers: Mapping[str, str], body: str, now: float) -> Verdict:
     """Judge an HTTP error status."""
-    reason = f"HTTP {status}: {_message(error)}"
-    kind = type(error).__name__
+    reason = f"HTTP {status}: {_message(body)}"
     if status == 429:
-        seconds = _rests(error, headers, now)
+        seconds = _rests(body, headers, now)
         return Verdict(f"{reason} (rests {seconds:.3g} s)", status, "account", seconds)
     if status == 401:
         return Verdict(reason, status, "key", KEY_REFUSED, passing=False)
-    if status == 403:
+    if status in (403, 404):
         return Verdict(reason, status, "deployment", NOT_SERVED, passing=False)
-    if status == 404:
-        return Verdict(reason, status, "deployment", NOT_SERVED, passing=False)
-    if kind in ("ContextWindowExceededError", "ContentPolicyViolationError"):
+    if status == 407:
+        return Verdict("the proxy refused (HTTP 407)", cools="endpoint", seconds=BROKEN)
+    if "ContextWindowExceeded" in names or "ContentPolicyViolation" in names:
         return Verdict(reason, status, passing=False)
     if status == 408 or status >= 500:
         retry = retry_after(headers.get("retry-after"), now)
@@ -134,15 +155,14 @@ def _answered(error: BaseException, status: int, headers: Mapping[str, str], now
     return Verdict(reason, status, passing=False, fault=True)
 
 
-def _rests(error: BaseException, headers: Mapping[str, str], now: float) -> float:
-    """Return how long a 429 asks to wait: its header, Gemini's body, or a minute."""
-    told = f"{getattr(error, 'body', '')} {error}"
-    if re.search(r"quotaId\W+\w*PerDay", told):
+def _rests(body: str, headers: Mapping[str, str], now: float) -> float:
+    """Return how long a 429 asks to wait: until Gemini's day ends, its header, Gemini's body, or a minute."""
+    if re.search(r"quotaId\W+\w*PerDay", body):
         return seconds_to_midnight(now, "America/Los_Angeles")  # ai.google.dev/gemini-api/docs/rate-limits
     header = retry_after(headers.get("retry-after"), now)
     if header is not None:
         return header
-    delay = re.search(r"retryDelay\W+([\d.]+)s", told)
+    delay = re.search(r"retryDelay\W+([\d.]+)s", body)
     return float(delay[1]) if delay else RATE_LIMITED
 
 
@@ -167,12 +187,12 @@ def seconds_to_midnight(now: float, zone: str) -> float:
     return midnight.astimezone(UTC).timestamp() - now
 
 
-def _message(error: BaseException) -> str:
-    """Return what the provider said, without LiteLLM's prefixes, at most 200 characters on one line."""
-    body: dict[str, object] | object = getattr(error, "body", None)
-    text = str(body["message"]) if isinstance(body, dict) and "message" in body else str(error)
+def _message(text: str) -> str:
+    """Return what the provider said, without JSON or LiteLLM's prefixes, at most 200 characters on one line."""
     if quoted := re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', text):
-        text = quoted[1]
+        text = quoted[1].replace('\\"', '"')
     else:
-        text = re.sub(r"^(litellm\.)?(\w+(Error|Exception): )*(\w*[eE]xception - )?", "", text).split("\n")[0]
+        text = re.sub(r"^(litellm\.)?(\w+(Error|Exception): )*(\w*[eE]xception - )?", "", text)
+        text = re.sub(r"<[^>]*>", " ", text)
+    text = re.sub(r"Bearer \S+|//[^/@\s]+@", "***", text)
     return " ".join(text.split())[:200]

@@ -282,6 +282,15 @@ def test_local_only_sends_nothing_elsewhere(net: Loopback, waterfall: Write) -> 
     assert (answer.text, trail(answer)) == ("near", [("far", "skipped"), ("near", "ok")])
 
 
+def test_local_requests_stay_off_the_proxy(net: Loopback, waterfall: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = net.serve()
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    waterfall(near=net.serve(text="near"))
+    assert (get_model_client().complete("hi").text, proxy.requests) == ("near", [])
+
+
 @pytest.mark.parametrize("how", ["environment", "configuration", "client"])
 def test_under_a_local_only_policy_cloud_deployments_are_not_even_built(
     net: Loopback, waterfall: Write, monkeypatch: pytest.MonkeyPatch, how: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 import pytest
 
 from biollm.outcomes import (
@@ -24,20 +25,26 @@ GEMINI = '{"error": {"message": "quota", "details": [{"quotaId": "GenerateReques
 
 
 def answered(status: int, text: str = "no", headers: dict[str, str] | None = None, kind: str = "APIError") -> Exception:
-    """Return an exception as LiteLLM raises it for an HTTP answer."""
-    error: Any = type(kind, (Exception,), {})(f"litellm.{kind}: OpenAIException - {text}")
-    error.status_code, error.litellm_response_headers = status, headers or {}
+    """Return an exception as LiteLLM raises it for an HTTP answer: its own status is not to be trusted."""
+    error = _litellm(kind, f"litellm.{kind}: OpenAIException - {text}")
+    response = httpx.Response(status, text=text, headers=headers, request=httpx.Request("POST", "http://x"))
+    error.__cause__ = httpx.HTTPStatusError("refused", request=response.request, response=response)
     return error
 
 
 def broke(*chain: str) -> Exception:
     """Return an exception as LiteLLM raises it for a failure of the network: the truth is at the chain's end."""
-    error: Any = type("InternalServerError", (Exception,), {})("litellm.InternalServerError: Connection error.")
-    error.status_code = 500
+    error: BaseException = _litellm("InternalServerError", "litellm.InternalServerError: Connection error.")
     link = error
     for name in chain:
-        link.__cause__ = type(name, (Exception,), {})("")
+        link.__cause__ = type(name, (Exception,), {})("http://user:password@proxy")
         link = link.__cause__
+    return error
+
+
+def _litellm(kind: str, text: str) -> Any:
+    error: Any = type(kind, (Exception,), {})(text)
+    error.status_code = 500
     return error
 
 
@@ -68,6 +75,8 @@ def broke(*chain: str) -> Exception:
         (broke("ReadTimeout", "SocketTimeoutError"), "endpoint", BROKEN, True, False),
         (broke("ProxyError"), "endpoint", BROKEN, True, False),
         (broke("ReadError", "ClientPayloadError"), "endpoint", BROKEN, True, False),
+        (broke("ReadError", "ServerDisconnectedError"), "", 0, True, False),
+        (answered(407), "endpoint", BROKEN, True, False),
         (broke("JSONDecodeError"), "endpoint", BROKEN, True, False),
     ],
 )
@@ -83,6 +92,10 @@ def test_the_status_is_only_what_a_server_really_sent() -> None:
     assert classify(broke("ConnectionRefusedError"), NOW).status is None
 
 
+def test_the_text_of_a_transport_error_is_never_quoted() -> None:
+    assert "password" not in classify(broke("ProxyError"), NOW).reason
+
+
 def test_a_timeout_that_the_caller_shortened_cools_nothing() -> None:
     assert timed_out(0.1, shortened=True).cools == ""
     assert classify(broke("ReadTimeout"), NOW, shortened=True).cools == ""
@@ -94,7 +107,9 @@ def test_a_timeout_that_the_caller_shortened_cools_nothing() -> None:
     [
         ("The model does not exist.", "HTTP 404: The model does not exist."),
         ('{"error": {"message": "No such model", "code": 1}}', "HTTP 404: No such model"),
-        ("one\ntwo", "HTTP 404: one"),
+        ("one\ntwo", "HTTP 404: one two"),
+        ("<html><h1>Bad</h1></html>", "HTTP 404: Bad"),
+        ("Refused: Bearer sk-123", "HTTP 404: Refused: ***"),
         ("x" * 500, "HTTP 404: " + "x" * 200),
     ],
 )
