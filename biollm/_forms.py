@@ -121,7 +121,7 @@ def _duration(value: object) -> int:
     raise ValueError(f"{shown(value)} is not a time span. Write it like 8:00:00, 30 min or 900 (seconds).")
 
 
-def _walltime(value: object) -> int:
+def walltime(value: object) -> int:
     if isinstance(value, str) and value.strip().isdigit():
         raise ValueError(f"{value} could be minutes or seconds. Write it like 8:00:00 or 480 min.")
     return _duration(value)
@@ -137,6 +137,11 @@ def _path(value: object) -> object:
     if not path.is_absolute() and not value.startswith("$"):
         raise ValueError(f"{shown(value)} must be an absolute path; it may begin with ~ or $VARIABLE.")
     return path
+
+
+def _expanded(value: object) -> object:
+    text = os.path.expandvars(value) if isinstance(value, str) else value
+    return str(Path.home()) + text[1:] if isinstance(text, str) and text.startswith("~/") else text
 
 
 def _env_key(value: object) -> object:
@@ -214,7 +219,7 @@ Tokens = Annotated[tuple[Limit, ...], *_limits("tokens")]
 Dollars = Annotated[tuple[Limit, ...], *_limits("usd")]
 Duration = Annotated[int, Field(ge=0), BeforeValidator(_duration), WithJsonSchema({"type": ["string", "number"]})]
 Walltime = Annotated[
-    int, Field(ge=60), BeforeValidator(_walltime), WithJsonSchema({"type": "string", "examples": ["8:00:00"]})
+    int, Field(ge=60), BeforeValidator(walltime), WithJsonSchema({"type": "string", "examples": ["8:00:00"]})
 ]
 Share = Annotated[
     float,
@@ -222,6 +227,7 @@ Share = Annotated[
     BeforeValidator(_share),
     WithJsonSchema({"type": ["string", "number"], "examples": ["1/5"]}),
 ]
+Expanded = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$"), BeforeValidator(_expanded)]
 FullPath = Annotated[Path, BeforeValidator(_path)]
 EnvKey = Annotated[str | None, _if_set(_env_key)]
 Url = Annotated[str | None, _if_set(_url)]

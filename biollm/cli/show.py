@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
+def register(app: typer.Typer) -> typer.Typer:
+    """Add the commands to the app; return the `models` group."""
     for command in (providers, health, config, init):
         app.command()(command)
     models = typer.Typer(invoke_without_command=True, help="The models of the configuration.")
     models.callback()(models_list)
     app.add_typer(models, name="models")
+    return models
 
 
 def models_list(context: typer.Context, as_json: Json = False) -> None:
