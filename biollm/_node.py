@@ -162,8 +162,13 @@ class Server:
             ended = end
         except Exception as error:
             ended = Ended("failed", f"cannot run the server: {error!r}", 71)
-        self._clear()
-        self.job.event(self.name, ended.state, ended.reason, code=ended.code, log=str(self._log))
+        last = {"code": ended.code, "log": str(self._log)}
+        if ended.state == "failed":  # said at once; stopped only when it has
+            self.job.event(self.name, "failed", ended.reason, **last)
+            self._clear()
+        else:
+            self._clear()
+            self.job.event(self.name, "stopped", ended.reason, **last)
         self.code = ended.code
 
     def _lead(self) -> None:

@@ -2,7 +2,7 @@
 
 Slurm's commands cost the controller a connection each, and hang for a minute when it is away. So each has a time
 limit and an allowlisted environment (sbatch would copy the caller's keys into the controller's state), and the queue
-is asked at most every 5 s per user, 30 s when nothing changes: one asks, all others read what it found.
+is asked at most every 5 s per user, 30 s while all jobs just wait: one asks, all others read what it found.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from biollm._files import locked, write_private
 from biollm.endpoints import file_time
 from biollm.errors import SlurmError
 
-ASK_S, REST_S = 5.0, 30.0  # between two questions about the queue: at first, and when nothing changes
+ASK_S, REST_S = 5.0, 30.0  # between two questions about the queue: at first, and at most while all jobs wait
 _KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF")
 _ENDED = (
     "COMPLETED",
@@ -156,8 +156,9 @@ def _ask(old: Queue) -> dict[str, object]:
         for line in text.splitlines()
         if line.count("|") == 4
     ]
+    waits = all(row[1] == "PENDING" or row[1] in _ENDED for row in rows)
     same = {row[0]: row[1] for row in rows} == {row.job: row.state for row in old.rows.values()} and not old.error
-    return {"rows": rows, "error": "", "interval": rest if same else ASK_S}
+    return {"rows": rows, "error": "", "interval": rest if same and waits else ASK_S}
 
 
 def _read(path: Path) -> Queue:

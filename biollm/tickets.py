@@ -25,6 +25,7 @@ from biollm.errors import JobFailedError, UsageError
 from biollm.site import run_dir
 
 Phase = Literal["pending", "starting", "ready", "draining", "ended", "failed", "unknown"]
+_WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom.?kill|out of memory", re.IGNORECASE)
 _KEPT_S = 7 * 86400
 
@@ -85,10 +86,13 @@ def judge(ticket: Ticket, queue: Queue, endpoints: Iterable[Endpoint], now: floa
     last = {event["model"]: event for event in events}
     over = [event for event in last.values() if event["state"] in ("stopped", "failed")]
     failed = next((f"{e['model']}: {e['reason']}" for e in events if e["state"] == "failed"), "")
-    names = set(ticket.models) if "*" not in last else {"*"}
-    waits = row is not None and row.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+    names = ticket.models if "*" not in last else ("*",)
+    newer = bool(events) and ticket.seen > queue.at  # the job has spoken since the queue was asked
+    waits = row is not None and row.state in _WAITING and not newer
     if row and row.ended and row.state != "COMPLETED":
         return Job(ticket, "failed", _death(ticket, row, failed))
+    if newer and over and over[-1]["reason"] == "cancelled":  # Slurm's TERM; the queue will tell what it was
+        return Job(ticket, "draining", "cancelled")
     if len(over) >= len(names) and over and not waits:
         return Job(ticket, "failed" if failed else "ended", failed or over[-1]["reason"])
     if row and row.ended:
@@ -98,7 +102,7 @@ def judge(ticket: Ticket, queue: Queue, endpoints: Iterable[Endpoint], now: floa
         return Job(ticket, "draining" if leaving else "ready", failed or queue.error, node=mine[0].host, endpoints=mine)
     if row and waits:
         return Job(ticket, "pending", queue.error or row.reason, start=row.start)
-    if row or (queue.error and ticket.events):
+    if row or newer or (queue.error and events):
         phase = "draining" if any(e["state"] == "draining" for e in last.values()) else "starting"
         return Job(ticket, phase, queue.error or failed, node=row.node if row else "", endpoints=mine)
     if queue.at <= ticket.submitted or queue.error:

@@ -2,9 +2,11 @@
 
     python fake_vllm.py serve MODEL --port N --middleware MODULE.CLASS [--fake WHAT] ...
 
+Without --fake, a file `fake` in the folder MODEL tells WHAT.
+
 Only for tests of the supervisor's own behaviour; what vLLM does is tested with the real one. WHAT: `crash`
 (exit 3 at once), `mute` (never listens, as vLLM on a taken port), `die:S` (exit 5 after S seconds), `slow:S`
-(answers completions after S seconds), `refuse` (completions fail), `stubborn` (ignores TERM).
+(answers completions after S seconds), `refuse` (completions fail), `stubborn` (ignores TERM), `eat` (memory).
 """
 
 import argparse
@@ -13,6 +15,7 @@ import importlib
 import json
 import signal
 import sys
+from pathlib import Path
 
 
 def application(what: str, served: str):
@@ -67,7 +70,8 @@ async def main() -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--fake", default="")
     options, _ = parser.parse_known_args()
-    what = options.fake
+    told = Path(options.model, "fake")
+    what = options.fake or (told.read_text() if told.exists() else "")
     print("fake vLLM:", *sys.argv[1:], flush=True)
     if what == "crash":
         print("ValueError: the weights are broken", file=sys.stderr)
@@ -75,6 +79,9 @@ async def main() -> None:
     stopped = asyncio.Event()
     stop = (lambda: None) if what == "stubborn" else stopped.set
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    if what == "eat":
+        eaten = bytearray(2_000_000_000)
+        print("eaten", len(eaten), flush=True)
     if what.startswith("die"):
         asyncio.get_running_loop().call_later(float(what.partition(":")[2]), sys.exit, 5)
     module, _, name = options.middleware.rpartition(".")

@@ -175,7 +175,7 @@ class SlurmLab:
 
     def cancel_all(self) -> None:
         """Cancel every job and wait until none is left."""
-        active = ("squeue", "-h", "-t", "PD,R,CF,CG,S,ST,SO", "-o", "%A")
+        active = ("squeue", "-h", "-t", "PD,R,CF,S,ST,SO", "-o", "%A")
         if jobs := self.run(*active, check=False).split():
             self.run("scancel", "--signal=KILL", "--full", *jobs, check=False)
             self.run("scancel", *jobs, check=False)

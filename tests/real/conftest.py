@@ -1,0 +1,92 @@
+"""Real parts on this machine: a Slurm of our own, vLLM built for CPU, SmolLM2's weights.
+
+Where one is missing, its tests are skipped with a line that says what; BIOLLM_REQUIRE_REAL=1 makes that a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from biollm import slurm
+from biollm.config import Cluster, Environment, Model
+
+sys.path.insert(0, str(Path(__file__).parent))
+from slurm_lab import LabMissingError, SlurmLab
+
+FAKE = Path(__file__).parent.parent / "fake_vllm.py"
+
+
+def missing(what: str) -> None:
+    """Skip, or fail where the real parts are required."""
+    if os.environ.get("BIOLLM_REQUIRE_REAL") == "1":
+        pytest.fail(f"required, but missing: {what}")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
+    """A cluster of three nodes with eight pretended GPUs each; SLURM_CONF and PATH point at it."""
+    root = Path("/tmp") / f"biollm-lab-{os.getpid()}"  # munge's socket needs a short path
+    lab = SlurmLab(root)
+    old = {name: os.environ.get(name) for name in ("SLURM_CONF", "PATH")}
+    try:
+        with lab:
+            os.environ |= {name: lab.env[name] for name in old}
+            yield lab
+    except LabMissingError as error:
+        missing(str(error))
+    finally:
+        os.environ |= {name: value for name, value in old.items() if value is not None}
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def vllm_env() -> Path:
+    """The virtual environment of real vLLM, made on first use where this runs as root."""
+    check = [] if os.geteuid() == 0 else ["--check"]
+    done = subprocess.run([FAKE.parent / "real" / "install_vllm.sh", *check], capture_output=True, text=True)
+    if done.returncode:
+        missing(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "vLLM could not be installed")
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture
+def site(lab: SlurmLab, tmp_path: Path) -> Iterator[Cluster]:
+    """The lab as a site whose vLLM is the quick stand-in; its jobs end with the test."""
+    command = tmp_path / "venv" / "bin" / "vllm"
+    command.parent.mkdir(parents=True)
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
+    command.chmod(0o755)
+    (command.parent / "activate").write_text(f"PATH={command.parent}:{Path(sys.executable).parent}:$PATH\n")
+    environment = Environment(venv=tmp_path / "venv")
+    yield Cluster(
+        name="lab", partition="gpu", run_dir=tmp_path / "run", environment=environment, walltime=600, drain=60
+    )
+    lab.cancel_all()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[..., Model]:
+    """Make a model whose stand-in server does what `fake` says."""
+
+    def make(key: str = "m", fake: str = "", **values: object) -> Model:
+        folder = tmp_path / "weights" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "fake").write_text(fake)
+        return Model.model_validate({"key": key, "path": folder, "gpus_required": 1, "start_timeout": 60} | values)
+
+    return make
+
+
+@pytest.fixture
+def seen() -> list[slurm.Job]:
+    """What `on_state` is called with: pass `seen.append`."""
+    return []
