@@ -30,7 +30,9 @@ _WORDS = {
     "d": "day",
     "mo": "month",
 }
-_LIMIT = re.compile(r"\$?\s*([\d_,]*\.?\d+)\s*([kmb]?)\s*(tok|req|usd|dollar)?[a-z]*\s*(?:/|\bper\b)\s*([a-z]+)", re.I)
+_LIMIT = re.compile(
+    r"\$?\s*([\d_,]*\.?\d+)\s*([kmb]?)\s*(tokens?|req(?:uest)?s?|usd|dollars?)?\s*(?:/|\bper\b)\s*([a-z]+)", re.I
+)
 _EXAMPLES = {"requests": "15/min", "tokens": "120k/min or 30M/month", "usd": "10 USD/month"}
 _SPAN = re.compile(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)|(\d+(?:\.\d+)?)\s*([a-z]*))")
 _KEY = re.compile(r"(?:sk-|pk-|rk-|gsk_|gh[opsu]_|github_pat_|hf_|xai-|AIza|nvapi-|r8_|pplx-)[\w-]{12,}")

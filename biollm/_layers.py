@@ -82,6 +82,7 @@ class Layers:
 
     def __init__(self, known: Mapping[str, Iterable[str]], *, lenient: bool) -> None:
         self.known = {section: set(keys) for section, keys in known.items()}
+        self.known["costs"].add("monthly_budget")
         self.lenient = self.always_lenient = lenient
         self.data: Tree = {}
         self.origin: dict[KeyPath, tuple[Document, KeyPath]] = {}
@@ -114,7 +115,7 @@ class Layers:
 
     def _forget(self, sections: Iterable[str]) -> None:
         """Drop what earlier layers said in these sections, but for what they locked."""
-        for section in sections:
+        for section in {*sections} - {"data_policy"}:
             self.data.pop(section, None)
         for path, value in self.locked.items():
             node = self.data

@@ -200,10 +200,10 @@ class Environment(_Value):
 
     modules: tuple[forms.Line, ...] = ()
     venv: forms.FullPath | None = None
-    conda: forms.Line | None = None
-    container: forms.Line | None = None
+    conda: forms.Expanded | None = None
+    container: forms.Expanded | None = None
     container_command: forms.Line = "apptainer"
-    binds: tuple[forms.Line, ...] = ()
+    binds: tuple[forms.Expanded, ...] = ()
     env: dict[str, forms.EnvValue] = {}
 
     @model_validator(mode="after")
@@ -379,7 +379,7 @@ def _entries(layers: Layers) -> tuple[dict[str, Model], list[Provider]]:
     for name, model in models.items():
         if not (model.path or (model.hf_id if model.type == "local" else model.gguf or model.type == "api")):
             need = "an hf_id or a path" if model.type == "local" else "a gguf"
-            layers.problems.append(layers.problem(("models", name), f"is a {model.type} model and needs {need}."))
+            layers.problems.append(layers.problem(("models", name), f"needs {need}, being of type {model.type}."))
     listed = layers.data["providers"]
     providers = [found for name in listed if (found := _value(layers, Provider, "providers", name, name=name))]
     titles: dict[str, str] = {}
