@@ -62,6 +62,7 @@ SYNONYMS: dict[str, dict[str, str | Form]] = {
     "accounts": _LIMITED,
     "models": {"huggingface_id": "hf_id", "context_window": "context_length"},
 }
+_ADDED_UP = ("rate_limit", "token_limit", "token_budget", "budget")
 _NO_EFFECT = {
     "startup_command": "`biollm up` starts the servers.",
     "slurm_partition": "cluster.yaml holds the partition.",
@@ -134,7 +135,7 @@ class Layers:
             if callable(new):
                 self._translate(document, out, new, str(part), here)
             elif new in self.known[section]:
-                out[new] = self._part(document, section, new, part, here)
+                _put(out, new, self._part(document, section, new, part, here))
                 document.lines[*at, new] = document.lines.get(here, 0)
             elif key in _NO_EFFECT:
                 self.warnings.append(document.problem(here, f"has no effect here: {_NO_EFFECT[key]}"))
@@ -159,7 +160,7 @@ class Layers:
     def _translate(self, document: Document, out: Tree, form: Form, text: str, at: KeyPath) -> None:
         try:
             for key, value in form(text).items():
-                out[key] = [*as_list(out[key]), value] if key in out else value
+                _put(out, key, value)
                 document.lines[*at[:-1], key] = document.lines.get(at, 0)
         except ValueError as error:
             self.problems.append(document.problem(at, str(error)))
@@ -235,6 +236,13 @@ class Layers:
                 for provider in self.data.get("providers", {}).values():
                     if isinstance(provider.get("models"), list):
                         provider["models"] = [model for model in provider["models"] if model not in off]
+
+
+def _put(out: Tree, key: str, value: Any) -> None:
+    """Set a key that a synonym may have set already: limits add up, of others the first stays."""
+    if key in _ADDED_UP and key in out:
+        out[key] = [*as_list(out[key]), *as_list(value)]
+    out.setdefault(key, value)
 
 
 def _mapping(value: object) -> Tree | None:

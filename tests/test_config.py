@@ -95,6 +95,7 @@ providers:
   github_copilot:
     env_key: GITHUB_TOKEN
     models: [copilot]
+    free_tier: false
     subscription: "Copilot Pro ($10/month)"
   vllm:
     startup_command: "scripts/start_vllm.sh"
@@ -185,6 +186,7 @@ class TestWhatPeopleWrite:
             ("{rpm: 10, tpm: 5k, rpd: 200}", ["10/min", "200/day", "5k tokens/min"]),
             ('monthly_limit: "$5"', ["5 USD/month"]),
             ("daily_limit: 100 requests", ["100/day"]),
+            ("{monthly_limit: 30M, token_budget: 1M/day}", ["30M tokens/month", "1M tokens/day"]),
         ],
     )
     def test_limits(self, layer: Write, written: str, meant: list[str]) -> None:
