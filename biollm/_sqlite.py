@@ -29,6 +29,8 @@ _log = logging.getLogger("biollm")
 BOUND = 0.25  # seconds that anybody waits for a file
 _LINGER = 0.02  # seconds that work nobody waits for may wait for company; well under the 50 ms promised
 _OWED = 10_000  # jobs kept in memory while a file cannot be written
+_RETRY = 5.0  # seconds until they are tried again, if no other job comes
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 _NETWORK = re.compile(
     r"nfs\d?|lustre|gpfs|beegfs\w*|cifs|smb\d?|ceph|glusterfs|afs|9p|pvfs2|orangefs|panfs|wekafs|virtiofs"
@@ -49,17 +51,22 @@ def on_network(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
     return bool(_NETWORK.fullmatch(kind))
 
 
-def read(path: Path, sql: str, arguments: Sequence[object] = ()) -> list[Any]:
-    """Return the rows of one query on a connection of its own; none while the file does not exist.
+def read(path: Path, sql: str, arguments: Sequence[object] = (), *, patience: float = BOUND) -> list[Any]:
+    """Return the rows of one query on a connection of its own; none while the file or its table is not made.
 
     Raises:
-        sqlite3.Error: The file cannot be read within 250 ms.
+        sqlite3.Error: The file cannot be read within `patience` seconds.
     """
     if not path.exists():
         return []
     # "rw" makes no file and falls back to reading; "ro" could not undo what a killed writer left half done.
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=BOUND)) as db:
-        return db.execute(sql, arguments).fetchall()
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=patience)) as db:
+        try:
+            return db.execute(sql, arguments).fetchall()
+        except sqlite3.OperationalError as error:
+            if str(error).startswith("no such table"):
+                return []
+            raise
 
 
 class Database:
@@ -69,8 +76,8 @@ class Database:
     `lockf` on a file beside it. Files are 0600; in a folder with the setgid bit, which a group shares, 0660.
     """
 
-    def __init__(self, path: Path, schema: str, *, network: bool, synchronous: str) -> None:
-        self.path, self._schema = path, schema
+    def __init__(self, path: Path, schema: str, *, network: bool, synchronous: str, patience: float) -> None:
+        self.path, self._schema, self._patience = path, schema, patience
         self._pragmas = (f"journal_mode={'PERSIST' if network else 'WAL'}", f"synchronous={synchronous}")
         self._db: sqlite3.Connection | None = None
         self._inode = self._queue = -1
@@ -79,17 +86,14 @@ class Database:
         """Run `work` in one transaction. A damaged file is set aside, and `work` starts on a fresh one.
 
         Raises:
-            sqlite3.Error: The file is locked for 200 ms, not writable, or the disk is full.
+            sqlite3.Error: The file is locked for `patience` seconds, not writable, or the disk is full.
             OSError: The folder cannot be made or used.
         """
         try:
             try:
                 self._write(work)
             except sqlite3.DatabaseError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (
-                    sqlite3.SQLITE_CORRUPT,
-                    sqlite3.SQLITE_NOTADB,
-                ):
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
                     raise
                 self._set_aside(error)
                 self._write(work)
@@ -128,8 +132,7 @@ class Database:
         self._forget()
         _create(self.path)
         self._inode = _inode(self.path)
-        # Shorter than BOUND: the reason is known before those who wait give up.
-        db = sqlite3.connect(self.path, timeout=BOUND - 0.05, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self.path, timeout=self._patience, isolation_level=None, check_same_thread=False)
         try:
             for pragma in self._pragmas:
                 db.execute(f"PRAGMA {pragma}")
@@ -237,7 +240,7 @@ class Writer(Generic[Job]):
         owed: deque[Job] = deque(maxlen=_OWED)
         closing = False
         while not closing:
-            batch = self._gather()
+            batch = self._gather(_RETRY if owed else None)
             events = [job for job, _ in batch if isinstance(job, threading.Event)]
             closing = any(job is None for job, _ in batch)
             jobs = [(job, urgent) for job, urgent in batch if not isinstance(job, threading.Event | None)]
@@ -262,9 +265,11 @@ class Writer(Generic[Job]):
             owed.clear()
         self._settle(jobs, failure)
 
-    def _gather(self) -> list[tuple[Job | threading.Event | None, bool]]:
-        batch, until = [self._waiting.get()], time.monotonic() + _LINGER
+    def _gather(self, patience: float | None) -> list[tuple[Job | threading.Event | None, bool]]:
+        batch: list[tuple[Job | threading.Event | None, bool]] = []
         with suppress(queue.Empty):
+            batch.append(self._waiting.get(timeout=patience))
+            until = time.monotonic() + _LINGER
             while not batch[-1][1]:
                 batch.append(self._waiting.get(timeout=max(0.0, until - time.monotonic())))
         with suppress(queue.Empty):

@@ -37,6 +37,7 @@ _log = logging.getLogger("biollm")
 
 _RETRY = 5.0  # seconds until a ledger that failed is asked again
 _PRUNE = 60.0  # seconds between removals of what no window can see any more
+_QUEUE = 1.0  # seconds that a queue which moves is waited in
 _EXIT = 2.0  # seconds that closing waits for a file
 
 # SQLite 3.26 (RHEL 8) must do: no RETURNING, no STRICT. `tokens` is NULL until the attempt is finished; long
@@ -125,6 +126,11 @@ CREATE INDEX IF NOT EXISTS attempt_at ON attempt (at);
 _ADD = f"INSERT INTO attempt ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(Record)))})"  # noqa: S608
 _PAGE = f"SELECT id, {_COLUMNS} FROM attempt WHERE (at, id) > (?, ?) AND at < ? ORDER BY at, id LIMIT 5000"  # noqa: S608
 
+_PAST = (
+    "SELECT count(*), total(prompt_tokens + completion_tokens), total(cost_usd) FROM attempt WHERE at >= ? AND at < ?"
+    " AND ? IN (provider || '/' || account, provider || '/' || account || ':' || model)"
+)
+
 _Write = Callable[[sqlite3.Connection], object]
 _Query = Callable[[str, Sequence[object]], list[Any]]
 
@@ -159,23 +165,23 @@ class Ledger:
         network: Whether the folder is on a network file system; None to find out.
     """
 
-    def __init__(
-        self, directory: Path, *, clock: Callable[[], float] = time.time, network: bool | None = None
-    ) -> None:
+    def __init__(self, directory: Path, *, clock: Callable[[], float] = time.time, network: bool | None = None) -> None:
         self._directory, self._clock, self._network = directory, clock, network
         self._quotas, self._history = directory / "quotas.db", directory / "history.db"
         # A parent's stays in here after a fork: closing its files in the child would harm the parent.
         self._processes: dict[int, _Process] = {}
         self._blocked: dict[str, tuple[float, str]] = {}
+        self._wal: Path | None = None
         self._alone_since: float | None = None
         self._pruned = -math.inf
         self._warned = threading.Lock()  # held once the one warning is out
         atexit.register(self.close)
 
     async def reserve(self, need: Need) -> int | Refused:
-        """Count one request against every limit of `need`, or say why not and until when; at most 250 ms.
+        """Count one request against every limit of `need`, or say why not and until when.
 
-        Exact over all processes. A cancelled caller may leave its request counted.
+        Exact over all processes. Answers from this process's own count after 250 ms in which nobody was served.
+        A cancelled caller may leave its request counted.
         """
         process = self._process()
         since = self._alone_since
@@ -183,7 +189,7 @@ class Ledger:
             loop = asyncio.get_running_loop()
             ask = _Ask(need, secrets.randbits(62), loop.create_future())
             process.quotas.put(ask, urgent=True)
-            timer = loop.call_later(BOUND, self._give_up, ask.future)
+            timer = loop.call_later(BOUND, self._give_up, ask.future, time.monotonic())
             try:
                 answer = await ask.future
             finally:
@@ -255,9 +261,13 @@ class Ledger:
 
     def _start(self) -> _Process:
         network = on_network(self._directory) if self._network is None else self._network
-        # There a rollback journal waits for the disk at every commit; a power cut may cost quotas.db instead.
-        quotas = Database(self._quotas, _QUOTAS, network=network, synchronous="OFF" if network else "NORMAL")
-        history = Database(self._history, _HISTORY, network=network, synchronous="NORMAL")
+        self._wal = None if network else Path(f"{self._quotas}-wal")
+        open_ = partial(Database, network=network)
+        # A rollback journal waits for the disk at every commit. Callers wait for quotas.db, so it does not there,
+        # and a power cut may cost it; what it held of days and months is then taken from history.db.
+        lazily = "OFF" if network else "NORMAL"
+        quotas = open_(self._quotas, _QUOTAS, synchronous=lazily, patience=BOUND - 0.05)
+        history = open_(self._history, _HISTORY, synchronous="NORMAL", patience=_EXIT)
         return _Process(
             Writer(quotas, self._write_quotas, self._settle_quotas),
             Writer(history, _write_history, lambda _, error: self._warn(error)),
@@ -274,7 +284,17 @@ class Ledger:
             if not isinstance(job, _Ask):
                 job(db)
             elif not job.future.done():
+                self._recall(db, job.need, now)
                 job.answer = self._decide(db, job.need, job.id, now)
+
+    def _recall(self, db: sqlite3.Connection, need: Need, now: float) -> None:
+        """Begin a day or month with what history knows of it: its limit is new, or quotas.db was lost."""
+        for period in _periods(need, now):
+            key, past = (need.scope, *period), [(0, 0, 0)]
+            if not db.execute("SELECT 1 FROM total WHERE scope = ? AND start = ? AND until = ?", key).fetchone():
+                with suppress(sqlite3.Error):  # others wait: at midnight there is nothing to know anyway
+                    past = read(self._history, _PAST, (*period, need.scope), patience=0.05) or past
+                db.execute("INSERT INTO total VALUES (?, ?, ?, ?, ?, ?)", (*key, *past[0]))
 
     def _settle_quotas(self, jobs: Sequence[_Ask | _Write], error: Exception | None) -> None:
         self._alone_since = self._clock() if error else None
@@ -315,11 +335,21 @@ class Ledger:
         if until > self._blocked.get(key, (-math.inf,))[0]:
             self._blocked[key] = (until, reason)
 
-    def _give_up(self, future: asyncio.Future[int | Refused | None]) -> None:
-        if not future.done():
-            self._alone_since = self._clock()
-            self._warn(TimeoutError(f"no answer within {BOUND * 1000:.0f} ms"))
-            future.set_result(None)
+    def _give_up(self, future: asyncio.Future[int | Refused | None], asked: float) -> None:
+        if future.done():
+            return
+        if asked > time.monotonic() - _QUEUE and self._moving():
+            future.get_loop().call_later(BOUND, self._give_up, future, asked)
+            return
+        self._alone_since = self._clock()
+        self._warn(TimeoutError(f"no answer within {BOUND * 1000:.0f} ms"))
+        future.set_result(None)
+
+    def _moving(self) -> bool:
+        """Return whether others are being served: a busy machine, not a fault. Only a local disk may be asked."""
+        with suppress(OSError):
+            return bool(self._wal) and time.time() - self._wal.stat().st_mtime < BOUND
+        return False
 
     def _read(self, path: Path, sql: str, arguments: Sequence[object]) -> list[Any]:
         try:
@@ -352,7 +382,7 @@ def _write_history(db: sqlite3.Connection, records: Sequence[Record]) -> None:
 def _grant(db: sqlite3.Connection, need: Need, reservation: int, at: float) -> None:
     if need.limits:
         db.execute("INSERT INTO sent (id, scope, at) VALUES (?, ?, ?)", (reservation, need.scope, at))
-    for start, until in {_period(limit, at) for limit in need.limits if not limit.rolling}:
+    for start, until in _periods(need, at):
         db.execute(
             "INSERT INTO total (scope, start, until, requests) VALUES (?, ?, ?, 1)"
             " ON CONFLICT (scope, start, until) DO UPDATE SET requests = requests + 1",
@@ -360,9 +390,7 @@ def _grant(db: sqlite3.Connection, need: Need, reservation: int, at: float) -> N
         )
 
 
-def _finish(
-    db: sqlite3.Connection, scope: str, reservation: int, at: float, used: tuple[float, float]
-) -> None:
+def _finish(db: sqlite3.Connection, scope: str, reservation: int, at: float, used: tuple[float, float]) -> None:
     db.execute("UPDATE sent SET tokens = ?, usd = ? WHERE id = ?", (*used, reservation))
     db.execute(  # in the periods in which it was sent
         "UPDATE total SET tokens = tokens + ?, usd = usd + ? WHERE scope = ?"
@@ -414,6 +442,10 @@ def _window(limit: Limit) -> float:
     a later one quick, they stand closer together there than here; the second more makes up for it.
     """
     return limit.seconds + min(1.0, limit.seconds / 10)
+
+
+def _periods(need: Need, now: float) -> set[tuple[float, float]]:
+    return {_period(limit, now) for limit in need.limits if not limit.rolling}
 
 
 def _period(limit: Limit, now: float) -> tuple[float, float]:

@@ -141,7 +141,7 @@ def test_the_request_that_must_leave_first_decides_when_a_token_limit_frees(ledg
 
 
 def test_every_limit_is_asked_before_anything_counts_and_the_last_to_free_is_named(ledger: Ledger) -> None:
-    limits = per(2, "min"), per(1, "day")
+    limits = per(1, "min"), per(1, "day")
     reserve(ledger, *limits)
     assert reserve(ledger, *limits).reason == "1/day used by gemini/default, frees in 12 h"
     assert [used for _, used, _ in ledger.used(SCOPE, limits)] == [1, 1]
@@ -188,6 +188,19 @@ def test_an_attempt_counts_in_the_periods_in_which_it_was_sent(ledger: Ledger, c
     ledger.finish(reservation, SCOPE, record(clock.now, prompt_tokens=60))
     ledger.flush()
     assert [used for _, used, _ in ledger.used(SCOPE, limits)] == [0, 60]
+
+
+@pytest.mark.parametrize(("scope", "tokens"), [("gemini/default", 60), ("gemini/default:m", 50), ("other/default", 0)])
+def test_a_limit_added_later_counts_what_its_period_has_seen(
+    ledger: Ledger, clock: Clock, scope: str, tokens: int
+) -> None:
+    for at, model, count in ((NOON - 40 * 86400, "m", 7), (NOON - 86400, "m", 50), (NOON, "n", 10)):
+        ledger.finish(None, SCOPE, record(at, model=model, prompt_tokens=count, cost_usd=count / 100))
+    ledger.flush()
+    limits = per(9, "month"), per(99, "month", "tokens"), per(9, "month", "usd")
+    reserve(ledger, *limits, scope=scope)
+    requests = {60: 3, 50: 2, 0: 1}[tokens]
+    assert [used for _, used, _ in ledger.used(scope, limits)] == [requests, tokens, tokens / 100]
 
 
 def test_used_of_a_ledger_that_does_not_exist_is_nothing_and_makes_nothing(tmp_path: Path, clock: Clock) -> None:
@@ -243,6 +256,25 @@ def test_a_limit_is_exact_over_processes_threads_and_loops(tmp_path: Path, netwo
         child.join()
     assert sum(counts) == 60
     assert rows(tmp_path, "PRAGMA journal_mode") == [("delete" if network else "wal",)]
+
+
+@both_journals
+def test_a_limit_is_exact_over_two_ledgers_of_one_process(tmp_path: Path, network: bool) -> None:
+    ledgers = [Ledger(tmp_path, network=network) for _ in range(2)]
+    answers: list[int | Refused] = []
+
+    async def ask(ledger: Ledger) -> None:
+        for _ in range(60):
+            answers.append(await ledger.reserve(Need(SCOPE, (per(70, "min"),))))
+
+    running = [threading.Thread(target=lambda one=one: asyncio.run(ask(one))) for one in ledgers]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join()
+    for one in ledgers:
+        one.close()
+    assert granted(answers) == 70
 
 
 VICTIM = """
@@ -435,13 +467,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopped_in_the_queue(folder: Path) -> Iterator[None]:
+def stopped_in_the_queue(folder: Path) -> Iterator[object]:
     """Another process stands at the head of the queue and does nothing."""
     held, go = SPAWN.Event(), SPAWN.Event()
     other = SPAWN.Process(target=hold_queue, args=(folder / "quotas.lock", held, go))
     other.start()
     held.wait()
-    yield
+    yield go
     go.set()
     other.join()
 
@@ -479,6 +511,57 @@ def test_while_the_file_is_held_limits_are_kept_here_and_are_told_afterwards(
     assert len(caplog.messages) == 1
 
 
+def test_a_queue_that_moves_is_waited_in(tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """On a machine so busy that a turn takes longer than 250 ms the limits stay exact."""
+    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ledger:
+        reserve(ledger, per(1, "day"))
+        soon = time.time() + 60
+        os.utime(tmp_path / "quotas.db-wal", (soon, soon))  # as if somebody wrote all the time
+        with stopped_in_the_queue(tmp_path) as go:
+            threading.Timer(0.4, go.set).start()
+            assert isinstance(reserve(ledger, per(1, "day")), Refused)
+    assert caplog.messages == []
+
+
+def test_a_queue_that_stands_still_is_waited_in_for_250_ms(tmp_path: Path, clock: Clock) -> None:
+    waits = []
+    with contextlib.closing(Ledger(tmp_path, clock=clock, network=True)) as ledger:
+        reserve(ledger)
+        with stopped_in_the_queue(tmp_path):
+            for _ in range(4):
+                began = time.monotonic()
+                reserve(ledger)
+                waits.append(time.monotonic() - began)
+                clock.now += 6
+    assert 0.2 < min(waits) < 0.9
+
+
+def hold_one_queue_for_the_other(folder: Path, held: object) -> None:
+    with (folder / "quotas.lock").open("r+") as quotas, (folder / "history.lock").open("r+") as history:
+        fcntl.lockf(quotas, fcntl.LOCK_EX)
+        held.set()
+        fcntl.lockf(history, fcntl.LOCK_EX)
+
+
+def test_two_queues_that_wait_for_each_other_are_not_taken_for_a_deadlock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(Ledger(tmp_path)) as ledger:
+        ledger.finish(reserve(ledger), SCOPE, record())
+        ledger.flush()
+        with (tmp_path / "history.lock").open("r+") as history:
+            fcntl.lockf(history, fcntl.LOCK_EX)
+            held = SPAWN.Event()
+            other = SPAWN.Process(target=hold_one_queue_for_the_other, args=(tmp_path, held))
+            other.start()
+            held.wait()
+            time.sleep(0.05)  # it is waiting now
+            threading.Timer(0.05, fcntl.lockf, (history, fcntl.LOCK_UN)).start()
+            assert isinstance(reserve(ledger, per(5, "min")), int)
+            other.join()
+    assert caplog.messages == []
+
+
 def garbage(path: Path) -> None:
     path.write_bytes(b"not a database, but long enough to look at " * 100)
 
@@ -496,16 +579,16 @@ def torn(path: Path) -> None:
 def test_a_damaged_file_is_set_aside_and_a_new_one_begins(
     tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, network: bool, damage: Callable, name: str
 ) -> None:
-    limit = per(3, "min")
+    limit, day = per(3, "min"), per(3, "day")
     with contextlib.closing(Ledger(tmp_path, clock=clock, network=network)) as ledger:
-        ledger.finish(reserve(ledger, limit, per(3, "day")), SCOPE, record())
+        ledger.finish(reserve(ledger, limit, day), SCOPE, record())
     damage(tmp_path / name)
     with contextlib.closing(Ledger(tmp_path, clock=clock, network=network)) as ledger:
-        reservation = reserve(ledger, limit)
-        ledger.finish(reservation, SCOPE, record(request="after"))
+        ledger.finish(reserve(ledger, limit, day), SCOPE, record(request="after"))
         ledger.flush()
         assert "after" in {entry.request for entry in ledger.history()}
-        assert ledger.used(SCOPE, [limit])[0][1] == (1 if name == "quotas.db" else 2)
+        counted = [used for _, used, _ in ledger.used(SCOPE, [limit, day])]
+        assert counted == [1 if name == "quotas.db" else 2, 2]  # history knows what the day held
         assert ledger._alone_since is None
     (warning,) = caplog.messages
     assert f"{tmp_path / name} is damaged" in warning
