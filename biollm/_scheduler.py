@@ -42,6 +42,7 @@ _MENDS = (
     ("generic resource", "has no such GPU.", "`sinfo -o '%P %G'` lists them; set `gpu_type` and `gpu_request`."),
     ("node configuration", "has no node with as many GPUs, CPUs or as much memory.",
      "`sinfo -o '%P %G %c %m'` lists them; set `gpus_per_node`, `gpu_type`, `cpus_per_node`, `memory_gb_per_node`."),
+    ("configuration source", "is not configured on this machine.", "Run this on a login node, or set SLURM_CONF."),
     ("policy", "refuses it by a limit of your account or qos.", "`sacctmgr show assoc user=$USER` shows them."),
     ("option", "does not know one of the options.", "Look at `sbatch_options` in cluster.yaml."),
 )  # fmt: skip

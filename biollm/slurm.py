@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
-from biollm import _scheduler
+from biollm import _scheduler, weights
 from biollm._files import locked, private_folder, write_private
 from biollm._scheduler import Queue
 from biollm.config import Cluster, Model
@@ -24,7 +25,8 @@ from biollm.endpoints import Endpoint, Records, Watch, ask, file_time, load
 from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.launch import LaunchScript, Options, render
 from biollm.owners import uids
-from biollm.site import log_dir, node_files, run_dir, weights_dir
+from biollm.sbatch import header, request
+from biollm.site import log_dir, node_files, run_dir
 from biollm.tickets import Job, Ticket, failure, find, gpu_hours, judge, read, save, server_log, sweep, tail, tickets
 
 OnState = Callable[[Job], None]
@@ -190,9 +192,9 @@ def down(cluster: Cluster, target: str | None = None, *, wait: bool = True) -> l
 def missing(models: Sequence[Model], cluster: Cluster) -> Iterator[UnavailableError]:
     """Yield what is not there yet of weights and serving environment, each with the command that mends it."""
     for model in models:
-        folder = weights_dir(model, cluster)
-        if not (folder / "config.json").exists():
-            yield UnavailableError(f"The weights of {model.key} are not in {folder}.", hint=f"biollm pull {model.key}")
+        found = weights.present(model, cluster)
+        if isinstance(found, str):
+            yield UnavailableError(found)
     venv, image = cluster.environment.venv, cluster.environment.container or ""
     if venv and not (venv / "bin" / "vllm").exists():
         mend = f"python3 -m venv {venv} && {venv}/bin/pip install vllm"
@@ -200,6 +202,20 @@ def missing(models: Sequence[Model], cluster: Cluster) -> Iterator[UnavailableEr
     if image.startswith("/") and not Path(image).exists():
         mend = f"{cluster.environment.container_command} pull {image} docker://vllm/vllm-openai:latest"
         yield UnavailableError(f"There is no container image {image}.", hint=mend)
+
+
+def try_one_gpu(cluster: Cluster) -> None:
+    """Ask Slurm whether it would take a job of one GPU; raises `SlurmError` with its reason and the mend."""
+    options = header(cluster, request(cluster, "biollm-doctor", nodes=1, gpus=1))
+    with NamedTemporaryFile("w", suffix=".sh") as script:
+        script.write("".join(["#!/bin/bash\n", *(f"#SBATCH {option}\n" for option in options), "true\n"]))
+        script.flush()
+        _scheduler.run("sbatch", "--test-only", script.name)
+
+
+def node_addresses() -> dict[str, str]:
+    """Return the name and address of each node; raises `SlurmError`."""
+    return _scheduler.nodes()
 
 
 def _ready_to_submit(
@@ -217,21 +233,27 @@ def _submit_all(
     script: LaunchScript, models: Sequence[Model], cluster: Cluster, options: Options | None, replicas: int, share: str
 ) -> list[Ticket]:
     handover = cluster.handover if options is None or options.handover is None else options.handover
-    links, request = cluster.max_chain if handover else 1, script.request
+    links, asked = cluster.max_chain if handover else 1, script.request
     count = replicas * links
-    hours = count * script.gpus * request.walltime / 3600
+    hours = count * script.gpus * asked.walltime / 3600
     check_limits(cluster, status(cluster), jobs=count, gpus=replicas * script.gpus * min(links, 2), hours=hours)
     _prepare(cluster, share)
-    lead = request.drain + 2 * _start_time(models, cluster)
-    minutes = max(0, int(request.walltime - lead) // 60)
+    lead = asked.drain + 2 * _start_time(models, cluster)
+    minutes = int(asked.walltime - lead) // 60
     new: list[Ticket] = []
     for _ in range(replicas):
         chain = uuid.uuid4().hex if links > 1 else ""
         for link in range(1, links + 1):
             ticket = Ticket(uuid.uuid4().hex, "", tuple(model.key for model in models), script.gpus,
-                            request.walltime, Path(), chain, link, links, request.nodes)  # fmt: skip
-            after = [f"--dependency=after:{new[-1].job}+{minutes}"] if link > 1 else []
-            new.append(_submit(script, cluster, ticket, after, share))
+                            asked.walltime, Path(), chain, link, links, asked.nodes)  # fmt: skip
+            later = f"+{minutes}" if minutes > 0 else ""  # Slurm refuses +0
+            after = [f"--dependency=after:{new[-1].job}{later}"] if link > 1 else []
+            try:
+                new.append(_submit(script, cluster, ticket, after, share))
+            except SlurmError:
+                if new:  # all or none
+                    _scheduler.run("scancel", *(ticket.job for ticket in new))
+                raise
     return new
 
 

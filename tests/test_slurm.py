@@ -43,6 +43,7 @@ def site(tmp_path: Path) -> Cluster:
 def model(tmp_path: Path) -> Model:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "config.json").touch()
+    (tmp_path / "weights" / "model.safetensors").touch()
     return Model(key="a", path=tmp_path / "weights", gpus_required=2)
 
 
@@ -154,7 +155,7 @@ def test_up_refuses_before_queueing_when_weights_or_environment_are_missing(site
     (model.path / "config.json").unlink()  # type: ignore[operator]
     with pytest.raises(UnavailableError, match="weights of a are not in") as caught:
         slurm.up([model], site)
-    assert caught.value.hint == "biollm pull a"
+    assert "correct `path`" in str(caught.value)
     (model.path / "config.json").touch()  # type: ignore[operator]
     bare = site.model_copy(update={"environment": Environment(venv=Path("/no/venv"))})
     with pytest.raises(UnavailableError, match="no vLLM in /no/venv") as caught:

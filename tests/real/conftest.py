@@ -80,6 +80,7 @@ def model(tmp_path: Path) -> Callable[..., Model]:
         folder = tmp_path / "weights" / key
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").touch()
         (folder / "fake").write_text(fake)
         return Model.model_validate({"key": key, "path": folder, "gpus_required": 1, "start_timeout": 60} | values)
 
