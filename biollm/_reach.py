@@ -1,5 +1,6 @@
-"""Watches beside a request whether its host takes a connection at all, so that a firewall that drops packets costs 3 s.
+"""Looks beside or before a request whether its host is there at all, and whose it is.
 
+A firewall that drops packets shall cost 3 s.
 LiteLLM honours a separate connect timeout for OpenAI's client only; for the others (vLLM, Gemini) a dropped packet
 costs the whole request timeout. The watch runs beside the request and delays nothing.
 """
@@ -9,11 +10,18 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from biollm.owners import listener_trusted
 from biollm.routing import Deployment
 
+if TYPE_CHECKING:
+    from biollm.config import Cluster
+    from biollm.credentials import Credential
+
+_STEPS = 12
 _KNOWN = 60.0  # seconds for which a host that answered needs no watching
 _HOSTS = {"gemini": "https://generativelanguage.googleapis.com"}  # where LiteLLM sends without an api_base
 
@@ -47,16 +55,47 @@ class Reach:
         if proxy and not proxy_bypass(host):
             through = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
             host, port, tls = through.hostname or "", through.port or 80, False
+        opening = asyncio.ensure_future(asyncio.open_connection(host, port, ssl=_any_certificate() if tls else None))
         try:
-            async with asyncio.timeout(self._patience):
-                _, writer = await asyncio.open_connection(host, port, ssl=_any_certificate() if tls else None)
-            writer.close()
-        except TimeoutError:
+            # In steps, so that a loop that was busy (LiteLLM's imports take seconds) loses one step, not its patience.
+            for _ in range(_STEPS):
+                if (await asyncio.wait({opening}, timeout=self._patience / _STEPS))[0]:
+                    if not opening.exception():  # else it answered, if only to refuse: the request itself will tell
+                        opening.result()[1].close()
+                    return True
             scope.reschedule(asyncio.get_running_loop().time())
             return False
-        except (OSError, ssl.SSLError):
-            pass  # it answered, if only to refuse: the request itself will tell
-        return True
+        finally:
+            opening.cancel()
+
+
+class FixedServers:
+    """Looks at servers of our own whose address stands in the configuration: whose they are, and what they serve."""
+
+    _PATIENCE = 3.0  # seconds
+
+    def __init__(self) -> None:
+        self._listed: dict[str, tuple[float, set[str]]] = {}
+
+    async def objection(self, deployment: Deployment, known: Credential, cluster: Cluster) -> str | None:
+        """Return why the server should not be asked, one sentence, or None; a dead one shows when it is asked."""
+        import httpx
+
+        url = deployment.base_url or ""
+        if not listener_trusted(url, cluster.trusted_owners):
+            return f"what listens at {url} belongs to another user (trusted_owners in cluster.yaml)"
+        at, listed = self._listed.get(url, (-_KNOWN, set[str]()))
+        if time.monotonic() - at >= _KNOWN:
+            headers = {"Authorization": f"Bearer {known.secret}"} if known.secret else {}
+            try:
+                async with httpx.AsyncClient(timeout=self._PATIENCE, trust_env=False) as client:
+                    answer = await client.get(f"{url}/models", headers=headers)
+                listed = {str(entry["id"]) for entry in answer.json()["data"]}
+            except (httpx.HTTPError, ValueError, KeyError, TypeError):
+                return None
+            self._listed[url] = (time.monotonic(), listed)
+        name = deployment.litellm_model.split("/", 1)[1]
+        return None if name in listed else f"the server at {url} serves {', '.join(sorted(listed)) or 'nothing'}"
 
 
 def _any_certificate() -> ssl.SSLContext:

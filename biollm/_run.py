@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from biollm.errors import (
@@ -21,6 +21,9 @@ from biollm.rungs import Rung
 from biollm.structured import Message, Shape
 from biollm.types import Attempt, Outcome
 
+if TYPE_CHECKING:
+    from biollm.tickets import Job
+
 # Seconds. A pass over the waterfall is repeated no sooner than this after a failure that cools nothing, and not at
 # all when the soonest rung frees later than a person would wait.
 BREATH, PATIENCE = 0.5, 600.0
@@ -35,6 +38,9 @@ class Request:
     Attributes:
         params: Further arguments of LiteLLM's `acompletion`: temperature, max_tokens, tools...
         on_send: Called with a deployment's id just before a request goes to it.
+        middle: (prefix, suffix) of code to fill in between, instead of messages.
+        start: Start a server on the cluster when nobody else answers; then wait `wait` seconds for it.
+        on_state: Called with the job that is waited for whenever it has changed.
     """
 
     messages: list[Message]
@@ -48,6 +54,10 @@ class Request:
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     on_interrupt: Literal["raise", "restart"] = "raise"
     on_send: Callable[[str], None] | None = None
+    middle: tuple[str, str] | None = None
+    start: bool = False
+    wait: float | None = None
+    on_state: Callable[[Job], None] | None = None
 
 
 @dataclass

@@ -42,6 +42,7 @@ class Waterfall:
         self.rungs = rungs
         self.ledger = rungs.ledger
         self._reach = _reach.Reach(CONNECT)
+        self._servers = _reach.FixedServers()
         embedded.register()
         rungs.refresh()
         rungs.ledger.refresh()
@@ -225,14 +226,13 @@ class Waterfall:
             params["response_format"] = request.shape.response_format
         if "tools" in params:
             params["_skip_mcp_handler"] = True  # without it LiteLLM wants the mcp package for any tool
-        local = request.wants.policy == "local_only"
-        return self._router.acompletion(
-            model=routing.LOCAL_GROUP if local else routing.GROUP,
-            messages=list(messages),
-            disable_fallbacks=True,
-            **{"no-log": True},  # the host program's LiteLLM callbacks see nothing of ours
-            **params,
-        )
+        # The host program's LiteLLM callbacks see nothing of ours.
+        params |= {"disable_fallbacks": True, "no-log": True}
+        group = routing.LOCAL_GROUP if request.wants.policy == "local_only" else routing.GROUP
+        if request.middle and first.fim:
+            parts = zip(first.fim, (*request.middle, ""), strict=True)
+            return self._router.atext_completion(model=group, prompt="".join(map("".join, parts)), **params)
+        return self._router.acompletion(model=group, messages=list(messages), **params)
 
     def _need(self, run: Run, deployment: Deployment) -> Any:
         need = self.rungs.needs[deployment.id]
@@ -242,18 +242,23 @@ class Waterfall:
         return need
 
     async def _fresh(self, run: Run, rungs: Sequence[Deployment]) -> list[Deployment]:
-        """Return those whose key is good; renew short-lived tokens that are about to expire."""
+        """Return those that may be asked after a closer look: short-lived tokens renewed, fixed servers verified."""
         good: list[Deployment] = []
         for deployment in rungs:
             known = self.rungs.credentials[deployment.id]
+            reason: str | None = None
             if known.expires_at is not None and known.expires_at < time.time() + _FRESH:
-                found = await asyncio.to_thread(self.rungs.admit, deployment)
-                if found is None:
-                    run.tried.add(deployment.id)
-                    run.pass_over(next(r for r in self.rungs.standing(run.request.wants) if r.deployment is deployment))
-                    continue
-                self._renew(deployment, found)
-            good.append(deployment)
+                if found := await asyncio.to_thread(self.rungs.admit, deployment):
+                    self._renew(deployment, found)
+                else:
+                    reason = self.rungs.missing(deployment)
+            elif deployment.provider.type == "local" and not deployment.start:
+                reason = await self._servers.objection(deployment, known, self.rungs.config.cluster)
+            if reason:
+                run.tried.add(deployment.id)
+                run.pass_over(Rung(deployment, "absent", reason))
+            else:
+                good.append(deployment)
         return good
 
     def _renew(self, deployment: Deployment, found: Credential) -> None:
@@ -281,7 +286,7 @@ class Waterfall:
         """Cool what the verdict says, and note the attempt."""
         deployment = sent.deployment
         reason = self._redact(verdict.reason)
-        if verdict.cools:
+        if verdict.cools and sent.reservation is not None:
             keys = cooling_keys(deployment, self.rungs.credentials[deployment.id])
             for key in keys:
                 if key.startswith(f"{verdict.cools}:"):
@@ -333,11 +338,11 @@ class Waterfall:
         """Return the Completion of a whole answer."""
         response = sent.response
         choice = response.choices[0]
-        calls = tuple(call.model_dump() for call in choice.message.tool_calls or ())
+        calls = tuple(call.model_dump() for call in _calls(choice))
         return self._completion(
             run,
             sent,
-            text=choice.message.content or "",
+            text=_content(response),
             tool_calls=calls,
             finish_reason=choice.finish_reason or "",
             usage=_usage(getattr(response, "usage", None)),
@@ -440,7 +445,8 @@ def _keep_off_proxies(found: Sequence[Deployment]) -> None:
 
 def _params(found: Credential) -> dict[str, Any]:
     """Return a credential as LiteLLM's parameters."""
-    params: dict[str, Any] = {"api_key": found.secret or "none"}
+    # LiteLLM would refuse more than `rpm` requests at once; the ledger counts, over all processes.
+    params: dict[str, Any] = {"api_key": found.secret or "none", "max_parallel_requests": 1_000_000}
     if found.headers:
         params["extra_headers"] = dict(found.headers)
     if found.base_url:
@@ -472,15 +478,19 @@ def _price(response: Any, deployment: Deployment) -> float | None:
 
 
 def _content(response: Any) -> str:
-    return response.choices[0].message.content or ""
+    choice = response.choices[0]
+    return (choice.message.content if hasattr(choice, "message") else choice.text) or ""
+
+
+def _calls(choice: Any) -> Sequence[Any]:
+    return getattr(getattr(choice, "message", None), "tool_calls", None) or ()
 
 
 def _empty(response: Any) -> Verdict | None:
     """Return what is wrong with an answer that came without an error."""
     if not response.choices:
         return NO_CHOICES
-    message = response.choices[0].message
-    return None if (message.content or "").strip() or message.tool_calls else EMPTY
+    return None if _content(response).strip() or _calls(response.choices[0]) else EMPTY
 
 
 def _delta(chunk: Any) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import os
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -35,6 +36,7 @@ from biollm.health import check_all_providers
 from biollm.ledger import Ledger
 from biollm.routing import Deployment, Policy, Wants
 from biollm.rungs import Rung, Rungs, check_names, explain
+from biollm.site import run_dir
 from biollm.structured import Message, Shape
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from biollm._waterfall import Waterfall
+    from biollm.tickets import Job
 
 __all__ = [
     "AllLimitedError",
@@ -94,6 +97,10 @@ class Defaults(TypedDict, total=False):
         tags: Stored with the usage record, such as {"agent": "ErrorDiagnosisAgent"}.
         on_interrupt: What a stream does that breaks after some text: "raise", or "restart" on the next rung.
         on_send: Called with a deployment's id just before a request goes to it.
+        start_local: Whether to start a server on the cluster when nobody else can answer; the embedded model is
+            then asked only if that fails.
+        wait: Seconds to wait for that server; None is without end.
+        on_state: Called with its job (`biollm.tickets.Job`) whenever that has changed.
     """
 
     system: str | None
@@ -113,6 +120,9 @@ class Defaults(TypedDict, total=False):
     tags: Mapping[str, str]
     on_interrupt: Literal["raise", "restart"]
     on_send: Callable[[str], None] | None
+    start_local: bool
+    wait: float | None
+    on_state: Callable[[Job], None] | None
 
 
 class Options(Defaults, total=False):
@@ -174,6 +184,18 @@ class Client:
         """Like `complete`; cancelling it cancels the request."""
         return await background().arun(self._complete(self._request(prompt, options)))
 
+    def fill_in_middle(self, prefix: str, suffix: str, **options: Unpack[Options]) -> Completion:
+        """Return the code that belongs between `prefix` and `suffix`, from a local model that has tokens for it.
+
+        Raises:
+            CompletionError: No server of such a model runs (capability "fill-in-middle", `fim` in models.yaml).
+        """
+        return background().run(self._complete(self._gap(prefix, suffix, options)))
+
+    async def afill_in_middle(self, prefix: str, suffix: str, **options: Unpack[Options]) -> Completion:
+        """Like `fill_in_middle`."""
+        return await background().arun(self._complete(self._gap(prefix, suffix, options)))
+
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Piece]:
         """Yield the answer as it comes; `str()` of a piece is its text. The last piece holds the Completion.
 
@@ -225,8 +247,8 @@ class Client:
     def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Rung]:
         """Return who would answer now and why each other would not; sends nothing."""
         request = self._request(prompt, options)
-        watch = Watch(self.config.cluster)
-        return explain(Rungs(self.config, self._ledger(), state_dir(), self._policy(), watch.alive), request.wants)
+        rungs = Rungs(self.config, self._ledger(), state_dir(), self._policy(), self._watch().alive)
+        return explain(rungs, request.wants)
 
     def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
         """Return each limit of the deployment's account, how much of it is used, and when it resets (epoch seconds)."""
@@ -283,14 +305,53 @@ class Client:
             tags={**_environment_tags(), **chosen.get("tags", {})},
             on_interrupt=chosen.get("on_interrupt", "raise"),
             on_send=chosen.get("on_send"),
+            start=chosen.get("start_local", False),
+            wait=_positive("wait", chosen.get("wait")),
+            on_state=chosen.get("on_state"),
         )
 
+    def _gap(self, prefix: str, suffix: str, options: Options) -> Request:
+        request = self._request(prefix + suffix, options)
+        if request.shape or request.wants.tools:
+            raise UsageError("Filling in code takes no response_model and no tools.")
+        return replace(request, middle=(prefix, suffix), wants=replace(request.wants, fim=True))
+
     async def _complete(self, request: Request) -> Completion:
+        if request.start:
+            first = replace(request, wants=replace(request.wants, allow_degraded=False))
+            try:
+                return await self._waterfall().complete(first)
+            except CompletionError as error:
+                await self._start(request, error)
         return await self._waterfall().complete(request)
 
     async def _stream(self, request: Request) -> AsyncGenerator[Piece, None]:
+        if request.start:
+            first = replace(request, wants=replace(request.wants, allow_degraded=False))
+            try:
+                async for piece in self._waterfall().stream(first):
+                    yield piece
+            except InterruptedStreamError:
+                raise
+            except CompletionError as error:
+                await self._start(request, error)
+            else:
+                return
         async for piece in self._waterfall().stream(request):
             yield piece
+
+    async def _start(self, request: Request, error: CompletionError) -> None:
+        """Start a server on the cluster after `error`; raise why not, unless the embedded model may still answer."""
+        from biollm import on_demand
+
+        if isinstance(error, RequestRejectedError | DeadlineError):
+            raise error
+        try:
+            await asyncio.to_thread(on_demand.start, self.config, request.wants, request.wait, request.on_state)
+            await asyncio.to_thread(self._watch().refresh)
+        except BiollmError:
+            if not request.wants.allow_degraded:
+                raise
 
     async def _many(
         self,
@@ -328,9 +389,13 @@ class Client:
         key = ("waterfall", self._dir, os.environ.get("BIOLLM_CONFIG_DIR"), policy, state_dir())
         if key not in kept:
             made = _import_waterfall()
-            watch = background().kept.setdefault(("watch", self._dir), Watch(self.config.cluster))
-            kept[key] = made(Rungs(self.config, self._ledger(), state_dir(), policy, watch.alive))
+            kept[key] = made(Rungs(self.config, self._ledger(), state_dir(), policy, self._watch().alive))
         return kept[key]
+
+    def _watch(self) -> Watch:
+        """Return the process's view of the running servers."""
+        key = ("watch", run_dir(self.config.cluster), self.config.cluster.trusted_owners)
+        return background().kept.setdefault(key, Watch(self.config.cluster))
 
 
 ModelRouter = Client

@@ -39,6 +39,7 @@ class Deployment:
         free: True when a token costs nothing (free tier, local, embedded).
         trains: True when the provider may train on prompts.
         context_length: Tokens of prompt and answer together, or None when unknown.
+        fim: The model's tokens around the prefix, suffix and middle of code to fill in.
         start: The running server's start id, or "" for a configured address.
         key_file: Where a discovered server's key lies.
     """
@@ -59,6 +60,7 @@ class Deployment:
     tools: bool = True
     context_length: int | None = None
     capabilities: frozenset[str] | None = None
+    fim: tuple[str, str, str] | None = None
     start: str = ""
     key_file: str = ""
 
@@ -85,6 +87,7 @@ class Wants:
     capability: str | None = None
     tokens: int = 0
     allow_degraded: bool = True
+    fim: bool = False
 
 
 def deployments(config: Config, endpoints: Iterable[Endpoint] = (), policy: Policy | None = None) -> list[Deployment]:
@@ -163,6 +166,7 @@ def _deployment(
         tools=_first(model and model.tools, provider.tools, _takes_tools(provider, model)),
         context_length=_context(provider, model),
         capabilities=model.capabilities if model else None,
+        fim=model.fim if model and provider.type == "local" else None,
         start=endpoint.start if endpoint else "",
         key_file=str(endpoint.key_file) if endpoint else "",
     )
@@ -215,6 +219,8 @@ def obstacle(deployment: Deployment, wants: Wants) -> str | None:
         return "the embedded model is a degraded answer, which this request does not allow"
     if wants.tools and not deployment.tools:
         return "takes no tools"
+    if wants.fim and not deployment.fim:
+        return "has no tokens for filling in code"
     if wants.capability and wants.capability not in (deployment.capabilities or ()):
         return f"lacks the capability {wants.capability!r}"
     if deployment.context_length and wants.tokens > deployment.context_length:

@@ -39,6 +39,9 @@ class Request:
     body: Json
 
 
+Choice = Behaviour | Callable[[Request], Behaviour]
+
+
 @dataclass(eq=False)
 class Server:
     """One provider. `script` is used up request by request, then `behaviour` holds; both may be changed."""
@@ -46,7 +49,7 @@ class Server:
     text: str
     models: tuple[str, ...]
     script: list[Behaviour]
-    behaviour: Behaviour
+    behaviour: Choice
     answer: Callable[[Json], Json] | None  # request body -> assistant message, instead of `text`
     url: str = ""
     requests: list[Request] = field(default_factory=list[Request])
@@ -86,14 +89,17 @@ class Server:
             while keep and (request := await _read(reader, writer)) is not None:
                 self.requests.append(request)
                 how = self.script.pop(0) if self.script else self.behaviour
-                keep = await self._reply(request, how, writer)
+                how = how if isinstance(how, Behaviour) else how(request)
+                keep = await self._reply(request, how, reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError, ssl.SSLError):
             pass  # the client went away, or the test is over
         finally:
             self.tasks.discard(task)
             writer.close()
 
-    async def _reply(self, request: Request, how: Behaviour, writer: asyncio.StreamWriter) -> bool:
+    async def _reply(
+        self, request: Request, how: Behaviour, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
         """Answer one request; True keeps the connection."""
         streamed = bool(request.body.get("stream")) and how.body is None
         if how.fail is not None and not streamed:
@@ -102,7 +108,8 @@ class Server:
             await _drip(writer, streamed)
         for at, piece in enumerate(self._pieces(request, how, streamed)):
             if how.hang == at:
-                await asyncio.Event().wait()
+                await reader.read(1)  # until the client goes away
+                return False
             writer.write(piece[: len(piece) // 2] if how.tear == at else piece)
             await writer.drain()
             if how.tear == at:
@@ -120,7 +127,7 @@ class Server:
         size = sum(map(len, parts))
         parts = parts if how.cut is None else parts[: how.cut - 1]
         if how.length is not None:
-            framing = f"Content-Length: {size + how.length}"
+            framing = f"Content-Length: {int(size * how.length)}"
         elif streamed:
             framing = "Transfer-Encoding: chunked"
             parts = [b"%x\r\n%s\r\n" % (len(part), part) for part in parts] + [b"0\r\n\r\n"]
@@ -142,6 +149,10 @@ class Server:
             choices = [{"index": 0, "message": message, "finish_reason": _finish(message)}]
             usage = _usage(request.body, message)
             answer = _answer(request.body, "chat.completion", choices if how.choices else [], usage=usage)
+        elif request.path.endswith("/completions"):
+            choices = [{"index": 0, "text": self.text, "finish_reason": "stop"}]
+            usage = _usage({"messages": [{"content": request.body["prompt"]}]}, {"content": self.text})
+            answer = _answer(request.body, "text_completion", choices, usage=usage)
         elif request.path.endswith("/models"):
             models = [{"id": name, "object": "model"} for name in self.models]
             answer = {"object": "list", "data": models}
@@ -208,7 +219,7 @@ class Loopback:
     def serve(
         self,
         *script: Behaviour,
-        then: Behaviour = OK,
+        then: Choice = OK,
         text: str = "All is well.",
         models: tuple[str, ...] = ("small",),
         answer: Callable[[Json], Json] | None = None,

@@ -82,14 +82,19 @@ def test_an_answer_says_who_gave_it_and_what_it_took(net: Loopback, waterfall: W
     assert answer.raw.choices[0].message.content == "out of memory"
 
 
-def test_a_dead_rung_is_passed_at_once_and_rests_for_every_process(net: Loopback, waterfall: Write) -> None:
-    waterfall(first=net.refusing(), second=net.serve())
+def test_what_rests_rests_for_every_process(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(limited("300")), second=net.serve())
     assert trail(get_model_client().complete("hi")) == [("first", "failed"), ("second", "ok")]
     assert trail(get_model_client().complete("hi")) == [("first", "limited"), ("second", "ok")]
     code = "from biollm.client import *; print([a.outcome for a in get_model_client().complete('x').attempts])"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "['limited', 'ok']"
     assert seen.stderr == "", "no warnings at exit"
+
+
+def test_a_dead_rung_is_passed_at_once(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.refusing(), second=net.serve())
+    assert trail(get_model_client().complete("hi")) == [("first", "failed"), ("second", "ok")]
 
 
 def test_a_living_replica_of_the_same_order_answers(net: Loopback, waterfall: Write) -> None:
@@ -467,6 +472,7 @@ def test_threads_share_one_router(net: Loopback, waterfall: Write) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(answers) == 20
     assert (answers.count("first"), answers.count("second")) == (10, 10)
 
 
@@ -593,3 +599,48 @@ def test_keys_show_nowhere(net: Loopback, waterfall: Write, caplog: pytest.LogCa
     shown = json.dumps([str(caught.value), repr(caught.value), repr(caught.value.attempts), repr(client), caplog.text])
     assert "sk-planted" not in shown
     assert "***" in str(caught.value)
+
+
+# --- servers of our own at a fixed address -------------------------------------------------------------------------
+
+
+def test_a_fixed_server_serves_the_models_that_it_lists(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(models=("large",), text="large one")
+    waterfall(
+        {"models": {name: {"type": "local", "hf_id": f"lab/{name}"} for name in ("small", "large")}},
+        gpu={"type": "local", "base_url": server.url, "models": ["small", "large"]},
+    )
+    answer = get_model_client().complete("hi")
+    assert (answer.model, answer.attempts[0].reason) == ("large", f"the server at {server.url} serves large")
+    assert [request.body["model"] for request in server.completions] == ["large"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be two users")
+def test_a_server_of_another_user_gets_nothing(net: Loopback, waterfall: Write) -> None:
+    code = "import os, socket, time; os.setuid(65534); s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); print(s.getsockname()[1], flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout
+    url = f"http://127.0.0.1:{other.stdout.readline().strip()}/v1"
+    waterfall(
+        {"models": {"small": {"type": "local", "hf_id": "lab/small"}}},
+        gpu={"type": "local", "base_url": url},
+        last=net.serve(),
+    )
+    try:
+        answer = get_model_client().complete("hi")
+        assert answer.provider == "last"
+        assert "belongs to another user" in answer.attempts[0].reason
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_code_is_filled_in_through_the_models_own_tokens(net: Loopback, waterfall: Write) -> None:
+    server = net.serve(text="return a + b")
+    models = {"small": {"type": "local", "hf_id": "lab/small", "fim": ["<pre>", "<suf>", "<mid>"]}}
+    waterfall({"models": models}, cloud=net.serve(), gpu={"type": "local", "base_url": server.url})
+    answer = get_model_client().fill_in_middle("def add(a, b):\n    ", "\n\nadd(1, 2)", max_tokens=20)
+    assert answer.text == "return a + b"
+    assert trail(answer) == [("cloud", "skipped"), ("gpu", "ok")]
+    (request,) = [request for request in server.requests if request.path.endswith("/completions")]
+    assert request.body["prompt"] == "<pre>def add(a, b):\n    <suf>\n\nadd(1, 2)<mid>"
