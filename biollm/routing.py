@@ -99,7 +99,7 @@ def deployments(config: Config, endpoints: Iterable[Endpoint] = (), policy: Poli
     order = 0
     running = list(endpoints)
     for provider in config.providers:
-        for model in _by_priority(config, provider):
+        for model in models_of(config, provider):
             order += 1
             found += _of_model(config, provider, model, order, [e for e in running if e.model == model])
     if (policy or config.data_policy) == "local_only":
@@ -107,14 +107,21 @@ def deployments(config: Config, endpoints: Iterable[Endpoint] = (), policy: Poli
     return found
 
 
-def _by_priority(config: Config, provider: Provider) -> list[str]:
-    """Return the provider's models in their order: a `priority` of their own, then the place in the list."""
+def models_of(config: Config, provider: Provider) -> list[str]:
+    """Return the provider's models in their order: a `priority` of their own, then the place in the list.
+
+    Local models that no provider lists belong to the first local provider without a fixed address, after its own.
+    """
+    names = list(provider.models)
+    if provider == next((p for p in config.providers if p.type == "local" and not p.base_url), None):
+        listed = {name for each in config.providers for name in each.models}
+        names += [key for key, model in config.models.items() if model.type == "local" and key not in listed]
 
     def rank(name: str) -> float:
         own = config.models[name].priority if name in config.models else None
         return float("inf") if own is None else own
 
-    return sorted(provider.models, key=rank)
+    return sorted(names, key=rank)
 
 
 def _of_model(

@@ -160,7 +160,7 @@ def check_names(config: Config, provider: str | None, model: str | None) -> None
         config.provider(provider)
     if model is not None:
         among = [p for p in config.providers if provider in (None, p.name)]
-        names = [name for p in among for name in p.models]
+        names = [name for each in among for name in routing.models_of(config, each)]
         if model not in names:
             raise UnknownNameError("model", model, names)
 

@@ -78,6 +78,12 @@ def replace_model(config: Config, key: str, **changes: Any) -> Config:
     return replace(config, models={**config.models, key: model})
 
 
+def test_a_local_model_that_no_provider_lists_follows_the_listed_ones(config: Config) -> None:
+    model = config.models["mine"].model_copy(update={"key": "added"})
+    more = replace(config, models={**config.models, "added": model})
+    assert [d.model for d in routing.deployments(more) if d.provider.name == "gpu"] == ["mine", "added"]
+
+
 def test_running_servers_are_replicas_of_one_order(config: Config) -> None:
     found = [
         d for d in routing.deployments(config, [server("1"), server("2"), server("3", "other")]) if d.model == "mine"
