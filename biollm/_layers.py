@@ -190,6 +190,7 @@ class Layers:
                     if key not in tree and (*path, key) not in self.locked:
                         node.pop(key, None)
         for key, value in tree.items():
+            part: object = value
             there, source, old = (*path, key), (*at, key), node.get(key)
             if isinstance(value, dict) and isinstance(old, dict | None) and there not in self.locked:
                 node[key] = node.get(key) or {}
@@ -197,11 +198,9 @@ class Layers:
                 self._merge(cast("Tree", value), document, there, source)
             elif isinstance(old, dict):
                 self.problems.append(document.problem(source, "must be a mapping, its keys indented below it."))
-            elif there in self.locked and value != old:
+            elif there in self.locked and value != old and key != "data_policy":
                 self.problems.append(document.problem(source, f"is locked by {self.where(there)}.", "Take it out."))
-            elif key != "data_policy" or _strictness(cast("object", value)) >= _strictness(
-                old
-            ):  # which no later layer loosens
+            elif key != "data_policy" or _strictness(part) >= _strictness(old):  # which no later layer loosens
                 node[key] = value
                 self.origin[there] = (document, source)
 

@@ -289,6 +289,7 @@ WRONG_VALUES: list[tuple[str, int, str]] = [
     (GROQ + "env_key: MY KEY", 5, "is not the name of an environment variable"),
     (GROQ + f"api_key: {SECRET}", 5, "a key has no place in a file"),
     (GROQ + "priority: -1", 5, "providers.groq.priority: must be at least 0, not '-1'."),
+    (GROQ + f"priority: {SECRET}", 5, "must be a whole number, not 'sk-p…'."),
     (GROQ + "priority: first", 5, "must be a whole number, not 'first'."),
     (GROQ + "rate_limit: fast", 5, "'fast' is not a limit. Write it like 15/min."),
     (GROQ + "rate_limit: 30M tokens/month", 5, "is not a limit"),
@@ -482,6 +483,14 @@ class TestLayers:
         assert re.search(
             r"mine/providers.yaml:\d: .* is locked by .*/site/providers.yaml:[23]", complaint(layer(providers=mine))
         )
+
+    def test_starting_anew_keeps_what_is_locked(self, layer: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+        locks = "locked: {providers: {openai: {enabled: false}}, data_policy: no_training}"
+        monkeypatch.setenv("BIOLLM_SITE_CONFIG", str(layer("site", providers=locks)))
+        config = load_config(
+            layer(providers="inherit: false\ndata_policy: any\nproviders: {openai: {type: api, models: [m]}}")
+        )
+        assert (config.providers, config.data_policy) == ((), "no_training")
 
     def test_repeating_a_locked_value_is_no_change(self, layer: Write, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("BIOLLM_SITE_CONFIG", str(layer("site", cluster="locked: {cluster: {max_gpus: 8}}")))
