@@ -25,7 +25,7 @@ providers:
   gpu: {type: local, priority: 5, models: [mine]}
   near: {type: api, priority: 6, base_url: "http://127.0.0.1:9/v1", models: [tiny]}
 """
-MODELS = """
+MODELS = """inherit: false
 models:
   mine: {hf_id: lab/mine, type: local, context_length: 4096, capabilities: [code, reasoning], vllm_args: {max_model_len: 2048}}
 """
@@ -70,7 +70,7 @@ def test_priority_then_place_in_the_list_becomes_order_and_accounts_share_it(con
 
 def test_a_model_of_its_own_priority_goes_before_its_place(config: Config) -> None:
     small = replace_model(config, "small", priority=1)
-    assert [d.model for d in routing.deployments(small) if d.provider.name == "two"][0] == "small"
+    assert next(d.model for d in routing.deployments(small) if d.provider.name == "two") == "small"
 
 
 def replace_model(config: Config, key: str, **changes: Any) -> Config:
