@@ -25,8 +25,7 @@ providers:
   gpu: {type: local, priority: 5, models: [mine]}
   near: {type: api, priority: 6, base_url: "http://127.0.0.1:9/v1", models: [tiny]}
 """
-MODELS = """inherit: false
-models:
+MODELS = """models:
   mine: {hf_id: lab/mine, type: local, context_length: 4096, capabilities: [code, reasoning], vllm_args: {max_model_len: 2048}}
 """
 
@@ -38,7 +37,7 @@ def config(tmp_path: Path) -> Config:
 
 def _config(folder: Path, *, shipped: bool = False) -> Config:
     (folder / "providers.yaml").write_text(("" if shipped else "inherit: false") + PROVIDERS)
-    (folder / "models.yaml").write_text(MODELS)
+    (folder / "models.yaml").write_text(("" if shipped else "inherit: false") + MODELS)
     return load_config(folder)
 
 
