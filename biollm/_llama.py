@@ -23,7 +23,9 @@ from litellm import ModelResponse, Usage, exceptions
 from litellm.llms.custom_llm import CustomLLM
 
 PROVIDER = "biollm_embedded"
-MAX_TOKENS = 512  # of an answer, unless the request says: small models ramble, at some 50 tokens/s
+# Unless the request says otherwise. Small models ramble, at some 50 tokens/s, and repeat themselves for ever.
+_DEFAULTS = {"max_tokens": 512, "temperature": 0.2}
+_AGAINST_LOOPS = {"dry_multiplier": 0.8, "repeat_penalty": 1.1, "repeat_last_n": 256}  # JSON does repeat
 _BATCH = 128  # tokens of a prompt that are read, in about a second, before the next look at a cancellation
 _SENT = (
     *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty"),
@@ -167,8 +169,9 @@ def _request(call: dict[str, Any]) -> dict[str, Any]:
     if given.get("tools") or given.get("functions"):
         raise exceptions.UnsupportedParamsError("the embedded model takes no tools", PROVIDER, call["model"])
     sent = {name: given[name] for name in _SENT if given.get(name) is not None}
+    penalties = {} if "response_format" in sent else _AGAINST_LOOPS
     stream = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
-    return {"max_tokens": MAX_TOKENS, **sent, **stream, "messages": call["messages"]}
+    return {**_DEFAULTS, **penalties, **sent, **stream, "messages": call["messages"]}
 
 
 def _piece(text: str, finish: str = "", usage: dict[str, Any] | None = None) -> dict[str, Any]:

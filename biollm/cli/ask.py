@@ -106,20 +106,21 @@ def complete(
 
 
 def _prompt(prompt: str | None, files: list[Path]) -> str:
-    """Return the question with the files and what was piped in; `-` as prompt or file is stdin."""
+    """Return the files, what was piped in, and last the question, where models heed it best; `-` is stdin."""
     from biollm.errors import UsageError
 
     named = prompt == "-" or Path("-") in files
     mode = _stdin_mode()
     piped = sys.stdin.read() if named or stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
-    parts = [] if prompt in (None, "-") else [str(prompt)]
+    parts: list[str] = []
     for file in files:
         if file != Path("-"):
             try:
                 parts.append(f"--- {file.name} ---\n{file.read_text(errors='replace')}")
             except OSError as error:
                 raise UsageError(f"{file}: {error.strerror}.") from None
-    text = "\n\n".join([*parts, piped] if piped.strip() else parts)
+    question = "" if prompt in (None, "-") else prompt
+    text = "\n\n".join(part for part in (*parts, piped, question) if part and part.strip())
     if not text.strip():
         raise UsageError(
             "There is nothing to ask.", hint='Write biollm complete "question", add -f FILE, or pipe text in.'
