@@ -115,7 +115,12 @@ def fit(
     config = load_config()
     local = [key for key, each in config.models.items() if each.type == "local" and each.architecture]
     chosen = [unregistered(config_json)] if config_json else _chosen(config, [model] if model else local)
-    options = {"gpus": gpus, "gpu": gpu, "gpu_memory_utilization": gpu_memory_utilization, "quantization": quantization}
+    options: dict[str, Any] = {
+        "gpus": gpus,
+        "gpu": gpu,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "quantization": quantization,
+    }
     reports = {each.key: compute(each, config.cluster, **options) for each in chosen}
     if as_json:
         _print.as_json(reports)
@@ -339,6 +344,8 @@ def models_add(
     """Write an entry with a model's architecture numbers into your models.yaml."""
     from biollm import registry
     from biollm._resources import config_dirs
+    from biollm.config import load_config
 
-    key, file = registry.add(hf_id, config_dirs()[-1][1], config=config_json, name=name)
+    folder, cluster = config_dirs()[-1][1], load_config().cluster
+    key, file = registry.add(hf_id, folder, cluster, config=config_json, name=name)
     print(f"{key}: added to {file}. `biollm fit {key}` says what it needs; add it to a provider's models to use it.")

@@ -1,0 +1,123 @@
+"""Adds a model to the user's models.yaml, with its architecture numbers, leaving every comment there in place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from biollm._files import write_private
+from biollm.architecture import architecture_from_config
+from biollm.config import Architecture, Cluster, Model
+from biollm.errors import UsageError
+from biollm.fit import fit
+from biollm.weights import published_config
+
+
+def entry(hf_id: str, published: dict[str, Any], cluster: Cluster, key: str | None = None) -> Model:
+    """Return the model that a published config.json describes, on the fewest GPUs that hold it.
+
+    Where its whole context does not fit, `max_model_len` says what does.
+
+    Raises:
+        UsageError: The name, or the kind of model, is not understood.
+    """
+    name = hf_id.rpartition("/")[2]
+    architecture = architecture_from_config(published)
+    model: dict[str, Any] = {"key": key or name.lower(), "name": name, "hf_id": hf_id, "architecture": architecture}
+    model |= {"size_gb": round(architecture.weight_bytes / 1e9, 1), "context_length": architecture.context or None}
+    try:
+        sizes = [Model(**model, gpus_required=2**n, vllm_args={"tensor_parallel_size": 2**n}) for n in range(7)]
+    except ValueError as error:  # pydantic's; its second line is the key, its third says what is wrong
+        raise UsageError(" ".join(line.strip() for line in str(error).splitlines()[1:3])) from None
+    reports = [fit(size, cluster) for size in sizes]
+    for size, report in zip(sizes, reports, strict=True):
+        if report.fits:
+            return size
+    for size, report in zip(sizes, reports, strict=True):
+        length = min(report.tokens, report.max_model_len) // 1024 * 1024
+        limited = size.model_copy(update={"vllm_args": {**size.vllm_args, "max_model_len": length}})
+        if length and fit(limited, cluster).fits:
+            return limited
+    return sizes[0]  # nothing holds it: `biollm fit` says why
+
+
+def unregistered(config_json: Path) -> Model:
+    """Return a model that only its config.json describes; it is called by the folder's name.
+
+    Raises:
+        UsageError: The file, or the kind of model, is not understood.
+    """
+    architecture = architecture_from_config(published_config("", config_json))
+    folder = config_json if config_json.is_dir() else config_json.parent
+    return Model(key=re.sub(r"\W+", "-", folder.resolve().name).strip("-") or "model", architecture=architecture)
+
+
+def add(
+    hf_id: str, folder: Path, cluster: Cluster, *, config: Path | None = None, name: str | None = None
+) -> tuple[str, Path]:
+    """Write an entry for a model of Hugging Face into models.yaml of `folder`; return its key and the file.
+
+    Args:
+        hf_id: "org/name".
+        folder: Of the user's configuration.
+        cluster: Its GPUs decide how many the entry asks for.
+        config: The model's config.json, or the folder it is in; None gets it from Hugging Face.
+        name: The key; None makes one of `hf_id`.
+
+    Raises:
+        UsageError: The model is not understood, is there already, or the file cannot be appended to.
+        UnavailableError: Hugging Face does not give its config.json.
+    """
+    model = entry(hf_id, published_config(hf_id, config), cluster, name)
+    append(model, folder / "models.yaml")
+    return model.key, folder / "models.yaml"
+
+
+def append(model: Model, file: Path) -> str:
+    """Append `model` to the `models:` of `file`, which is made where there is none; return the text added.
+
+    Raises:
+        UsageError: The file holds this key already, or is not of a shape that can be appended to.
+    """
+    file = file.resolve()  # a link into a folder of dotfiles stays one
+    old = file.read_text() if file.exists() else ""
+    try:
+        root: Any = cast("Any", yaml).compose(old, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} cannot be read: {error}") from None
+    sections: dict[str, Any] = {}
+    entries: list[Any] = []
+    if root is not None and root.id == "mapping":
+        sections = {key.value: (key, value) for key, value in root.value}
+    section, node = sections.get("models", (None, None))
+    if node is not None and node.id == "mapping" and not node.flow_style:
+        entries = node.value
+    elif (root is not None and not sections) or (node is not None and node.value != ""):
+        raise UsageError(f"{file} is not written as `models:` and entries below it, line by line: add it by hand.")
+    if model.key in [key.value for key, _ in entries]:
+        raise UsageError(f"{file} has a model named {model.key!r} already.", hint="Give it another name.")
+    indent = entries[0][0].start_mark.column if entries else 2
+    added = _text(model, " " * indent)
+    lines = [line if line.endswith("\n") else f"{line}\n" for line in old.splitlines(keepends=True)]
+    starts = [key.start_mark.line for key, _ in sections.values()]
+    after = len(lines) if section is None else section.start_mark.line  # the next section begins below it
+    at = min([line for line in starts if line > after], default=len(lines))
+    new = [] if section else ["models:\n"]
+    write_private(file, "".join([*lines[:at], *new, added, *lines[at:]]))
+    return added
+
+
+def _text(model: Model, indent: str) -> str:
+    """Write one entry as the shipped ones are: a key a line, the architecture in braces."""
+    values = model.model_dump(
+        mode="json", include={"name", "hf_id", "type", "size_gb", "gpus_required", "context_length"}
+    )
+    values["vllm_args"] = model.vllm_args
+    text = yaml.safe_dump({model.key: {k: v for k, v in values.items() if v is not None}}, sort_keys=False)
+    known = {key: value for key, value in asdict(model.architecture or Architecture(0, 0, 0, 0)).items() if value}
+    numbers = yaml.safe_dump(known, sort_keys=False, default_flow_style=True, width=1000)
+    return re.sub("^", indent, f"{text}  architecture: {numbers}".rstrip(), flags=re.MULTILINE) + "\n"
