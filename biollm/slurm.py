@@ -238,7 +238,7 @@ def _submit_all(
     hours = count * script.gpus * asked.walltime / 3600
     check_limits(cluster, status(cluster), jobs=count, gpus=replicas * script.gpus * min(links, 2), hours=hours)
     _prepare(cluster, share)
-    lead = asked.drain + 2 * _start_time(models, cluster)
+    lead = asked.drain + 2 * _start_time(models, cluster, asked.walltime)
     minutes = int(asked.walltime - lead) // 60
     new: list[Ticket] = []
     for _ in range(replicas):
@@ -283,10 +283,10 @@ def check_limits(cluster: Cluster, known: Sequence[Job], *, jobs: int, gpus: int
             )
 
 
-def _start_time(models: Sequence[Model], cluster: Cluster) -> float:
-    """Seconds that these models took to start the last time, or may take at most."""
+def _start_time(models: Sequence[Model], cluster: Cluster, walltime: float) -> float:
+    """Seconds that these models took to start the last time; a guess where they never did."""
     times = {e["model"]: float(e["took_s"]) for t in tickets(cluster) for e in t.events if e.get("took_s")}
-    return max(times.get(model.key, model.start_timeout) for model in models)
+    return max(times.get(model.key, min(model.start_timeout, walltime / 8)) for model in models)
 
 
 def _prepare(cluster: Cluster, share: str) -> None:
