@@ -169,7 +169,8 @@ class Waterfall:
         among the first order alone; within it LiteLLM chooses.
         """
         rungs = [deployment for deployment in rungs if deployment.order == rungs[0].order]
-        if not (rungs := await self._fresh(run, rungs)):
+        # Meanwhile a server may have left, and its rung with it.
+        if not (rungs := [d for d in await self._fresh(run, rungs) if d.id in self.rungs.needs]):
             return None
         turn = Turn(self.ledger, {d.id: self._need(run, d) for d in rungs})
         limit, shortened = _limit(
@@ -196,7 +197,7 @@ class Waterfall:
                 sent.response = await self._call(run, rungs[0], messages, limit, stream)
                 verdict = await _first_content(sent) if stream else _empty(sent.response)
         except RefusalError:
-            return self._refused(run, turn)
+            return self._refused(run, turn, rungs)
         except asyncio.CancelledError:
             self._settle(run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms))
             raise
@@ -245,8 +246,9 @@ class Waterfall:
         """Return those that may be asked after a closer look: short-lived tokens renewed, fixed servers verified."""
         good: list[Deployment] = []
         for deployment in rungs:
-            known = self.rungs.credentials[deployment.id]
             reason: str | None = None
+            if (known := self.rungs.credentials.get(deployment.id)) is None:
+                continue  # its server left
             if known.expires_at is not None and known.expires_at < time.time() + _FRESH:
                 if found := await asyncio.to_thread(self.rungs.admit, deployment):
                     self._renew(deployment, found)
@@ -269,15 +271,15 @@ class Waterfall:
         """After a refused key, look whether its file holds another one; if so the deployment may be asked again."""
         if verdict.status != 401 or deployment.embedded:
             return
-        before = self.rungs.credentials[deployment.id].fingerprint
-        found = await asyncio.to_thread(self.rungs.admit, deployment)
-        if found and found.fingerprint != before:
+        known = self.rungs.credentials.get(deployment.id)
+        found = known and await asyncio.to_thread(self.rungs.admit, deployment)
+        if known and found and found.fingerprint != known.fingerprint:
             self._renew(deployment, found)
             run.tried.discard(deployment.id)
 
-    def _refused(self, run: Run, turn: Turn) -> None:
+    def _refused(self, run: Run, turn: Turn, rungs: Sequence[Deployment]) -> None:
         """Note that the ledger refused what LiteLLM chose."""
-        deployment = next(d for d in self.rungs.deployments if d.id == turn.chosen)
+        deployment = next(d for d in rungs if d.id == turn.chosen)
         run.tried.add(deployment.id)
         if turn.refused:
             run.pass_over(Rung(deployment, "limited", turn.refused.reason, turn.refused.until))
@@ -287,9 +289,11 @@ class Waterfall:
         deployment = sent.deployment
         reason = self._redact(verdict.reason)
         if verdict.cools and sent.reservation is not None:
-            keys = cooling_keys(deployment, self.rungs.credentials[deployment.id])
+            keys = cooling_keys(deployment, self.rungs.credentials.get(deployment.id, Credential("", "")))
+            # Replicas are one account to the ledger, yet each has a queue of its own that is full.
+            cools = "endpoint" if deployment.start and verdict.cools == "account" else verdict.cools
             for key in keys:
-                if key.startswith(f"{verdict.cools}:"):
+                if key.startswith(f"{cools}:"):
                     self.ledger.cool(key, verdict.seconds, reason)
         if verdict.passing:
             run.frees.append(time.time() + (verdict.seconds if verdict.cools else BREATH))

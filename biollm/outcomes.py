@@ -82,6 +82,8 @@ def classify(error: BaseException, now: float, *, shortened: bool = False) -> Ve
     if "ProxyError" in names or "ProxyConnection" in names:
         status = next((link.status for link in chain if hasattr(link, "status")), None)  # type: ignore[attr-defined]
         return Verdict(f"the proxy refused{f' (HTTP {status})' if status else ''}", cools="endpoint", seconds=BROKEN)
+    if "Empty or invalid response" in str(error):  # LiteLLM, of HTML that OpenAI's client let pass
+        names += " JSONDecodeError"
     for signs, verdict in _NETWORK:
         if any(sign in names for sign in signs):
             return verdict
@@ -140,7 +142,7 @@ def _answered(names: str, status: int, headers: Mapping[str, str], body: str, no
     reason = f"HTTP {status}: {_message(body)}"
     if status == 429:
         seconds = _rests(body, headers, now)
-        return Verdict(f"{reason} (rests {seconds:.3g} s)", status, "account", seconds)
+        return Verdict(f"{reason} (rests {round(seconds, 1):.10g} s)", status, "account", seconds)
     if status == 401:
         return Verdict(reason, status, "key", KEY_REFUSED, passing=False)
     if status in (403, 404):

@@ -147,7 +147,9 @@ class Rungs:
 def cooling_keys(deployment: Deployment, credential: Credential) -> tuple[str, ...]:
     """Return the ledger's keys of which each, while it cools, keeps the deployment from serving."""
     keys = [f"account:{deployment.scope}", f"endpoint:{deployment.endpoint}", f"deployment:{deployment.id}"]
-    return (*keys, f"key:{credential.fingerprint}") if credential.fingerprint else tuple(keys)
+    if credential.fingerprint:  # of this account: the same word may be a good key elsewhere
+        keys.append(f"key:{deployment.provider.name}/{deployment.account.name}:{credential.fingerprint}")
+    return tuple(keys)
 
 
 def check_names(config: Config, provider: str | None, model: str | None) -> None:
