@@ -21,6 +21,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 import litellm
 
 from biollm import embedded
+from biollm._llama import _request
 from biollm.config import load_config
 from biollm.errors import UnavailableError
 
@@ -155,6 +156,25 @@ def test_what_it_cannot_do_is_litellms_error(
 
     with pytest.raises(error, match=says):
         run(consume())
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"max_tokens": 512, "temperature": 0.2, "repeat_penalty": 1.1}),
+        (
+            {"max_tokens": 9, "temperature": 0, "top_p": None},
+            {"max_tokens": 9, "temperature": 0, "repeat_penalty": 1.1},
+        ),
+        ({"response_format": {"type": "json_object"}}, {"max_tokens": 512, "temperature": 0.2, "repeat_penalty": None}),
+        ({"max_retries": 0, "stream_options": None, "api_key": "sk"}, {"api_key": None, "max_retries": None}),
+    ],
+)
+def test_the_request_wins_over_what_keeps_a_small_model_from_rambling(
+    given: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    sent = _request({"optional_params": given, "messages": HELLO, "model": MODEL})
+    assert {name: sent.get(name) for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("content", [None, b"hello", "part"], ids=["missing", "garbage", "truncated"])
