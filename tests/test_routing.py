@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> Config:
 
 def _config(folder: Path, *, shipped: bool = False) -> Config:
     (folder / "providers.yaml").write_text(("" if shipped else "inherit: false") + PROVIDERS)
-    (folder / "models.yaml").write_text(("" if shipped else "inherit: false") + MODELS)
+    (folder / "models.yaml").write_text(("" if shipped else "inherit: false\n") + MODELS)
     return load_config(folder)
 
 
