@@ -6,7 +6,7 @@ import json
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,8 +15,11 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
+from behaviours import limited
+from provider import Loopback
 
 from biollm import copilot, credentials
+from biollm.client import get_model_client
 from biollm.config import Account, Provider
 from biollm.copilot import Token
 from biollm.credentials import Credential
@@ -37,6 +40,7 @@ class GitHub:
     lasts: float = 1500.0
     exchanges: int = 0
     url: str = ""
+    api: str = "http://api"
 
     def answer(self, method: str, path: str, form: dict[str, str], headers: dict[str, str]) -> tuple[int, Any]:
         match method, path:
@@ -60,7 +64,7 @@ class GitHub:
                 return 200, {
                     "token": token,
                     "expires_at": int(time.time() + self.lasts),
-                    "endpoints": {"api": "http://api"},
+                    "endpoints": {"api": self.api},
                 }
             case _:
                 raise AssertionError(f"GitHub was asked for {method} {path}")
@@ -283,3 +287,39 @@ def test_the_credential_carries_what_copilot_wants(logged_in: GitHub, state: Pat
     assert found.fingerprint
     shown = repr(found) + repr(copilot.token("lab", state))
     assert "planted" not in shown
+
+
+def test_both_accounts_answer_each_with_its_own_token_and_the_headers(
+    github: GitHub, state: Path, net: Loopback, waterfall: Callable[..., Path]
+) -> None:
+    server = net.serve(limited("300"), text="fine")
+    github.api, github.polls = server.url, [*github.polls, *github.polls]
+    login(state, "lab")
+    login(state, "core")
+    waterfall(github_copilot={"accounts": [{"name": "lab"}, {"name": "core"}]}, last=net.serve())
+    answer = get_model_client().complete("hi")
+    assert (answer.provider, answer.text, len(server.completions)) == ("github_copilot", "fine", 2)
+    assert github.exchanges == 2, "each login has left a token"
+    sent = [request.headers for request in server.completions]
+    assert len({headers["authorization"] for headers in sent}) == 2
+    assert all("copilot-integration-id" in headers for headers in sent)
+
+
+def test_a_token_about_to_end_is_renewed_before_the_request(
+    github: GitHub, state: Path, net: Loopback, waterfall: Callable[..., Path]
+) -> None:
+    server = net.serve(text="fine")
+    github.api, github.lasts = server.url, 30.0
+    login(state)
+    waterfall(github_copilot={"accounts": [{"name": "lab"}]}, last=net.serve())
+    client = get_model_client()
+    client.complete("hi")
+    client.complete("hi")
+    first, second = (request.headers["authorization"] for request in server.completions)
+    assert first != second
+
+
+def test_a_rung_without_a_login_is_skipped_and_says_so(net: Loopback, waterfall: Callable[..., Path]) -> None:
+    waterfall(github_copilot={"accounts": [{"name": "lab"}]}, last=net.serve())
+    answer = get_model_client().complete("hi")
+    assert answer.attempts[0].reason == "not logged in: biollm login github_copilot --account lab"
