@@ -348,4 +348,4 @@ def models_add(
 
     folder, cluster = config_dirs()[-1][1], load_config().cluster
     key, file = registry.add(hf_id, folder, cluster, config=config_json, name=name)
-    print(f"{key}: added to {file}. `biollm fit {key}` says what it needs; add it to a provider's models to use it.")
+    print(f"{key}: added to {file}. `biollm fit {key}` says what it needs, `biollm pull {key}` and `biollm up {key}` start it.")
