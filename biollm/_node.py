@@ -334,9 +334,8 @@ class Server:
                 os.utime(self._record)
 
     def _unpublish(self) -> None:
-        for path in [] if self.job.rank else [self._record, self.job.rendezvous]:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            self._record.unlink()
 
     def _serve(self) -> None:
         """Renew the record while the server answers; return when the job leaves."""
@@ -385,6 +384,9 @@ class Server:
     def _clear(self) -> None:
         """Unpublish, TERM, then KILL the group: a dead API server leaves its engine and workers behind."""
         self._unpublish()
+        if not self.job.rank:  # the further nodes stop with this one
+            with contextlib.suppress(OSError):
+                self.job.rendezvous.unlink()
         if process := self._process:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

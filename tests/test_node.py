@@ -148,6 +148,15 @@ def test_publishes_a_record_after_a_completion_of_its_own(job: Job) -> None:
     assert job.states() == ["starting", "ready"]
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file to any group")
+def test_a_shared_server_opens_record_and_key_to_the_group_alone(job: Job) -> None:
+    job.start("", options=("--share", "nogroup"))
+    start = job.record()["start"]
+    for path, mode in ((f"records/{start}.json", 0o640), (f"starts/{start}", 0o750), (f"starts/{start}/key", 0o640)):
+        assert (job.run / path).stat().st_mode & 0o777 == mode
+        assert (job.run / path).group() == "nogroup"
+
+
 def test_does_not_publish_when_the_first_completion_fails(job: Job) -> None:
     job.start("refuse")
     assert job.end() == 70

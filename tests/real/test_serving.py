@@ -209,7 +209,7 @@ def test_two_ranks_of_one_model_on_two_nodes(cpu_site: Cluster, vllm_env: Path, 
         (folder / name).write_bytes((vllm_env / "share" / "smollm2-135m" / name).read_bytes())
     (folder / "config.json").write_text(json.dumps(TINY))
     (folder / "model.safetensors").touch()  # the weights are dummies
-    args = ARGS | {"tensor_parallel_size": 2, "load_format": "dummy"}
+    args = ARGS | {"tensor_parallel_size": 2, "load_format": "dummy", "gpu_memory_utilization": 0.3}
     tiny = Model(key="tiny", path=folder, gpus_required=2, start_timeout=400, vllm_args=args)
     spread = cpu_site.model_copy(update={"gpus_per_node": 1, "walltime": 1800})
     (job,) = slurm.up([tiny], spread)
