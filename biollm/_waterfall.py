@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -416,6 +416,9 @@ class Waterfall:
         except Exception as error:
             yield classify(error, time.time(), shortened=shortened)
             return
+        finally:  # a stream that was left would go on at the provider
+            with suppress(Exception):
+                await sent.response.aclose()
         if not _finished(sent.response.chunks):
             yield CUT
 
