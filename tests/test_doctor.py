@@ -1,0 +1,103 @@
+"""Each check of `biollm doctor`, good and bad, with its mend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from biollm.config import load_config
+from biollm.doctor import Check, check
+
+Waterfall = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH with nothing of Slurm on it; returns the folder."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path / "bin"
+
+
+def found(name: str) -> Check:
+    return next(each for each in check(load_config()) if each.name == name)
+
+
+def command(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_keys(waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch) -> None:
+    waterfall(first="https://a.example/v1", second="https://b.example/v1")
+    assert (found("keys").ok, found("keys").detail) == (True, "found for first, second; 0 lack one")
+    monkeypatch.delenv("SECOND_KEY")
+    assert (found("keys").ok, found("keys").detail) == (True, "found for first; 1 lack one")
+    monkeypatch.delenv("FIRST_KEY")
+    assert not found("keys").ok
+    assert "FIRST_KEY" in found("keys").mend
+
+
+def test_a_proxy_that_does_not_answer(waterfall: Waterfall, net: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    waterfall()
+    assert found("proxy").ok
+    monkeypatch.setenv("https_proxy", net.refusing().removesuffix("/v1"))  # type: ignore[attr-defined]
+    assert not found("proxy").ok
+    assert found("proxy").mend == "Correct or unset https_proxy."
+
+
+def test_weights(waterfall: Waterfall, tmp_path: Path) -> None:
+    waterfall({"models": {"qwen": {"type": "local", "path": str(tmp_path / "weights"), "gpus_required": 1}}})
+    assert not found("weights").ok
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").touch()
+    (tmp_path / "weights" / "model.safetensors").touch()
+    assert found("weights").ok
+    assert "qwen" in found("weights").detail
+
+
+def site(folder: Path, text: str) -> None:
+    (folder / "cluster.yaml").write_text(f"cluster:\n  {text}\n")
+
+
+def test_the_serving_environment(waterfall: Waterfall, tmp_path: Path, bare: Path) -> None:
+    folder = waterfall()
+    site(folder, f"environment: {{venv: {tmp_path}/venv}}")
+    assert "pip install vllm" in found("serving environment").mend
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    command(tmp_path / "venv" / "bin", "vllm", "exit 0")
+    assert found("serving environment").ok
+
+
+def test_a_machine_without_slurm_is_told_where_to_run_and_is_asked_nothing_more(waterfall: Waterfall) -> None:
+    waterfall()
+    last = check(load_config())[-1]
+    assert (last.name, last.ok) == ("slurm", False)
+    assert "login node" in last.mend
+
+
+def test_a_submission_that_slurm_would_refuse(waterfall: Waterfall, bare: Path, tmp_path: Path) -> None:
+    folder = waterfall()
+    for name in ("squeue", "scontrol", "scancel"):
+        command(bare, name, "exit 0")
+    refusal = "sbatch: error: Batch job submission failed: Invalid partition name specified"
+    command(bare, "sbatch", f'/bin/cp "$2" {tmp_path}/asked; echo "{refusal}" >&2; exit 1')
+    site(folder, "partition: nowhere")
+    assert "no such partition" in found("submission").detail
+    assert "sinfo" in found("submission").mend
+    assert "#SBATCH --partition=nowhere" in (tmp_path / "asked").read_text()
+    command(bare, "sbatch", "exit 0")
+    assert found("submission").ok
+
+
+def test_a_run_directory_that_only_this_host_sees(waterfall: Waterfall, bare: Path, tmp_path: Path) -> None:
+    folder = waterfall()
+    command(bare, "scontrol", "echo 'NodeName=n1 NodeAddr=10.0.0.1'")
+    site(folder, f"run_dir: {tmp_path}/run")
+    assert not found("run directory").ok
+    assert "shared folder" in found("run directory").mend
+    command(bare, "scontrol", f"echo 'NodeName=n1 NodeAddr={os.uname().nodename}'")
+    assert found("run directory").ok
