@@ -251,6 +251,12 @@ def test_idle_timeout(model: int | None, option: int | None, expected: int) -> N
     assert spec(script)["idle_timeout"] == expected
 
 
+@pytest.mark.parametrize(("times", "expected"), [((60, 90), 90), ((60, 0), 0)])
+def test_a_shared_job_is_as_patient_as_its_most_patient_model(times: tuple[int, int], expected: int) -> None:
+    models = [custom(key=f"m{time}", idle_timeout=time) for time in times]
+    assert spec(render(models, BARE))["idle_timeout"] == expected
+
+
 def test_several_nodes() -> None:
     script = render([DEEPSEEK_V3], A3)
     assert {"--nodes=2", "--gpus-per-node=8", "--signal=USR1@120"} <= set(header(script))

@@ -87,6 +87,7 @@ def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, cluster: Cluster) 
 
 def test_the_revision_is_pinned(hub: Hub, cluster: Cluster) -> None:
     pull(MODEL, cluster)
+    assert hub.requests.count("GET /api/models/org/name/revision/main") == 1  # a push meanwhile changes nothing
     assert {request.split("/")[4] for request in hub.requests if "/resolve/" in request} == {COMMIT}
     pinned = MODEL.model_copy(update={"revision": COMMIT})
     assert pull(pinned, cluster).name == f"name@{COMMIT}"
