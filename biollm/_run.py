@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -124,7 +124,7 @@ class Run:
     def failure(self) -> CompletionError:
         """Return the error that says why nobody answered."""
         attempts = self.attempts()
-        told = "\n".join(f"  {attempt.deployment}: {attempt.reason}" for attempt in attempts)
+        told = _told(attempts)
         if self.faults >= 2:
             return RequestRejectedError(f"Two providers say that the request is at fault.\n{told}", attempts)
         standings = {rung.standing for (number, _), rung in self._passed.items() if number == self.passes}
@@ -145,6 +145,19 @@ class Run:
     def too_late(self) -> DeadlineError:
         """Return the error of a deadline that passed."""
         return DeadlineError(f"No answer within the deadline of {self.request.deadline:g} s.", self.attempts())
+
+
+def _told(attempts: Sequence[Attempt]) -> str:
+    """Return a line per account and reason: its models often fail for the same one."""
+    groups: dict[tuple[str, str], dict[str, None]] = {}
+    for attempt in attempts:
+        who, _, model = attempt.deployment.partition("/")
+        groups.setdefault((who, attempt.reason), {})[model] = None
+    names = {
+        key: f"/{next(iter(models))}" if len(models) == 1 else f" ({len(models)} models)"
+        for key, models in groups.items()
+    }
+    return "\n".join(f"  {who}{names[who, reason]}: {reason}" for who, reason in groups)
 
 
 @dataclass

@@ -24,7 +24,7 @@ def main() -> None:
         )
     for log, answer in zip(logs, answers, strict=True):
         text = answer.text if isinstance(answer, Completion) else f"no answer: {answer}"
-        print(f"{log.name}: {text.strip()}")
+        print(f"{log.name}: {text.strip().splitlines()[0]}")
     if not all(isinstance(answer, Completion) for answer in answers):
         sys.exit(1)
 

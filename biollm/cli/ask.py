@@ -61,6 +61,12 @@ def complete(
     local_only: LocalOnly = False,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Per attempt.")] = None,
     deadline: Annotated[float | None, typer.Option(metavar="SECONDS", help="For the whole call.")] = None,
+    start: Annotated[
+        bool, typer.Option("--start", help="If nobody else answers, start a local model's server and wait for it.")
+    ] = False,
+    wait: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="With --start: at most so long, the queue included.")
+    ] = None,
     tag: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Stored with the usage record; repeatable.")
     ] = None,
@@ -73,6 +79,7 @@ def complete(
     progress = Progress(quiet=quiet)
     text = _prompt(prompt, file or [])
     progress.say("looking for a provider")
+    from biollm.cli.cluster import state_line
     from biollm.client import Client, CompletionError, Options
 
     options: Options = {
@@ -84,6 +91,9 @@ def complete(
         "local_only": local_only,
         "timeout": timeout,
         "deadline": deadline,
+        "start_local": start,
+        "wait": wait,
+        "on_state": lambda job: progress.say(state_line(job)),
         "tags": _tags(tag or []),
         "allow_degraded": schema is None,
         "on_send": lambda deployment: progress.say(f"asking {deployment}"),

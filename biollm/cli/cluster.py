@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from biollm.tickets import Job
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or several models, each on its own GPUs.")]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="One or several models.")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Change a model's entry, as vllm_args.max_model_len=16384; repeatable."
     ),
 ]
-Partition = Annotated[str | None, typer.Option(help="Slurm partition.")]
-Account = Annotated[str | None, typer.Option(help="Slurm account.")]
-Qos = Annotated[str | None, typer.Option(help="Slurm QOS.")]
+Partition = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm's partition.")]
+Account = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm's account.")]
+Qos = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm's quality of service.")]
 Time = Annotated[str | None, typer.Option("--time", metavar="H:MM:SS", help="Walltime.")]
-Gpus = Annotated[int | None, typer.Option(min=0, help="GPUs of the one model.")]
+Gpus = Annotated[int | None, typer.Option(min=0, metavar="N", help="GPUs of the one model.")]
 Force = Annotated[bool, typer.Option("--force", help="Even what does not fit.")]
 
 
@@ -51,7 +51,10 @@ def render_slurm(
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the script there.")
     ] = None,
 ) -> None:
-    """Print the launch script of a model server, or of several in one job. Submits nothing."""
+    """Print the launch script of a model server.
+
+    Of several models: one job. Submits nothing.
+    """
     from biollm._files import write_private
     from biollm.config import load_config
     from biollm.launch import render
@@ -96,17 +99,25 @@ def _chosen(config: Config, names: list[str], changes: list[str] | None = None) 
 
 
 def fit(
-    model: Annotated[str | None, typer.Argument(help="A model; all local ones by default.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="By default every local one.")] = None,
     config_json: Annotated[
-        Path | None, typer.Option("--config", help="A model's config.json instead of the registry.")
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="The config.json of a model that is not in models.yaml."),
     ] = None,
     gpus: Gpus = None,
-    gpu: Annotated[str | None, typer.Option(help='Another GPU: "h100", "a100-40", or GiB.')] = None,
-    gpu_memory_utilization: Annotated[float | None, typer.Option(min=0.01, max=1)] = None,
-    quantization: Annotated[str | None, typer.Option(help="fp8, int8, awq, ...")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="GPU", help="Another GPU: h100, a100-40, or its GiB.")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(min=0.01, max=1, metavar="SHARE", help="Of a GPU's memory, that vLLM takes.")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Of the weights: fp8, int8, awq, ...")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether a model fits its GPUs, with how many tokens, and what would make it fit. Exit 78 when one does not."""
+    """Say whether a model fits its GPUs.
+
+    With how many tokens, and what would make it fit. Exit 78 when one does not.
+    """
     from biollm.cli import _print
     from biollm.config import load_config
     from biollm.fit import fit as compute
@@ -152,7 +163,10 @@ def _rows(reports: dict[str, FitReport]) -> list[tuple[object, ...]]:
 
 
 def pull(models: Models) -> None:
-    """Get the weights of models, before a GPU waits for them: resumable, free space checked first."""
+    """Get models' weights before a GPU waits for them.
+
+    Goes on where it was interrupted; looks for free space first.
+    """
     from biollm import weights
     from biollm.cli._print import Progress
     from biollm.config import load_config
@@ -166,7 +180,7 @@ def pull(models: Models) -> None:
 
 def up(
     models: Models,
-    replicas: Annotated[int, typer.Option(min=1, help="How many such jobs.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, metavar="N", help="How many such jobs.")] = 1,
     together: Annotated[bool, typer.Option("--together", help="Several models share one job.")] = False,
     partition: Partition = None,
     account: Account = None,
@@ -179,12 +193,12 @@ def up(
         bool | None, typer.Option("--handover/--no-handover", help="A successor before the walltime ends.")
     ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once submitted.")] = False,
-    timeout: Annotated[float | None, typer.Option(help="Seconds to wait for ready; the job stays.")] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Wait no longer; the job stays.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Even where GPUs of a whole node would idle.")] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Start model servers under Slurm and wait until they answer."""
+    """Start model servers and wait until they answer."""
     from biollm import slurm
     from biollm.cli import _print
     from biollm.config import load_config
@@ -205,13 +219,13 @@ def up(
             whole_nodes=yes,
             wait=not no_wait,
             timeout=timeout,
-            on_state=lambda job: progress.say(_state(job)),
+            on_state=lambda job: progress.say(state_line(job)),
         )
     progress.clear()
     _show(jobs, as_json=as_json)
 
 
-def _state(job: Job) -> str:
+def state_line(job: Job) -> str:
     """Return one line that says how a job is."""
     names = " ".join(job.ticket.models)
     start = f", Slurm expects it at {job.start}" if job.phase == "pending" and job.start not in ("", "N/A") else ""
@@ -270,7 +284,7 @@ def _requests(job: Job) -> str:
 
 
 def status(as_json: Json = False) -> None:
-    """Show jobs, servers, walltime left, and requests running and waiting."""
+    """Show jobs, servers, walltime left and requests."""
     from biollm import slurm
     from biollm.config import load_config
 
@@ -282,9 +296,9 @@ def status(as_json: Json = False) -> None:
 
 
 def logs(
-    target: Annotated[str, typer.Argument(metavar="MODEL|JOB")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A model, or a job's number.")],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job ends.")] = False,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=0)] = 50,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, metavar="N", help="How many.")] = 50,
 ) -> None:
     """Print the last lines of a server's log."""
     from biollm import slurm
@@ -295,12 +309,12 @@ def logs(
 
 
 def down(
-    target: Annotated[str | None, typer.Argument(metavar="[MODEL|JOB]")] = None,
+    target: Annotated[str | None, typer.Argument(metavar="TARGET", help="A model, or a job's number.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every job of yours that biollm started.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Stop servers: they leave routing, finish what runs, and end."""
+    """Stop servers, once they have finished what runs."""
     from biollm import slurm
     from biollm.cli import _print
     from biollm.config import load_config
@@ -319,7 +333,10 @@ def down(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check one by one what a newcomer trips over, each with its mend. Exit 1 when something is wrong."""
+    """Check what a newcomer trips over, with the mend.
+
+    Exit 1 when something is wrong.
+    """
     from biollm import doctor as checks
     from biollm.cli import _print
     from biollm.config import load_config
@@ -337,15 +354,21 @@ def doctor(as_json: Json = False) -> None:
 
 
 def models_add(
-    hf_id: Annotated[str, typer.Argument(metavar="HF_ID", help="As Qwen/Qwen2.5-Coder-32B-Instruct.")],
-    config_json: Annotated[Path | None, typer.Option("--config", help="Its config.json; else it is fetched.")] = None,
-    name: Annotated[str | None, typer.Option(help="Its name here.")] = None,
+    hf_id: Annotated[
+        str, typer.Argument(metavar="HF_ID", help="Its name at Hugging Face: Qwen/Qwen2.5-Coder-32B-Instruct.")
+    ],
+    config_json: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Its config.json; else it is fetched.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name here.")] = None,
 ) -> None:
-    """Write an entry with a model's architecture numbers into your models.yaml."""
+    """Add a model, with its architecture, to models.yaml."""
     from biollm import registry
     from biollm._resources import config_dirs
     from biollm.config import load_config
 
     folder, cluster = config_dirs()[-1][1], load_config().cluster
     key, file = registry.add(hf_id, folder, cluster, config=config_json, name=name)
-    print(f"{key}: added to {file}. `biollm fit {key}` says what it needs, `biollm pull {key}` and `biollm up {key}` start it.")
+    print(
+        f"{key}: added to {file}. `biollm fit {key}` says what it needs, `biollm pull {key}` and `biollm up {key}` start it."
+    )
