@@ -112,7 +112,6 @@ class Job:
             file = os.open(self.jobs / f"{self.ticket}.events", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(file, "a") as stream:
                 stream.write(line)
-            self.share(self.jobs / f"{self.ticket}.events", 0o640)
         except OSError as error:
             _say(f"cannot write the state: {error}")
 
@@ -476,8 +475,11 @@ def _supervise(job: Job) -> int:
     signal.signal(signal.SIGTERM, leave)
 
     def run(server: Server) -> None:
-        server.run()
-        waker.send(b"\0")
+        try:
+            server.run()
+        finally:
+            server.code = 70 if server.code is None else server.code
+            waker.send(b"\0")
 
     for server in job.servers:
         threading.Thread(target=run, args=(server,)).start()

@@ -6,6 +6,7 @@ through `_scheduler`; what is known of a job is put together in `tickets`.
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import shutil
@@ -63,6 +64,7 @@ def up(
         SlurmError: Slurm refused; JobFailedError: a job ended before its servers were ready.
     """
     script = _ready_to_submit(models, cluster, options, whole_nodes)
+    _check_group(share)
     with _submitting(cluster):
         new = _submit_all(script, models, cluster, options, replicas, share)
     if not wait:
@@ -202,6 +204,16 @@ def missing(models: Sequence[Model], cluster: Cluster) -> Iterator[UnavailableEr
     if image.startswith("/") and not Path(image).exists():
         mend = f"{cluster.environment.container_command} pull {image} docker://vllm/vllm-openai:latest"
         yield UnavailableError(f"There is no container image {image}.", hint=mend)
+
+
+def _check_group(share: str) -> None:
+    groups: set[str] = set()
+    for number in os.getgroups():
+        with suppress(KeyError):
+            groups.add(grp.getgrgid(number).gr_name)
+    if share and share not in groups:
+        hint = f"Yours are: {', '.join(sorted(groups))}."
+        raise UsageError(f"You are not in a group named {share!r}.", hint=hint)
 
 
 def try_one_gpu(cluster: Cluster) -> None:

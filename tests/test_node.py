@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import http.client
 import json
 import os
@@ -99,6 +100,11 @@ class Job:
             if job.poll() is None:
                 job.kill()
                 job.wait()
+
+
+def test_the_node_files_need_no_newer_python_than_3_9() -> None:
+    for name in ("_node.py", "_node_guard.py"):
+        ast.parse((PACKAGE / name).read_text(), feature_version=(3, 9))
 
 
 @pytest.fixture

@@ -240,3 +240,8 @@ def test_another_users_node_file_is_not_run(answer: Answer, site: Cluster, model
     next((tmp_path / "run" / "lib").iterdir()).write_text("import evil")
     with pytest.raises(SlurmError, match="is not what this version put there"):
         slurm.up([model], site, wait=False)
+
+
+def test_a_group_one_is_not_in_cannot_be_shared_with(site: Cluster, model: Model) -> None:
+    with pytest.raises(UsageError, match="not in a group named 'no-such-group'"):
+        slurm.up([model], site, share="no-such-group")
