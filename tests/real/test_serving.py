@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import yaml
 from slurm_lab import SlurmLab, wait_until
 
 from biollm import slurm
-from biollm.client import get_model_client
+from biollm.client import Client, get_model_client
 from biollm.config import Cluster, Environment, Model
-from biollm.endpoints import Endpoint, Watch, ask, read_key
+from biollm.endpoints import Endpoint, ask, read_key
 from biollm.launch import Options
 from biollm.tickets import Job
 
@@ -76,28 +76,34 @@ def test_up_returns_soon_after_the_record(served: tuple[Job, float]) -> None:
     assert late < 5  # 1 s on an idle machine; this one is shared
 
 
+@pytest.fixture
+def configured(cpu_site: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Client]:
+    """Make a client whose only rung is a local model: no address, no key."""
+
+    def make(key: str) -> Client:
+        folder = tmp_path / "config"
+        folder.mkdir()
+        provider = {"type": "local", "priority": 5, "models": [key]}
+        files: dict[str, Any] = {"providers": {"inherit": False, "providers": {"vllm": provider}}}
+        files["models"] = {"models": {key: {"type": "local", "hf_id": "HuggingFaceTB/SmolLM2-135M-Instruct"}}}
+        files["cluster"] = {"cluster": {"name": "lab", "run_dir": str(cpu_site.run_dir)}}
+        for name, text in files.items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(text))
+        monkeypatch.setenv("BIOLLM_CONFIG_DIR", str(folder))
+        return get_model_client()
+
+    return make
+
+
 def test_it_answers_through_the_client_without_configuration_of_its_address(
-    served: tuple[Job, float], cpu_site: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: tuple[Job, float], configured: Callable[[str], Client]
 ) -> None:
-    folder = tmp_path / "config"
-    folder.mkdir()
-    (folder / "providers.yaml").write_text(
-        yaml.safe_dump(
-            {"inherit": False, "providers": {"vllm": {"type": "local", "priority": 5, "models": ["smollm-a"]}}}
-        )
-    )
-    (folder / "models.yaml").write_text(
-        yaml.safe_dump({"models": {"smollm-a": {"type": "local", "hf_id": "HuggingFaceTB/SmolLM2-135M-Instruct"}}})
-    )
-    (folder / "cluster.yaml").write_text(yaml.safe_dump({"cluster": {"name": "lab", "run_dir": str(cpu_site.run_dir)}}))
-    monkeypatch.setenv("BIOLLM_CONFIG_DIR", str(folder))
     began = time.monotonic()
-    answer = get_model_client().complete("Say hello.", max_tokens=8, timeout=120)
+    answer = configured("smollm-a").complete("Say hello.", max_tokens=8, timeout=120)
     print(f"first answer of a new client {time.monotonic() - began:.2f} s")
     assert answer.text
     assert answer.provider == "vllm"
-    start = answer.deployment.partition("#")[2]
-    assert start in {endpoint.start for endpoint in served[0].endpoints}
+    assert answer.deployment.partition("#")[2] in {endpoint.start for endpoint in served[0].endpoints}
 
 
 def routes(endpoint: Endpoint) -> list[tuple[str, str]]:
@@ -158,46 +164,46 @@ def long(endpoint: Endpoint, tokens: int = 200) -> dict[str, Any]:
     return {"model": endpoint.model, "prompt": "Once upon a time", "max_tokens": tokens, "ignore_eos": True}
 
 
-def test_a_handover_under_load_fails_no_request(cpu_site: Cluster, vllm_env: Path, lab: SlurmLab) -> None:
+def test_a_handover_under_load_fails_no_request(
+    cpu_site: Cluster, vllm_env: Path, lab: SlurmLab, configured: Callable[[str], Client]
+) -> None:
     """Five minutes of walltime; the second link is ready before the first is told to leave, and both serve."""
     slurm.down(cpu_site)  # this machine may have two cores
-    chained = smollm(vllm_env, "smollm-c")
-    slurm.up([chained], cpu_site.model_copy(update={"walltime": 300}), Options(handover=True))
+    five_minutes = cpu_site.model_copy(update={"walltime": 300})
+    slurm.up([smollm(vllm_env, "smollm-c")], five_minutes, Options(handover=True), wait=False)
     first, second = slurm.find(cpu_site, "smollm-c")
     lab.run("scontrol", "update", f"jobid={second.job}", "Dependency=", check=False)  # now, not in minutes
+    slurm.wait_for([first], cpu_site)
     answers: dict[str, int] = {}
+    slowest = 0.0
     failed: list[str] = []
     done = threading.Event()
+    client = configured("smollm-c")
 
     def load() -> None:
-        watch = Watch(cpu_site)
-        turn = 0
+        nonlocal slowest
         while not done.is_set():
-            alive = [endpoint for endpoint in watch.alive() if endpoint.model == "smollm-c"]
-            turn += 1
-            for endpoint in alive[turn % max(1, len(alive)) :] + alive[: turn % max(1, len(alive))]:
-                try:
-                    if ask(endpoint, "POST", "/v1/completions", long(endpoint, 8), timeout=60)[0] == 200:
-                        answers[endpoint.start] = answers.get(endpoint.start, 0) + 1
-                        break
-                except OSError:
-                    continue
-            else:
-                failed.append(f"nobody of {len(alive)} answered")
+            began = time.monotonic()
+            try:
+                server = client.complete("Once upon a time", max_tokens=8, timeout=60).deployment
+                answers[server] = answers.get(server, 0) + 1
+            except Exception as error:
+                failed.append(repr(error))
+            slowest = max(slowest, time.monotonic() - began)
 
     loading = [threading.Thread(target=load) for _ in range(2)]
     for thread in loading:
         thread.start()
     try:
-        wait_until(lambda: len({e.start for e in Watch(cpu_site).alive()}) == 2, 300, "the successor")
-        wait_until(lambda: len(answers) == 2, 60, "answers of both")
+        wait_until(lambda: len(answers) == 2, 300, "answers of both links")
         lab.run("scancel", "--batch", "--signal=USR1", first.job)  # as Slurm does before the end
         wait_until(lambda: slurm.find(cpu_site, first.job)[0].events[-1]["state"] == "stopped", 90, "the handover")
     finally:
         done.set()
         for thread in loading:
             thread.join()
-    print(f"{sum(answers.values())} answers by {len(answers)} servers, {len(failed)} failed")
+    told = f"{sum(answers.values())} answers by {len(answers)} servers, slowest {slowest:.1f} s, {len(failed)} failed"
+    print(told)
     assert failed == []
     slurm.down(cpu_site)
 
