@@ -7,14 +7,19 @@ def test_the_second_answers(net, waterfall):
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from provider import Loopback, Server
+
+from biollm.cli import _run
 
 KEYS = "LIGHTNING_API_KEY GOOGLE_API_KEY GEMINI_API_KEY OPENAI_API_KEY HF_TOKEN OPENAI_BASE_URL OPENAI_API_BASE"
 Rung = Server | str | Mapping[str, Any]
@@ -72,3 +77,28 @@ def _entry(name: str, place: int, rung: Rung) -> dict[str, Any]:
     if entry["type"] != "api" or "accounts" in entry or "key_file" in entry:
         entry = {key: value for key, value in entry.items() if key != "env_key" or key in given}
     return entry
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left: its exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def biollm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run a command in this process, up to its exit code."""
+
+    def run(*argv: str | Path) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["biollm", *map(str, argv)])
+        capsys.readouterr()
+        return Ran(_run(), *capsys.readouterr())
+
+    return run
