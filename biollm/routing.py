@@ -135,7 +135,7 @@ def _of_model(
             yield _deployment(config.cluster, provider, account, model, name, order, f"{who}/{name}")
     if provider.type == "local":
         for endpoint in endpoints:
-            ident = f"{provider.name}/{name}#{endpoint.start}"
+            ident = f"{provider.name}/{name}#{endpoint.start[:8]}"
             yield _deployment(config.cluster, provider, provider.accounts[0], model, name, order, ident, endpoint)
 
 
