@@ -28,7 +28,7 @@ class Behaviour:
     tear: int | None = None
     fail: int | None = None
     drip: bool = False  # white space or SSE comments, for ever
-    length: int | None = None  # bytes added to the true Content-Length
+    length: float | None = None  # times the true Content-Length
 
 
 def error(
@@ -87,8 +87,8 @@ EMPTY = Behaviour(text="")
 CUT = Behaviour(cut=3)
 TORN = Behaviour(tear=3)
 SSE_ERROR = Behaviour(fail=3)
-LENGTH_OVER = Behaviour(length=40)
-LENGTH_UNDER = Behaviour(length=-40)
+LENGTH_OVER = Behaviour(length=1.5)
+LENGTH_UNDER = Behaviour(length=0.5)
 CONTEXT_TOO_LONG = error(
     400,
     "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens. "

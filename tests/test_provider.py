@@ -116,9 +116,7 @@ def test_a_broken_answer_breaks_as_it_should(
 def test_a_clean_cut_has_content_and_no_finish(net: Loopback) -> None:
     with pytest.raises(AssertionError):
         events(ask(net.serve(then=b.CUT).url, stream=True))
-    with httpx.stream(
-        "POST", net.serve(then=b.CUT).url + "/chat/completions", json={**ASK, "stream": True}
-    ) as s:
+    with httpx.stream("POST", net.serve(then=b.CUT).url + "/chat/completions", json={**ASK, "stream": True}) as s:
         text = s.read().decode()
     assert '"content": "All "' in text
     assert '"stop"' not in text
@@ -137,9 +135,7 @@ def test_an_error_event_comes_after_content_with_status_200(net: Loopback) -> No
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_drip_outlives_a_read_timeout(net: Loopback, stream: bool) -> None:
     body = {**ASK, "stream": stream}
-    with httpx.stream(
-        "POST", net.serve(then=b.DRIP).url + "/chat/completions", json=body, timeout=5
-    ) as answer:
+    with httpx.stream("POST", net.serve(then=b.DRIP).url + "/chat/completions", json=body, timeout=5) as answer:
         drops = answer.iter_raw()
         assert {next(drops).strip() for _ in range(3)} <= {b"", b": still here"}
 
