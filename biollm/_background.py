@@ -75,6 +75,11 @@ class Background:
         finally:
             pump.cancel()
 
+    def stop_first(self) -> None:
+        """Stop, at interpreter exit, before whatever was registered until now."""
+        atexit.unregister(self.stop)
+        atexit.register(self.stop)
+
     def stop(self) -> None:
         """Cancel what runs, close what was opened, and end the thread; at interpreter exit."""
         if self.pid != os.getpid() or not self.loop.is_running():
@@ -124,7 +129,7 @@ def background() -> Background:
     with _lock:
         if not _current or _current[0].pid != os.getpid():
             _current[:] = [Background()]
-            atexit.register(_current[0].stop)
+            _current[0].stop_first()
         return _current[0]
 
 

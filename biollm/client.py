@@ -380,8 +380,11 @@ class Client:
         return list(await asyncio.gather(*map(one, requests)))
 
     def _ledger(self) -> Ledger:
-        folder = state_dir()
-        return background().kept.setdefault(("ledger", folder), Ledger(folder))
+        here, key = background(), ("ledger", state_dir())
+        if key not in here.kept:
+            here.kept[key] = Ledger(state_dir())
+            here.stop_first()  # what is cancelled at exit is then still written
+        return here.kept[key]
 
     def _waterfall(self) -> Waterfall:
         """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""
