@@ -50,7 +50,8 @@ def _timed(command: Sequence[str], env: Mapping[str, str]) -> Callable[[], float
         began = time.perf_counter()
         done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         took = time.perf_counter() - began
-        assert done.returncode == 0 and done.stdout, (command, done.stdout, done.stderr)
+        assert done.returncode == 0, (command, done.stderr)
+        assert done.stdout, command
         return took * 1000
 
     run()  # writes byte code, warms the disk cache

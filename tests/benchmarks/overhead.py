@@ -22,7 +22,8 @@ from typing import Any
 
 from setting import KEY, PROMPT, Bar, interleaved, model_list, ratio
 
-REQUESTS = {1: 60, 16: 160, 64: 256}  # concurrency -> requests of one run
+REQUESTS = {1: 40, 16: 96, 64: 192}  # concurrency -> requests of one run
+LLM_REQUESTS = {1: 5, 16: 16, 64: 64}  # it makes a new HTTP client for each
 MESSAGES = [{"role": "user", "content": PROMPT}]
 BODY = {"model": "small", "messages": MESSAGES}
 Run = Callable[[int], float]  # concurrency -> milliseconds per request
@@ -147,7 +148,7 @@ def measure(address: str, folder: Path, llm: Path, env: Mapping[str, str]) -> tu
         forked.Process(target=_contestant, args=(make, address, folder, theirs), daemon=True).start()
         lines[name] = ours
     peer = subprocess.Popen(
-        [str(llm.with_name("python")), str(Path(__file__).with_name("peer_llm.py")), json.dumps(REQUESTS)],
+        [str(llm.with_name("python")), str(Path(__file__).with_name("peer_llm.py")), json.dumps(LLM_REQUESTS)],
         env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert peer.stdin

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ def dead_first(address: str, scratch: Path) -> tuple[list[Bar], dict[str, list[f
         bars: list[Bar] = []
         measured: dict[str, list[float]] = {}
         for how, url in dead.items():
-            found = [_forked(lambda url=url, n=n: _one_failure(url, address, scratch / f"dead-{how}-{n}"))
-                     for n in range(ROUNDS)]  # fmt: skip
+            folders = [scratch / f"dead-{how}-{number}" for number in range(ROUNDS)]
+            found = [_forked(partial(_one_failure, url, address, folder)) for folder in folders]
             without, first, following = zip(*found, strict=True)
             measured |= {f"{how}: without the dead rung": list(without), f"{how}: first call": list(first),
                          f"{how}: next call": list(following)}  # fmt: skip
@@ -129,8 +130,9 @@ async def _gathered(client: Any, count: int) -> None:
 def many(address: str, scratch: Path) -> tuple[list[Bar], dict[str, list[float]]]:
     """Load 500 deployments, and answer from the first, in a process that has LiteLLM imported."""
     names = [f"p{number}" for number in range(DEPLOYMENTS // 10)]
-    rung = {"base_url": f"{address}/ok/v1", "models": [f"m{number}" for number in range(10)]}
-    folder = waterfall(scratch / "many", **dict.fromkeys(names, rung))
+    models = [f"m{number}" for number in range(10)]
+    rungs = {name: {"base_url": f"https://{name}.example.org/v1", "models": models} for name in names}
+    folder = waterfall(scratch / "many", **rungs | {"p0": {"base_url": f"{address}/ok/v1", "models": models}})
     os.environ["BIOLLM_STATE_DIR"] = str(scratch / "many-state")
     found = [_forked(lambda: _load(folder)) for _ in range(ROUNDS)]
     load, route = (list(column) for column in zip(*found, strict=True))

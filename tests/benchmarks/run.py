@@ -45,7 +45,9 @@ def machine() -> str:
     """Return what the figures depend on."""
     cpus = {line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
             if line.startswith("model name")}  # fmt: skip
-    parts = f"litellm {version('litellm')}, openai {version('openai')}, httpx {version('httpx')}, {LLM.replace('==', ' ')}"
+    parts = (
+        f"litellm {version('litellm')}, openai {version('openai')}, httpx {version('httpx')}, {LLM.replace('==', ' ')}"
+    )
     return (
         f"{os.cpu_count()} cores ({', '.join(sorted(cpus)) or platform.machine()}), load {os.getloadavg()[0]:.1f}; "
         f"Python {platform.python_version()}, {parts}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}."

@@ -32,8 +32,10 @@ class Bar:
 
     def row(self) -> str:
         """Return it as a row of a Markdown table."""
-        value, bound = (f"{number:.2f} x" if self.unit == "x" else f"{number:g} {self.unit}" for number in (
-            self.figure if self.unit == "x" else round(self.figure, 1), self.bound))
+        value, bound = (
+            f"{number:.2f} x" if self.unit == "x" else f"{number:g} {self.unit}"
+            for number in (self.figure if self.unit == "x" else round(self.figure, 1), self.bound)
+        )
         return f"| {self.what} | {value} | {bound} | {'yes' if self.met else '**no**'} | {self.note} |"
 
 
@@ -41,7 +43,14 @@ def waterfall(folder: Path, **rungs: str | Mapping[str, Any]) -> Path:
     """Write a configuration of API providers with these base URLs (or further keys), in this order."""
     folder.mkdir(parents=True, exist_ok=True)
     providers = {
-        name: {"type": "api", "priority": place, "models": ["small"], "env_key": "BENCH_KEY"}
+        name: {
+            "type": "api",
+            "priority": place,
+            "models": ["small"],
+            "env_key": "BENCH_KEY",
+            "rate_limit": "60000/min",
+            "token_budget": "1B/month",
+        }
         | ({"base_url": rung} if isinstance(rung, str) else dict(rung))
         for place, (name, rung) in enumerate(rungs.items(), 1)
     }
@@ -51,7 +60,7 @@ def waterfall(folder: Path, **rungs: str | Mapping[str, Any]) -> Path:
 
 def environment(scratch: Path) -> dict[str, str]:
     """Return an environment in which nothing of the user's is seen and LiteLLM fetches nothing."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("BIOLLM_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("BIOLLM_", "PYTHON"))}
     return {
         **{name: value for name, value in kept.items() if "proxy" not in name.lower()},
         "XDG_CONFIG_HOME": str(scratch / "xdg"),
