@@ -552,6 +552,7 @@ def test_the_host_programs_litellm_notices_nothing(net: Loopback, waterfall: Wri
         assert theirs in litellm.callbacks
         assert settings == (litellm.drop_params, litellm.num_retries, litellm.set_verbose)
         assert level == (logging.getLogger().level, logging.getLogger().handlers)
+        os.environ.pop("TIKTOKEN_CACHE_DIR", None)  # LiteLLM's own, where it counts tokens
         assert environment == dict(os.environ)
         answer = litellm.completion("openai/m", messages=[{{"role": "user", "content": "x"}}], api_key="k", api_base="{host.url}")
         assert answer.choices[0].message.content == "theirs"
