@@ -1,0 +1,94 @@
+"""What the README says is so: its Python runs, its YAML loads, its commands and flags exist, its numbers are the code's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from provider import Json, Loopback, instance
+
+from biollm import outcomes
+from biollm.cli import app
+from biollm.config import load_config
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def answer(body: Json) -> Json:
+    """Answer with an object of the schema where one is asked for, in words or as response_format."""
+    system = str(body["messages"][0]["content"])
+    if "JSON Schema" in system:
+        import json
+
+        schema = json.loads(system.split("JSON Schema:\n", 1)[1])
+        return {"role": "assistant", "content": json.dumps(instance(schema))}
+    return {"role": "assistant", "content": "An answer."}
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_its_python_runs(
+    code: str, net: Loopback, waterfall: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    waterfall(first=net.serve(answer=answer))
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_its_yaml_loads(text: str, tmp_path: Path) -> None:
+    kind = next(iter(yaml.safe_load(text)))
+    (tmp_path / f"{kind}.yaml").write_text(text)
+    assert load_config(tmp_path).warnings == ()
+
+
+def commands() -> Iterator[list[str]]:
+    lines = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    inline = re.findall(r"`(biollm [^`]*)`", README)
+    for line in [*lines, *inline]:
+        for part in re.split(r"\||&&", line.split("#")[0]):
+            words = shlex.split(part)
+            if words and words[0].endswith("biollm") and len(words) > 1:
+                yield words[1:]
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_its_commands_and_flags_exist(words: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    while (children := getattr(command, "commands", None)) and words:
+        if words[0].startswith("-"):
+            break
+        assert words[0] in children or command.invoke_without_command, f"no command {words[0]!r}"
+        command, words = children.get(words[0], command), words[1:]
+    known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in words if re.match(r"-[-a-z]", word)} <= known | {"--help"}
+
+
+def test_every_command_is_named() -> None:
+    command: Any = typer.main.get_command(app)
+    for name in command.commands:
+        assert re.search(rf"\b{name}\b", README), name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(outcomes.RATE_LIMITED, "else 60 s"), (outcomes.BROKEN, "the endpoint, 15 s"), (outcomes.UNREACHABLE, "the endpoint, 10 minutes"), (outcomes.NOT_SERVED, "that deployment, 10 minutes")],
+)  # fmt: skip
+def test_its_table_of_what_rests_is_the_code(seconds: float, words: str) -> None:
+    number, unit = re.findall(r"(\d+) (s|minutes)", words)[0]
+    assert seconds == float(number) * (60 if unit == "minutes" else 1)
+    assert words in README
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([a-z_/.\-A-Z]+)\)", README))))
+def test_its_links_lead_somewhere(path: str) -> None:
+    assert (Path(__file__).parent.parent / path).exists()
