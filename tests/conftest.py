@@ -19,7 +19,10 @@ import pytest
 import yaml
 from provider import Loopback, Server
 
+from biollm import embedded
 from biollm.cli import _run
+from biollm.config import load_config
+from biollm.errors import UnavailableError
 
 KEYS = "LIGHTNING_API_KEY GOOGLE_API_KEY GEMINI_API_KEY OPENAI_API_KEY HF_TOKEN OPENAI_BASE_URL OPENAI_API_BASE"
 Rung = Server | str | Mapping[str, Any]
@@ -77,6 +80,19 @@ def _entry(name: str, place: int, rung: Rung) -> dict[str, Any]:
     if entry["type"] != "api" or "accounts" in entry or "key_file" in entry:
         entry = {key: value for key, value in entry.items() if key != "env_key" or key in given}
     return entry
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """The embedded model's weights, kept in the user's cache folder between runs."""
+    model = load_config().model("smollm2-135m")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm" / "tests"
+    try:
+        return embedded.pull(model, cache, lambda done, total: None)
+    except UnavailableError as error:
+        if os.environ.get("BIOLLM_REQUIRE_REAL"):
+            raise
+        pytest.skip(str(error))
 
 
 @dataclass(frozen=True)
