@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from slurm_lab import LabMissingError, SlurmLab
 
 from biollm import slurm
 from biollm.config import Cluster, Environment, Model
-
-sys.path.insert(0, str(Path(__file__).parent))
-from slurm_lab import LabMissingError, SlurmLab
 
 FAKE = Path(__file__).parent.parent / "fake_vllm.py"
 
@@ -44,7 +42,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
         missing(str(error))
     finally:
         os.environ |= {name: value for name, value in old.items() if value is not None}
-        shutil.rmtree(root, ignore_errors=True)
+        for each in (root, root.with_name(f"{root.name}-b")):
+            shutil.rmtree(each, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

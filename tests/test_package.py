@@ -1,0 +1,86 @@
+"""What is shipped, what is exported, and what an import costs."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import biollm
+from biollm import client
+
+ROOT = Path(__file__).parent.parent
+NEEDS_LITELLM = {"biollm.guard", "biollm._waterfall", "biollm._llama"}
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(biollm.__path__, "biollm.") if module.name not in NEEDS_LITELLM
+)
+
+
+def test_the_exported_names_are_these() -> None:
+    assert client.__all__ == [
+        "AllLimitedError",
+        "Attempt",
+        "BiollmError",
+        "Client",
+        "Completion",
+        "CompletionError",
+        "ConfigError",
+        "DeadlineError",
+        "Defaults",
+        "InterruptedStreamError",
+        "KeysRefusedError",
+        "ModelRouter",
+        "Options",
+        "RequestRejectedError",
+        "StreamChunk",
+        "StreamRestarted",
+        "UnknownNameError",
+        "Usage",
+        "UsageError",
+        "check_all_providers",
+        "get_model_client",
+    ]
+    assert all(hasattr(client, name) for name in client.__all__)
+
+
+@pytest.mark.parametrize("name", ["complete", "stream", "complete_many", "fill_in_middle"])
+def test_sync_and_async_take_the_same(name: str) -> None:
+    def parameters(function: Any) -> Any:
+        return inspect.signature(function).parameters
+
+    assert parameters(getattr(client.Client, name)) == parameters(getattr(client.Client, f"a{name}"))
+
+
+def test_no_module_but_those_of_a_completion_imports_litellm() -> None:
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {MODULES!r}]; print('litellm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_version_is_one() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == biollm.__version__
+
+
+@pytest.mark.slow
+def test_the_wheel_built_through_the_sdist_holds_the_package_and_its_data(tmp_path: Path) -> None:
+    (ROOT / "router_config" / "secrets.local.yaml").touch()  # an ignored file of a developer's
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+            check=True,
+            capture_output=True,
+        )
+    finally:
+        (ROOT / "router_config" / "secrets.local.yaml").unlink()
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    package = {name for name in tracked if name.startswith("biollm/")}
+    data = {f"biollm/_data/{name}" for name in tracked if name.startswith(("router_config/", "slurm_templates/"))}
+    assert names == package | data
