@@ -91,7 +91,8 @@ def judge(ticket: Ticket, queue: Queue, endpoints: Iterable[Endpoint], now: floa
     waits = row is not None and row.state in _WAITING and not newer
     if row and row.ended and row.state != "COMPLETED":
         return Job(ticket, "failed", _death(ticket, row, failed))
-    if newer and over and over[-1]["reason"] == "cancelled":  # Slurm's TERM; the queue will tell what it was
+    said = newer or (row is not None and not row.ended and not waits)
+    if said and over and over[-1]["reason"] == "cancelled":  # Slurm's TERM; the queue will tell what it was
         return Job(ticket, "draining", "cancelled")
     if len(over) >= len(names) and over and not waits:
         return Job(ticket, "failed" if failed else "ended", failed or over[-1]["reason"])

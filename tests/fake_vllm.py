@@ -6,7 +6,7 @@ Without --fake, a file `fake` in the folder MODEL tells WHAT.
 
 Only for tests of the supervisor's own behaviour; what vLLM does is tested with the real one. WHAT: `crash`
 (exit 3 at once), `mute` (never listens, as vLLM on a taken port), `die:S` (exit 5 after S seconds), `slow:S`
-(answers completions after S seconds), `refuse` (completions fail), `stubborn` (ignores TERM), `eat` (memory).
+(answers completions after S seconds), `refuse` (completions fail), `stubborn` (ignores TERM), `eat` (2 GB).
 """
 
 import argparse
@@ -80,8 +80,9 @@ async def main() -> None:
     stop = (lambda: None) if what == "stubborn" else stopped.set
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     if what == "eat":
-        eaten = bytearray(2_000_000_000)
-        print("eaten", len(eaten), flush=True)
+        eaten = b"x" * 2_000_000_000
+        await stopped.wait()
+        sys.exit(len(eaten) % 2)
     if what.startswith("die"):
         asyncio.get_running_loop().call_later(float(what.partition(":")[2]), sys.exit, 5)
     module, _, name = options.middleware.rpartition(".")

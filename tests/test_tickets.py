@@ -71,6 +71,8 @@ DIED = "a failed the server ended by exit code 3"
         (TICKET, queue("CANCELLED"), [], "failed", "CANCELLED"),
         # Slurm's TERM is a cancellation, a preemption or the end of the walltime: the queue tells
         (ran(TICKET, "a ready", "a stopped cancelled", at=140), queue("RUNNING"), [], "draining", "cancelled"),
+        (ran(TICKET, "a ready", "a stopped cancelled"), queue("COMPLETING"), [], "draining", "cancelled"),
+        (ran(TICKET, "a ready", "a stopped cancelled"), queue(), [], "ended", "cancelled"),
         (ran(TICKET, "a ready", "a stopped cancelled"), queue("PREEMPTED"), [], "failed", "PREEMPTED"),
         # requeued: what an earlier run said no longer counts
         (ran(TICKET, "a ready", "a stopped cancelled"), queue("PENDING", "BeginTime"), [], "pending", "BeginTime"),

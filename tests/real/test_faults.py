@@ -39,6 +39,12 @@ def end_of(site: Cluster, job: Job, seconds: float = 40) -> Job:
     return over() or job
 
 
+def occupy(lab: SlurmLab) -> None:
+    """Fill the cluster."""
+    job = lab.run("sbatch", "--parsable", "--exclusive", "--nodes=3", "--time=30", "--wrap", "sleep 300")
+    wait_until(lambda: lab.run("squeue", "-h", "-j", job, "-o", "%T") == "RUNNING", 40, "the whole cluster")
+
+
 def test_a_server_is_up_found_used_shown_and_taken_down(site: Cluster, model: Make, seen: list[Job]) -> None:
     (job,) = slurm.up([model()], site, on_state=seen.append)
     assert [state.phase for state in seen][-1] == "ready"
@@ -95,9 +101,9 @@ def test_several_models_share_a_job_each_with_its_own_gpus(site: Cluster, model:
 def test_when_one_of_several_models_dies_the_others_stay(site: Cluster, model: Make) -> None:
     (job,) = slurm.up([model("a", "die:4"), model("b")], site)
     wait_until(lambda: [e.model for e in Watch(site).alive()] == ["b"], 20, "the record's end")
+    wait_until(lambda: slurm.status(site)[0].reason == "a: the server ended by exit code 5", 5, "the reason")
     (now,) = slurm.status(site)
-    assert (now.phase, now.reason) == ("ready", "a: the server ended by exit code 5")
-    assert job.ticket.id == now.ticket.id
+    assert (now.phase, now.ticket.id) == ("ready", job.ticket.id)
 
 
 def test_replicas_get_their_own_ports_and_keys(site: Cluster, model: Make) -> None:
@@ -141,7 +147,7 @@ def test_a_cancelled_job(lab: SlurmLab, site: Cluster, model: Make) -> None:
 
 
 def test_a_job_cancelled_while_it_waits(lab: SlurmLab, site: Cluster, model: Make, seen: list[Job]) -> None:
-    lab.run("sbatch", "--exclusive", "--nodes=3", "--wrap", "sleep 300")
+    occupy(lab)
     (job,) = slurm.up([model()], site, wait=False)
     threading.Timer(1, lab.run, ("scancel", job.ticket.job)).start()
     with pytest.raises(JobFailedError, match="CANCELLED"):
@@ -149,7 +155,7 @@ def test_a_job_cancelled_while_it_waits(lab: SlurmLab, site: Cluster, model: Mak
 
 
 def test_a_full_cluster_says_why_it_waits(lab: SlurmLab, site: Cluster, model: Make, seen: list[Job]) -> None:
-    lab.run("sbatch", "--exclusive", "--nodes=3", "--time=30", "--wrap", "sleep 300")
+    occupy(lab)
     with pytest.raises(
         SlurmError, match=r"Not ready within 8 s: job \d+ is pending \((Resources|Priority)\)"
     ) as caught:
@@ -190,21 +196,6 @@ def test_a_node_that_goes_down(lab: SlurmLab, site: Cluster, model: Make) -> Non
     finally:
         lab.run("scontrol", "update", f"nodename={job.node}", "state=resume")
     wait_until(lambda: Watch(site).alive() == (), 30, "the record's end")
-
-
-def test_the_controller_away_while_waiting_and_back(lab: SlurmLab, site: Cluster, model: Make, seen: list[Job]) -> None:
-    """Records need no controller: a server that becomes ready meanwhile is found."""
-    (job,) = slurm.up([model()], site, wait=False)
-    wait_until(lambda: slurm.find(site, job.ticket.job)[0].events, 20, "the start")
-    lab.stop_controller()
-    try:
-        (ready,) = slurm.wait_for([job.ticket], site, timeout=30, on_state=seen.append)
-        assert ready.phase == "ready"
-        with pytest.raises(SlurmError, match="controller does not answer"):
-            slurm.up([model("other")], site)
-    finally:
-        lab.start_controller()
-    slurm.down(site)
 
 
 def test_a_run_directory_that_cannot_be_written(site: Cluster, model: Make, tmp_path: Path) -> None:
@@ -276,7 +267,7 @@ def test_two_callers_at_once_start_one_server(site: Cluster, model: Make) -> Non
 def test_many_waiting_processes_ask_the_controller_once_in_five_seconds(
     lab: SlurmLab, site: Cluster, model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab.run("sbatch", "--exclusive", "--nodes=3", "--wrap", "sleep 300")
+    occupy(lab)
     (job,) = slurm.up([model()], site, wait=False)
     real = subprocess.run(["which", "squeue"], env=lab.env, capture_output=True, text=True).stdout.strip()
     (tmp_path / "bin").mkdir()
@@ -358,3 +349,21 @@ def test_wrong_clocks_do_not_matter(site: Cluster, model: Make) -> None:
     events.write_text("".join(json.dumps(event) + "\n" for event in shifted))
     assert [now.phase for now in slurm.status(site)] == ["ready"]
     assert 0 < (slurm.status(site)[0].left_s or 0) <= 600
+
+
+def test_the_controller_away_while_waiting_and_back(lab: SlurmLab, site: Cluster, model: Make, seen: list[Job]) -> None:
+    """Records need no controller: a server that becomes ready meanwhile is found.
+
+    The last test here: a restarted controller of this version keeps whole nodes back.
+    """
+    (job,) = slurm.up([model()], site, wait=False)
+    wait_until(lambda: slurm.find(site, job.ticket.job)[0].events, 20, "the start")
+    lab.stop_controller()
+    try:
+        (ready,) = slurm.wait_for([job.ticket], site, timeout=30, on_state=seen.append)
+        assert ready.phase == "ready"
+        with pytest.raises(SlurmError, match="controller does not answer"):
+            slurm.up([model("other")], site)
+    finally:
+        lab.start_controller()
+    slurm.down(site)
