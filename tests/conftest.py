@@ -11,9 +11,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -95,8 +94,7 @@ def weights() -> Path:
         pytest.skip(str(error))
 
 
-@dataclass(frozen=True)
-class Ran:
+class Ran(NamedTuple):
     """What a command left: its exit code, stdout and stderr."""
 
     code: int
