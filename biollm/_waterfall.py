@@ -19,6 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 import litellm
 
 from biollm import _reach, embedded, guard, routing
+from biollm._background import background
 from biollm._run import BREATH, Request, Run, Sent
 from biollm.credentials import Credential
 from biollm.errors import CompletionError, InterruptedStreamError
@@ -44,6 +45,8 @@ class Waterfall:
         self._reach = _reach.Reach(CONNECT)
         self._servers = _reach.FixedServers()
         embedded.register()
+        if (close := _LITELLM.close_litellm_async_clients) not in background().closing:
+            background().closing.append(close)  # or aiohttp complains at exit
         rungs.refresh()
         rungs.ledger.refresh()
         self._router: Any = _LITELLM.Router(model_list=self._entries(), **routing.router_settings(rungs.config))
