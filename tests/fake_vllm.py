@@ -29,7 +29,21 @@ def application(what: str, served: str):
         elif scope["path"] in ("/v1/completions", "/v1/chat/completions"):
             await asyncio.sleep(float(what.partition(":")[2] or 0) if what.startswith("slow") else 0)
             status = 500 if what == "refuse" else 200
-            body = {"choices": [{"text": "hi"}], "model": served}
+            choice = {
+                "index": 0,
+                "text": "hi",
+                "message": {"role": "assistant", "content": "hi"},
+                "finish_reason": "stop",
+            }
+            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+            body = {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 1,
+                "model": served,
+                "usage": usage,
+                "choices": [choice],
+            }
         elif scope["path"] not in ("/health", "/metrics"):
             status = 404
         headers = [(b"content-type", b"application/json")]
@@ -40,7 +54,11 @@ def application(what: str, served: str):
 
 
 async def converse(app, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    except asyncio.IncompleteReadError:  # somebody only looked whether the port is open
+        writer.close()
+        return
     method, path, _ = head[0].split(" ")
     pairs = [line.split(": ", 1) for line in head[1:] if line]
     headers = [(name.lower().encode(), value.encode()) for name, value in pairs]

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from provider import Loopback
 from slurm_lab import SlurmLab, wait_until
 
 from biollm import slurm
+from biollm.client import get_model_client
 from biollm.config import Cluster, Model
 from biollm.endpoints import Records, Watch, ask, read_key
 from biollm.errors import JobFailedError, SlurmError, UsageError
@@ -339,6 +341,24 @@ def test_a_record_of_a_killed_job_is_not_used(lab: SlurmLab, site: Cluster, mode
     record.chmod(0o600)
     assert Records(site).read()[0] != []  # fresh by its time, but
     assert Watch(site).alive() == ()  # nobody answers there
+
+
+@pytest.mark.parametrize("end", [("scancel",), ("scancel", "--full", "--signal=KILL")])
+def test_a_server_that_goes_fails_no_completion_while_a_cloud_rung_is_alive(
+    lab: SlurmLab, site: Cluster, model: Make, waterfall: Callable[..., Path], net: Loopback, end: tuple[str, ...]
+) -> None:
+    local = {"type": "local", "base_url": None, "env_key": None, "models": ["m"]}
+    folder = waterfall(vllm=local, cloud=net.serve(text="from the cloud"))
+    (folder / "models.yaml").write_text("models:\n  m: {type: local, hf_id: some/model}\n  small: {type: api}\n")
+    (folder / "cluster.yaml").write_text(f"cluster:\n  name: lab\n  run_dir: {site.run_dir}\n")
+    client = get_model_client()
+    assert str(client.complete("hi")) == "from the cloud"
+    (job,) = slurm.up([model()], site)
+    wait_until(lambda: str(client.complete("hi")) == "hi", 5, "the new server in a running client")
+    lab.run(*end, job.ticket.job)
+    answers = {str(client.complete("hi")) for _ in range(30)}
+    assert "from the cloud" in answers
+    assert answers <= {"hi", "from the cloud"}
 
 
 def test_wrong_clocks_do_not_matter(site: Cluster, model: Make) -> None:
