@@ -43,7 +43,7 @@ def end_of(site: Cluster, job: Job, seconds: float = 40) -> Job:
 
 def occupy(lab: SlurmLab) -> None:
     """Fill the cluster."""
-    job = lab.run("sbatch", "--parsable", "--exclusive", "--nodes=3", "--time=30", "--wrap", "sleep 300")
+    job = lab.run("sbatch", "--parsable", "--exclusive", "--nodes=3", "--time=30", "--output=/dev/null", "--wrap", "sleep 300")
     wait_until(lambda: lab.run("squeue", "-h", "-j", job, "-o", "%T") == "RUNNING", 40, "the whole cluster")
 
 
@@ -175,7 +175,7 @@ def test_the_end_of_the_walltime(lab: SlurmLab, site: Cluster, model: Make) -> N
 
 def test_a_preempted_job(lab: SlurmLab, site: Cluster, model: Make) -> None:
     (job,) = slurm.up([model()], site.model_copy(update={"partition": "preempt"}))
-    lab.run("sbatch", "--partition=gpu", "--exclusive", "--nodes=3", "--wrap", "sleep 60")
+    lab.run("sbatch", "--partition=gpu", "--exclusive", "--nodes=3", "--output=/dev/null", "--wrap", "sleep 60")
     wait_until(lambda: Watch(site).alive() == (), 20, "the record's end")
     assert end_of(site, job).reason in ("PREEMPTED", "CANCELLED")
 
