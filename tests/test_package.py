@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pkgutil
 import subprocess
 import sys
@@ -67,20 +68,40 @@ def test_the_version_is_one() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == biollm.__version__
 
 
-@pytest.mark.slow
-def test_the_wheel_built_through_the_sdist_holds_the_package_and_its_data(tmp_path: Path) -> None:
-    (ROOT / "router_config" / "secrets.local.yaml").touch()  # an ignored file of a developer's
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built through the source distribution beside a developer's ignored file."""
+    out = tmp_path_factory.mktemp("dist")
+    (ROOT / "router_config" / "secrets.local.yaml").touch()
     try:
-        subprocess.run(
-            [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-            check=True,
-            capture_output=True,
-        )
+        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
+        subprocess.run(command, check=True, capture_output=True, timeout=200)
     finally:
         (ROOT / "router_config" / "secrets.local.yaml").unlink()
-    (wheel,) = tmp_path.glob("*.whl")
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     package = {name for name in tracked if name.startswith("biollm/")}
     data = {f"biollm/_data/{name}" for name in tracked if name.startswith(("router_config/", "slurm_templates/"))}
     assert names == package | data
+
+
+@pytest.mark.slow
+def test_the_wheel_works_far_from_its_source(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "lib")
+    code = "import sys, biollm.cli as c; assert 'lib' in c.__file__; sys.argv = ['biollm', *{}]; sys.exit(c._run())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
+    for argv in (["config", "--check"], ["models"], ["explain"], ["render-slurm", "qwen-coder-32b"]):
+        command = [sys.executable, "-c", code.format(argv)]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_every_async_method_is_a_pair() -> None:
+    methods = {name for name, _ in inspect.getmembers(client.Client, inspect.iscoroutinefunction) if name[0] != "_"}
+    assert methods == {"acomplete", "acomplete_many", "afill_in_middle"}
