@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -73,8 +73,8 @@ class Waterfall:
             CompletionError: Nobody answered.
         """
         run = Run(request)
-        async with _deadline(run):
-            async for rungs in self._turns(run):
+        async with _deadline(run), aclosing(self._turns(run)) as turns:
+            async for rungs in turns:
                 answer = await self._ask(run, rungs)
                 if answer is not None:
                     return answer
@@ -112,7 +112,7 @@ class Waterfall:
                     yield StreamRestarted(attempt)
         raise run.failure()
 
-    async def _turns(self, run: Run) -> AsyncIterator[list[Deployment]]:
+    async def _turns(self, run: Run) -> AsyncGenerator[list[Deployment], None]:
         """Yield what may be asked next, until nothing is left in any pass."""
         while True:
             while run.faults < 2 and (allowed := self._allowed(run)):

@@ -48,7 +48,6 @@ def waterfall(folder: Path, **rungs: str | Mapping[str, Any]) -> Path:
             "priority": place,
             "models": ["small"],
             "env_key": "BENCH_KEY",
-            "rate_limit": "60000/min",
             "token_budget": "1B/month",
         }
         | ({"base_url": rung} if isinstance(rung, str) else dict(rung))
