@@ -544,6 +544,7 @@ def test_the_host_programs_litellm_notices_nothing(net: Loopback, waterfall: Wri
         litellm.callbacks = [theirs]
         settings = (litellm.drop_params, litellm.num_retries, litellm.set_verbose)
         level = logging.getLogger().level, logging.getLogger().handlers[:]
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "x")  # LiteLLM sets it where it counts tokens
         environment = dict(os.environ)
         from biollm.client import get_model_client
         assert get_model_client().complete("hi").text == "ours"
@@ -552,7 +553,7 @@ def test_the_host_programs_litellm_notices_nothing(net: Loopback, waterfall: Wri
         assert theirs in litellm.callbacks
         assert settings == (litellm.drop_params, litellm.num_retries, litellm.set_verbose)
         assert level == (logging.getLogger().level, logging.getLogger().handlers)
-        os.environ.pop("TIKTOKEN_CACHE_DIR", None)  # LiteLLM's own, where it counts tokens
+        os.environ["TIKTOKEN_CACHE_DIR"] = environment["TIKTOKEN_CACHE_DIR"]
         assert environment == dict(os.environ)
         answer = litellm.completion("openai/m", messages=[{{"role": "user", "content": "x"}}], api_key="k", api_base="{host.url}")
         assert answer.choices[0].message.content == "theirs"
