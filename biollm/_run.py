@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Seconds. A pass over the waterfall is repeated no sooner than this after a failure that cools nothing, and not at
 # all when the soonest rung frees later than a person would wait.
-BREATH, PATIENCE = 0.5, 600.0
+BREATH, PATIENCE = 0.5, 300.0
 
 _OUTCOMES: dict[str, Outcome] = {"limited": "limited", "refused": "limited"}
 
