@@ -269,7 +269,8 @@ def model_list(
         entries.append(entry)
         if local_group and deployment.local:
             twin = {**entry["model_info"], "id": f"{deployment.id}@local"}
-            entries.append({**entry, "model_name": LOCAL_GROUP, "model_info": twin})
+            params = dict(entry["litellm_params"])
+            entries.append({"model_name": LOCAL_GROUP, "litellm_params": params, "model_info": twin})
     return entries
 
 
@@ -314,9 +315,13 @@ def proxy_config(config: Config) -> tuple[dict[str, Any], list[str]]:
             left_out.append(f"{deployment.id}: its answers or its tokens come from biollm's own process")
         elif deployment.account.key_file:
             left_out.append(f"{deployment.id}: its key lies in a file, which the proxy does not read")
+        elif deployment.provider.type == "local" and not deployment.base_url:
+            left_out.append(f"{deployment.id}: its servers come and go with their jobs and keys of their own")
         elif deployment.account.env_key:
             keys[deployment.id] = {"api_key": f"os.environ/{deployment.account.env_key}"}
         else:
             keys[deployment.id] = {"api_key": "none"}
     settings = {**router_settings(config), "optional_pre_call_checks": ["enforce_model_rate_limits"]}
-    return {"model_list": model_list(found, keys), "router_settings": settings}, left_out
+    made = {"model_list": model_list(found, keys), "router_settings": settings}
+    # Where a variable is not set, LiteLLM would send OPENAI_API_KEY to whatever host speaks OpenAI's dialect.
+    return {**made, "litellm_settings": {"openai_key": "none"}}, left_out

@@ -210,5 +210,7 @@ def test_the_proxy_file_holds_no_key_and_says_what_it_leaves_out(
         "embedded",
         "github_copilot.lab",
         "github_copilot.core",
+        "vllm",  # no server, no address: LiteLLM would look for one elsewhere
     }
     assert made["router_settings"]["optional_pre_call_checks"] == ["enforce_model_rate_limits"]
+    assert made["litellm_settings"] == {"openai_key": "none"}, "no OPENAI_API_KEY goes to other hosts"

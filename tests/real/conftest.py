@@ -1,15 +1,17 @@
-"""Real parts on this machine: a Slurm of our own, vLLM built for CPU, SmolLM2's weights.
+"""Real parts on this machine: a Slurm of our own, vLLM built for CPU, SmolLM2's weights, LiteLLM's proxy.
 
 Where one is missing, its tests are skipped with a line that says what; BIOLLM_REQUIRE_REAL=1 makes that a failure.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,32 @@ def vllm_env() -> Path:
     if done.returncode:
         missing(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "vLLM could not be installed")
     return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def litellm_proxy() -> Path:
+    """The `litellm` command of the real proxy, of the version in use here, in its own virtual environment.
+
+    Made on first use: 640 MB, 10 s where the packages are near.
+    """
+    version = metadata.version("litellm")
+    env = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm" / "litellm-proxy"
+    env.parent.mkdir(parents=True, exist_ok=True)
+    ready, programs = env / f".ready-{version}", env / "bin"
+    with env.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists():
+            steps: list[list[str | Path]] = [
+                [sys.executable, "-m", "venv", "--clear", env],
+                [programs / "pip", "install", "-q", "uv"],
+                [programs / "uv", "pip", "install", "-q", "-p", programs / "python", f"litellm[proxy]=={version}"],
+            ]
+            for step in steps:
+                done = subprocess.run(step, capture_output=True, text=True)
+                if done.returncode:
+                    missing(f"litellm[proxy]=={version} could not be installed: {done.stderr.strip()[-300:]}")
+            ready.touch()
+    return programs / "litellm"
 
 
 @pytest.fixture
