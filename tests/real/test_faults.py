@@ -43,7 +43,9 @@ def end_of(site: Cluster, job: Job, seconds: float = 40) -> Job:
 
 def occupy(lab: SlurmLab) -> None:
     """Fill the cluster."""
-    job = lab.run("sbatch", "--parsable", "--exclusive", "--nodes=3", "--time=30", "--output=/dev/null", "--wrap", "sleep 300")
+    job = lab.run(
+        "sbatch", "--parsable", "--exclusive", "--nodes=3", "--time=30", "--output=/dev/null", "--wrap", "sleep 300"
+    )
     wait_until(lambda: lab.run("squeue", "-h", "-j", job, "-o", "%T") == "RUNNING", 40, "the whole cluster")
 
 
