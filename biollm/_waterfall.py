@@ -21,7 +21,7 @@ import litellm
 from biollm import _reach, embedded, guard, routing
 from biollm._background import background
 from biollm._run import BREATH, Request, Run, Sent
-from biollm.credentials import Credential
+from biollm.credentials import Credential, hide
 from biollm.errors import CompletionError, InterruptedStreamError
 from biollm.guard import RefusalError, Turn
 from biollm.ledger import Record
@@ -427,10 +427,7 @@ class Waterfall:
 
     def _redact(self, text: str) -> str:
         """Return `text` without any key that this process knows."""
-        for found in self.rungs.credentials.values():
-            if len(found.secret) >= 6:
-                text = text.replace(found.secret, "***")
-        return text
+        return hide(text, (found.secret for found in self.rungs.credentials.values()))
 
 
 @asynccontextmanager

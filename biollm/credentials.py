@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +45,14 @@ class Credential:
 def of_secret(secret: str) -> Credential:
     """Return a credential of nothing but a key."""
     return Credential(secret, fingerprint(secret))
+
+
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """Return `text` without these secrets, whole or cut short."""
+    for secret in secrets:
+        if len(secret) >= 6 and secret[:8] in text:
+            text = re.sub(re.escape(secret[:8]) + r"[\w.=+/-]*", "***", text)
+    return text
 
 
 def fingerprint(secret: str) -> str:

@@ -95,7 +95,7 @@ def install() -> None:
     if any(isinstance(callback, Guard) for callback in litellm.callbacks):
         return
     litellm.callbacks.append(Guard())
-    for name in ("LiteLLM", "LiteLLM Router"):
+    for name in ("LiteLLM", "LiteLLM Router", "openai._base_client", "httpx"):
         logger = logging.getLogger(name)
         if not any(isinstance(each, _Hush) for each in logger.filters):
             logger.addFilter(_Hush())

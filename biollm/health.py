@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from biollm._background import background
 from biollm._resources import state_dir
 from biollm.config import Config, load_config
+from biollm.credentials import Credential, hide
 from biollm.endpoints import Watch
 from biollm.ledger import Ledger
 from biollm.routing import Deployment, Wants
@@ -19,8 +20,6 @@ from biollm.rungs import Rungs
 
 if TYPE_CHECKING:
     import httpx
-
-    from biollm.credentials import Credential
 
 _GEMINI = "https://generativelanguage.googleapis.com/v1beta"
 
@@ -109,8 +108,10 @@ async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClien
         return Health(first.provider.name, who, False, error=f"no answer within {timeout:g} s")
     except httpx.HTTPStatusError as error:
         return Health(first.provider.name, who, False, error=f"HTTP {error.response.status_code}")
-    except (httpx.HTTPError, ValueError) as error:
-        text = str(error).replace(known.secret, "***") if known.secret else str(error)
+    except (ValueError, TypeError, AttributeError):
+        return Health(first.provider.name, who, False, error="answered with something that is no JSON list of models")
+    except httpx.HTTPError as error:
+        text = hide(str(error), [known.secret])
         return Health(first.provider.name, who, False, error=f"{type(error).__name__}: {text}".strip(": "))
     ms = (time.perf_counter() - started) * 1000
     names = {deployment.litellm_model.split("/", 1)[1] for deployment in group}

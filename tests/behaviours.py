@@ -27,6 +27,7 @@ class Behaviour:
     cut: int | None = None
     tear: int | None = None
     fail: int | None = None
+    failure: str = "EngineCore died."
     drip: bool = False  # white space or SSE comments, for ever
     length: float | None = None  # times the true Content-Length
 

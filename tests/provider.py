@@ -119,7 +119,7 @@ class Server:
     def _pieces(self, request: Request, how: Behaviour, streamed: bool) -> list[bytes]:
         """Return the answer's headers and pieces, as the wire carries them."""
         if streamed:
-            parts = [b"data: " + event + b"\n\n" for event in self._events(request.body, how)]
+            parts = [b"data: " + event + b"\n\n" for event in self._events(request, how)]
         else:
             body = self._body(request, how)
             third = len(body) // 3 + 1
@@ -141,9 +141,7 @@ class Server:
     def _body(self, request: Request, how: Behaviour) -> bytes:
         """Return the body of an answer that is not streamed."""
         if how.body is not None:
-            sent = request.headers
-            key = sent.get("authorization") or sent.get("x-goog-api-key") or sent.get("x-api-key") or ""
-            return how.body.replace("AUTHORIZATION", key).encode()
+            return _echo(how.body, request).encode()
         if request.path.endswith("/chat/completions"):
             message = self._message(request.body, how)
             choices = [{"index": 0, "message": message, "finish_reason": _finish(message)}]
@@ -160,9 +158,9 @@ class Server:
             answer = {}
         return json.dumps(answer).encode()
 
-    def _events(self, body: Json, how: Behaviour) -> list[bytes]:
+    def _events(self, request: Request, how: Behaviour) -> list[bytes]:
         """Return the data of a stream's events: a word each, the finish, the usage if asked for, [DONE]."""
-        message = self._message(body, how)
+        body, message = request.body, self._message(request.body, how)
         words = (message["content"] or "").split(" ")
         deltas: list[Json] = [{"content": word + " "} for word in words[:-1]] + [{"content": words[-1]}]
         if calls := message.get("tool_calls"):
@@ -173,7 +171,7 @@ class Server:
         kind = "chat.completion.chunk"
         events = [_answer(body, kind, choice) for choice in (choices if how.choices else [[]])]
         if how.fail is not None:
-            failure = {"message": "EngineCore died.", "type": "InternalServerError", "code": 500}
+            failure = {"message": _echo(how.failure, request), "type": "InternalServerError", "code": 500}
             events = [*events[: how.fail - 1], {"error": failure}]
         elif body.get("stream_options", {}).get("include_usage"):
             events.append(_answer(body, kind, [], usage=_usage(body, message)))
@@ -330,6 +328,12 @@ async def _drip(writer: asyncio.StreamWriter, streamed: bool) -> None:
         writer.write(drop)
         await writer.drain()
         await asyncio.sleep(DRIP_SECONDS)
+
+
+def _echo(text: str, request: Request) -> str:
+    sent = request.headers
+    key = sent.get("authorization") or sent.get("x-goog-api-key") or sent.get("x-api-key") or ""
+    return text.replace("AUTHORIZATION", key)
 
 
 def _answer(body: Json, kind: str, choices: list[Json], **more: Any) -> Json:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from behaviours import HANG, HTML, HTTP_401_ECHO, HTTP_500
+from behaviours import HANG, HTML, HTTP_401_ECHO, HTTP_500, Behaviour
 from provider import Loopback
 
 from biollm.client import check_all_providers
@@ -34,6 +34,7 @@ def test_whatever_hangs_all_are_told_within_the_timeout(net: Loopback, waterfall
         refuses=net.serve(then=HTTP_401_ECHO),
         breaks=net.serve(then=HTTP_500),
         portal=net.serve(then=HTML),
+        other=net.serve(then=Behaviour(body="[1]")),
         keyless={"base_url": net.serve().url, "env_key": "NOT_SET"},
         fine=net.serve(),
     )
@@ -42,7 +43,8 @@ def test_whatever_hangs_all_are_told_within_the_timeout(net: Loopback, waterfall
     assert found["hangs"].error == "no answer within 1 s"
     assert "Timeout" in found["drops"].error or found["drops"].error == "no answer within 1 s"
     assert (found["refuses"].error, found["breaks"].error) == ("HTTP 401", "HTTP 500")
-    assert "JSON" in found["portal"].error
+    assert "no JSON list" in found["portal"].error
+    assert "no JSON list" in found["other"].error
     assert found["keyless"].error == "no key: set NOT_SET"
     assert "sk-planted" not in repr(found)
 
