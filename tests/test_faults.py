@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,8 +170,6 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CONFIG_HOME", str(folder / "none"))
         patch.setenv("NO_PROXY", "127.0.0.1")
         patch.setenv("GOOD_KEY", "key-good")
-        for model, whose in product(chain(*(cases(place, FAULTS) for place in PLACES)), ("faulty", "lab", "core")):
-            patch.setenv(variable(whose, model), f"key-{whose}-{model}")
         yield folder
 
 
@@ -204,9 +202,12 @@ def case(place: str, fault: str, face: str) -> str:
     return f"{fault}--{place}--{face}"
 
 
-def variable(whose: str, model: str) -> str:
-    """Return the name of the variable that holds a key."""
-    return f"{whose}_{model}".replace("-", "_").upper()
+def key_file(folder: Path, whose: str, model: str) -> Path:
+    """Write a key of the case's own: a refused one rests wherever the account uses it."""
+    path = folder / f"{whose}-{model}.key"
+    path.write_text(f"key-{whose}-{model}")
+    path.chmod(0o600)
+    return path
 
 
 def cases(place: str, faults: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -214,11 +215,11 @@ def cases(place: str, faults: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {case(place, fault, face): (fault, face) for fault, face in product(faults, FACES)}
 
 
-def providers(net: Net, place: str, some: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+def providers(net: Net, place: str, some: Mapping[str, tuple[str, str]], folder: Path) -> dict[str, Any]:
     """Return the providers of a place: a faulty one for each case, and others that all cases share."""
     found: dict[str, Any] = {}
     shared = {"poor": (0, net.poor), "poorer": (0, net.poor), "good": (2, net.good), "spare": (3, net.spare)}
-    named = {word.split()[0] for word in PLACES[place]} | ({"spare"} if place != "last" else set())
+    named = {word.split()[0] for word in PLACES[place]} | (set() if place in ("middle", "last") else {"spare"})
     for name in shared.keys() & named - ({"good"} if place == "replica" else set()):
         priority, server = shared[name]
         common = {"type": "api", "models": list(some), "env_key": "GOOD_KEY"}
@@ -229,13 +230,13 @@ def providers(net: Net, place: str, some: Mapping[str, tuple[str, str]]) -> dict
             found[name] = {"type": "local", "priority": 1, "models": models, "timeout": 1.5 if slow else 60}
         return found
     for model, (fault, face) in some.items():
-        who: dict[str, Any] = {"env_key": variable("faulty", model)}
+        who: dict[str, Any] = {"key_file": str(key_file(folder, "faulty", model))}
         if place == "account":
             # LiteLLM draws by these limits, so `lab` is as good as always drawn first.
             limits = {"lab": "1000000/min", "core": "100/min"}
             who = {
                 "accounts": [
-                    {"name": name, "env_key": variable(name, model), "rate_limit": limit}
+                    {"name": name, "key_file": str(key_file(folder, name, model)), "rate_limit": limit}
                     for name, limit in limits.items()
                 ]
             }
@@ -249,9 +250,7 @@ def replicas(net: Net, place: str, some: Mapping[str, tuple[str, str]], folder: 
     """Yield two running servers for each case."""
     for model, (fault, face) in some.items():
         for name, url in (("faulty", net.url(place, fault, face)), ("good", net.good.url)):
-            key = folder / f"{name}-{model}.key"
-            key.write_text(f"key-{name}-{model}")
-            yield running_server(f"{name}-{model}", model, url, key)
+            yield running_server(f"{name}-{model}", model, url, key_file(folder, name, model))
 
 
 def running_server(start: str, model: str, url: str, key: Path) -> Endpoint:
@@ -277,7 +276,7 @@ def client(servers: Net, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         folder = tmp_path_factory.mktemp(place)
         some = cases(place, list(FAULTS)[group * GROUP : (group + 1) * GROUP])
         local = {model: {"type": "local", "hf_id": "lab/model"} for model in some}
-        whole = {"inherit": False, "providers": providers(servers, place, some), "models": local}
+        whole = {"inherit": False, "providers": providers(servers, place, some, folder), "models": local}
         (folder / "providers.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
         made = get_model_client(config_dir=folder)
         if place == "replica":
