@@ -1,8 +1,7 @@
 """Looks beside or before a request whether its host is there at all, and whose it is.
 
-A firewall that drops packets shall cost 3 s.
-LiteLLM honours a separate connect timeout for OpenAI's client only; for the others (vLLM, Gemini) a dropped packet
-costs the whole request timeout. The watch runs beside the request and delays nothing.
+A firewall that drops packets shall cost 3 s, not the whole request timeout; LiteLLM honours a separate connect
+timeout for OpenAI's client only, not for the others (vLLM, Gemini). The watch runs beside the request and delays nothing.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,13 +19,14 @@ from urllib.request import getproxies, proxy_bypass
 import litellm
 
 from biollm import _reach, embedded, guard, routing
+from biollm._answers import content, delta, emptiness, finished, first_content, tool_calls, usage_of
 from biollm._background import background
 from biollm._run import BREATH, Request, Run, Sent
 from biollm.credentials import Credential, hide
 from biollm.errors import CompletionError, InterruptedStreamError
 from biollm.guard import RefusalError, Turn
 from biollm.ledger import Record
-from biollm.outcomes import CUT, EMPTY, NO_CHOICES, Verdict, classify, timed_out, unreachable
+from biollm.outcomes import CUT, Verdict, classify, timed_out, unreachable
 from biollm.routing import Deployment
 from biollm.rungs import Rung, Rungs, cooling_keys
 from biollm.structured import Message, repair
@@ -88,19 +89,20 @@ class Waterfall:
             InterruptedStreamError: The stream broke after some text, and was not to be restarted.
         """
         run = Run(request)
-        async with _deadline(run):
-            async for rungs in self._turns(run):
+        async with _deadline(run), aclosing(self._turns(run)) as turns:
+            async for rungs in turns:
                 sent = await self._send(run, rungs, request.messages, stream=True)
                 if sent is None:
                     continue
                 text: list[str] = []
                 verdict: Verdict | None = None
-                async for piece in self._relay(run, sent):
-                    if isinstance(piece, Verdict):
-                        verdict = piece
-                    else:
-                        text.append(piece)
-                        yield StreamChunk(piece)
+                async with aclosing(self._relay(run, sent)) as pieces:
+                    async for piece in pieces:
+                        if isinstance(piece, Verdict):
+                            verdict = piece
+                        else:
+                            text.append(piece)
+                            yield StreamChunk(piece)
                 if verdict is None:
                     yield StreamChunk(completion=self._streamed(run, sent, "".join(text)))
                     return
@@ -149,7 +151,7 @@ class Waterfall:
         if sent is None or shape is None:
             return sent and self._answered(run, sent)
         for last in (False, True):
-            answer = _content(sent.response)
+            answer = content(sent.response)
             try:
                 return self._answered(run, sent, parsed=shape.parse(answer))
             except ValueError as error:
@@ -176,9 +178,7 @@ class Waterfall:
         if not (rungs := [d for d in await self._fresh(run, rungs) if d.id in self.rungs.needs]):
             return None
         turn = Turn(self.ledger, {d.id: self._need(run, d) for d in rungs})
-        limit, shortened = _limit(
-            run.request, rungs[0], self.rungs.config.timeout, self.rungs.config.stream_timeout, stream
-        )
+        limit, shortened = self._limit(run.request, rungs[0], stream)
         sent = Sent(rungs[0], None, time.time(), time.perf_counter())
         scope = asyncio.timeout(limit)
         watch: asyncio.Task[bool] | None = None
@@ -198,11 +198,11 @@ class Waterfall:
             guard.install()
             async with scope:
                 sent.response = await self._call(run, rungs[0], messages, limit, stream)
-                verdict = await _first_content(sent) if stream else _empty(sent.response)
+                verdict = await first_content(sent) if stream else emptiness(sent.response)
         except RefusalError:
             return self._refused(run, turn, rungs)
         except asyncio.CancelledError:
-            self._settle(run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms))
+            self._cancelled(run, sent)
             raise
         except TimeoutError:
             late = watch is not None and watch.done() and not watch.cancelled() and not watch.result()
@@ -219,6 +219,13 @@ class Waterfall:
             return None
         self._reach.note(sent.deployment)
         return sent
+
+    def _limit(self, request: Request, deployment: Deployment, stream: bool) -> tuple[float, bool]:
+        """Return the seconds an attempt may take, and whether the caller made them fewer than configured."""
+        config = self.rungs.config
+        configured = deployment.provider.timeout or (config.stream_timeout if stream else config.timeout)
+        limit = request.timeout if request.timeout is not None else configured
+        return limit, limit < configured
 
     def _call(self, run: Run, first: Deployment, messages: Sequence[Message], limit: float, stream: bool) -> Any:
         request = run.request
@@ -305,6 +312,10 @@ class Waterfall:
         run.verdicts.append(verdict)
         return self._settle(run, sent, Attempt(deployment.id, "failed", reason, verdict.status, sent.ms))
 
+    def _cancelled(self, run: Run, sent: Sent) -> None:
+        """Note that the caller gave the attempt up."""
+        self._settle(run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms))
+
     def _settle(self, run: Run, sent: Sent, attempt: Attempt) -> Attempt:
         """Note an attempt that gave no answer."""
         run.note(sent.deployment, attempt)
@@ -344,42 +355,26 @@ class Waterfall:
     def _answered(self, run: Run, sent: Sent, *, parsed: Any = None) -> Completion:
         """Return the Completion of a whole answer."""
         response = sent.response
-        choice = response.choices[0]
-        calls = tuple(call.model_dump() for call in _calls(choice))
-        return self._completion(
-            run,
-            sent,
-            text=_content(response),
-            tool_calls=calls,
-            finish_reason=choice.finish_reason or "",
-            usage=_usage(getattr(response, "usage", None)),
-            cost=response._hidden_params.get("response_cost"),
-            parsed=parsed,
-            raw=response,
-        )
+        usage, cost = usage_of(getattr(response, "usage", None)), response._hidden_params.get("response_cost")
+        return self._completion(run, sent, response, text=content(response), usage=usage, cost=cost, parsed=parsed)
 
     def _streamed(self, run: Run, sent: Sent, text: str) -> Completion:
         """Return the Completion of a stream that ended well."""
         chunks = sent.response.chunks
         whole: Any = _LITELLM.stream_chunk_builder(chunks, messages=run.request.messages)
-        message = whole.choices[0].message
         usage = next((chunk.usage for chunk in reversed(chunks) if getattr(chunk, "usage", None)), None)
-        return self._completion(
-            run,
-            sent,
-            text=text,
-            tool_calls=tuple(call.model_dump() for call in message.tool_calls or ()),
-            finish_reason=whole.choices[0].finish_reason or "",
-            usage=_usage(usage or getattr(whole, "usage", None)),
-            cost=_price(whole, sent.deployment),
-            raw=whole,
-        )
+        usage = usage_of(usage or getattr(whole, "usage", None))
+        return self._completion(run, sent, whole, text=text, usage=usage, cost=_price(whole, sent.deployment))
 
-    def _completion(self, run: Run, sent: Sent, *, usage: Usage, cost: float | None, **rest: Any) -> Completion:
-        deployment = sent.deployment
+    def _completion(
+        self, run: Run, sent: Sent, whole: Any, *, text: str, usage: Usage, cost: float | None, parsed: Any = None
+    ) -> Completion:
+        """Return the Completion of `whole`, LiteLLM's response, and note and record the attempt."""
+        deployment, choice = sent.deployment, whole.choices[0]
         attempt = Attempt(deployment.id, "ok", ms=sent.ms)
         run.note(deployment, attempt)
         completion = Completion(
+            text=text,
             provider=deployment.provider.name,
             account=deployment.account.name,
             model=deployment.model,
@@ -389,29 +384,30 @@ class Waterfall:
             latency_ms=run.ms,
             attempts=run.attempts(),
             degraded=deployment.embedded,
-            **rest,
+            parsed=parsed,
+            tool_calls=tuple(call.model_dump() for call in tool_calls(choice)),
+            finish_reason=choice.finish_reason or "",
+            raw=whole,
         )
         self._record(run, sent, attempt, completion)
         return completion
 
-    async def _relay(self, run: Run, sent: Sent) -> AsyncIterator[str | Verdict]:
+    async def _relay(self, run: Run, sent: Sent) -> AsyncGenerator[str | Verdict, None]:
         """Yield the text of a stream; at last a Verdict if it broke."""
-        limit, shortened = _limit(
-            run.request, sent.deployment, self.rungs.config.timeout, self.rungs.config.stream_timeout, True
-        )
+        limit, shortened = self._limit(run.request, sent.deployment, stream=True)
         try:
             for chunk in sent.head:
-                if text := _delta(chunk):
+                if text := delta(chunk):
                     yield text
             while True:
                 async with asyncio.timeout(limit):
                     chunk = await anext(sent.response, None)
                 if chunk is None:
                     break
-                if text := _delta(chunk):
+                if text := delta(chunk):
                     yield text
         except (asyncio.CancelledError, GeneratorExit):
-            self._settle(run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms))
+            self._cancelled(run, sent)
             raise
         except TimeoutError:
             yield timed_out(limit, shortened=shortened, what="further text")
@@ -422,7 +418,7 @@ class Waterfall:
         finally:  # a stream that was left would go on at the provider
             with suppress(Exception):
                 await sent.response.aclose()
-        if not _finished(sent.response.chunks):
+        if not finished(sent.response.chunks):
             yield CUT
 
     def _redact(self, text: str) -> str:
@@ -461,19 +457,6 @@ def _params(found: Credential) -> dict[str, Any]:
     return params
 
 
-def _limit(
-    request: Request, deployment: Deployment, timeout: float, stream_timeout: float, stream: bool
-) -> tuple[float, bool]:
-    """Return the seconds an attempt may take, and whether the caller made them fewer than configured."""
-    configured = deployment.provider.timeout or (stream_timeout if stream else timeout)
-    limit = request.timeout if request.timeout is not None else configured
-    return limit, limit < configured
-
-
-def _usage(usage: Any) -> Usage:
-    return Usage(getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
-
-
 def _price(response: Any, deployment: Deployment) -> float | None:
     """Return the price of an answer in USD by LiteLLM's map, or None where it knows none."""
     if deployment.free:
@@ -482,39 +465,3 @@ def _price(response: Any, deployment: Deployment) -> float | None:
         return _LITELLM.completion_cost(response, model=deployment.litellm_model)
     except Exception:  # LiteLLM raises a bare Exception for a model without a price
         return None
-
-
-def _content(response: Any) -> str:
-    choice = response.choices[0]
-    return (choice.message.content if hasattr(choice, "message") else choice.text) or ""
-
-
-def _calls(choice: Any) -> Sequence[Any]:
-    return getattr(getattr(choice, "message", None), "tool_calls", None) or ()
-
-
-def _empty(response: Any) -> Verdict | None:
-    """Return what is wrong with an answer that came without an error."""
-    if not response.choices:
-        return NO_CHOICES
-    return None if _content(response).strip() or _calls(response.choices[0]) else EMPTY
-
-
-def _delta(chunk: Any) -> str:
-    return (chunk.choices[0].delta.content or "") if chunk.choices else ""
-
-
-async def _first_content(sent: Sent) -> Verdict | None:
-    """Read a stream up to its first content, tool call or thought; return what is wrong if none comes."""
-    async for chunk in sent.response:
-        sent.head.append(chunk)
-        delta = chunk.choices[0].delta if chunk.choices else None
-        if delta and (delta.content or delta.tool_calls or getattr(delta, "reasoning_content", None)):
-            sent.ttft_ms = sent.ms
-            return None
-    return EMPTY if _finished(sent.response.chunks) else CUT
-
-
-def _finished(chunks: Sequence[Any]) -> bool:
-    """Return whether the provider itself ended the stream; LiteLLM invents a "stop" for one that was cut."""
-    return any(chunk.choices and chunk.choices[0].finish_reason for chunk in chunks)

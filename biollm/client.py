@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 from biollm._background import background
 from biollm._resources import state_dir
 from biollm._run import Request
+from biollm._shared import ledger, watch
 from biollm.config import Config, Limit, load_config
-from biollm.endpoints import Watch
 from biollm.errors import (
     AllLimitedError,
     BiollmError,
@@ -33,10 +33,8 @@ from biollm.errors import (
     nearest,
 )
 from biollm.health import check_all_providers
-from biollm.ledger import Ledger
 from biollm.routing import Deployment, Policy, Wants
 from biollm.rungs import Rung, Rungs, check_names, explain
-from biollm.site import run_dir
 from biollm.structured import Message, Shape
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
 
@@ -247,24 +245,24 @@ class Client:
     def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Rung]:
         """Return who would answer now and why each other would not; sends nothing."""
         request = self._request(prompt, options)
-        rungs = Rungs(self.config, self._ledger(), state_dir(), self._policy(), self._watch().alive)
+        rungs = Rungs(self.config, ledger(), state_dir(), self._policy(), watch(self.config.cluster).alive)
         return explain(rungs, request.wants)
 
     def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
         """Return each limit of the deployment's account, how much of it is used, and when it resets (epoch seconds)."""
-        return self._ledger().used(deployment.scope, deployment.limits)
+        return ledger().used(deployment.scope, deployment.limits)
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._ledger().flush()
+        ledger().flush()
 
     async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await asyncio.to_thread(self._ledger().flush)
+        await asyncio.to_thread(ledger().flush)
 
     def _policy(self, local_only: bool = False) -> Policy:
         """Return the strictest of what the configuration, the environment and the caller say."""
@@ -288,7 +286,6 @@ class Client:
             model=model,
             policy=self._policy(chosen.get("local_only", False)),
             tools=bool(chosen.get("tools")),
-            schema=wanted is not None,
             capability=chosen.get("capability"),
             tokens=letters // _CHARS_PER_TOKEN + (chosen.get("max_tokens") or 0),
             allow_degraded=degraded,
@@ -348,7 +345,7 @@ class Client:
             raise error
         try:
             await asyncio.to_thread(on_demand.start, self.config, request.wants, request.wait, request.on_state)
-            await asyncio.to_thread(self._watch().refresh)
+            await asyncio.to_thread(watch(self.config.cluster).refresh)
         except BiollmError:
             if not request.wants.allow_degraded:
                 raise
@@ -379,26 +376,14 @@ class Client:
 
         return list(await asyncio.gather(*map(one, requests)))
 
-    def _ledger(self) -> Ledger:
-        here, key = background(), ("ledger", state_dir())
-        if key not in here.kept:
-            here.kept[key] = Ledger(state_dir())
-            here.stop_first()  # what is cancelled at exit is then still written
-        return here.kept[key]
-
     def _waterfall(self) -> Waterfall:
         """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""
         kept, policy = background().kept, self._policy()
         key = ("waterfall", self._dir, os.environ.get("BIOLLM_CONFIG_DIR"), policy, state_dir())
         if key not in kept:
             made = _import_waterfall()
-            kept[key] = made(Rungs(self.config, self._ledger(), state_dir(), policy, self._watch().alive))
+            kept[key] = made(Rungs(self.config, ledger(), state_dir(), policy, watch(self.config.cluster).alive))
         return kept[key]
-
-    def _watch(self) -> Watch:
-        """Return the process's view of the running servers."""
-        key = ("watch", run_dir(self.config.cluster), self.config.cluster.trusted_owners)
-        return background().kept.setdefault(key, Watch(self.config.cluster))
 
 
 ModelRouter = Client

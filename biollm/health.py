@@ -6,15 +6,13 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biollm._background import background
 from biollm._resources import state_dir
+from biollm._shared import ledger, watch
 from biollm.config import Config, load_config
 from biollm.credentials import Credential, hide
-from biollm.endpoints import Watch
-from biollm.ledger import Ledger
 from biollm.routing import Deployment, Wants
 from biollm.rungs import Rungs
 
@@ -67,7 +65,7 @@ def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) 
 
 def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
     """Return how each account and each running server is, in waterfall order. `timeout` is in seconds, for all."""
-    rungs = Rungs(config, Ledger(state_dir()), Path(state_dir()), config.data_policy, Watch(config.cluster).alive)
+    rungs = Rungs(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
     rungs.refresh()
     groups: dict[str, list[Deployment]] = {}
     for rung in rungs.standing(Wants(policy=config.data_policy)):

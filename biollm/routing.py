@@ -83,7 +83,6 @@ class Wants:
     model: str | None = None
     policy: Policy = "any"
     tools: bool = False
-    schema: bool = False
     capability: str | None = None
     tokens: int = 0
     allow_degraded: bool = True
@@ -251,15 +250,12 @@ def router_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def model_list(
-    found: Iterable[Deployment], keys: Mapping[str, Mapping[str, Any]], *, local_group: bool = True
-) -> list[dict[str, Any]]:
+def model_list(found: Iterable[Deployment], keys: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return LiteLLM's `model_list`: group `biollm`, and `biollm-local` with the deployments that never leave.
 
     Args:
         found: The deployments; those without an entry in `keys` are left out.
         keys: Deployment id -> further `litellm_params`: `api_key`, `extra_headers`, `api_base`.
-        local_group: Whether to add the second group.
     """
     entries: list[dict[str, Any]] = []
     for deployment in found:
@@ -267,7 +263,7 @@ def model_list(
             continue
         entry = _entry(deployment, keys[deployment.id])
         entries.append(entry)
-        if local_group and deployment.local:
+        if deployment.local:
             twin = {**entry["model_info"], "id": f"{deployment.id}@local"}
             params = dict(entry["litellm_params"])
             entries.append({"model_name": LOCAL_GROUP, "litellm_params": params, "model_info": twin})

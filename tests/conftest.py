@@ -19,6 +19,7 @@ import yaml
 from provider import Loopback, Server
 
 from biollm import embedded
+from biollm._shared import ledger
 from biollm.cli import _run
 from biollm.config import load_config
 from biollm.errors import UnavailableError
@@ -108,11 +109,13 @@ class Ran(NamedTuple):
 
 @pytest.fixture
 def biollm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Run a command in this process, up to its exit code."""
+    """Run a command in this process, up to its exit code, and let it write what its own process would at exit."""
 
     def run(*argv: str | Path) -> Ran:
         monkeypatch.setattr(sys, "argv", ["biollm", *map(str, argv)])
         capsys.readouterr()
-        return Ran(_run(), *capsys.readouterr())
+        code = _run()
+        ledger().flush()
+        return Ran(code, *capsys.readouterr())
 
     return run

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biollm.cli._options import Json
+
 if TYPE_CHECKING:
     from biollm.cli._print import Progress
     from biollm.client import Client
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 Provider = Annotated[str | None, typer.Option(metavar="NAME", help="Only this provider may answer.")]
 Model = Annotated[str | None, typer.Option(metavar="NAME", help="Only this model may answer.")]
 LocalOnly = Annotated[bool, typer.Option("--local-only", help="Keep the prompt on this machine and the cluster.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biollm.cli._options import Json
+
 if TYPE_CHECKING:
     from biollm.config import Config, Model
     from biollm.fit import FitReport
     from biollm.launch import Options
     from biollm.tickets import Job
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="One or several models.")]
 Set = Annotated[
     list[str] | None,

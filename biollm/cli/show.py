@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from biollm.cli._options import Json
+
 if TYPE_CHECKING:
     from biollm.config import Config, Limit
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def register(app: typer.Typer) -> typer.Typer:

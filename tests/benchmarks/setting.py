@@ -73,10 +73,11 @@ def environment(scratch: Path) -> dict[str, str]:
 def model_list(folder: Path) -> list[dict[str, Any]]:
     """Return the deployments of a configuration as a bare Router takes them."""
     from biollm.config import load_config
-    from biollm.routing import deployments, model_list
+    from biollm.routing import GROUP, deployments, model_list
 
     found = deployments(load_config(folder))
-    return model_list(found, {deployment.id: {"api_key": KEY} for deployment in found}, local_group=False)
+    entries = model_list(found, {deployment.id: {"api_key": KEY} for deployment in found})
+    return [entry for entry in entries if entry["model_name"] == GROUP]
 
 
 def interleaved(contestants: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
