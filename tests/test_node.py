@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,11 @@ class Job:
         return self._jobs[-1].wait(seconds)
 
     def records(self) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in sorted((self.run / "records").glob("*.json"))]
+        found: list[dict[str, Any]] = []
+        for path in sorted((self.run / "records").glob("*.json")):
+            with suppress(FileNotFoundError):  # it ended between the listing and the reading
+                found.append(json.loads(path.read_text()))
+        return found
 
     def record(self, model: str = "m0") -> dict[str, Any]:
         """Wait for the model's record."""
