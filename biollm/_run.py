@@ -109,6 +109,11 @@ class Run:
                 every.append((number, order, Attempt(ident, _OUTCOMES.get(rung.standing, "skipped"), rung.reason)))
         return tuple(attempt for _, _, attempt in sorted(every, key=lambda entry: entry[:2]))
 
+    def passed_first(self) -> str:
+        """Return why the first rung gave no answer, "limited: 15/min used by ..."; empty where it did."""
+        first = next(iter(self.attempts()), None)
+        return f"{first.outcome}: {first.reason}" if first and first.outcome != "ok" else ""
+
     def next_pass(self) -> float | None:
         """Return the seconds to wait before another pass over the waterfall, or None when there shall be none."""
         if self.passes >= self.request.max_retries or self.faults >= 2 or not self.frees:

@@ -59,14 +59,19 @@ def read(path: Path, sql: str, arguments: Sequence[object] = (), *, patience: fl
     """
     if not path.exists():
         return []
-    # "rw" makes no file and falls back to reading; "ro" could not undo what a killed writer left half done.
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=patience)) as db:
+    with reading(path, patience) as db:
         try:
             return db.execute(sql, arguments).fetchall()
         except sqlite3.OperationalError as error:
             if str(error).startswith("no such table"):
                 return []
             raise
+
+
+def reading(path: Path, patience: float) -> closing[sqlite3.Connection]:
+    """Open an existing file to read it; each query waits at most `patience` seconds."""
+    # "rw" makes no file and falls back to reading; "ro" could not undo what a killed writer left half done.
+    return closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=patience))
 
 
 class Database:

@@ -339,7 +339,7 @@ class Waterfall:
                 account=deployment.account.name,
                 model=deployment.model,
                 outcome=attempt.outcome,
-                reason=attempt.reason,
+                reason=attempt.reason or run.passed_first(),
                 status=attempt.status,
                 ms=attempt.ms,
                 ttft_ms=sent.ttft_ms,

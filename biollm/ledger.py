@@ -16,8 +16,8 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
-from biollm._sqlite import BOUND, Database, Writer, on_network, read
+from biollm._sqlite import BOUND, Database, Writer, on_network, read, reading
 from biollm.types import Outcome
 
 if TYPE_CHECKING:
@@ -244,6 +244,23 @@ class Ledger:
                 yield Record(*row[1:-2], degraded=bool(row[-2]), tags=json.loads(row[-1]))
             number, last = rows[-1][:2]
 
+    @contextmanager
+    def look(self) -> Generator[sqlite3.Connection | None]:
+        """Open history.db for several queries that see one state of it; None while nothing is in it."""
+        if not self._read(self._history, "SELECT 1 FROM attempt LIMIT 1", ()):
+            yield None
+            return
+        with reading(self._history, _EXIT) as db:
+            db.execute("BEGIN")
+            yield db
+
+    def change(self, work: Callable[[sqlite3.Connection], None], schema: str) -> None:
+        """Run `work` in one transaction on history.db, in which `schema` is made too; raises sqlite3.Error."""
+        network = on_network(self._directory) if self._network is None else self._network
+        file = Database(self._history, _HISTORY + schema, network=network, synchronous="NORMAL", patience=_EXIT)
+        file.write(work)
+        file.close()
+
     def flush(self) -> None:
         """Wait, at most 2 s, until everything handed in has been written or has failed."""
         if process := self._processes.get(os.getpid()):
@@ -415,7 +432,7 @@ def _prune(db: sqlite3.Connection, now: float) -> None:
 def _used(query: _Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:
     """Return how much of `limit` is used, and when its period ends or its oldest request leaves."""
     if not limit.rolling:
-        start, until = _period(limit, now)
+        start, until = period(limit, now)
         sql = f"SELECT {limit.kind} FROM total WHERE scope = ? AND start = ? AND until = ?"  # noqa: S608
         rows = query(sql, (scope, start, until))
         return (rows[0][0] if rows else 0.0), until
@@ -451,10 +468,10 @@ def _window(limit: Limit) -> float:
 
 
 def _periods(need: Need, now: float) -> set[tuple[float, float]]:
-    return {_period(limit, now) for limit in need.limits if not limit.rolling}
+    return {period(limit, now) for limit in need.limits if not limit.rolling}
 
 
-def _period(limit: Limit, now: float) -> tuple[float, float]:
+def period(limit: Limit, now: float) -> tuple[float, float]:
     """Return start and end of the calendar day or month around `now`, as `limit.resets` has it."""
     clock, _, zone = (limit.resets or "00:00").partition(" ")
     hour, minute = (int(part) for part in clock.split(":"))

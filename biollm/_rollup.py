@@ -1,0 +1,292 @@
+"""Rolls the attempts of history.db up into one row per hour, account, model, tags, outcome and reason.
+
+Plain SQL has no percentiles, and a million attempts take seconds to sort; a row holds its latencies as a histogram
+with buckets 2% wide instead. Rows are added to, by the attempts written since (`rolled.last`), so one that comes late
+to an hour long past is counted like any other. Made on demand: nothing is rolled up before somebody asks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sqlite3
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from biollm._sqlite import read
+from biollm.errors import UsageError
+from biollm.ledger import Ledger, Record
+
+EXACT = 200_000  # attempts up to which percentiles are taken from the attempts themselves
+_CHUNK = 50_000  # attempts rolled up in one transaction: writers wait some 0.3 s at most, callers never
+_TAIL = 5_000  # attempts not rolled up that are rather read than written
+_LOOK_BACK = 1_000  # attempts before a chunk in which a request may have begun
+_SMALLEST, _WIDTH = 0.01, math.log(1.02)  # ms; of a bucket, so that its middle is within 1% of everything in it
+_PAIR = struct.Struct("<HI")
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS rollup (
+    hour INTEGER, provider TEXT, account TEXT, model TEXT, tags TEXT, outcome TEXT, why TEXT, attempts INTEGER,
+    requests INTEGER, prompt INTEGER, completion INTEGER, cost REAL, ms BLOB, ttft BLOB,
+    PRIMARY KEY (hour, provider, account, model, tags, outcome, why)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rolled (one INTEGER PRIMARY KEY CHECK (one = 1), last INTEGER, pruned REAL);
+INSERT OR IGNORE INTO rolled VALUES (1, 0, 0);
+"""
+_READ = (
+    'SELECT at, request, provider, account, model, outcome, "order", reason, status, ms, ttft_ms, prompt_tokens,'
+    " completion_tokens, cost_usd, tags FROM attempt WHERE "
+)
+
+
+class Key(NamedTuple):
+    """What a cell counts. `why`: of a failure its kind; of an answer by a later rung, why the first gave none."""
+
+    hour: int  # since the epoch
+    provider: str
+    account: str
+    model: str
+    tags: str  # JSON
+    outcome: str
+    why: str
+
+
+@dataclass(slots=True)
+class Cell:
+    """Sums of attempts. `requests` began here; `ms` and `ttft` count answers, by milliseconds or by bucket."""
+
+    attempts: int = 0
+    requests: int = 0
+    prompt: int = 0
+    completion: int = 0
+    cost: float = 0.0
+    ms: dict[float, int] = field(default_factory=lambda: defaultdict(int))
+    ttft: dict[float, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, other: Cell) -> None:
+        """Add the attempts of `other`."""
+        self.attempts += other.attempts
+        self.requests += other.requests
+        self.prompt += other.prompt
+        self.completion += other.completion
+        self.cost += other.cost
+        for mine, theirs in ((self.ms, other.ms), (self.ttft, other.ttft)):
+            for value, count in theirs.items():
+                mine[value] += count
+
+
+def bucket(ms: float) -> int:
+    """Return the number of the bucket that `ms` falls in."""
+    return math.ceil(math.log(max(ms, _SMALLEST) / _SMALLEST) / _WIDTH)
+
+
+def middle(number: float) -> float:
+    """Return the milliseconds that a bucket stands for."""
+    return _SMALLEST * math.exp((number - 0.5) * _WIDTH)
+
+
+@lru_cache(maxsize=4096)
+def kind(outcome: str, status: int | None, reason: str) -> str:
+    """Return in a word or two why an attempt gave no answer: few enough to count by."""
+    if status:
+        return f"HTTP {status}"
+    for word, sign in _KINDS.get(outcome, ()):
+        if re.search(sign, reason):
+            return word
+    return outcome
+
+
+_KINDS = {
+    "limited": (("quota", "used by|is used up"), ("cooling", "")),
+    "skipped": (("no key", "^no key"), ("no server", "^no server"), ("unfit", "")),
+    "failed": (
+        ("timeout", r"no answer (with)?in|no content within|in time"),
+        ("connection", "connection|resolve|certificate|TLS|reached|hung up|proxy"),
+        ("bad answer", ""),
+    ),
+}
+
+
+def fold(rows: Iterable[Any], seen: dict[str, str], *, exact: bool) -> dict[Key, Cell]:
+    """Sum up attempts, each request's in the order in which they were made.
+
+    Args:
+        rows: As `_READ` gives them.
+        seen: Request -> why its first attempt failed; added to. What is not in it begins here.
+        exact: Keep every latency instead of its bucket.
+    """
+    cells: defaultdict[Key, Cell] = defaultdict(Cell)
+    for at, request, provider, account, model, outcome, order, reason, status, ms, ttft, sent, got, cost, tags in rows:
+        before = seen.get(request)
+        if outcome == "ok":
+            why = ""
+            if order > 1 and (reason or before):
+                why = kind(*_said(reason)) if reason else before or ""
+        else:
+            why = kind(outcome, status, reason)
+        if before is None:
+            seen[request] = why if outcome != "ok" else ""
+        cell = cells[Key(int(at // 3600), provider, account, model, tags, outcome, why)]
+        cell.attempts += 1
+        cell.requests += before is None
+        cell.prompt += sent
+        cell.completion += got
+        cell.cost += cost or 0.0
+        if outcome == "ok":
+            cell.ms[ms if exact else bucket(ms)] += 1
+            if ttft is not None:
+                cell.ttft[ttft if exact else bucket(ttft)] += 1
+    return cells
+
+
+def _said(reason: str) -> tuple[str, int | None, str]:
+    """Take apart what an answer's record says of the first rung: "failed: HTTP 429: ..."."""
+    outcome, _, text = reason.partition(": ")
+    status = re.match(r"HTTP (\d{3})", text)
+    return outcome, int(status[1]) if status and outcome == "failed" else None, text
+
+
+def cells(ledger: Ledger, since: float, until: float, exact: int = EXACT) -> tuple[list[tuple[Key, Cell]], bool]:
+    """Return the sums of `since` <= at < `until`, and whether their latencies are exact.
+
+    They are, when the attempts are at most `exact` and none of the time has been pruned; of pruned time, whole
+    hours are counted.
+    """
+    with ledger.look() as db:
+        if db is None:
+            return [], True
+        last, pruned = _rolled(db)
+        window = (since, until)
+        counted = "SELECT count(*) FROM (SELECT 1 FROM attempt WHERE at >= ? AND at < ? LIMIT ?)"
+        few = db.execute(counted, (*window, exact + 1)).fetchone()[0] <= exact
+        if few and since >= pruned:
+            rows = db.execute(f"{_READ} at >= ? AND at < ? ORDER BY at, id", window)
+            return list(fold(rows, {}, exact=True).items()), True
+        behind = db.execute("SELECT coalesce(max(id), 0) FROM attempt").fetchone()[0] - last > _TAIL
+    if behind:
+        roll(ledger)
+    with ledger.look() as db:
+        assert db is not None  # noqa: S101 # it was there
+        return list(_summed(db, since, until)), False
+
+
+def _summed(db: sqlite3.Connection, since: float, until: float) -> Iterator[tuple[Key, Cell]]:
+    """Yield whole hours from the roll-up, and what it does not have, or has only with more, from the attempts."""
+    last, pruned = _rolled(db)
+    first, end = math.ceil(since / 3600), math.floor(min(until, 1e11) / 3600)
+    if since < pruned:
+        first = math.floor(since / 3600)
+    if first < end:
+        for row in db.execute("SELECT * FROM rollup WHERE hour >= ? AND hour < ?", (first, end)):
+            yield Key(*row[:7]), Cell(*row[7:12], *map(_unpacked, row[12:]))
+    else:
+        first = end = math.ceil(until / 3600)
+    parts = (
+        ("id > ? AND at >= ? AND at < ? ORDER BY id", (last, first * 3600, end * 3600)),
+        ("at >= ? AND at < ? ORDER BY at, id", (since, min(first * 3600, until))),
+        ("at >= ? AND at < ? ORDER BY at, id", (end * 3600, until)),
+    )
+    rows = chain.from_iterable(db.execute(_READ + where, values) for where, values in parts)
+    yield from fold(rows, {}, exact=False).items()
+
+
+def roll(ledger: Ledger) -> None:
+    """Roll up every attempt that is not yet; in pieces, between which others can write."""
+    more = [True]
+    while more[-1]:
+        ledger.change(lambda db: more.append(_roll_some(db)), SCHEMA)
+
+
+def _roll_some(db: sqlite3.Connection) -> bool:
+    last, _ = _rolled(db)
+    until = db.execute(
+        "SELECT max(id), count(*) FROM (SELECT id FROM attempt WHERE id > ? ORDER BY id LIMIT ?)", (last, _CHUNK)
+    ).fetchone()
+    if not until[1]:
+        return False
+    before = db.execute(f"{_READ} id > ? AND id <= ? ORDER BY id", (last - _LOOK_BACK, last))
+    seen: dict[str, str] = {}
+    fold(before, seen, exact=False)
+    rows = db.execute(f"{_READ} id > ? AND id <= ? ORDER BY id", (last, until[0]))
+    known = (
+        "SELECT * FROM rollup WHERE hour = ? AND provider = ? AND account = ? AND model = ? AND tags = ?"
+        " AND outcome = ? AND why = ?"
+    )
+    for key, cell in fold(rows, seen, exact=False).items():
+        if old := db.execute(known, key).fetchone():
+            cell.add(Cell(*old[7:12], *map(_unpacked, old[12:])))
+        values = (*key, cell.attempts, cell.requests, cell.prompt, cell.completion, cell.cost)
+        blobs = (_packed(cell.ms), _packed(cell.ttft))
+        db.execute(f"INSERT OR REPLACE INTO rollup VALUES ({', '.join('?' * 14)})", (*values, *blobs))  # noqa: S608
+    db.execute("UPDATE rolled SET last = ?", (until[0],))
+    return until[1] == _CHUNK
+
+
+def _rolled(db: sqlite3.Connection) -> tuple[int, float]:
+    """Return the last attempt rolled up, and the time before which attempts have been removed."""
+    made = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'rolled'").fetchone()
+    return db.execute("SELECT last, pruned FROM rolled").fetchone() if made else (0, 0.0)
+
+
+def _packed(counts: dict[float, int]) -> bytes:
+    return b"".join(_PAIR.pack(int(number), count) for number, count in sorted(counts.items()))
+
+
+def _unpacked(blob: bytes) -> dict[float, int]:
+    return dict(_PAIR.iter_unpack(blob))
+
+
+def prune(ledger: Ledger, before: float) -> int:
+    """Remove the attempts before that time; the sums of their hours stay. Return how many they were."""
+    roll(ledger)
+    removed = [0]
+
+    def work(db: sqlite3.Connection) -> None:
+        while _roll_some(db):  # what came since
+            pass
+        removed[0] = db.execute("DELETE FROM attempt WHERE at < ?", (before,)).rowcount
+        db.execute("UPDATE rolled SET pruned = max(pruned, ?)", (before,))
+        db.execute("UPDATE rolled SET last = (SELECT coalesce(max(id), 0) FROM attempt)")  # ids may come again
+
+    ledger.change(work, SCHEMA)
+    return removed[0]
+
+
+def merge(ledger: Ledger, file: Path) -> int:
+    """Add the attempts of another host's history.db that are not here yet; return how many they were.
+
+    Those of a time that has been pruned here are left out: nobody could tell whether they were counted.
+
+    Raises:
+        UsageError: The file is not one.
+    """
+    if not file.is_file():
+        raise UsageError(f"{file}: there is no such file.", hint="Name the history.db of another host.")
+    names = [column.name for column in fields(Record)]
+    columns = ", ".join(f'"{name}"' for name in names)
+    try:
+        rows = read(file, f"SELECT {columns} FROM attempt ORDER BY at, id", patience=2)  # noqa: S608
+    except sqlite3.Error as error:
+        raise UsageError(f"{file}: {error}.", hint="Name the history.db of another host.") from error
+    at, request, deployment = (names.index(name) for name in ("at", "request", "deployment"))
+    added = [0]
+
+    def work(db: sqlite3.Connection) -> None:
+        _, pruned = _rolled(db)
+        known = "SELECT 1 FROM attempt WHERE at = ? AND request = ? AND deployment = ?"
+        new = [
+            row
+            for row in rows
+            if row[at] >= pruned and not db.execute(known, (row[at], row[request], row[deployment])).fetchone()
+        ]
+        marks = ", ".join("?" * len(names))
+        db.executemany(f"INSERT INTO attempt ({columns}) VALUES ({marks})", new)  # noqa: S608
+        added[0] = len(new)
+
+    ledger.change(work, SCHEMA)
+    return added[0]

@@ -1,0 +1,317 @@
+"""Reports what was asked of whom: requests, tokens, latencies, fallbacks, money, quotas.
+
+LiteLLM's spend reports need its proxy and Postgres, and know neither a waterfall's fallbacks nor what the GPU hours
+of a job cost. All is taken from the ledger and Slurm's jobs; nothing is sent.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+from biollm import _rollup
+from biollm._rollup import Cell, Key
+from biollm.config import Config
+from biollm.errors import UsageError
+from biollm.ledger import Ledger, period
+
+By = Literal["provider", "account", "model", "day", "hour", "tag"]
+WEEK = 7 * 86400.0  # seconds: the report's usual length, and how long Slurm's jobs are remembered
+_ATTEMPTS = ("provider", "account", "model")  # whose rows count attempts: a request can ask several of them
+
+
+@dataclass(frozen=True)
+class Row:
+    """Sums of one group. Latencies in ms, of answers only; money in USD; None where there is nothing to tell.
+
+    Attributes:
+        name: The group's: "gemini", "gemini/default", "2026-11-24", "agent=Reviewer".
+        requests: Users' requests; of a provider, account or model, how often it was asked.
+        errors: Requests that nobody answered; of a provider, account or model, attempts that failed.
+        ttft_p50_ms: To the first token of streams.
+        fallback_rate: Share of the requests that a later rung than the first answered; `fallbacks`: why -> how many.
+        failures: Why -> how many attempts failed.
+        cost_avoided_usd: What the tokens would have cost at `costs.reference_model`, less what they did cost.
+    """
+
+    name: str
+    requests: int = 0
+    errors: int = 0
+    error_rate: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    ttft_p50_ms: float | None = None
+    fallback_rate: float = 0.0
+    fallbacks: Mapping[str, int] = field(default_factory=dict[str, int])
+    failures: Mapping[str, int] = field(default_factory=dict[str, int])
+    cost_usd: float = 0.0
+    cost_avoided_usd: float | None = None
+
+
+@dataclass(frozen=True)
+class Quota:
+    """A limit now. Times in epoch seconds.
+
+    Attributes:
+        unit: "requests", "tokens" or "usd".
+        exhausted_at: When it is used up at the pace of its period so far, if that is before it resets.
+    """
+
+    scope: str
+    limit: str
+    unit: str
+    amount: float
+    used: float
+    left: float
+    resets_at: float | None
+    exhausted_at: float | None
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a local model's answers cost: GPU hours of its jobs, idle ones included, over its tokens; money in USD."""
+
+    model: str
+    gpu_hours: float
+    tokens: int
+    cost_usd: float
+    per_million_usd: float | None
+    reference_per_million_usd: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Usage from `since` to `until` (epoch seconds).
+
+    Attributes:
+        exact: Whether percentiles are exact; else they are within 2%.
+        budgets: The quotas that are money.
+    """
+
+    since: float
+    until: float
+    by: By
+    exact: bool
+    rows: tuple[Row, ...]
+    total: Row
+    quotas: tuple[Quota, ...] = ()
+    budgets: tuple[Quota, ...] = ()
+    local: tuple[Local, ...] = ()
+    reference_model: str | None = None
+
+
+def report(
+    config: Config,
+    ledger: Ledger,
+    since: float | None = None,
+    until: float | None = None,
+    by: By = "provider",
+    *,
+    exact: int = _rollup.EXACT,
+) -> Report:
+    """Report the attempts of `since` <= at < `until` (epoch seconds; by default the last week).
+
+    Args:
+        config: Names limits, prices and the cluster.
+        ledger: What was sent.
+        since: From when.
+        until: To when.
+        by: What a row is about. Days and hours are UTC's. A request counts in the row of each of its tags.
+        exact: Attempts up to which percentiles are exact.
+
+    Raises:
+        UsageError: `by` is something else.
+    """
+    if by not in get_args(By):
+        raise UsageError(f"There is no usage by {by!r}.", hint=f"By: {', '.join(get_args(By))}.")
+    now = time.time()
+    until = now if until is None else until
+    since = until - WEEK if since is None else since
+    cells, kept = _rollup.cells(ledger, since, until, exact)
+    price = _price(config.costs.reference_model)
+    groups: defaultdict[str, list[tuple[Key, Cell]]] = defaultdict(list)
+    for key, cell in cells:
+        for name in _names(key, by):
+            groups[name].append((key, cell))
+    rows = [_row(config, name, group, price, kept, attempts=by in _ATTEMPTS) for name, group in groups.items()]
+    quotas = tuple(_quotas(config, ledger, now))
+    return Report(
+        since,
+        until,
+        by,
+        kept,
+        tuple(sorted(rows, key=(lambda row: row.name) if by in ("day", "hour") else (lambda row: -row.requests))),
+        _row(config, "total", cells, price, kept, attempts=False),
+        quotas,
+        tuple(quota for quota in quotas if quota.unit == "usd"),
+        tuple(_local(config, cells, max(since, now - WEEK), min(until, now), price)),
+        config.costs.reference_model,
+    )
+
+
+def _names(key: Key, by: By) -> Sequence[str]:
+    if by == "tag":
+        return [f"{name}={value}" for name, value in json.loads(key.tags).items()] or ["(none)"]
+    if by in ("day", "hour"):
+        at = datetime.fromtimestamp(key.hour * 3600, UTC)
+        return (at.strftime("%Y-%m-%d" if by == "day" else "%Y-%m-%d %H:00"),)
+    return (f"{key.provider}/{key.account}" if by == "account" else key.provider if by == "provider" else key.model,)
+
+
+def _row(
+    config: Config,
+    name: str,
+    group: Iterable[tuple[Key, Cell]],
+    price: tuple[float, float] | None,
+    exact: bool,
+    *,
+    attempts: bool,
+) -> Row:
+    whole, answers, ended, cost = Cell(), Cell(), 0, 0.0
+    fallbacks, failures = Counter[str](), Counter[str]()
+    for key, cell in group:
+        own = config.costs.per_million_tokens.get(key.provider)
+        cost += cell.cost if own is None else own * (cell.prompt + cell.completion) / 1e6
+        if key.outcome == "ok":
+            answers.add(cell)
+            fallbacks[key.why] += cell.attempts
+        elif key.outcome == "failed":
+            failures[key.why] += cell.attempts
+        ended += cell.attempts if key.outcome in ("ok", "cancelled") else 0
+        whole.attempts, whole.requests = whole.attempts + cell.attempts, whole.requests + cell.requests
+        whole.prompt, whole.completion = whole.prompt + cell.prompt, whole.completion + cell.completion
+    del fallbacks[""]
+    requests = whole.attempts if attempts else whole.requests
+    errors = failures.total() if attempts else max(0, whole.requests - ended)
+    p50, p95, p99 = quantiles(answers.ms, (0.5, 0.95, 0.99), exact=exact)
+    return Row(
+        name,
+        requests,
+        errors,
+        errors / requests if requests else 0.0,
+        whole.prompt,
+        whole.completion,
+        p50,
+        p95,
+        p99,
+        quantiles(answers.ttft, (0.5,), exact=exact)[0],
+        min(1.0, fallbacks.total() / requests) if requests else 0.0,
+        dict(fallbacks.most_common()),
+        dict(failures.most_common()),
+        cost,
+        whole.prompt * price[0] + whole.completion * price[1] - cost if price else None,
+    )
+
+
+def quantiles(counts: Mapping[float, int], shares: Sequence[float], *, exact: bool) -> list[float | None]:
+    """Return quantiles of counted latencies (or buckets, unless `exact`), interpolated as numpy does by default."""
+    if not counts:
+        return [None] * len(shares)
+    ordered = sorted(counts.items())
+    total = sum(counts.values())
+    found: list[float | None] = []
+    for share in shares:
+        place = share * (total - 1)
+        low, high = (_at(ordered, rank) for rank in (int(place), min(int(place) + 1, total - 1)))
+        low, high = (low, high) if exact else (_rollup.middle(low), _rollup.middle(high))
+        found.append(low + (high - low) * (place - int(place)))
+    return found
+
+
+def _at(ordered: Sequence[tuple[float, int]], rank: int) -> float:
+    for value, count in ordered:
+        rank -= count
+        if rank < 0:
+            return value
+    return ordered[-1][0]
+
+
+def _quotas(config: Config, ledger: Ledger, now: float) -> Iterable[Quota]:
+    from biollm import routing
+
+    seen: set[str] = set()
+    for deployment in routing.deployments(config):
+        if deployment.scope in seen:
+            continue
+        seen.add(deployment.scope)
+        for limit, used, resets in ledger.used(deployment.scope, deployment.limits):
+            left, exhausted = max(0.0, limit.amount - used), None
+            if not limit.rolling and used:
+                start, end = period(limit, now)
+                exhausted = now + left * max(now - start, 1.0) / used
+                exhausted = exhausted if exhausted < end else None
+            yield Quota(deployment.scope, str(limit), limit.kind, limit.amount, used, left, resets, exhausted)
+
+
+def price_map() -> dict[str, dict[str, object]]:
+    """Return LiteLLM's prices, model -> facts, from its file: importing it takes seconds."""
+    import orjson
+
+    found = importlib.util.find_spec("litellm")
+    if found is None or not found.submodule_search_locations:
+        return {}
+    return orjson.loads(
+        Path(found.submodule_search_locations[0], "model_prices_and_context_window_backup.json").read_bytes()
+    )
+
+
+@cache
+def _price(model: str | None) -> tuple[float, float] | None:
+    """Return the USD per token of prompt and of answer; None where no model is named, or LiteLLM has no price."""
+    known = price_map().get(model) if model else None
+    if known is None:
+        return None
+    sent, got = known.get("input_cost_per_token"), known.get("output_cost_per_token")
+    return (float(sent) if isinstance(sent, int | float) else 0.0, float(got) if isinstance(got, int | float) else 0.0)
+
+
+def _local(
+    config: Config,
+    cells: Iterable[tuple[Key, Cell]],
+    since: float,
+    until: float,
+    price: tuple[float, float] | None,
+) -> Iterable[Local]:
+    """Yield the local models that had jobs or gave answers; jobs of several models are split evenly."""
+    local = {provider.name for provider in config.providers if provider.type == "local"}
+    tokens: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for key, cell in cells:
+        if key.provider in local and since // 3600 <= key.hour < until / 3600:
+            tokens[key.model] += Counter(prompt=cell.prompt, completion=cell.completion)
+    hours = _gpu_hours(config, since, until)
+    for model in sorted({*hours, *tokens}):
+        sent, got = tokens[model]["prompt"], tokens[model]["completion"]
+        cost, count = hours[model] * config.costs.gpu_hour_usd, sent + got
+        reference = (sent * price[0] + got * price[1]) / count * 1e6 if price and count else None
+        yield Local(model, hours[model], count, cost, cost / count * 1e6 if count else None, reference)
+
+
+def _gpu_hours(config: Config, since: float, until: float) -> Counter[str]:
+    """Return model -> GPU hours of this user's jobs, from their first sign of life to their last, or to now."""
+    from biollm import _scheduler
+    from biollm.site import run_dir
+    from biollm.tickets import judge, tickets
+
+    hours: Counter[str] = Counter()
+    folder = run_dir(config.cluster)
+    known = [ticket for ticket in tickets(config.cluster) if ticket.events]
+    if not known:
+        return hours
+    queue = _scheduler.queue(folder, config.cluster.name)
+    for ticket in known:
+        end = ticket.seen if judge(ticket, queue, (), until).over else until
+        seconds = min(end, until) - max(float(ticket.events[0]["at"]), since)
+        for model in ticket.models:
+            hours[model] += ticket.gpus * max(0.0, seconds) / 3600 / len(ticket.models)  # type: ignore[assignment]
+    return hours
