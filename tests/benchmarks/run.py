@@ -23,6 +23,7 @@ import commands
 import loopback
 import overhead
 import promises
+import top
 from setting import KEY, ROUNDS, Bar, environment, waterfall
 
 HERE = Path(__file__).parent
@@ -134,6 +135,7 @@ def main() -> None:
         found, figures = promises.many(address, scratch)
         add("500 deployments", found, peer_table(figures, "500 deployments: load", "ms"))
         add("Quotas", promises.quota(address, scratch))
+        add("`biollm top`", top.measure(address, scratch))
         add("The ledger", [], ledger())
     text = report(bars, sections, time.monotonic() - began)
     RESULTS.write_text(text)

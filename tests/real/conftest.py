@@ -1,4 +1,4 @@
-"""Real parts on this machine: a Slurm of our own, vLLM built for CPU, SmolLM2's weights, LiteLLM's proxy.
+"""Real parts on this machine: a Slurm of our own, vLLM built for CPU, SmolLM2's weights, LiteLLM's proxy, Chromium.
 
 Where one is missing, its tests are skipped with a line that says what; BIOLLM_REQUIRE_REAL=1 makes that a failure.
 """
@@ -82,6 +82,20 @@ def litellm_proxy() -> Path:
                     missing(f"litellm[proxy]=={version} could not be installed: {done.stderr.strip()[-300:]}")
             ready.touch()
     return programs / "litellm"
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Debian's Chromium, installed on first use where this runs as root."""
+    if not shutil.which("chromium") and os.geteuid() == 0 and shutil.which("apt-get"):
+        env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        packages = ("chromium", "fonts-dejavu-core")
+        subprocess.run(("apt-get", "-qq", "update"), env=env, stdout=2)
+        subprocess.run(("apt-get", "-qq", "install", "-y", "--no-install-recommends", *packages), env=env, stdout=2)
+    program = shutil.which("chromium")
+    if not program:
+        missing("no chromium here: install it, or run as root on Debian")
+    return str(program)
 
 
 @pytest.fixture

@@ -1,0 +1,349 @@
+"""The picture of now: who would answer, what runs, how the last half hour went; as a value and as text.
+
+Reads only the attempts that are new since the last picture: Slurm, vLLM and LiteLLM each show a part, none the whole.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from biollm._resources import state_dir
+from biollm._shared import ledger, watch
+from biollm._sqlite import read
+from biollm.config import Config
+from biollm.endpoints import Endpoint
+from biollm.errors import BiollmError
+from biollm.ledger import Ledger
+from biollm.routing import Wants
+from biollm.rungs import Rung, Rungs, Standing, explain
+from biollm.tickets import Job
+
+MINUTES = 30  # of the series
+_JOBS_S = 5.0  # seconds between two questions about jobs
+_NEW = 'SELECT id, at, request, deployment, outcome, ms, "order", reason FROM attempt WHERE '
+_LAST = (  # SQLite takes the other columns from the row of the maximum
+    "SELECT max(id), max(at + ms / 1000), '', deployment, outcome, 0, 0, reason FROM attempt WHERE at >= ? GROUP BY 4, 5"
+)
+State = Standing | Literal["cooling", "failing"]
+_LOOK = {"ready": ("●", 32), "failing": ("✖", 31), "refused": ("✖", 31), "cooling": ("◐", 33), "limited": ("◐", 33)}
+_SPANS = ((172800, 86400, "d"), (7200, 3600, "h"), (120, 60, "m"))  # from so many seconds on, in these
+_PHASES = {"ready": 32, "failed": 31, "unknown": 31}
+
+
+@dataclass(frozen=True)
+class Quota:
+    """A limit, and how much of it is used; both in requests, tokens or USD."""
+
+    limit: str
+    used: float
+    amount: float
+
+
+@dataclass(frozen=True)
+class RungView:
+    """A rung as it stands.
+
+    Attributes:
+        place: From 1; accounts and replicas share one.
+        state: Its standing, but "cooling" when it rests after a failure, and "failing" when it may be asked though its
+            last attempt, in the last half hour, failed.
+        why: One sentence; empty when ready.
+        frees_s: Seconds until it may be asked again, or None.
+        last_s: Seconds since its last answer, None when that is more than a day ago.
+    """
+
+    place: int
+    deployment: str
+    state: State
+    why: str
+    quotas: tuple[Quota, ...]
+    frees_s: float | None
+    last_s: float | None
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A job of this user, or the server of another that is used here. `left_s`: seconds of walltime left."""
+
+    job: str
+    models: str
+    phase: str
+    reason: str
+    node: str
+    left_s: float | None
+
+
+@dataclass(frozen=True)
+class Minute:
+    """The requests sent in a minute; None where nothing is to be told.
+
+    Attributes:
+        ms: Median milliseconds of those answered, over all their attempts.
+        fallback: Share that a later rung answered because an earlier one failed or was limited.
+    """
+
+    requests: int = 0
+    ms: float | None = None
+    fallback: float | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything at the time `at` (epoch seconds). `minutes`: the last 30, oldest first, the present one last."""
+
+    at: float
+    rungs: tuple[RungView, ...]
+    jobs: tuple[JobView, ...]
+    minutes: tuple[Minute, ...]
+    alerts: tuple[str, ...] = ()
+
+
+@dataclass
+class _Request:
+    ms: float = 0.0
+    attempts: int = 0
+    answered: bool = False
+    fell: bool = False
+
+
+class Top:
+    """Takes snapshots; from any thread, one at a time.
+
+    Args:
+        config: The configuration.
+        ledger: Who is limited and cools.
+        state: The state folder: the ledger's history, tokens, weights.
+        discover: Returns the running servers.
+        jobs: Returns this user's jobs; asked in a thread of its own, since Slurm's controller may hang.
+        alerts: Returns the alerts that fire.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        state: Path,
+        *,
+        discover: Callable[[], Iterable[Endpoint]] = tuple,
+        jobs: Callable[[], Sequence[Job]] = tuple,
+        alerts: Callable[[], Iterable[object]] = tuple,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config, self._ledger, self._state = config, ledger, state
+        self._discover, self._ask, self._alerts, self._clock = discover, jobs, alerts, clock
+        self._lock = threading.Lock()
+        self._known: Sequence[Job] = ()
+        self._asking: threading.Thread | None = None
+        self._asked = 0.0
+        self._forget()
+
+    @classmethod
+    def of_process(cls, config: Config) -> Top:
+        """Return one of this process's ledger, servers and jobs."""
+        from biollm import slurm
+
+        def jobs() -> Sequence[Job]:
+            return slurm.status(config.cluster)
+
+        return cls(config, ledger(), state_dir(), discover=watch(config.cluster).alive, jobs=jobs)
+
+    def snapshot(self) -> Snapshot:
+        """Look at everything; sends nothing."""
+        with self._lock:
+            now = self._clock()
+            self._follow(now)
+            servers = tuple(self._discover())
+            rungs = Rungs(self._config, self._ledger, self._state, self._config.data_policy, lambda: servers)
+            found = explain(rungs, Wants(policy=self._config.data_policy))
+            used: dict[str, tuple[Quota, ...]] = {}
+            for scope, limits in {rung.deployment.scope: rung.deployment.limits for rung in found}.items():
+                used[scope] = tuple(Quota(str(x), n, x.amount) for x, n, _ in self._ledger.used(scope, limits))
+            views = tuple(self._view(rung, used[rung.deployment.scope], now) for rung in found)
+            jobs, alerts = _jobs(self._jobs(), servers), tuple(map(str, self._alerts()))
+            return Snapshot(now, views, jobs, self._series(now), alerts)
+
+    def _view(self, rung: Rung, quotas: tuple[Quota, ...], now: float) -> RungView:
+        name, why = rung.deployment.id, rung.reason
+        state: State = rung.standing
+        answered = self._answered.get(name)
+        failed, reason = self._failed.get(name, (0.0, ""))
+        if state == "limited" and not any(quota.used >= quota.amount for quota in quotas):
+            state = "cooling"
+        elif state == "ready" and failed > max(answered or 0.0, now - 60 * MINUTES):
+            state, why = "failing", reason
+        frees = max(0.0, rung.until - now) if rung.until else None
+        last = max(0.0, now - answered) if answered else None
+        return RungView(rung.deployment.order, name, state, why, quotas, frees, last)
+
+    def _forget(self) -> None:
+        self._seen = -1  # the last row's id; a row's time is that of sending, so rows come out of order by it
+        self._answered: dict[str, float] = {}
+        self._failed: dict[str, tuple[float, str]] = {}
+        self._rows: dict[int, dict[str, _Request]] = defaultdict(dict)
+        self._minutes: dict[int, Minute] = {}
+
+    def _follow(self, now: float) -> None:
+        """Read the attempts that are new."""
+        newest: int = (self._query("SELECT max(id) FROM attempt") or [(None,)])[0][0] or -1
+        if newest < self._seen:  # another file has taken its place
+            self._forget()
+        if self._seen < 0:
+            rows = self._query(_LAST, now - 86400) + self._query(f"{_NEW}at >= ?", now - 60 * MINUTES)
+        else:
+            rows = self._query(f"{_NEW}id > ?", self._seen) if newest > self._seen else []
+        for number, at, request, deployment, outcome, ms, order, reason in rows:
+            self._seen = max(self._seen, number)
+            ended, answered = at + ms / 1000, outcome == "ok"
+            if answered:
+                self._answered[deployment] = max(ended, self._answered.get(deployment, 0.0))
+            elif outcome == "failed":
+                self._failed[deployment] = max((ended, reason), self._failed.get(deployment, (0.0, "")))
+            if request:
+                seen = self._rows[int(at // 60)].setdefault(request, _Request())
+                seen.fell = seen.fell or (answered and order > 1 and bool(reason or seen.attempts))
+                seen.ms, seen.attempts, seen.answered = seen.ms + ms, seen.attempts + 1, seen.answered or answered
+                self._minutes.pop(int(at // 60), None)
+
+    def _query(self, sql: str, *arguments: object) -> list[Any]:
+        with suppress(sqlite3.Error, OSError):
+            return read(self._state / "history.db", sql, arguments)
+        return []
+
+    def _series(self, now: float) -> tuple[Minute, ...]:
+        last = int(now // 60)
+        span = range(last - MINUTES + 1, last + 1)
+        for old in [minute for minute in self._rows if minute < span[0]]:
+            del self._rows[old]
+            self._minutes.pop(old, None)
+        for minute in span:
+            if minute not in self._minutes and (rows := self._rows.get(minute)):
+                took = [seen.ms for seen in rows.values() if seen.answered]
+                fell = sum(seen.fell for seen in rows.values()) / len(rows)
+                self._minutes[minute] = Minute(len(rows), median(took) if took else None, fell)
+        return tuple(self._minutes.get(minute, Minute()) for minute in span)
+
+    def _jobs(self) -> Sequence[Job]:
+        if self._asking is None or (not self._asking.is_alive() and time.monotonic() - self._asked >= _JOBS_S):
+            first, self._asked = self._asking is None, time.monotonic()
+            self._asking = threading.Thread(target=self._learn, name="biollm-jobs", daemon=True)
+            self._asking.start()
+            self._asking.join(2.0 if first else 0.0)
+        return self._known
+
+    def _learn(self) -> None:
+        with suppress(BiollmError, OSError):  # what was known stays
+            self._known = self._ask()
+
+
+def _jobs(jobs: Sequence[Job], servers: Sequence[Endpoint]) -> tuple[JobView, ...]:
+    mine = {job.ticket.id for job in jobs}
+    views = [JobView(j.ticket.job, ", ".join(j.ticket.models), j.phase, j.reason, j.node, j.left_s) for j in jobs]
+    others = [JobView(e.job, e.model, "ready", "", e.host, e.left_s) for e in servers if e.ticket not in mine]
+    return (*views, *others)
+
+
+def render(snapshot: Snapshot, width: int = 80, height: int | None = None, *, color: bool = False) -> str:
+    """Return the snapshot as text of at most `width` columns and `height` lines; of any height when None."""
+    head = time.strftime("biollm top  %H:%M:%S UTC", time.gmtime(snapshot.at))
+    series = [_cut(line, width) for line in _series_lines(snapshot.minutes)]
+    alerts = [_cut(f"ALERT  {alert}", width) for alert in snapshot.alerts]
+    jobs = [_job(job, width, color) for job in snapshot.jobs] or ["    none"]
+    rungs = [_rung(rung, width, color) for rung in snapshot.rungs]
+    if height is not None:
+        alerts = _fit(alerts, 3)
+        room = max(2, height - 6 - len(alerts) - len(series))  # head, two titles, blank lines between the parts
+        jobs = _fit(jobs, max(1, room - len(rungs), room // 3))
+        rungs = _fit(rungs, room - len(jobs))
+    titles = [
+        f" #  {'rung':27} {'state':13} last  limits, or why not",
+        f"    {'job':8} {'model':18} {'state':13} left  node",
+    ]
+    titles = [f"\033[1m{_cut(title, width)}\033[0m" if color else _cut(title, width) for title in titles]
+    alerts = [f"\033[31m{alert}\033[0m" if color else alert for alert in alerts]
+    lines = [head, "", titles[0], *rungs, "", titles[1], *jobs, "", *series, *alerts]
+    return "\n".join(line.rstrip() for line in lines[:height])
+
+
+def _line(text: str, width: int, hue: int | None = None) -> str:
+    """Return a row that fits, its column of states in a colour."""
+    text = _cut(text, width)
+    return text if hue is None else f"{text[:32]}\033[{hue}m{text[32:45]}\033[0m{text[45:]}"
+
+
+def _fit(lines: list[str], room: int) -> list[str]:
+    return lines if len(lines) <= room else [*lines[: room - 1], f"    ... {len(lines) - room + 1} more"]
+
+
+def _rung(rung: RungView, width: int, color: bool) -> str:
+    glyph, hue = _LOOK.get(rung.state, ("○", 90))
+    state = f"{glyph} {rung.state} {'' if rung.frees_s is None else span(rung.frees_s)}"
+    said = rung.why
+    if rung.state in ("ready", "limited") and rung.quotas:
+        tightest = max(rung.quotas, key=_share)
+        full = int(6 * min(1.0, _share(tightest)))
+        said = f"{'█' * full}{'░' * (6 - full)} {short(tightest.used)} of {tightest.limit}"
+    text = f"{rung.place:2}  {_cut(rung.deployment, 27):27} {state:13} {span(rung.last_s):>4}  {said}"
+    return _line(text, width, hue if color else None)
+
+
+def _job(job: JobView, width: int, color: bool) -> str:
+    said = "  ".join(filter(None, (job.node, job.reason)))
+    text = f"    {_cut(job.job, 8):8} {_cut(job.models, 18):18} {job.phase:13} {span(job.left_s):>4}  {said}"
+    return _line(text, width, _PHASES.get(job.phase, 33) if color else None)
+
+
+def _series_lines(minutes: Sequence[Minute]) -> list[str]:
+    def line(title: str, values: Sequence[float | None], say: Callable[[float], str], top: float | None = None) -> str:
+        known = [value for value in values if value is not None]
+        said = f"{say(known[-1])} last, {say(max(known))} at most" if known else "nothing in 30 min"
+        return f"{title:13} {_spark(values, top)}  {said}"
+
+    return [
+        line("requests/min", [minute.requests for minute in minutes], "{:.0f}".format),
+        line("latency p50", [minute.ms for minute in minutes], seconds),
+        line("fallback", [minute.fallback for minute in minutes], "{:.0%}".format, 1.0),
+    ]
+
+
+def _spark(values: Sequence[float | None], top: float | None = None) -> str:
+    high = top or max((value for value in values if value), default=0.0) or 1.0
+    return "".join(" " if not value else "▁▂▃▄▅▆▇█"[min(7, int(8 * value / high))] for value in values)
+
+
+def _share(quota: Quota) -> float:
+    return quota.used / quota.amount if quota.amount else 1.0
+
+
+def _cut(text: str, width: int) -> str:
+    """Return `text` in `width` columns, without anything that a terminal would obey."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in text)
+    return plain if len(plain) <= width else f"{plain[: max(0, width - 1)]}…"
+
+
+def short(amount: float) -> str:
+    """Return a number as people write it: 12, 1.5k, 30M."""
+    size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if amount >= n), (1, ""))
+    return f"{amount / size:.3g}{letter}"
+
+
+def span(value: float | None) -> str:
+    """Return seconds in at most four letters: 42s, 12m, 3h, 2d."""
+    if value is None:
+        return "-"
+    _, size, unit = next((each for each in _SPANS if value >= each[0]), (0, 1, "s"))
+    return f"{value / size:.0f}{unit}"
+
+
+def seconds(ms: float) -> str:
+    """Return milliseconds as 850 ms or 1.2 s."""
+    return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"

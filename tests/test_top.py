@@ -1,0 +1,225 @@
+"""The picture of now tells the truth, fits its terminal, and leaves it as it was."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from picture import NOW, group, record
+from provider import Loopback
+
+from biollm.client import get_model_client
+from biollm.config import load_config
+from biollm.ledger import Ledger
+from biollm.top import Minute, Quota, RungView, Snapshot, Top, render
+
+UPDATE = os.environ.get("BIOLLM_UPDATE") == "1"
+RECORDING = Path(__file__).parent.parent / "examples" / "top.txt"
+Write = Callable[..., Path]
+
+
+def test_the_recording_in_the_examples_is_what_top_shows(waterfall: Write, tmp_path: Path) -> None:
+    text = render(group(waterfall, tmp_path).snapshot(), 80, 24) + "\n"
+    if UPDATE:
+        RECORDING.write_text(text)
+    assert text == RECORDING.read_text(), "BIOLLM_UPDATE=1 writes it"
+
+
+def test_each_rung_stands_as_it_does(waterfall: Write, tmp_path: Path) -> None:
+    rungs = {rung.deployment.split("/")[0]: rung for rung in reversed(group(waterfall, tmp_path).snapshot().rungs)}
+    assert {name: rung.state for name, rung in rungs.items()} == {
+        "lightning": "limited",
+        "gemini": "cooling",
+        "github_copilot": "ready",
+        "openai": "keyless",
+        "vllm": "ready",
+        "embedded": "absent",
+    }
+    assert rungs["gemini"].frees_s == 42
+    assert rungs["gemini"].why == "HTTP 503: the model is overloaded"
+    assert rungs["lightning"].quotas == (Quota("15/min", 15, 15),)
+    assert rungs["github_copilot"].quotas == (Quota("30/min", 11, 30),)
+    assert rungs["lightning"].frees_s == pytest.approx(41, abs=1)
+    assert rungs["vllm"].last_s == pytest.approx(68.8)
+    assert rungs["openai"].last_s is None
+
+
+def test_an_attempt_is_seen_when_it_happens(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.refusing(), second=net.serve())
+    top = Top.of_process(load_config())
+    before = top.snapshot()
+    client = get_model_client()
+    client.complete("a prompt that nobody may see")
+    client = None
+    from biollm._shared import ledger
+
+    ledger().flush()
+    after = top.snapshot()
+    assert [rung.state for rung in before.rungs] == ["ready", "ready"]
+    assert sum(minute.requests for minute in before.minutes) == 0
+    assert after.rungs[0].state == "cooling"
+    assert after.rungs[0].why
+    assert after.rungs[1].state == "ready"
+    assert after.rungs[1].last_s is not None
+    assert sum(minute.requests for minute in after.minutes) == 1
+    assert [minute.fallback for minute in after.minutes if minute.requests] == [1.0]
+    assert "planted" not in repr(after)
+    assert "nobody may see" not in repr(after)
+
+
+@pytest.fixture
+def quiet(waterfall: Write, tmp_path: Path) -> tuple[Top, Ledger]:
+    """A waterfall of two that nobody used, at a clock that stands still."""
+    waterfall(first="http://localhost:1/v1", second="http://localhost:2/v1")
+    ledger = Ledger(tmp_path / "group", clock=lambda: NOW, network=False)
+    return Top(load_config(), ledger, tmp_path / "group", clock=lambda: NOW), ledger
+
+
+def test_a_minute_counts_requests_not_attempts(quiet: tuple[Top, Ledger]) -> None:
+    top, ledger = quiet
+    ledger.finish(None, "", record(NOW, "fell", "first/small", 1, "failed", 300, "HTTP 500"))
+    ledger.finish(None, "", record(NOW + 0.3, "fell", "second/small", 2, "ok", 700))
+    ledger.finish(None, "", record(NOW, "straight", "first/small", 1, "ok", 500))
+    ledger.flush()
+    assert top.snapshot().minutes[-1] == Minute(2, 750, 0.5)
+    ledger.finish(None, "", record(NOW - 120, "late, sent before", "first/small", 1, "ok", 100))
+    ledger.flush()
+    minutes = top.snapshot().minutes
+    assert (minutes[-1], minutes[-3]) == (Minute(2, 750, 0.5), Minute(1, 100, 0.0))
+
+
+def test_a_rung_whose_last_attempt_failed_is_failing_until_it_answers(quiet: tuple[Top, Ledger]) -> None:
+    top, ledger = quiet
+    states: list[tuple[str, str]] = []
+    for outcome, at in (("failed", -60), ("cancelled", -50), ("ok", -40)):
+        ledger.finish(None, "", record(NOW + at, outcome, "first/small", 1, outcome, 0, "HTTP 500"))
+        ledger.flush()
+        first = top.snapshot().rungs[0]
+        states.append((first.state, first.why))
+    assert states == [("failing", "HTTP 500"), ("failing", "HTTP 500"), ("ready", "")]
+
+
+def test_a_new_history_file_is_followed(quiet: tuple[Top, Ledger], tmp_path: Path) -> None:
+    top, ledger = quiet
+    for number in range(3):
+        ledger.finish(None, "", record(NOW, f"{number}", "first/small", 1, "ok", 1))
+    ledger.flush()
+    assert top.snapshot().minutes[-1].requests == 3
+    ledger.close()
+    for path in (tmp_path / "group").glob("history.db*"):
+        path.unlink()
+    ledger.finish(None, "", record(NOW, "new", "second/small", 2, "ok", 1))
+    ledger.flush()
+    assert top.snapshot().minutes[-1].requests == 1
+
+
+def test_a_controller_that_hangs_holds_up_nothing(waterfall: Write, tmp_path: Path) -> None:
+    waterfall(first="http://localhost:1/v1")
+    release = threading.Event()
+
+    def jobs() -> list[object]:
+        release.wait(60)
+        return []
+
+    top = Top(load_config(), Ledger(tmp_path), tmp_path, jobs=jobs)  # type: ignore[arg-type]
+    began = time.monotonic()
+    top.snapshot()
+    top.snapshot()
+    took = time.monotonic() - began
+    release.set()
+    assert took < 30
+
+
+MANY = tuple(RungView(n, f"a_long_provider_name/model-{n}", "ready", "", (), None, 12) for n in range(40))
+NASTY = RungView(
+    1, "evil\033]0;x\007/\033[2Jm", "refused", "said \033[31m\r\nboo" * 30, (Quota("0/min", 0, 0),), 1e6, 1e7
+)
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 10), (200, 60), (80, 12)])
+@pytest.mark.parametrize("color", [False, True])
+def test_it_fits_any_terminal(waterfall: Write, tmp_path: Path, width: int, height: int, color: bool) -> None:
+    taken = group(waterfall, tmp_path).snapshot()
+    crowd = replace(taken, rungs=(NASTY, *MANY), jobs=taken.jobs * 9, alerts=("a " * 200,) * 9)
+    for snapshot in (taken, crowd, Snapshot(NOW, (), (), (Minute(),) * 30)):
+        lines = render(snapshot, width, height, color=color).split("\n")
+        plain = [re.sub(r"\033\[\d+m", "", line) for line in lines]
+        assert len(lines) <= height
+        assert max(map(len, plain)) <= width
+        assert all(line.isprintable() for line in plain)
+
+
+def test_at_80x24_every_part_is_there_whatever_the_crowd(waterfall: Write, tmp_path: Path) -> None:
+    taken = group(waterfall, tmp_path).snapshot()
+    text = render(replace(taken, rungs=(*taken.rungs, *MANY), jobs=taken.jobs * 9), 80, 24)
+    for part in ("1  lightning/gpt-oss-20b", "cooling 42s", "████", "4711", "requests/min", "ALERT", "more"):
+        assert part in text
+    assert render(taken, 80).count("\n") < 24, "the usual needs no cutting"
+
+
+def test_in_a_pipe_it_prints_once(waterfall: Write, biollm: Callable[..., object]) -> None:
+    waterfall(first="http://localhost:1/v1")
+    ran = biollm("top")
+    assert ran.code == 0  # type: ignore[attr-defined]
+    assert ran.out.count("biollm top") == 1  # type: ignore[attr-defined]
+    assert "\033" not in ran.out  # type: ignore[attr-defined]
+
+
+def test_the_page_in_a_file_is_its_owners_alone(
+    waterfall: Write, tmp_path: Path, biollm: Callable[..., object]
+) -> None:
+    waterfall(first="http://localhost:1/v1")
+    assert biollm("top", "--html", tmp_path / "now.html").code == 0  # type: ignore[attr-defined]
+    assert stat.S_IMODE((tmp_path / "now.html").stat().st_mode) == 0o600
+    assert "first/small" in (tmp_path / "now.html").read_text()
+
+
+@pytest.mark.parametrize(("end", "code"), [(b"q", 0), (b"\003", 130), (signal.SIGTERM, 143)])
+def test_the_terminal_is_left_as_it_was(waterfall: Write, end: bytes | int, code: int) -> None:
+    waterfall(**{f"rung{n}": "http://localhost:1/v1" for n in range(30)})
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    before = termios.tcgetattr(theirs)
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    command = [sys.executable, "-c", "from biollm.cli import main; main()", "top", "--interval", "0.2"]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    seen = b""
+    try:
+        while seen.count(b"\033[J") < 2:  # drawn twice
+            assert select.select([ours], [], [], 60)[0], seen
+            seen += os.read(ours, 65536)
+        os.write(ours, end) if isinstance(end, bytes) else process.send_signal(end)
+        while not seen.endswith(b"\033[?1049l") and select.select([ours], [], [], 60)[0]:
+            seen += os.read(ours, 65536)
+            if b"\033[?1049l" in seen:
+                break
+        assert process.wait(60) == code
+        assert termios.tcgetattr(theirs) == before
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+    assert b"\033[?1049h" in seen
+    assert b"\033[?25h\033[?1049l" in seen
+    frame = re.findall(r"\033\[H(.*?)\033\[J", seen.decode(), re.DOTALL)[0]
+    lines = [re.sub(r"\033\[\d*[mK]", "", line) for line in frame.split("\r\n")]
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
