@@ -14,7 +14,7 @@ from biollm.rungs import Rungs
 from biollm.tickets import Job, Ticket
 from biollm.top import Top
 
-NOW = 4102488000.0  # noon of 2100-01-01: a cooldown then is still to come
+NOW = 4102488040.0  # noon of 2100-01-01: a cooldown then is still to come
 RUNGS = {
     "lightning": {"models": ["gpt-oss-20b"], "base_url": "http://localhost:1/v1", "rate_limit": "15/min"},
     "gemini": {"models": ["gemini-3.8-flash"], "rate_limit": ["10/min", "250/day"], "limits_per": "model"},
@@ -73,7 +73,7 @@ def history(ids: list[str]) -> list[Record]:
     made: list[Record] = []
     for minute in range(30):
         for number in range(round(9 + 7 * math.sin(minute / 4))):
-            at, request = NOW - 60 * (29 - minute) + 2 * number - 40, f"{minute}-{number}"
+            at, request = NOW - 60 * (29 - minute) + 2 * number - 36, f"{minute}-{number}"
             falls = number % 4 == 3 or minute > 26
             made.append(
                 record(at, request, ids[0], 1, "failed" if falls else "ok", 300 if falls else 700 + 20 * minute)
@@ -87,4 +87,4 @@ def history(ids: list[str]) -> list[Record]:
 
 def record(at: float, request: str, deployment: str, order: int, outcome: str, ms: float, reason: str = "") -> Record:
     provider, _, model = deployment.partition("/")
-    return Record(at, request, deployment, provider, "default", model, outcome, reason, ms=ms, order=order)  # type: ignore[arg-type]
+    return Record(at, request, deployment, provider, "default", model, outcome, reason, ms=ms, order=order)

@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from picture import NOW, group, record
 from provider import Loopback
 
+from biollm._shared import ledger
 from biollm.client import get_model_client
 from biollm.config import load_config
 from biollm.ledger import Ledger
@@ -63,11 +65,7 @@ def test_an_attempt_is_seen_when_it_happens(net: Loopback, waterfall: Write) -> 
     waterfall(first=net.refusing(), second=net.serve())
     top = Top.of_process(load_config())
     before = top.snapshot()
-    client = get_model_client()
-    client.complete("a prompt that nobody may see")
-    client = None
-    from biollm._shared import ledger
-
+    get_model_client().complete("a prompt that nobody may see")
     ledger().flush()
     after = top.snapshot()
     assert [rung.state for rung in before.rungs] == ["ready", "ready"]
@@ -136,7 +134,7 @@ def test_a_controller_that_hangs_holds_up_nothing(waterfall: Write, tmp_path: Pa
         release.wait(60)
         return []
 
-    top = Top(load_config(), Ledger(tmp_path), tmp_path, jobs=jobs)  # type: ignore[arg-type]
+    top = Top(load_config(), Ledger(tmp_path), tmp_path, jobs=jobs)
     began = time.monotonic()
     top.snapshot()
     top.snapshot()
@@ -172,19 +170,17 @@ def test_at_80x24_every_part_is_there_whatever_the_crowd(waterfall: Write, tmp_p
     assert render(taken, 80).count("\n") < 24, "the usual needs no cutting"
 
 
-def test_in_a_pipe_it_prints_once(waterfall: Write, biollm: Callable[..., object]) -> None:
+def test_in_a_pipe_it_prints_once(waterfall: Write, biollm: Callable[..., Any]) -> None:
     waterfall(first="http://localhost:1/v1")
     ran = biollm("top")
-    assert ran.code == 0  # type: ignore[attr-defined]
-    assert ran.out.count("biollm top") == 1  # type: ignore[attr-defined]
-    assert "\033" not in ran.out  # type: ignore[attr-defined]
+    assert ran.code == 0
+    assert ran.out.count("biollm top") == 1
+    assert "\033" not in ran.out
 
 
-def test_the_page_in_a_file_is_its_owners_alone(
-    waterfall: Write, tmp_path: Path, biollm: Callable[..., object]
-) -> None:
+def test_the_page_in_a_file_is_its_owners_alone(waterfall: Write, tmp_path: Path, biollm: Callable[..., Any]) -> None:
     waterfall(first="http://localhost:1/v1")
-    assert biollm("top", "--html", tmp_path / "now.html").code == 0  # type: ignore[attr-defined]
+    assert biollm("top", "--html", tmp_path / "now.html").code == 0
     assert stat.S_IMODE((tmp_path / "now.html").stat().st_mode) == 0o600
     assert "first/small" in (tmp_path / "now.html").read_text()
 

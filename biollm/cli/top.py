@@ -42,7 +42,7 @@ def top(
         write_private(html, page.html(view.snapshot()))
     elif once or not (sys.stdin.isatty() and sys.stdout.isatty()):
         _legible()
-        print(render(view.snapshot(), shutil.get_terminal_size().columns))
+        print(render(view.snapshot(), shutil.get_terminal_size((200, 24)).columns))
     else:
         _legible()
         _live(view.snapshot, interval)
