@@ -1,7 +1,8 @@
 """Rolls the attempts of history.db up into one row per hour, account, model, tags, outcome and reason.
 
 Plain SQL has no percentiles, and a million attempts take seconds to sort; a row holds its latencies as a histogram
-with buckets 2% wide instead. Rows are added to, by the attempts written since (`rolled.last`), so one that comes late
+with buckets 2% wide instead: the bucket of each answer, two bytes, so that histograms add up by standing in a line
+and are counted at C's speed. Rows are added to, by the attempts written since (`rolled.last`), so one that comes late
 to an hour long past is counted like any other. Made on demand: nothing is rolled up before somebody asks.
 """
 
@@ -10,10 +11,9 @@ from __future__ import annotations
 import math
 import re
 import sqlite3
-import struct
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,6 @@ _CHUNK = 50_000  # attempts rolled up in one transaction: writers wait some 0.3 
 _TAIL = 5_000  # attempts not rolled up that are rather read than written
 _LOOK_BACK = 1_000  # attempts before a chunk in which a request may have begun
 _SMALLEST, _WIDTH = 0.01, math.log(1.02)  # ms; of a bucket, so that its middle is within 1% of everything in it
-_PAIR = struct.Struct("<HI")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rollup (
@@ -41,6 +40,20 @@ INSERT OR IGNORE INTO rolled VALUES (1, 0, 0);
 _READ = (
     'SELECT at, request, provider, account, model, outcome, "order", reason, status, ms, ttft_ms, prompt_tokens,'
     " completion_tokens, cost_usd, tags FROM attempt WHERE "
+)
+
+
+_ADD = (
+    "UPDATE rollup SET attempts = attempts + ?, requests = requests + ?, prompt = prompt + ?,"
+    " completion = completion + ?, cost = cost + ?, ms = CAST(ms || ? AS BLOB), ttft = CAST(ttft || ? AS BLOB)"
+    " WHERE hour = ? AND provider = ? AND account = ? AND model = ? AND tags = ? AND outcome = ? AND why = ?"
+)
+
+
+_SUM = (  # blobs joined by SQLite: ten times faster than rows fetched and joined here
+    "SELECT hour / ? * ?, provider, account, model, tags, outcome, why, sum(attempts), sum(requests), sum(prompt),"
+    " sum(completion), sum(cost), CAST(group_concat(ms, '') AS BLOB), CAST(group_concat(ttft, '') AS BLOB)"
+    " FROM rollup WHERE hour >= ? AND hour < ? GROUP BY 1, 2, 3, 4, 5, 6, 7"
 )
 
 
@@ -58,26 +71,15 @@ class Key(NamedTuple):
 
 @dataclass(slots=True)
 class Cell:
-    """Sums of attempts. `requests` began here; `ms` and `ttft` count answers, by milliseconds or by bucket."""
+    """Sums of attempts. `requests` began here; `ms` and `ttft` are of answers, in milliseconds or as buckets."""
 
     attempts: int = 0
     requests: int = 0
     prompt: int = 0
     completion: int = 0
     cost: float = 0.0
-    ms: dict[float, int] = field(default_factory=lambda: defaultdict(int))
-    ttft: dict[float, int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, other: Cell) -> None:
-        """Add the attempts of `other`."""
-        self.attempts += other.attempts
-        self.requests += other.requests
-        self.prompt += other.prompt
-        self.completion += other.completion
-        self.cost += other.cost
-        for mine, theirs in ((self.ms, other.ms), (self.ttft, other.ttft)):
-            for value, count in theirs.items():
-                mine[value] += count
+    ms: Sequence[float] = ()
+    ttft: Sequence[float] = ()
 
 
 def bucket(ms: float) -> int:
@@ -90,7 +92,6 @@ def middle(number: float) -> float:
     return _SMALLEST * math.exp((number - 0.5) * _WIDTH)
 
 
-@lru_cache(maxsize=4096)
 def kind(outcome: str, status: int | None, reason: str) -> str:
     """Return in a word or two why an attempt gave no answer: few enough to count by."""
     if status:
@@ -112,50 +113,57 @@ _KINDS = {
 }
 
 
-def fold(rows: Iterable[Any], seen: dict[str, str], *, exact: bool) -> dict[Key, Cell]:
+def fold(rows: Iterable[Any], seen: dict[str, str], *, exact: bool, grain: int = 1) -> dict[Key, Cell]:
     """Sum up attempts, each request's in the order in which they were made.
 
     Args:
         rows: As `_READ` gives them.
         seen: Request -> why its first attempt failed; added to. What is not in it begins here.
         exact: Keep every latency instead of its bucket.
+        grain: Hours that are summed up together.
     """
-    cells: defaultdict[Key, Cell] = defaultdict(Cell)
+    cells: dict[Any, Cell] = {}
+    code, span = "d" if exact else "H", 3600 * grain
     for at, request, provider, account, model, outcome, order, reason, status, ms, ttft, sent, got, cost, tags in rows:
-        before = seen.get(request)
-        if outcome == "ok":
-            why = ""
-            if order > 1 and (reason or before):
-                why = kind(*_said(reason)) if reason else before or ""
-        else:
-            why = kind(outcome, status, reason)
+        before, why = seen.get(request), _why(outcome, order > 1, status, reason)
         if before is None:
-            seen[request] = why if outcome != "ok" else ""
-        cell = cells[Key(int(at // 3600), provider, account, model, tags, outcome, why)]
+            seen[request] = "" if outcome == "ok" else why
+        elif outcome == "ok" and order > 1:
+            why = why or before
+        key = (int(at // span) * grain, provider, account, model, tags, outcome, why)
+        if (cell := cells.get(key)) is None:
+            cell = cells[key] = Cell(ms=array(code), ttft=array(code))
         cell.attempts += 1
         cell.requests += before is None
         cell.prompt += sent
         cell.completion += got
         cell.cost += cost or 0.0
         if outcome == "ok":
-            cell.ms[ms if exact else bucket(ms)] += 1
+            cell.ms.append(ms if exact else bucket(ms))  # type: ignore[attr-defined] # the array made above
             if ttft is not None:
-                cell.ttft[ttft if exact else bucket(ttft)] += 1
-    return cells
+                cell.ttft.append(ttft if exact else bucket(ttft))  # type: ignore[attr-defined]
+    return {Key(*key): cell for key, cell in cells.items()}
 
 
-def _said(reason: str) -> tuple[str, int | None, str]:
-    """Take apart what an answer's record says of the first rung: "failed: HTTP 429: ..."."""
-    outcome, _, text = reason.partition(": ")
-    status = re.match(r"HTTP (\d{3})", text)
-    return outcome, int(status[1]) if status and outcome == "failed" else None, text
+@lru_cache(maxsize=4096)
+def _why(outcome: str, later: bool, status: int | None, reason: str) -> str:
+    """Return the kind of a failure; of an answer by a later rung, what its record says of the first rung."""
+    if outcome != "ok":
+        return kind(outcome, status, reason)
+    if not later or not reason:
+        return ""
+    said, _, text = reason.partition(": ")  # "failed: HTTP 429: ..."
+    code = re.match(r"HTTP (\d{3})", text)
+    return kind(said, int(code[1]) if code and said == "failed" else None, text)
 
 
-def cells(ledger: Ledger, since: float, until: float, exact: int = EXACT) -> tuple[list[tuple[Key, Cell]], bool]:
+def cells(
+    ledger: Ledger, since: float, until: float, exact: int = EXACT, grain: int = 1
+) -> tuple[list[tuple[Key, Cell]], bool]:
     """Return the sums of `since` <= at < `until`, and whether their latencies are exact.
 
     They are, when the attempts are at most `exact` and none of the time has been pruned; of pruned time, whole
-    hours are counted.
+    hours are counted. `grain` hours are summed up together.
     """
     with ledger.look() as db:
         if db is None:
@@ -166,24 +174,24 @@ def cells(ledger: Ledger, since: float, until: float, exact: int = EXACT) -> tup
         few = db.execute(counted, (*window, exact + 1)).fetchone()[0] <= exact
         if few and since >= pruned:
             rows = db.execute(f"{_READ} at >= ? AND at < ? ORDER BY at, id", window)
-            return list(fold(rows, {}, exact=True).items()), True
+            return list(fold(rows, {}, exact=True, grain=grain).items()), True
         behind = db.execute("SELECT coalesce(max(id), 0) FROM attempt").fetchone()[0] - last > _TAIL
     if behind:
         roll(ledger)
     with ledger.look() as db:
         assert db is not None  # noqa: S101 # it was there
-        return list(_summed(db, since, until)), False
+        return list(_summed(db, since, until, grain)), False
 
 
-def _summed(db: sqlite3.Connection, since: float, until: float) -> Iterator[tuple[Key, Cell]]:
+def _summed(db: sqlite3.Connection, since: float, until: float, grain: int) -> Iterator[tuple[Key, Cell]]:
     """Yield whole hours from the roll-up, and what it does not have, or has only with more, from the attempts."""
     last, pruned = _rolled(db)
     first, end = math.ceil(since / 3600), math.floor(min(until, 1e11) / 3600)
     if since < pruned:
         first = math.floor(since / 3600)
     if first < end:
-        for row in db.execute("SELECT * FROM rollup WHERE hour >= ? AND hour < ?", (first, end)):
-            yield Key(*row[:7]), Cell(*row[7:12], *map(_unpacked, row[12:]))
+        for row in db.execute(_SUM, (grain, grain, first, end)):
+            yield Key(*row[:7]), Cell(*row[7:12], *(memoryview(blob).cast("H") for blob in row[12:]))
     else:
         first = end = math.ceil(until / 3600)
     parts = (
@@ -192,7 +200,7 @@ def _summed(db: sqlite3.Connection, since: float, until: float) -> Iterator[tupl
         ("at >= ? AND at < ? ORDER BY at, id", (end * 3600, until)),
     )
     rows = chain.from_iterable(db.execute(_READ + where, values) for where, values in parts)
-    yield from fold(rows, {}, exact=False).items()
+    yield from fold(rows, {}, exact=False, grain=grain).items()
 
 
 def roll(ledger: Ledger) -> None:
@@ -213,16 +221,11 @@ def _roll_some(db: sqlite3.Connection) -> bool:
     seen: dict[str, str] = {}
     fold(before, seen, exact=False)
     rows = db.execute(f"{_READ} id > ? AND id <= ? ORDER BY id", (last, until[0]))
-    known = (
-        "SELECT * FROM rollup WHERE hour = ? AND provider = ? AND account = ? AND model = ? AND tags = ?"
-        " AND outcome = ? AND why = ?"
-    )
     for key, cell in fold(rows, seen, exact=False).items():
-        if old := db.execute(known, key).fetchone():
-            cell.add(Cell(*old[7:12], *map(_unpacked, old[12:])))
-        values = (*key, cell.attempts, cell.requests, cell.prompt, cell.completion, cell.cost)
-        blobs = (_packed(cell.ms), _packed(cell.ttft))
-        db.execute(f"INSERT OR REPLACE INTO rollup VALUES ({', '.join('?' * 14)})", (*values, *blobs))  # noqa: S608
+        sums = (cell.attempts, cell.requests, cell.prompt, cell.completion, cell.cost)
+        blobs = (bytes(cell.ms), bytes(cell.ttft))  # type: ignore[arg-type]
+        if not db.execute(_ADD, (*sums, *blobs, *key)).rowcount:
+            db.execute(f"INSERT INTO rollup VALUES ({', '.join('?' * 14)})", (*key, *sums, *blobs))  # noqa: S608
     db.execute("UPDATE rolled SET last = ?", (until[0],))
     return until[1] == _CHUNK
 
@@ -231,14 +234,6 @@ def _rolled(db: sqlite3.Connection) -> tuple[int, float]:
     """Return the last attempt rolled up, and the time before which attempts have been removed."""
     made = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'rolled'").fetchone()
     return db.execute("SELECT last, pruned FROM rolled").fetchone() if made else (0, 0.0)
-
-
-def _packed(counts: dict[float, int]) -> bytes:
-    return b"".join(_PAIR.pack(int(number), count) for number, count in sorted(counts.items()))
-
-
-def _unpacked(blob: bytes) -> dict[float, int]:
-    return dict(_PAIR.iter_unpack(blob))
 
 
 def prune(ledger: Ledger, before: float) -> int:

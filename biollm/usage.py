@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import time
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,7 +27,9 @@ from biollm.errors import UsageError
 from biollm.ledger import Ledger, period
 
 By = Literal["provider", "account", "model", "day", "hour", "tag"]
+Cells = Sequence[tuple[Key, Cell]]
 WEEK = 7 * 86400.0  # seconds: the report's usual length, and how long Slurm's jobs are remembered
+_GRAIN = {"day": 24, "hour": 1}  # hours
 _ATTEMPTS = ("provider", "account", "model")  # whose rows count attempts: a request can ask several of them
 
 
@@ -138,14 +143,17 @@ def report(
     now = time.time()
     until = now if until is None else until
     since = until - WEEK if since is None else since
-    cells, kept = _rollup.cells(ledger, since, until, exact)
+    cells, kept = _rollup.cells(ledger, since, until, exact, _GRAIN.get(by, 1 << 30))
     price = _price(config.costs.reference_model)
     groups: defaultdict[str, list[tuple[Key, Cell]]] = defaultdict(list)
     for key, cell in cells:
         for name in _names(key, by):
             groups[name].append((key, cell))
     rows = [_row(config, name, group, price, kept, attempts=by in _ATTEMPTS) for name, group in groups.items()]
-    quotas = tuple(_quotas(config, ledger, now))
+    limits = tuple(quotas(config, ledger))
+    known = max(since, now - WEEK)  # Slurm's jobs are remembered for a week; their tokens are then that week's
+    hours = _gpu_hours(config, known, min(until, now))
+    recent = _rollup.cells(ledger, known, until, 0)[0] if hours and since < known else cells
     return Report(
         since,
         until,
@@ -153,11 +161,26 @@ def report(
         kept,
         tuple(sorted(rows, key=(lambda row: row.name) if by in ("day", "hour") else (lambda row: -row.requests))),
         _row(config, "total", cells, price, kept, attempts=False),
-        quotas,
-        tuple(quota for quota in quotas if quota.unit == "usd"),
-        tuple(_local(config, cells, max(since, now - WEEK), min(until, now), price)),
+        limits,
+        tuple(limit for limit in limits if limit.unit == "usd"),
+        tuple(_local(config, recent, hours, price)),
         config.costs.reference_model,
     )
+
+
+def moment(written: str, now: float) -> float:
+    """Return epoch seconds of "7d", "12h", "30min" ago, or of an ISO date or time (UTC unless it says otherwise).
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    if ago := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(min|h|d|w)", written.strip()):
+        return now - float(ago[1]) * {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[ago[2]]
+    try:
+        at = datetime.fromisoformat(written)
+    except ValueError as error:
+        raise UsageError(f"{written!r} is no time.", hint="Write 7d, 12h, 30min, 2w or 2026-11-24.") from error
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
 def _names(key: Key, by: By) -> Sequence[str]:
@@ -172,75 +195,70 @@ def _names(key: Key, by: By) -> Sequence[str]:
 def _row(
     config: Config,
     name: str,
-    group: Iterable[tuple[Key, Cell]],
+    group: Cells,
     price: tuple[float, float] | None,
     exact: bool,
     *,
     attempts: bool,
 ) -> Row:
-    whole, answers, ended, cost = Cell(), Cell(), 0, 0.0
-    fallbacks, failures = Counter[str](), Counter[str]()
+    by_outcome, fallbacks, failures = Counter[str](), Counter[str](), Counter[str]()
+    began = prompt = completion = 0
+    cost = 0.0
     for key, cell in group:
         own = config.costs.per_million_tokens.get(key.provider)
         cost += cell.cost if own is None else own * (cell.prompt + cell.completion) / 1e6
-        if key.outcome == "ok":
-            answers.add(cell)
-            fallbacks[key.why] += cell.attempts
-        elif key.outcome == "failed":
-            failures[key.why] += cell.attempts
-        ended += cell.attempts if key.outcome in ("ok", "cancelled") else 0
-        whole.attempts, whole.requests = whole.attempts + cell.attempts, whole.requests + cell.requests
-        whole.prompt, whole.completion = whole.prompt + cell.prompt, whole.completion + cell.completion
-    del fallbacks[""]
-    requests = whole.attempts if attempts else whole.requests
-    errors = failures.total() if attempts else max(0, whole.requests - ended)
-    p50, p95, p99 = quantiles(answers.ms, (0.5, 0.95, 0.99), exact=exact)
+        by_outcome[key.outcome] += cell.attempts
+        if key.why and key.outcome in ("ok", "failed"):
+            (fallbacks if key.outcome == "ok" else failures)[key.why] += cell.attempts
+        began, prompt, completion = began + cell.requests, prompt + cell.prompt, completion + cell.completion
+    requests = by_outcome.total() if attempts else began
+    errors = by_outcome["failed"] if attempts else max(0, began - by_outcome["ok"] - by_outcome["cancelled"])
+    p50, p95, p99 = quantiles(chain.from_iterable(cell.ms for _, cell in group), (0.5, 0.95, 0.99), exact=exact)
+    (ttft,) = quantiles(chain.from_iterable(cell.ttft for _, cell in group), (0.5,), exact=exact)
     return Row(
         name,
         requests,
         errors,
         errors / requests if requests else 0.0,
-        whole.prompt,
-        whole.completion,
+        prompt,
+        completion,
         p50,
         p95,
         p99,
-        quantiles(answers.ttft, (0.5,), exact=exact)[0],
+        ttft,
         min(1.0, fallbacks.total() / requests) if requests else 0.0,
         dict(fallbacks.most_common()),
         dict(failures.most_common()),
         cost,
-        whole.prompt * price[0] + whole.completion * price[1] - cost if price else None,
+        prompt * price[0] + completion * price[1] - cost if price else None,
     )
 
 
-def quantiles(counts: Mapping[float, int], shares: Sequence[float], *, exact: bool) -> list[float | None]:
-    """Return quantiles of counted latencies (or buckets, unless `exact`), interpolated as numpy does by default."""
-    if not counts:
+def quantiles(latencies: Iterable[float], shares: Sequence[float], *, exact: bool) -> list[float | None]:
+    """Return quantiles of latencies (of buckets, unless `exact`), interpolated as numpy does by default."""
+    if exact:
+        counts, upto = [(value, 1) for value in sorted(latencies)], None
+        total = len(counts)
+    else:
+        counts = sorted(Counter(latencies).items())
+        upto = list(accumulate(count for _, count in counts))
+        total = sum(count for _, count in counts)
+    if not total:
         return [None] * len(shares)
-    ordered = sorted(counts.items())
-    total = sum(counts.values())
-    found: list[float | None] = []
-    for share in shares:
-        place = share * (total - 1)
-        low, high = (_at(ordered, rank) for rank in (int(place), min(int(place) + 1, total - 1)))
-        low, high = (low, high) if exact else (_rollup.middle(low), _rollup.middle(high))
-        found.append(low + (high - low) * (place - int(place)))
-    return found
+
+    def at(rank: int) -> float:
+        rank = min(rank, total - 1)
+        return counts[rank][0] if upto is None else _rollup.middle(counts[bisect_right(upto, rank)][0])
+
+    places = [share * (total - 1) for share in shares]
+    return [at(int(place)) + (at(int(place) + 1) - at(int(place))) * (place % 1) for place in places]
 
 
-def _at(ordered: Sequence[tuple[float, int]], rank: int) -> float:
-    for value, count in ordered:
-        rank -= count
-        if rank < 0:
-            return value
-    return ordered[-1][0]
-
-
-def _quotas(config: Config, ledger: Ledger, now: float) -> Iterable[Quota]:
+def quotas(config: Config, ledger: Ledger) -> Iterator[Quota]:
+    """Yield every limit of the deployments that the data policy allows, as it stands now."""
     from biollm import routing
 
-    seen: set[str] = set()
+    now, seen = time.time(), set[str]()
     for deployment in routing.deployments(config):
         if deployment.scope in seen:
             continue
@@ -278,32 +296,31 @@ def _price(model: str | None) -> tuple[float, float] | None:
 
 def _local(
     config: Config,
-    cells: Iterable[tuple[Key, Cell]],
-    since: float,
-    until: float,
+    cells: Cells,
+    hours: Mapping[str, float],
     price: tuple[float, float] | None,
 ) -> Iterable[Local]:
     """Yield the local models that had jobs or gave answers; jobs of several models are split evenly."""
     local = {provider.name for provider in config.providers if provider.type == "local"}
     tokens: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for key, cell in cells:
-        if key.provider in local and since // 3600 <= key.hour < until / 3600:
+        if key.provider in local:
             tokens[key.model] += Counter(prompt=cell.prompt, completion=cell.completion)
-    hours = _gpu_hours(config, since, until)
     for model in sorted({*hours, *tokens}):
         sent, got = tokens[model]["prompt"], tokens[model]["completion"]
-        cost, count = hours[model] * config.costs.gpu_hour_usd, sent + got
+        cost, count = hours.get(model, 0.0) * config.costs.gpu_hour_usd, sent + got
         reference = (sent * price[0] + got * price[1]) / count * 1e6 if price and count else None
-        yield Local(model, hours[model], count, cost, cost / count * 1e6 if count else None, reference)
+        paid = cost / count * 1e6 if count and model in hours else None
+        yield Local(model, hours.get(model, 0.0), count, cost, paid, reference)
 
 
-def _gpu_hours(config: Config, since: float, until: float) -> Counter[str]:
+def _gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
     """Return model -> GPU hours of this user's jobs, from their first sign of life to their last, or to now."""
     from biollm import _scheduler
     from biollm.site import run_dir
     from biollm.tickets import judge, tickets
 
-    hours: Counter[str] = Counter()
+    hours: dict[str, float] = {}
     folder = run_dir(config.cluster)
     known = [ticket for ticket in tickets(config.cluster) if ticket.events]
     if not known:
@@ -313,5 +330,5 @@ def _gpu_hours(config: Config, since: float, until: float) -> Counter[str]:
         end = ticket.seen if judge(ticket, queue, (), until).over else until
         seconds = min(end, until) - max(float(ticket.events[0]["at"]), since)
         for model in ticket.models:
-            hours[model] += ticket.gpus * max(0.0, seconds) / 3600 / len(ticket.models)  # type: ignore[assignment]
+            hours[model] = hours.get(model, 0.0) + ticket.gpus * max(0.0, seconds) / 3600 / len(ticket.models)
     return hours

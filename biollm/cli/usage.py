@@ -1,0 +1,159 @@
+"""The command `usage`: what was asked of whom, how long it took, what it cost, what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from biollm.cli._options import Json
+
+if TYPE_CHECKING:
+    from biollm.usage import Report, Row
+
+_BAR = 40  # columns
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(usage)
+
+
+def usage(
+    since: Annotated[str, typer.Option(metavar="WHEN", help="7d, 12h, 30min ago, or a date.")] = "7d",
+    until: Annotated[str | None, typer.Option(metavar="WHEN", help="Likewise; by default now.")] = None,
+    by: Annotated[
+        str, typer.Option(metavar="WHAT", help="provider, account, model, day, hour (of UTC) or tag.")
+    ] = "provider",
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the rows as CSV.")] = False,
+    prometheus: Annotated[bool, typer.Option("--prometheus", help="Print all metrics as Prometheus text.")] = False,
+    prune: Annotated[
+        str | None,
+        typer.Option(metavar="AGE", help="Remove single records older than AGE (90d); the sums of their hours stay."),
+    ] = None,
+    merge: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Add another host's history.db; repeatable.")
+    ] = None,
+) -> None:
+    """Report requests, tokens, latencies, fallbacks, cost and quotas.
+
+    Sends nothing.
+    """
+    import time
+
+    from biollm import _rollup, metrics
+    from biollm import usage as reports
+    from biollm._resources import state_dir
+    from biollm.cli import _print
+    from biollm.config import load_config
+    from biollm.ledger import Ledger
+
+    ledger, now = Ledger(state_dir()), time.time()
+    for file in merge or ():
+        print(f"{file}: {_rollup.merge(ledger, file)} records added.")
+    if prune is not None:
+        print(f"{_rollup.prune(ledger, reports.moment(prune, now))} records removed.")
+    if merge or prune is not None:
+        return
+    config = load_config()
+    if prometheus:
+        print(metrics.text(config, ledger), end="")
+        return
+    begin, end = reports.moment(since, now), reports.moment(until, now) if until else now
+    report = reports.report(config, ledger, begin, end, by)  # type: ignore[arg-type] # it refuses any other
+    if as_json:
+        _print.as_json(report)
+    elif as_csv:
+        _csv(report)
+    else:
+        _show(report)
+
+
+def _csv(report: Report) -> None:
+    import csv
+    import sys
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([report.by, *list(vars(report.total))[1:]])
+    for row in report.rows:
+        reasons = {"fallbacks": _told(row.fallbacks), "failures": _told(row.failures)}
+        writer.writerow((vars(row) | reasons).values())
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{why} {count}" for why, count in counts.items())
+
+
+def _show(report: Report) -> None:
+    from biollm.cli import _print
+
+    span = " to ".join(str(_print.moment(at))[:16].replace("T", " ") for at in (report.since, report.until))
+    said = "exact" if report.exact else "within 2%"
+    print(f"{span} UTC; percentiles are {said}.\n")
+    head = (report.by, "requests", "errors", "tokens in", "out", "p50", "p95", "p99", "first token", "fallback", "USD")
+    _print.table((*head, "avoided"), [_cells(row) for row in (*report.rows, report.total)])
+    if report.by in ("day", "hour"):
+        _plot(report.rows)
+    for what, counts in (("Fallbacks", report.total.fallbacks), ("Failures", report.total.failures)):
+        if counts:
+            print(f"\n{what}: {_told(counts)}")
+    if report.reference_model and report.total.cost_avoided_usd is None:
+        print(f"\nLiteLLM has no price for costs.reference_model, {report.reference_model}.")
+    _quotas(report)
+    _local(report)
+
+
+def _cells(row: Row) -> Sequence[object]:
+    from biollm.cli._print import short
+
+    times = [_ms(value) for value in (row.p50_ms, row.p95_ms, row.p99_ms, row.ttft_p50_ms)]
+    tokens = (short(row.prompt_tokens), short(row.completion_tokens))
+    shares = (f"{row.error_rate:.1%}", f"{row.fallback_rate:.1%}")
+    avoided = "-" if row.cost_avoided_usd is None else f"{row.cost_avoided_usd:.2f}"
+    return (row.name, row.requests, shares[0], *tokens, *times, shares[1], f"{row.cost_usd:.2f}", avoided)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} ms" if value < 1000 else f"{value / 1000:.1f} s"
+
+
+def _plot(rows: Sequence[Row]) -> None:
+    most = max((row.requests for row in rows), default=0) or 1
+    print()
+    for row in rows:
+        eighths = round(8 * _BAR * row.requests / most)
+        print(f"{row.name}  {_EIGHTHS[8] * (eighths // 8)}{_EIGHTHS[eighths % 8].strip()} {row.requests}")
+
+
+def _quotas(report: Report) -> None:
+    from biollm.cli import _print
+
+    def at(epoch: float | None) -> str:
+        return (_print.moment(epoch) or "-")[:16].replace("T", " ")
+
+    rows = [(q.scope, q.limit, _print.short(round(q.used, 2)), _print.short(round(q.left, 2)), at(q.resets_at),
+             at(q.exhausted_at)[:10]) for q in report.quotas]  # fmt: skip
+    _section(("limit of", "limit", "used", "left", "resets (UTC)", "at this pace used up on"), rows)
+
+
+def _local(report: Report) -> None:
+    rows = [(each.model, f"{each.gpu_hours:.1f}", each.tokens, f"{each.cost_usd:.2f}", _usd(each.per_million_usd),
+             _usd(each.reference_per_million_usd)) for each in report.local]  # fmt: skip
+    reference = f"{report.reference_model or 'reference model'}'s"
+    _section(("own GPUs", "GPU hours", "tokens", "USD", "USD per million tokens", reference), rows)
+
+
+def _usd(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _section(head: Sequence[str], rows: Iterable[Any]) -> None:
+    from biollm.cli import _print
+
+    if rows := list(rows):
+        print()
+        _print.table(head, rows)

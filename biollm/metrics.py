@@ -1,0 +1,112 @@
+"""Writes the ledger's figures as Prometheus text, for `biollm usage --prometheus` and a gateway's `/metrics`.
+
+LiteLLM's Prometheus callback counts one process and needs its proxy; these count every process that shares the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain
+from typing import NamedTuple
+
+from biollm import _rollup, usage
+from biollm.config import Config
+from biollm.ledger import Ledger
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)  # seconds
+_EVERYTHING = 1 << 30  # hours
+
+
+class _Family(NamedTuple):
+    name: str
+    kind: str
+    help: str
+    samples: Iterable[tuple[str, dict[str, str], float]]  # suffix, labels, value
+
+
+def text(config: Config, ledger: Ledger) -> str:
+    """Return every metric. Counters cover all that the ledger has seen; durations are within 2%."""
+    cells, _ = _rollup.cells(ledger, 0.0, time.time(), 0, _EVERYTHING)
+    quotas = usage.quotas(config, ledger)
+    families = (*_counters(cells), *_durations(cells), *_gauges(quotas))
+    return "".join(f"{line}\n" for family in families for line in _lines(family))
+
+
+def _counters(cells: usage.Cells) -> Iterator[_Family]:
+    requests, failures, fallbacks, tokens, cost = (Counter[str]() for _ in range(5))
+    for key, cell in cells:
+        who = {"provider": key.provider, "account": key.account, "model": key.model}
+        requests[json.dumps(who | {"outcome": key.outcome})] += cell.attempts
+        if key.outcome == "failed":
+            failures[json.dumps(who | {"reason": key.why})] += cell.attempts
+        elif key.outcome == "ok" and key.why:
+            fallbacks[json.dumps(who | {"reason": key.why})] += cell.attempts
+        tokens[json.dumps(who | {"type": "input"})] += cell.prompt
+        tokens[json.dumps(who | {"type": "output"})] += cell.completion
+        cost[json.dumps(who)] += cell.cost  # type: ignore[assignment] # USD
+    for name, said, counts in (
+        ("requests", "Requests sent to a provider, by outcome.", requests),
+        ("failures", "Requests that a provider failed, by kind of failure.", failures),
+        ("fallbacks", "Requests answered by a later rung, by what kept the first one from it.", fallbacks),
+        ("tokens", "Tokens sent (input) and received (output).", tokens),
+        ("cost_usd", "Cost in USD, by LiteLLM's prices.", cost),
+    ):
+        samples = [("", json.loads(labels), float(count)) for labels, count in sorted(counts.items())]
+        yield _Family(f"biollm_{name}_total", "counter", said, samples)
+
+
+def _durations(cells: usage.Cells) -> Iterator[_Family]:
+    groups: defaultdict[tuple[str, str, str], list[_rollup.Cell]] = defaultdict(list)
+    for key, cell in cells:
+        if key.outcome == "ok":
+            groups[key.provider, key.account, key.model].append(cell)
+
+    def histogram(buckets: Iterable[float], who: tuple[str, str, str]) -> Iterator[tuple[str, dict[str, str], float]]:
+        labels: dict[str, str] = dict(zip(("provider", "account", "model"), who, strict=True))
+        counts = sorted((_rollup.middle(each) / 1000, count) for each, count in Counter(buckets).items())
+        if not counts:
+            return
+        values, upto = [value for value, _ in counts], [0, *accumulate(count for _, count in counts)]
+        for bound in _BOUNDS:
+            yield "_bucket", labels | {"le": f"{bound:g}"}, upto[bisect_right(values, bound)]
+        yield "_bucket", labels | {"le": "+Inf"}, upto[-1]
+        yield "_sum", labels, sum(value * count for value, count in counts)
+        yield "_count", labels, upto[-1]
+
+    whole = [histogram(chain.from_iterable(cell.ms for cell in group), who) for who, group in sorted(groups.items())]
+    first = [histogram(chain.from_iterable(cell.ttft for cell in group), who) for who, group in sorted(groups.items())]
+    said = "Seconds from sending a request to its whole answer."
+    yield _Family("biollm_request_duration_seconds", "histogram", said, chain.from_iterable(whole))
+    said = "Seconds from sending a request to the first token of its stream."
+    yield _Family("biollm_time_to_first_token_seconds", "histogram", said, chain.from_iterable(first))
+
+
+def _gauges(quotas: Iterable[usage.Quota]) -> Iterator[_Family]:
+    rows = [({"scope": each.scope, "limit": each.limit, "unit": each.unit}, each) for each in quotas]
+    for name, said, values in (
+        ("used", "How much of a limit is used now.", [(labels, each.used) for labels, each in rows]),
+        ("limit", "How much a limit allows.", [(labels, each.amount) for labels, each in rows]),
+        (
+            "reset_timestamp_seconds",
+            "When a limit's period ends, or the oldest request in its window leaves.",
+            [(labels, each.resets_at) for labels, each in rows if each.resets_at is not None],
+        ),
+    ):
+        yield _Family(f"biollm_quota_{name}", "gauge", said, [("", labels, value) for labels, value in values])
+
+
+def _lines(family: _Family) -> Iterator[str]:
+    yield f"# HELP {family.name} {family.help}"
+    yield f"# TYPE {family.name} {family.kind}"
+    for suffix, labels, value in family.samples:
+        inside = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
+        yield f"{family.name}{suffix}{{{inside}}} {value:.15g}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
