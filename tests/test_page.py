@@ -65,6 +65,7 @@ def test_no_word_of_a_provider_becomes_markup(taken: Snapshot) -> None:
     assert [tag for tag, _ in Tags(text).seen] == [tag for tag, _ in Tags(page.html(taken)).seen]
     data = re.search(r'id="snapshot">(.*?)</script>', text, re.DOTALL)
     assert data
+    assert not set("<>&") & set(data[1])
     assert json.loads(data[1])["rungs"][0]["why"] == EVIL
 
 

@@ -96,9 +96,10 @@ def test_a_minute_counts_requests_not_attempts(quiet: tuple[Top, Ledger]) -> Non
     ledger.flush()
     assert top.snapshot().minutes[-1] == Minute(2, 750, 0.5)
     ledger.finish(None, "", record(NOW - 120, "late, sent before", "first/small", 1, "ok", 100))
+    ledger.finish(None, "", record(NOW, "unanswered", "second/small", 2, "failed", 100))
     ledger.flush()
     minutes = top.snapshot().minutes
-    assert (minutes[-1], minutes[-3]) == (Minute(2, 750, 0.5), Minute(1, 100, 0.0))
+    assert (minutes[-1], minutes[-3]) == (Minute(3, 750, 1 / 3), Minute(1, 100, 0.0))
 
 
 def test_a_rung_whose_last_attempt_failed_is_failing_until_it_answers(quiet: tuple[Top, Ledger]) -> None:
