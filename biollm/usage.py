@@ -27,6 +27,7 @@ from biollm.errors import UsageError
 from biollm.ledger import Ledger, period
 
 By = Literal["provider", "account", "model", "day", "hour", "tag"]
+Tally = tuple[Counter[float], Counter[float]]
 Cells = Sequence[tuple[Key, Cell]]
 WEEK = 7 * 86400.0  # seconds: the report's usual length, and how long Slurm's jobs are remembered
 _GRAIN = {"day": 24, "hour": 1}  # hours
@@ -149,7 +150,12 @@ def report(
     for key, cell in cells:
         for name in _names(key, by):
             groups[name].append((key, cell))
-    rows = [_row(config, name, group, price, kept, attempts=by in _ATTEMPTS) for name, group in groups.items()]
+    tallies = {name: _tally(group) for name, group in groups.items()}
+    rows = [
+        _row(config, name, group, tallies[name], price, kept, attempts=by in _ATTEMPTS)
+        for name, group in groups.items()
+    ]
+    whole = _tally(cells) if by == "tag" else _together(tallies.values())  # a request may have several tags
     limits = tuple(quotas(config, ledger))
     known = max(since, now - WEEK)  # Slurm's jobs are remembered for a week; their tokens are then that week's
     hours = _gpu_hours(config, known, min(until, now))
@@ -160,7 +166,7 @@ def report(
         by,
         kept,
         tuple(sorted(rows, key=(lambda row: row.name) if by in ("day", "hour") else (lambda row: -row.requests))),
-        _row(config, "total", cells, price, kept, attempts=False),
+        _row(config, "total", cells, whole, price, kept, attempts=False),
         limits,
         tuple(limit for limit in limits if limit.unit == "usd"),
         tuple(_local(config, recent, hours, price)),
@@ -192,10 +198,27 @@ def _names(key: Key, by: By) -> Sequence[str]:
     return (f"{key.provider}/{key.account}" if by == "account" else key.provider if by == "provider" else key.model,)
 
 
+def _tally(group: Cells) -> Tally:
+    """Count the latencies and the times to the first token of a group: the dearest step."""
+    return (
+        Counter(chain.from_iterable(cell.ms for _, cell in group)),
+        Counter(chain.from_iterable(cell.ttft for _, cell in group)),
+    )
+
+
+def _together(tallies: Iterable[Tally]) -> Tally:
+    ms, ttft = Counter[float](), Counter[float]()
+    for each in tallies:
+        ms.update(each[0])
+        ttft.update(each[1])
+    return ms, ttft
+
+
 def _row(
     config: Config,
     name: str,
     group: Cells,
+    tally: Tally,
     price: tuple[float, float] | None,
     exact: bool,
     *,
@@ -213,8 +236,8 @@ def _row(
         began, prompt, completion = began + cell.requests, prompt + cell.prompt, completion + cell.completion
     requests = by_outcome.total() if attempts else began
     errors = by_outcome["failed"] if attempts else max(0, began - by_outcome["ok"] - by_outcome["cancelled"])
-    p50, p95, p99 = quantiles(chain.from_iterable(cell.ms for _, cell in group), (0.5, 0.95, 0.99), exact=exact)
-    (ttft,) = quantiles(chain.from_iterable(cell.ttft for _, cell in group), (0.5,), exact=exact)
+    p50, p95, p99 = quantiles(tally[0], (0.5, 0.95, 0.99), exact=exact)
+    (ttft,) = quantiles(tally[1], (0.5,), exact=exact)
     return Row(
         name,
         requests,
@@ -234,23 +257,18 @@ def _row(
     )
 
 
-def quantiles(latencies: Iterable[float], shares: Sequence[float], *, exact: bool) -> list[float | None]:
-    """Return quantiles of latencies (of buckets, unless `exact`), interpolated as numpy does by default."""
-    if exact:
-        counts, upto = [(value, 1) for value in sorted(latencies)], None
-        total = len(counts)
-    else:
-        counts = sorted(Counter(latencies).items())
-        upto = list(accumulate(count for _, count in counts))
-        total = sum(count for _, count in counts)
-    if not total:
+def quantiles(counts: Mapping[float, int], shares: Sequence[float], *, exact: bool) -> list[float | None]:
+    """Return quantiles of counted latencies (of buckets, unless `exact`), interpolated as numpy does by default."""
+    values = sorted(counts)
+    upto = list(accumulate(counts[value] for value in values))
+    if not upto:
         return [None] * len(shares)
 
     def at(rank: int) -> float:
-        rank = min(rank, total - 1)
-        return counts[rank][0] if upto is None else _rollup.middle(counts[bisect_right(upto, rank)][0])
+        value = values[bisect_right(upto, min(rank, upto[-1] - 1))]
+        return value if exact else _rollup.middle(value)
 
-    places = [share * (total - 1) for share in shares]
+    places = [share * (upto[-1] - 1) for share in shares]
     return [at(int(place)) + (at(int(place) + 1) - at(int(place))) * (place % 1) for place in places]
 
 
