@@ -189,18 +189,23 @@ def _summed(db: sqlite3.Connection, since: float, until: float, grain: int) -> I
     first, end = math.ceil(since / 3600), math.floor(min(until, 1e11) / 3600)
     if since < pruned:
         first = math.floor(since / 3600)
-    if first < end:
+    if first < end and (last or pruned):
         for row in db.execute(_SUM, (grain, grain, first, end)):
             yield Key(*row[:7]), Cell(*row[7:12], *(memoryview(blob).cast("H") for blob in row[12:]))
-    else:
+    if first >= end:
         first = end = math.ceil(until / 3600)
-    parts = (
-        ("id > ? AND at >= ? AND at < ? ORDER BY id", (last, first * 3600, end * 3600)),
-        ("at >= ? AND at < ? ORDER BY at, id", (since, min(first * 3600, until))),
-        ("at >= ? AND at < ? ORDER BY at, id", (end * 3600, until)),
-    )
-    rows = chain.from_iterable(db.execute(_READ + where, values) for where, values in parts)
+    tail = db.execute(f"{_READ} id > ? AND at >= ? AND at < ? ORDER BY id", (last, first * 3600, end * 3600))
+    yield from fold(tail, _before(db, last), exact=False, grain=grain).items()
+    sides = ((since, min(first * 3600, until)), (end * 3600, until))
+    rows = chain.from_iterable(db.execute(f"{_READ} at >= ? AND at < ? ORDER BY at, id", side) for side in sides)
     yield from fold(rows, {}, exact=False, grain=grain).items()
+
+
+def _before(db: sqlite3.Connection, last: int) -> dict[str, str]:
+    """Return the requests that may go on after attempt `last`, and why their first attempt failed."""
+    seen: dict[str, str] = {}
+    fold(db.execute(f"{_READ} id > ? AND id <= ? ORDER BY id", (last - _LOOK_BACK, last)), seen, exact=False)
+    return seen
 
 
 def roll(ledger: Ledger) -> None:
@@ -217,11 +222,8 @@ def _roll_some(db: sqlite3.Connection) -> bool:
     ).fetchone()
     if not until[1]:
         return False
-    before = db.execute(f"{_READ} id > ? AND id <= ? ORDER BY id", (last - _LOOK_BACK, last))
-    seen: dict[str, str] = {}
-    fold(before, seen, exact=False)
     rows = db.execute(f"{_READ} id > ? AND id <= ? ORDER BY id", (last, until[0]))
-    for key, cell in fold(rows, seen, exact=False).items():
+    for key, cell in fold(rows, _before(db, last), exact=False).items():
         sums = (cell.attempts, cell.requests, cell.prompt, cell.completion, cell.cost)
         blobs = (bytes(cell.ms), bytes(cell.ttft))  # type: ignore[arg-type]
         if not db.execute(_ADD, (*sums, *blobs, *key)).rowcount:

@@ -1,0 +1,344 @@
+"""Usage: sums, percentiles against numpy, the roll-up, prune and merge, tags, money, quotas, GPU hours, the command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from biollm import _rollup, usage
+from biollm.config import Config, load_config
+from biollm.errors import UsageError
+from biollm.ledger import Ledger, Need, Record
+from biollm.site import run_dir
+from biollm.usage import Report
+
+HOUR = 3600.0
+NOON = 1_795_003_200.0  # an hour's first second
+
+OK = Record(NOON, "r", "first/small", "first", "default", "small", "ok", ms=100.0, prompt_tokens=10,
+            completion_tokens=5, cost_usd=0.5, order=1)  # fmt: skip
+
+
+def numbered(records: Iterable[Record]) -> list[Record]:
+    return [replace(record, request=f"r{number}") for number, record in enumerate(records)]
+
+
+def wrote(folder: Path, records: Iterable[Record]) -> Ledger:
+    ledger = Ledger(folder)
+    for record in records:
+        ledger.finish(None, "", record)
+    ledger.flush()
+    return ledger
+
+
+def ask(
+    ledger: Ledger, by: Any = "provider", since: float = NOON - HOUR, until: float = NOON + 99 * HOUR, **more: Any
+) -> Report:
+    return usage.report(Config(), ledger, since, until, by, **more)
+
+
+def latencies(ledger: Ledger, exact: int) -> list[float]:
+    if not exact:
+        _rollup.roll(ledger)
+    total = ask(ledger, exact=exact).total
+    return [total.p50_ms or 0, total.p95_ms or 0, total.p99_ms or 0]
+
+
+# --- Sums --------------------------------------------------------------------------------------------------------
+
+FAILED = replace(OK, outcome="failed", reason="HTTP 429: slow down", status=429, prompt_tokens=0, completion_tokens=0,
+                 cost_usd=None)  # fmt: skip
+SECOND = replace(OK, provider="second", deployment="second/small", order=2)
+
+
+def test_nothing_is_an_empty_report(tmp_path: Path) -> None:
+    report = ask(Ledger(tmp_path))
+    assert (report.rows, report.exact, report.total) == ((), True, usage.Row("total"))
+
+
+@pytest.mark.parametrize("exact", [_rollup.EXACT, 0], ids=["from attempts", "rolled up"])
+def test_a_request_that_the_second_answers_is_one_request(tmp_path: Path, exact: int) -> None:
+    ledger = wrote(tmp_path, [replace(OK, request="a"), replace(FAILED, request="b"), replace(SECOND, request="b")])
+    if not exact:
+        _rollup.roll(ledger)
+    report = ask(ledger, exact=exact)
+    rows = {row.name: row for row in report.rows}
+    assert (rows["first"].requests, rows["first"].errors, rows["first"].error_rate) == (2, 1, 0.5)
+    assert (rows["second"].requests, rows["second"].errors, rows["second"].fallback_rate) == (1, 0, 1.0)
+    total = report.total
+    assert (total.requests, total.errors, total.fallback_rate) == (2, 0, 0.5)
+    assert (total.prompt_tokens, total.completion_tokens, total.cost_usd) == (20, 10, 1.0)
+    assert (total.fallbacks, total.failures) == ({"HTTP 429": 1}, {"HTTP 429": 1})
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("limited: 15/min used by first/default, frees in 12 s", "quota"),
+        ("limited: HTTP 500: broken", "cooling"),
+        ("skipped: no key: set FIRST_KEY", "no key"),
+        ("skipped: no server is up: biollm up small", "no server"),
+        ("skipped: takes no tools", "unfit"),
+        ("failed: HTTP 503: busy", "HTTP 503"),
+        ("failed: no answer within 60 s", "timeout"),
+        ("failed: the connection was refused", "connection"),
+        ("failed: answered with empty content and no tool call", "bad answer"),
+    ],
+)
+def test_fallbacks_say_what_kept_the_first_rung(tmp_path: Path, reason: str, kind: str) -> None:
+    assert ask(wrote(tmp_path, [replace(SECOND, reason=reason)])).total.fallbacks == {kind: 1}
+
+
+def test_a_later_rung_that_was_asked_for_by_name_is_no_fallback(tmp_path: Path) -> None:
+    assert ask(wrote(tmp_path, [SECOND])).total.fallback_rate == 0
+
+
+def test_requests_nobody_answered_are_errors_and_cancelled_ones_are_not(tmp_path: Path) -> None:
+    lost = [replace(FAILED, request="a"), replace(FAILED, request="a", provider="second")]
+    total = ask(wrote(tmp_path, [*lost, replace(FAILED, request="b", outcome="cancelled")])).total
+    assert (total.requests, total.errors, total.p50_ms) == (2, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("by", "names"),
+    [
+        ("provider", ["first", "second"]),
+        ("account", ["first/default", "second/default"]),
+        ("model", ["small"]),
+        ("day", ["2026-11-18", "2026-11-19"]),
+        ("hour", ["2026-11-18 12:00", "2026-11-19 12:00"]),
+        ("tag", ["(none)", "agent=a", "user=u"]),
+    ],
+)
+@pytest.mark.parametrize("exact", [_rollup.EXACT, 0], ids=["from attempts", "rolled up"])
+def test_rows_by(tmp_path: Path, by: str, names: list[str], exact: int) -> None:
+    tagged = replace(SECOND, at=NOON + 24 * HOUR, tags={"agent": "a", "user": "u"})
+    ledger = wrote(tmp_path, numbered([OK, OK, tagged]))
+    if not exact:
+        _rollup.roll(ledger)
+    report = ask(ledger, by, exact=exact)
+    assert sorted(row.name for row in report.rows) == names
+    assert report.total.requests == 3
+
+
+def test_a_window_is_cut_at_the_second_rolled_up_or_not(tmp_path: Path) -> None:
+    ledger = wrote(tmp_path, numbered(replace(OK, at=NOON + 600 * step) for step in range(60)))
+    _rollup.roll(ledger)
+    for since, until in ((NOON + 601, NOON + 5 * HOUR + 1), (NOON + 1, NOON + 700), (NOON, NOON + HOUR)):
+        few, rolled = (ask(ledger, since=since, until=until, exact=exact) for exact in (_rollup.EXACT, 0))
+        assert few.total.requests == rolled.total.requests == len([*ledger.history(since, until)])
+
+
+# --- Percentiles -------------------------------------------------------------------------------------------------
+
+RANDOM = np.random.default_rng(7)
+SHAPES = {
+    "log-normal": RANDOM.lognormal(6, 1, 7000),
+    "uniform": RANDOM.uniform(1, 60_000, 7000),
+    "two peaks": np.concatenate([RANDOM.normal(300, 20, 4000), RANDOM.normal(9000, 500, 3000)]),
+    "one": np.array([123.4]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_percentiles_are_numpys(tmp_path: Path, shape: str) -> None:
+    values = SHAPES[shape]
+    ledger = wrote(tmp_path, numbered(replace(OK, at=NOON + n, ms=float(ms)) for n, ms in enumerate(values)))
+    expected = [float(each) for each in np.percentile(values, [50, 95, 99])]
+    assert latencies(ledger, _rollup.EXACT) == pytest.approx(expected, rel=1e-12)
+    assert latencies(ledger, 0) == pytest.approx(expected, rel=0.02)
+    assert (ask(ledger).exact, ask(ledger, exact=6).exact) == (True, len(values) <= 6)
+
+
+def test_buckets_are_within_one_percent_of_all_they_hold() -> None:
+    for ms in (0.011, 0.5, 1.0, 17.3, 999.0, 3.6e6, 1e8):
+        assert _rollup.middle(_rollup.bucket(ms)) == pytest.approx(ms, rel=0.0101)
+
+
+# --- The roll-up -------------------------------------------------------------------------------------------------
+
+
+def test_late_records_are_added_to_their_hour(tmp_path: Path) -> None:
+    ledger = wrote(tmp_path, numbered(replace(OK, at=NOON + HOUR * n) for n in range(5)))
+    _rollup.roll(ledger)
+    late = replace(OK, request="late", at=NOON + HOUR, ms=900.0, tags={"a": "ü"})
+    wrote(tmp_path, [late])
+    before = ask(ledger, "hour", exact=0)  # read beside the roll-up
+    _rollup.roll(ledger)
+    after = ask(ledger, "hour", exact=0)
+    assert before == replace(after, since=before.since) and after.rows[1].requests == 2
+    _rollup.roll(ledger)
+    assert ask(ledger, "hour", exact=0) == after
+
+
+def test_a_request_that_lies_across_two_roll_ups_is_one(tmp_path: Path) -> None:
+    ledger = wrote(tmp_path, [FAILED])
+    _rollup.roll(ledger)
+    wrote(tmp_path, [SECOND])
+    for _ in range(2):  # read beside the roll-up, and from it
+        total = ask(ledger, exact=0).total
+        assert (total.requests, total.fallbacks) == (1, {"HTTP 429": 1})
+        _rollup.roll(ledger)
+
+
+def test_pruning_keeps_the_sums_and_says_that_percentiles_are_not_exact(tmp_path: Path) -> None:
+    ledger = wrote(tmp_path, numbered(replace(OK, at=NOON + HOUR * n) for n in range(6)))
+    before = ask(ledger, "hour")
+    assert _rollup.prune(ledger, NOON + 3 * HOUR) == 3
+    assert len([*ledger.history()]) == 3
+    after = ask(ledger, "hour")
+    assert (before.exact, after.exact) == (True, False)
+    assert [(row.name, row.requests) for row in after.rows] == [(row.name, row.requests) for row in before.rows]
+    assert ask(ledger, since=NOON + 3 * HOUR).exact
+    assert _rollup.prune(ledger, NOON + 99 * HOUR) == 3
+    wrote(tmp_path, [replace(OK, request="new", at=NOON + 9 * HOUR)])  # its id is one that was there before
+    assert ask(ledger).total.requests == 7
+
+
+def test_merging_adds_each_record_once(tmp_path: Path) -> None:
+    here = wrote(tmp_path / "here", [replace(OK, request="a")])
+    wrote(tmp_path / "there", [replace(OK, request="a"), replace(OK, request="b", tags={"host": "x"})]).close()
+    other = tmp_path / "there" / "history.db"
+    _rollup.roll(here)
+    assert [_rollup.merge(here, other), _rollup.merge(here, other)] == [1, 0]
+    assert {row.name: row.requests for row in ask(here, "tag", exact=0).rows} == {"(none)": 1, "host=x": 1}
+    _rollup.prune(here, NOON + HOUR)
+    assert _rollup.merge(here, other) == 0  # they may have been counted
+
+
+@pytest.mark.parametrize("content", [None, "no database"])
+def test_merging_something_else_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / "other.db").write_text(content)
+    with pytest.raises(UsageError):
+        _rollup.merge(Ledger(tmp_path), tmp_path / "other.db")
+
+
+# --- Money and quotas --------------------------------------------------------------------------------------------
+
+
+def test_cost_avoided_is_at_the_reference_models_price(tmp_path: Path, waterfall: Callable[..., Path]) -> None:
+    waterfall({"costs": {"reference_model": "gpt-4o"}}, first="https://x.test/v1")
+    free = replace(OK, at=time.time(), prompt_tokens=1_000_000, completion_tokens=100_000, cost_usd=0.0)
+    report = usage.report(load_config(), wrote(tmp_path, [free]))
+    price = usage.price_map()["gpt-4o"]
+    expected = 1_000_000 * price["input_cost_per_token"] + 100_000 * price["output_cost_per_token"]  # type: ignore
+    assert report.total.cost_avoided_usd == pytest.approx(expected)
+
+
+async def _spend(ledger: Ledger, config: Config, usd: float) -> None:
+    account = config.providers[0].accounts[0]
+    need = Need("first/default", account.limits)
+    ledger.finish(await ledger.reserve(need), need.scope, replace(OK, at=time.time(), cost_usd=usd))  # type: ignore[arg-type]
+
+
+def test_quotas_say_what_is_left_and_on_which_day_it_ends(tmp_path: Path, waterfall: Callable[..., Path]) -> None:
+    import asyncio
+
+    entry = {
+        "base_url": "https://x.test/v1",
+        "rate_limit": "10/min",
+        "budget": "10 USD/month",
+        "token_budget": "1M/day",
+    }
+    waterfall(first=entry)
+    config, ledger = load_config(), Ledger(tmp_path)
+    asyncio.run(_spend(ledger, config, 9.99))
+    ledger.flush()
+    report = usage.report(config, ledger)
+    by_limit = {quota.limit: quota for quota in report.quotas}
+    assert (by_limit["10/min"].used, by_limit["10/min"].left, by_limit["10/min"].exhausted_at) == (1, 9, None)
+    (budget,) = report.budgets
+    assert (budget.unit, budget.used, budget.left) == ("usd", 9.99, pytest.approx(0.01))
+    assert budget.resets_at and budget.exhausted_at and time.time() <= budget.exhausted_at < budget.resets_at
+    assert by_limit["1M tokens/day"].used == 15
+
+
+def test_local_models_cost_their_jobs_gpu_hours(tmp_path: Path, waterfall: Callable[..., Path], state: Path) -> None:
+    vllm = {"type": "local", "models": ["qwen-coder-32b"]}
+    model = {"hf_id": "a/b", "type": "local"}
+    folder = waterfall({"costs": {"gpu_hour_usd": 2, "reference_model": "gpt-4o"}}, vllm=vllm)
+    (folder / "models.yaml").write_text(json.dumps({"models": {"qwen-coder-32b": model}}))
+    config, now = load_config(), time.time()
+    jobs = run_dir(config.cluster) / "jobs"
+    jobs.mkdir(parents=True)
+    kept = {"job": "7", "models": ["qwen-coder-32b"], "gpus": 4, "walltime": 3600, "log": "x", "chain": "", "link": 1,
+            "links": 1, "nodes": 1, "cluster": config.cluster.name}  # fmt: skip
+    (jobs / "t.json").write_text(json.dumps(kept))
+    said = {"restart": 0, "model": "qwen-coder-32b"}
+    events = [
+        {"at": now - 7200, "state": "starting", "reason": ""},
+        {"at": now - 3600, "state": "stopped", "reason": "idle"},
+    ]
+    (jobs / "t.events").write_text("".join(json.dumps(said | event) + "\n" for event in events))
+    os.utime(jobs / "t.events", (now - 3600, now - 3600))
+    answer = replace(
+        OK, at=now - 5000, provider="vllm", model="qwen-coder-32b", prompt_tokens=3000, completion_tokens=1000
+    )
+    (local,) = usage.report(config, wrote(state, [answer])).local
+    assert (local.model, local.tokens) == ("qwen-coder-32b", 4000)
+    assert local.gpu_hours == pytest.approx(4.0, rel=0.01)  # 4 GPUs for the hour between its events
+    assert local.cost_usd == pytest.approx(8.0, rel=0.01)
+    assert local.per_million_usd == pytest.approx(2000, rel=0.01)
+    assert local.reference_per_million_usd
+
+
+# --- The command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def used(state: Path, waterfall: Callable[..., Path]) -> Path:
+    waterfall(first="https://x.test/v1", second="https://y.test/v1")
+    now = time.time()
+    wrote(
+        state, numbered([replace(OK, at=now - 60), replace(SECOND, at=now - 60, reason="skipped: no key: set K")])
+    ).close()
+    return state
+
+
+def test_the_table_names_the_fallback(used: Path, biollm: Callable[..., Any]) -> None:
+    ran = biollm("usage")
+    assert (ran.code, ran.err) == (0, "")
+    assert "percentiles are exact" in ran.out and "Fallbacks: no key 1" in ran.out
+    assert biollm("usage", "--by", "day").out.count("█" * 40) == 1
+
+
+def test_json_and_csv_hold_the_same(used: Path, biollm: Callable[..., Any]) -> None:
+    rows = biollm("usage", "--json", "--since", "1h").json["rows"]
+    table = list(csv.DictReader(io.StringIO(biollm("usage", "--csv", "--since", "1h").out)))
+    assert [row["name"] for row in rows] == [row["provider"] for row in table] == ["first", "second"]
+    assert [float(row["p50_ms"]) for row in table] == [row["p50_ms"] for row in rows] == [100, 100]
+
+
+@pytest.mark.parametrize(
+    "argv", [("--since", "yesterday"), ("--by", "colour"), ("--prune", "old"), ("--merge", "/nowhere.db")]
+)
+def test_what_it_cannot_do_is_one_sentence(used: Path, biollm: Callable[..., Any], argv: tuple[str, ...]) -> None:
+    ran = biollm("usage", *argv)
+    assert (ran.code, ran.out) == (2, "") and ran.err.startswith("biollm: ")
+
+
+def test_prune_and_merge_from_the_command_line(used: Path, tmp_path: Path, biollm: Callable[..., Any]) -> None:
+    wrote(tmp_path / "other", [replace(OK, request="x", at=time.time() - 60)]).close()
+    assert "1 records added" in biollm("usage", "--merge", tmp_path / "other" / "history.db").out
+    assert "0 records removed" in biollm("usage", "--prune", "90d").out
+    assert biollm("usage", "--json").json["total"]["requests"] == 3
+
+
+@pytest.mark.parametrize(
+    ("written", "epoch"),
+    [("7d", NOON - 7 * 86400), ("90min", NOON - 5400), ("2w", NOON - 14 * 86400), ("2026-11-18T11:00", NOON - HOUR),
+     ("2026-11-18T12:00+01:00", NOON - HOUR)],
+)  # fmt: skip
+def test_times(written: str, epoch: float) -> None:
+    assert usage.moment(written, NOON) == epoch
