@@ -56,15 +56,18 @@ def figures(milliseconds: list[float]) -> str:
     return f"p50 {p50:.2f} p99 {p99:.2f} max {ordered[-1]:.1f} ms"
 
 
-def single(folder: Path, network: bool) -> str:
+def alone(folder: Path, network: bool) -> tuple[list[float], list[float]]:
     ledger = Ledger(folder, network=network)
     asyncio.run(work(ledger, 20, 0))
-    waits, costs = asyncio.run(work(ledger, 1000, 0.002))
+    found = asyncio.run(work(ledger, 1000, 0.002))
     ledger.close()
-    return f"reserve {figures(waits)}; reserve + finish {figures(costs)}"
+    return found
 
 
-def together(folder: Path, network: bool, pause: float, processes: int = 16, count: int = 100) -> str:
+def together(
+    folder: Path, network: bool, pause: float, processes: int = 16, count: int = 100
+) -> tuple[list[float], int, int]:
+    """Return the milliseconds waited, how many attempts both files kept, and how many there were."""
     spawn = multiprocessing.get_context("spawn")
     start, out = spawn.Barrier(processes), spawn.Queue()
     children = [spawn.Process(target=child, args=(folder, network, count, pause, start, out)) for _ in range(processes)]
@@ -76,18 +79,20 @@ def together(folder: Path, network: bool, pause: float, processes: int = 16, cou
     waits = [wait for found in results for wait in found]
     used = sum(Ledger(folder).used(need.scope, need.limits)[0][1] for need in NEEDS)
     kept = sum(1 for _ in Ledger(folder).history())
-    expected = processes * count
-    return f"wait {figures(waits)}; {used:.0f} of {expected} reservations and {kept} of {expected} records kept"
+    return waits, min(int(used), kept), processes * count
 
 
 def main() -> None:
     within = sys.argv[1] if len(sys.argv) > 1 else None
     for name, network in (("WAL", False), ("rollback journal", True)):
         with tempfile.TemporaryDirectory(dir=within) as folder:
-            print(f"{name}, one process: {single(Path(folder), network)}")
+            waits, costs = alone(Path(folder), network)
+            print(f"{name}, one process: reserve {figures(waits)}; reserve + finish {figures(costs)}")
         for pause in (0.0, 0.01):
             with tempfile.TemporaryDirectory(dir=within) as folder:
-                print(f"{name}, 16 processes, {pause * 1000:.0f} ms apart: {together(Path(folder), network, pause)}")
+                waits, kept, made = together(Path(folder), network, pause)
+                apart = f"{name}, 16 processes, {pause * 1000:.0f} ms apart"
+                print(f"{apart}: wait {figures(waits)}; {kept} of {made} attempts kept")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import loopback
 import overhead
 import promises
 import top
+import usage
 from setting import KEY, ROUNDS, Bar, environment, waterfall
 
 HERE = Path(__file__).parent
@@ -136,6 +137,7 @@ def main() -> None:
         add("500 deployments", found, peer_table(figures, "500 deployments: load", "ms"))
         add("Quotas", promises.quota(address, scratch))
         add("`biollm top`", top.measure(address, scratch))
+        add("Usage", [*usage.million(scratch, env), *usage.writes()])
         add("The ledger", [], ledger())
     text = report(bars, sections, time.monotonic() - began)
     RESULTS.write_text(text)
