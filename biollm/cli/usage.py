@@ -39,7 +39,7 @@ def usage(
         list[Path] | None, typer.Option(metavar="FILE", help="Add another host's history.db; repeatable.")
     ] = None,
 ) -> None:
-    """Report requests, tokens, latencies, fallbacks, cost and quotas.
+    """Report requests, latencies, fallbacks, cost, quotas.
 
     Sends nothing.
     """
