@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from provider import Loopback
 
 from biollm import _rollup, usage
+from biollm._shared import ledger
+from biollm.client import Client
 from biollm.config import Config, load_config
 from biollm.errors import UsageError
 from biollm.ledger import Ledger, Need, Record
@@ -137,6 +140,20 @@ def test_a_window_is_cut_at_the_second_rolled_up_or_not(tmp_path: Path) -> None:
     for since, until in ((NOON + 601, NOON + 5 * HOUR + 1), (NOON + 1, NOON + 700), (NOON, NOON + HOUR)):
         few, rolled = (ask(ledger, since=since, until=until, exact=exact) for exact in (_rollup.EXACT, 0))
         assert few.total.requests == rolled.total.requests == len([*ledger.history(since, until)])
+
+
+def test_what_the_client_does_is_what_is_reported(net: Loopback, waterfall: Callable[..., Path], state: Path) -> None:
+    first, second = net.serve(), net.serve()
+    waterfall(first={"base_url": first.url, "rate_limit": "1/hour"}, second=second)
+    with Client(tags={"agent": "tester"}) as client:
+        client.complete("hi")
+        client.complete("hi")
+        client.complete("hi", provider="second")
+    ledger().flush()
+    report = usage.report(load_config(), Ledger(state), by="tag")
+    assert [row.name for row in report.rows] == ["agent=tester"]
+    assert (report.total.requests, report.total.fallbacks) == (3, {"quota": 1})
+    assert report.total.p50_ms and report.quotas[0].left == 0
 
 
 # --- Percentiles -------------------------------------------------------------------------------------------------
