@@ -381,7 +381,7 @@ class Client:
         kept, policy = background().kept, self._policy()
         key = ("waterfall", self._dir, os.environ.get("BIOLLM_CONFIG_DIR"), policy, state_dir())
         if key not in kept:
-            made = _import_waterfall()
+            made = import_waterfall()
             kept[key] = made(Rungs(self.config, ledger(), state_dir(), policy, watch(self.config.cluster).alive))
         return kept[key]
 
@@ -400,7 +400,7 @@ def get_model_client(
     return Client(provider, model, config_dir=config_dir, **defaults)
 
 
-def _import_waterfall() -> type[Waterfall]:
+def import_waterfall() -> type[Waterfall]:
     """Import LiteLLM with its fetch of the price map switched off, and leave the environment as it was."""
     name = "LITELLM_LOCAL_MODEL_COST_MAP"
     before = os.environ.get(name)
