@@ -30,7 +30,7 @@ from biollm.rungs import Rungs
 if TYPE_CHECKING:
     from biollm._waterfall import Waterfall
 
-TIMEOUT = 1.0  # seconds that stand for the configured ones, so that a drill of hanging rungs ends
+TIMEOUT = 3.0  # seconds that stand for the configured ones: a busy machine is no fault, and a drill must end
 # What is broken -> what rests after it: other rungs with the same one are passed over, too.
 FAULTS: Mapping[str, str] = {
     "refused": "endpoint", "hang": "endpoint", "reset": "", "http_400": "", "http_401": "key", "http_403": "deployment",
