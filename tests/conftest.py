@@ -44,6 +44,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (*KEYS.split(), "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
+    for name in ("NO_PROXY", "no_proxy"):  # set, so that the test's end takes back the local hosts that a client adds
+        monkeypatch.setenv(name, "")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg-config"))
     monkeypatch.setenv("BIOLLM_SITE_CONFIG", str(tmp_path / "site"))
     monkeypatch.setenv("BIOLLM_STATE_DIR", str(tmp_path / "state"))

@@ -168,7 +168,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("BIOLLM_STATE_DIR", str(folder))
         patch.setenv("BIOLLM_SITE_CONFIG", str(folder / "none"))
         patch.setenv("XDG_CONFIG_HOME", str(folder / "none"))
-        patch.setenv("NO_PROXY", "127.0.0.1")
+        for name in ("NO_PROXY", "no_proxy"):  # a client adds its local hosts to both: taken back at the end
+            patch.setenv(name, "127.0.0.1")
         patch.setenv("GOOD_KEY", "key-good")
         yield folder
 
