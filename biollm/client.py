@@ -88,6 +88,8 @@ class Defaults(TypedDict, total=False):
         max_retries: Further passes over the waterfall when rungs failed for a passing reason; with
             `fallback=False`, repeats on the same deployment.
         local_only: True keeps the prompt on this machine and the cluster.
+        data_policy: "no_training" leaves out providers that train on prompts, "local_only" is `local_only=True`; it
+            tightens what the configuration says and never loosens it.
         response_model: A pydantic class, or a JSON Schema; the answer is in `Completion.parsed`.
         capability: Only models that list it, such as "reasoning".
         allow_degraded: Whether the small embedded model may answer; False unless set, and always False
@@ -112,6 +114,7 @@ class Defaults(TypedDict, total=False):
     fallback: bool
     max_retries: int
     local_only: bool
+    data_policy: Policy
     response_model: type[BaseModel] | Mapping[str, Any] | None
     capability: str | None
     allow_degraded: bool
@@ -201,16 +204,12 @@ class Client:
             InterruptedStreamError: It broke after some text; `partial` holds that.
             CompletionError: Nobody could answer.
         """
-        request = self._request(prompt, options)
-        if request.shape:
-            raise UsageError("A stream has no response_model.", hint="Use complete().")
+        request = self._streamable(prompt, options)
         return background().iterate(self._stream(request))
 
     def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """Like `stream`, for `async for`."""
-        request = self._request(prompt, options)
-        if request.shape:
-            raise UsageError("A stream has no response_model.", hint="Use acomplete().")
+        request = self._streamable(prompt, options)
         return background().aiterate(self._stream(request))
 
     def complete_many(
@@ -245,7 +244,7 @@ class Client:
     def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Rung]:
         """Return who would answer now and why each other would not; sends nothing."""
         request = self._request(prompt, options)
-        rungs = Rungs(self.config, ledger(), state_dir(), self._policy(), watch(self.config.cluster).alive)
+        rungs = Rungs(self.config, ledger(), state_dir(), self.policy(), watch(self.config.cluster).alive)
         return explain(rungs, request.wants)
 
     def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
@@ -264,12 +263,16 @@ class Client:
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.to_thread(ledger().flush)
 
-    def _policy(self, local_only: bool = False) -> Policy:
-        """Return the strictest of what the configuration, the environment and the caller say."""
+    def policy(self, *calls: Options) -> Policy:
+        """Return the data policy: the strictest of what configuration, environment, client and these calls say."""
         environment = os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", "0", "false", "no")
-        asked = local_only or environment or self._defaults.get("local_only", False)
-        strictest: Policy = "local_only" if asked else "any"
-        return max((self.config.data_policy, strictest), key=_STRICTNESS.index)
+        asked: list[Policy] = [self.config.data_policy]
+        for options in (self._defaults, *calls):
+            asked.append(options.get("data_policy", "any"))
+            environment = environment or options.get("local_only", False)
+        if environment:
+            return "local_only"
+        return max(asked, key=_STRICTNESS.index)
 
     def _request(self, prompt: Prompt, options: Options) -> Request:
         _check_options(options)
@@ -284,7 +287,7 @@ class Client:
         wants = Wants(
             provider=provider,
             model=model,
-            policy=self._policy(chosen.get("local_only", False)),
+            policy=self.policy(options),
             tools=bool(chosen.get("tools")),
             capability=chosen.get("capability"),
             tokens=letters // _CHARS_PER_TOKEN + (chosen.get("max_tokens") or 0),
@@ -306,6 +309,14 @@ class Client:
             wait=_positive("wait", chosen.get("wait")),
             on_state=chosen.get("on_state"),
         )
+
+    def _streamable(self, prompt: Prompt, options: Options) -> Request:
+        request = self._request(prompt, options)
+        if request.shape:
+            raise UsageError("A stream has no response_model.", hint="Use complete() or acomplete().")
+        if request.params.get("n", 1) != 1:
+            raise UsageError("A stream has one choice; n must be 1.", hint="Use complete() or acomplete().")
+        return request
 
     def _gap(self, prefix: str, suffix: str, options: Options) -> Request:
         request = self._request(prefix + suffix, options)
@@ -378,7 +389,7 @@ class Client:
 
     def _waterfall(self) -> Waterfall:
         """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""
-        kept, policy = background().kept, self._policy()
+        kept, policy = background().kept, self.policy()
         key = ("waterfall", self._dir, os.environ.get("BIOLLM_CONFIG_DIR"), policy, state_dir())
         if key not in kept:
             made = import_waterfall()
@@ -422,6 +433,8 @@ def _check_options(options: Options) -> None:
             near = nearest(name, known)
             hint = f"Did you mean {near}?" if near else "Further arguments of the API go into extra={...}."
             raise UsageError(f"There is no option {name!r}.", hint=hint)
+    if (policy := options.get("data_policy", "any")) not in _STRICTNESS:
+        raise UsageError(f"data_policy is {policy!r}; it must be one of {', '.join(_STRICTNESS)}.")
 
 
 def _forced(defaults: Options, options: Options) -> tuple[str | None, str | None]:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from behaviours import (
@@ -309,6 +309,30 @@ def test_under_a_local_only_policy_cloud_deployments_are_not_even_built(
     with pytest.raises(CompletionError) as caught:
         client.complete("hi", local_only=False)
     assert caught.value.attempts == ()
+
+
+@pytest.mark.parametrize(("options", "answers"), [({}, "free"), ({"data_policy": "no_training"}, "paid")])
+def test_a_calls_data_policy_tightens_it(net: Loopback, waterfall: Write, options: Any, answers: str) -> None:
+    waterfall(free={"base_url": net.serve().url, "trains_on_prompts": True}, paid=net.serve())
+    assert get_model_client().complete("hi", **options).provider == answers
+
+
+def test_a_calls_data_policy_never_loosens_it(net: Loopback, waterfall: Write) -> None:
+    waterfall({"data_policy": "no_training"}, free={"base_url": net.serve().url, "trains_on_prompts": True})
+    with pytest.raises(CompletionError, match="may train on prompts"):
+        get_model_client().complete("hi", data_policy="any")
+
+
+def test_an_unknown_data_policy_names_the_known_ones(net: Loopback, waterfall: Write) -> None:
+    waterfall(one=net.serve())
+    with pytest.raises(UsageError, match="any, no_training, local_only"):
+        get_model_client().complete("hi", data_policy=cast("Any", "none"))
+
+
+def test_a_stream_has_one_choice(net: Loopback, waterfall: Write) -> None:
+    waterfall(one=net.serve())
+    with pytest.raises(UsageError, match="n must be 1"):
+        get_model_client().stream("hi", extra={"n": 2})
 
 
 def test_no_training_leaves_out_who_may_train(net: Loopback, waterfall: Write) -> None:
