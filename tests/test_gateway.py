@@ -1,0 +1,369 @@
+"""What an OpenAI client sees of the waterfall: JSON, events, errors and headers, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from behaviours import HTTP_400, HTTP_401, HTTP_500, Behaviour, limited
+from provider import Loopback
+from starlette.types import ASGIApp
+
+from biollm import gateway
+from biollm._shared import ledger
+from biollm.client import Client
+
+CHAT = "/v1/chat/completions"
+HI = {"model": "biollm", "messages": [{"role": "user", "content": "hi"}]}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"properties": {"path": {"type": "string"}}}}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+WANTED = {"type": "json_schema", "json_schema": {"name": "pair", "strict": True, "schema": SCHEMA}}
+
+
+@contextmanager
+def serving(app: ASGIApp, path: Path) -> Generator[httpx.Client]:
+    """Serve `app` on a Unix socket in a thread; give a client of it."""
+    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), lifespan="off", log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+def until(true: Callable[[], Any], seconds: float = 30) -> float:
+    """Wait until something is true; return the seconds it took."""
+    start = time.monotonic()
+    while not true():
+        assert time.monotonic() < start + seconds, "it never came true"
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+@pytest.fixture
+def serve(waterfall: Callable[..., Path], tmp_path: Path) -> Generator[Callable[..., httpx.Client]]:
+    """Serve a waterfall, written as `waterfall` takes it."""
+    stack: list[Any] = []
+
+    def start(*top: Mapping[str, Any], touched: Callable[[int], None] | None = None, **rungs: Any) -> httpx.Client:
+        waterfall(*top, **rungs)
+        running = serving(gateway.app(Client(), touched=touched), tmp_path / "s")
+        stack.append(running)
+        return running.__enter__()
+
+    yield start
+    for running in stack:
+        running.__exit__(None, None, None)
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """Return the data of a stream's events."""
+    data = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [each if each == "[DONE]" else json.loads(each) for each in data]
+
+
+def said(response: httpx.Response) -> str:
+    """Return the text of a stream."""
+    chunks = [each for each in events(response) if each != "[DONE]" and each.get("choices")]
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+
+
+def test_an_answer_says_who_gave_it_and_what_was_tried(net: Loopback, serve: Any) -> None:
+    second = net.serve(text="from second")
+    client = serve(first=net.serve(then=HTTP_500), second=second)
+    answer = client.post(CHAT, json={**HI, "seed": 7, "stop": ["x"], "top_k": 3, "max_completion_tokens": 9})
+    body = answer.json()
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "from second"},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert (body["object"], body["model"]) == ("chat.completion", "second/small")
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"] > 0
+    assert [each["outcome"] for each in body["biollm"]["attempts"]] == ["failed", "ok"]
+    names = ("deployment", "attempts", "policy", "degraded")
+    headers = [answer.headers[f"x-biollm-{name}"] for name in names]
+    assert headers == ["second/small", "first/small=failed, second/small=ok", "any", "false"]
+    sent = second.completions[-1].body
+    assert {"seed": 7, "stop": ["x"], "top_k": 3, "max_tokens": 9}.items() <= sent.items()
+
+
+def test_a_body_cannot_say_where_the_key_goes(net: Loopback, serve: Any) -> None:
+    server, thief = net.serve(), net.serve()
+    answer = serve(first=server).post(CHAT, json={**HI, "api_base": thief.url, "base_url": thief.url, "api_key": "x"})
+    assert answer.status_code == 200
+    assert (len(server.completions), thief.connections) == (1, 0)
+    assert server.completions[0].headers["authorization"] == "Bearer sk-planted-first-0123456789"
+
+
+def test_a_stream_has_openais_chunks(net: Loopback, serve: Any) -> None:
+    client = serve(first=net.serve(text="one two three"))
+    answer = client.post(CHAT, json={**HI, "stream": True})
+    *chunks, done = events(answer)
+    assert done == "[DONE]"
+    assert said(answer) == "one two three"
+    assert len(chunks) > 3
+    assert [each["choices"][0]["finish_reason"] for each in chunks] == [*[None] * (len(chunks) - 1), "stop"]
+    assert [each["choices"][0]["delta"].get("role") for each in chunks[:2]] == ["assistant", None]
+    assert chunks[-1]["biollm"]["deployment"] == answer.headers["x-biollm-deployment"] == "first/small"
+    assert not any("usage" in each for each in chunks)
+
+
+def test_tokens_come_in_a_chunk_of_their_own_when_asked_for(net: Loopback, serve: Any) -> None:
+    asked = {**HI, "stream": True, "stream_options": {"include_usage": True}}
+    *_, before, usage, done = events(serve(first=net.serve()).post(CHAT, json=asked))
+    assert before["choices"][0]["finish_reason"] == "stop"
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] > 0
+    assert done == "[DONE]"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_are_called(net: Loopback, serve: Any, stream: bool) -> None:
+    answer = serve(first=net.serve()).post(CHAT, json={**HI, "tools": [TOOL], "stream": stream})
+    if stream:
+        choices = [each["choices"][0] for each in events(answer)[:-1]]
+        [call] = next(each["delta"]["tool_calls"] for each in choices if each["delta"].get("tool_calls"))
+        assert (call["index"], choices[-1]["finish_reason"]) == (0, "tool_calls")
+    else:
+        [choice] = answer.json()["choices"]
+        [call] = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls"
+    assert call["function"] == {"name": "look", "arguments": '{"path": "text"}'}
+    assert (call["id"], call["type"]) == ("call_1", "function")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_is_kept_to(net: Loopback, serve: Any, stream: bool) -> None:
+    server = net.serve(Behaviour(text='{"a": "x"}'), Behaviour(text='Sure:\n```json\n{"a": 2}\n```'))
+    answer = serve(first=server).post(CHAT, json={**HI, "response_format": WANTED, "stream": stream})
+    text = said(answer) if stream else answer.json()["choices"][0]["message"]["content"]
+    assert json.loads(text) == {"a": 2}
+    assert len(server.completions) == 2
+
+
+def test_several_choices_come_from_one_request(net: Loopback, serve: Any) -> None:
+    two = [{"index": at, "message": {"role": "assistant", "content": f"{at}"}, "logprobs": None} for at in (0, 1)]
+    logged = {"content": [{"token": "1", "logprob": -0.1, "bytes": [49], "top_logprobs": []}], "refusal": None}
+    two = [{**each, "finish_reason": "stop", "logprobs": logged} for each in two]
+    given = {"id": "a", "object": "chat.completion", "created": 1, "model": "small", "choices": two}
+    server = net.serve(then=Behaviour(body=json.dumps(given)))
+    choices = serve(first=server).post(CHAT, json={**HI, "n": 2, "logprobs": True}).json()["choices"]
+    assert [each["message"]["content"] for each in choices] == ["0", "1"]
+    assert choices[0]["logprobs"]["content"][0]["token"] == "1"
+    assert server.completions[0].body["n"] == 2
+
+
+REFUSALS = {
+    "limited": ([limited("7")], 429, "rate_limit_exceeded", "AllLimitedError"),
+    "keys": ([HTTP_401], 502, "keys_refused", "KeysRefusedError"),
+    "rejected": ([HTTP_400, HTTP_400], 400, "request_rejected", "RequestRejectedError"),
+    "broken": ([HTTP_500], 503, "no_answer", "CompletionError"),
+    "late": ([Behaviour(hang=0)], 504, "deadline_exceeded", "DeadlineError"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", REFUSALS)
+def test_who_gets_no_answer_gets_openais_error(net: Loopback, serve: Any, case: str, stream: bool) -> None:
+    hows, status, code, name = REFUSALS[case]
+    client = serve(**{f"r{at}": net.serve(then=how) for at, how in enumerate(hows)})
+    asked = {**HI, "stream": stream, "biollm": {"deadline": 1 if case == "late" else 30}}
+    answer = client.post(CHAT, json=asked)
+    if case == "limited":  # the first time it is a failed attempt
+        answer = client.post(CHAT, json=asked)
+        assert 1 <= int(answer.headers["retry-after"]) <= 7
+        assert 0 < answer.json()["error"]["biollm"]["retry_after"] <= 7
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["biollm"]["class"]) == (status, code, name)
+    assert error["biollm"]["attempts"][0]["deployment"] == "r0/small"
+    assert {"message", "type", "param"} <= error.keys()
+    assert answer.headers["x-biollm-attempts"].startswith("r0/small=")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "told"),
+    [
+        (CHAT, "{", 400, "not JSON"),
+        (CHAT, [], 400, "must be a JSON object"),
+        (CHAT, {"model": "biollm"}, 400, "no messages"),
+        (CHAT, {**HI, "messages": []}, 400, "at least one"),
+        (CHAT, {**HI, "model": "smal"}, 404, "Did you mean 'small'?"),
+        (CHAT, {**HI, "max_tokens": "many"}, 400, "max_tokens has the wrong type: str"),
+        (CHAT, {**HI, "stream": True, "n": 2}, 400, "n must be 1"),
+        (CHAT, {**HI, "response_format": {"type": "json_schema"}}, 400, "must be a JSON Schema"),
+        (CHAT, {**HI, "response_format": {**WANTED, "json_schema": {"schema": {"type": 1}}}}, 400, "is no JSON Schema"),
+        (CHAT, {**HI, "biollm": {"fallbak": True}}, 400, "no option biollm.fallbak"),
+        (CHAT, {**HI, "biollm": {"data_policy": "all"}}, 400, "must be one of any, no_training, local_only"),
+        ("/v1/completions", {"prompt": "once"}, 400, "/v1/chat/completions"),
+        ("/v1/responses", {"input": "hi"}, 404, "Use /v1/chat/completions"),
+        ("/v1/embeddings", {"input": "hi"}, 404, "Not Found: POST /v1/embeddings"),
+    ],
+)
+def test_what_makes_no_sense_is_told(net: Loopback, serve: Any, path: str, body: Any, status: int, told: str) -> None:
+    server = net.serve()
+    answer = serve(first=server).post(path, content=body if isinstance(body, str) else json.dumps(body))
+    assert (answer.status_code, server.requests) == (status, [])
+    assert told in answer.json()["error"]["message"]
+
+
+def test_code_is_filled_in_where_a_local_model_can(net: Loopback, serve: Any) -> None:
+    model = {"type": "local", "hf_id": "x/coder", "capabilities": ["fill-in-middle"], "fim": ["<P>", "<S>", "<M>"]}
+    server = net.serve(text="return a", models=("coder",))
+    local = {"type": "local", "base_url": server.url, "models": ["coder"]}
+    client = serve({"models": {"coder": model}}, mine=local)
+    answer = client.post("/v1/completions", json={"model": "coder", "prompt": "def f(a):", "suffix": "\nf(1)"})
+    assert answer.json()["choices"][0]["text"] == "return a"
+    assert server.requests[-1].body["prompt"] == "<P>def f(a):<S>\nf(1)<M>"
+
+
+def test_a_stream_that_breaks_ends_with_an_error_and_without_done(net: Loopback, serve: Any) -> None:
+    first, second = net.serve(text="one two three four", then=Behaviour(cut=4)), net.serve(text="whole")
+    answer = serve(first=first, second=second).post(CHAT, json={**HI, "stream": True})
+    *_, last = events(answer)
+    assert said(answer).startswith("one")
+    assert last["error"]["code"] == "stream_interrupted"
+    assert last["error"]["biollm"]["class"] == "InterruptedStreamError"
+    assert not second.requests
+
+
+def test_a_stream_restarts_unseen_where_asked_to(net: Loopback, serve: Any) -> None:
+    first, second = net.serve(text="one two three four", then=Behaviour(cut=4)), net.serve(text="whole")
+    client = serve(first=first, second=second)
+    unseen = client.post(CHAT, json={**HI, "stream": True}, headers={"x-biollm-on-interrupt": "restart"})
+    assert (said(unseen), events(unseen)[-1]) == ("whole", "[DONE]")
+    assert unseen.headers["x-biollm-attempts"] == "first/small=failed, second/small=ok"
+
+
+def test_a_restart_takes_back_the_text_so_far(net: Loopback, serve: Any) -> None:
+    first, second = net.serve(text="one two three four", then=Behaviour(cut=4)), net.serve(text="whole")
+    asked = {**HI, "stream": True, "biollm": {"on_interrupt": "restart"}}
+    chunks = events(serve(first=first, second=second).post(CHAT, json=asked))
+    at = next(at for at, each in enumerate(chunks) if "restarted" in each.get("biollm", ""))
+    assert chunks[at]["choices"] == []
+    assert chunks[at]["biollm"]["restarted"]["attempt"]["deployment"] == "first/small"
+    assert "".join(each["choices"][0]["delta"].get("content", "") for each in chunks[at + 1 : -1]) == "whole"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_takes_the_request_along_within_a_second(net: Loopback, serve: Any, stream: bool) -> None:
+    server = net.serve(then=Behaviour(hang=3 if stream else 0), text="a b c d e")
+    counts: list[int] = []
+    client = serve(first=server, touched=counts.append)
+    client.post(CHAT, json={**HI, "model": "nobody"})  # LiteLLM is not asked, uvicorn has served
+    path = client._transport._pool._uds  # pyright: ignore
+    body = json.dumps({**HI, "stream": stream}).encode()
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.connect(path)
+        raw.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body))
+        until(lambda: server.requests)
+        if stream:
+            assert b"200 OK" in raw.recv(10_000)
+        assert server.tasks
+        assert counts[-1] == 1
+    assert until(lambda: not server.tasks) < 1
+    assert until(lambda: counts[-1] == 0) < 1
+    ledger().flush()
+    assert [record.outcome for record in ledger().history(None, None)] == ["cancelled"]
+
+
+@pytest.mark.parametrize(
+    ("model", "extension", "header", "policy", "who"),
+    [
+        ("biollm", {}, "", "any", "first/small"),
+        ("biollm", {}, "no_training", "no_training", "second/small"),
+        ("biollm", {"data_policy": "local_only"}, "no_training", "local_only", "third/own"),
+        ("biollm-local", {}, "", "local_only", "third/own"),
+        ("second/small", {}, "", "any", "second/small"),
+        ("own", {}, "", "any", "third/own"),
+        ("biollm", {"provider": "second"}, "", "any", "second/small"),
+    ],
+)
+def test_model_and_policy_choose_who_may_answer(
+    net: Loopback, serve: Any, model: str, extension: Any, header: str, policy: str, who: str
+) -> None:
+    far = "https://api.example.invalid/v1"  # a loopback address would be local
+    first, second = ({"base_url": far if policy == "local_only" else net.serve().url} for _ in range(2))
+    first = {**first, "trains_on_prompts": True}
+    third = {"type": "local", "base_url": net.serve(models=("own",)).url, "models": ["own"]}
+    own = {"type": "local", "hf_id": "x/own"}
+    client = serve({"models": {"own": own}}, first=first, second=second, third=third)
+    headers = {"x-biollm-policy": header} if header else {}
+    answer = client.post(CHAT, json={**HI, "model": model, "biollm": extension}, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert (answer.headers["x-biollm-policy"], answer.headers["x-biollm-deployment"]) == (policy, who)
+
+
+def test_tags_are_stored(net: Loopback, serve: Any) -> None:
+    client = serve(first=net.serve())
+    asked = {**HI, "metadata": {"a": "1"}, "biollm": {"tags": {"c": "3"}}}
+    assert client.post(CHAT, json=asked, headers={"x-biollm-tags": "b=2, d=4"}).status_code == 200
+    ledger().flush()
+    assert [record.tags for record in ledger().history(None, None)] == [{"a": "1", "b": "2", "c": "3", "d": "4"}]
+
+
+def test_the_models_are_listed(net: Loopback, serve: Any) -> None:
+    client = serve(first=net.serve(), second={"base_url": net.serve().url, "models": ["small", "org/large"]})
+    data = client.get("/v1/models").json()["data"]
+    assert [each["id"] for each in data] == ["biollm", "biollm-local", "small", "org/large"]
+    assert next(each for each in data if each["id"] == "small")["owned_by"] == "first,second"
+    for name in ("biollm", "org/large", "second/small"):
+        assert client.get(f"/v1/models/{name}").json()["id"] == name
+    unknown = client.get("/v1/models/smal")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_it_is_ready_when_a_rung_could_answer(net: Loopback, serve: Any) -> None:
+    server = net.serve(then=limited("60"))
+    client = serve(first=server)
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json() == {"ready": True, "first": "first/small"}
+    assert not server.requests
+    client.post(CHAT, json=HI)
+    assert client.get("/ready").status_code == 503
+
+
+def test_figures_and_the_picture_of_now(net: Loopback, serve: Any) -> None:
+    counts: list[int] = []
+    client = serve(first=net.serve(), touched=counts.append)
+    client.post(CHAT, json=HI)
+    ledger().flush()
+    assert 'biollm_requests_total{provider="first"' in client.get("/metrics").text
+    assert "first/small" in client.get("/").text
+    with client.stream("GET", "/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = stream.iter_lines()
+        assert "first/small" in next(line for line in lines if line.startswith("data: "))
+    assert counts == [1, 0]  # a page that is left open is no request
+
+
+def test_it_runs_on_the_loop_that_asks_too(net: Loopback, waterfall: Callable[..., Path]) -> None:
+    from biollm._background import background
+
+    waterfall(first=net.serve(text="same loop"))
+    transport = httpx.ASGITransport(gateway.app(Client()))
+
+    async def ask() -> list[str]:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=60) as client:
+            whole = await client.post(CHAT, json=HI)
+            stream = await client.post(CHAT, json={**HI, "stream": True})
+            return [whole.json()["choices"][0]["message"]["content"], said(stream)]
+
+    assert asyncio.run_coroutine_threadsafe(ask(), background().loop).result(60) == ["same loop"] * 2
