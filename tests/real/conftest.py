@@ -84,6 +84,40 @@ def litellm_proxy() -> Path:
     return programs / "litellm"
 
 
+def _kept(name: str, *steps: list[str]) -> Path:
+    """Return a folder of the user's cache in which the steps were run, "." being the folder itself."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    ready, wanted = folder / ".ready", repr(steps)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists() or ready.read_text() != wanted:
+            for step in steps:
+                done = subprocess.run(step, cwd=folder, capture_output=True, text=True)
+                if done.returncode:
+                    missing(f"{' '.join(step)} failed: {done.stderr.strip()[-300:]}")
+            ready.write_text(wanted)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def python_clients() -> Path:
+    """The Python of an environment with clients of OpenAI's interface, 200 MB."""
+    names = ("openai", "instructor", "pydantic-ai-slim[openai]", "langchain-openai", "llm")
+    install = ["bin/uv", "pip", "install", "-q", "-p", "bin/python", *names]
+    steps = ([sys.executable, "-m", "venv", "."], ["bin/python", "-m", "pip", "install", "-q", "uv"], install)
+    return _kept("gateway-clients", *steps) / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def npm_clients() -> Path:
+    """A folder in which Node.js finds OpenAI's package."""
+    if not shutil.which("npm"):
+        missing("no npm here")
+    quiet = ("--no-audit", "--no-fund", "--silent", "--prefix", ".")
+    return _kept("gateway-clients-npm", ["npm", "install", *quiet, "openai", "zod"])
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Debian's Chromium, installed on first use where this runs as root."""
