@@ -34,3 +34,14 @@ def state_dir() -> Path:
     if override := os.environ.get("BIOLLM_STATE_DIR"):
         return Path(override)
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "biollm"
+
+
+def wants_local_only() -> bool:
+    """Does BIOLLM_LOCAL_ONLY say so?"""
+    return os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", "0", "false", "no", "off")
+
+
+def environment_tags() -> dict[str, str]:
+    """Return BIOLLM_TAGS, written as "agent=ErrorDiagnosis,user=ann"."""
+    pairs = (part.partition("=") for part in os.environ.get("BIOLLM_TAGS", "").split(",") if "=" in part)
+    return {key.strip(): value.strip() for key, _, value in pairs}

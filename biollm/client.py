@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from biollm._background import background
-from biollm._resources import state_dir
+from biollm._gateway_client import Line, body_of, identity, reach
+from biollm._resources import environment_tags, state_dir, wants_local_only
 from biollm._run import Request
 from biollm._shared import ledger, watch
 from biollm.config import Config, Limit, load_config
@@ -140,6 +141,9 @@ class Options(Defaults, total=False):
 class Client:
     """Asks the waterfall. Usable from threads, inside a running event loop, and after a fork.
 
+    Where this user's gateway runs with the same configuration (`biollm serve`), it is asked instead; BIOLLM_GATEWAY
+    says `off`, or the URL of another one.
+
     Args:
         provider, model: Only these deployments may answer, unless a call says otherwise.
         config_dir: The folder with models.yaml and providers.yaml; else the usual layers.
@@ -165,6 +169,7 @@ class Client:
 
     def reload(self) -> None:
         """Read the configuration again; requests under way go on with the old one."""
+        self._identity = identity()
         self.config: Config = load_config(self._dir)
         check_names(self.config, self._defaults.get("provider"), self._defaults.get("model"))
         kept = background().kept
@@ -179,11 +184,15 @@ class Client:
                 KeysRefusedError, RequestRejectedError, DeadlineError.
             UsageError: An option does not exist, or does not fit.
         """
-        return background().run(self._complete(self._request(prompt, options)))
+        request = self._request(prompt, options)
+        line = self._line(request)
+        return line.complete() if line else background().run(self._complete(request))
 
     async def acomplete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Like `complete`; cancelling it cancels the request."""
-        return await background().arun(self._complete(self._request(prompt, options)))
+        request = self._request(prompt, options)
+        line = self._line(request)
+        return await (line.acomplete() if line else background().arun(self._complete(request)))
 
     def fill_in_middle(self, prefix: str, suffix: str, **options: Unpack[Options]) -> Completion:
         """Return the code that belongs between `prefix` and `suffix`, from a local model that has tokens for it.
@@ -205,12 +214,14 @@ class Client:
             CompletionError: Nobody could answer.
         """
         request = self._streamable(prompt, options)
-        return background().iterate(self._stream(request))
+        line = self._line(request)
+        return line.stream() if line else background().iterate(self._stream(request))
 
     def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """Like `stream`, for `async for`."""
         request = self._streamable(prompt, options)
-        return background().aiterate(self._stream(request))
+        line = self._line(request)
+        return line.astream() if line else background().aiterate(self._stream(request))
 
     def complete_many(
         self,
@@ -265,7 +276,7 @@ class Client:
 
     def policy(self, *calls: Options) -> Policy:
         """Return the data policy: the strictest of what configuration, environment, client and these calls say."""
-        environment = os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", "0", "false", "no")
+        environment = wants_local_only()
         asked: list[Policy] = [self.config.data_policy]
         for options in (self._defaults, *calls):
             asked.append(options.get("data_policy", "any"))
@@ -302,13 +313,17 @@ class Client:
             fallback=chosen.get("fallback", True),
             max_retries=chosen.get("max_retries", 0),
             shape=Shape(wanted) if wanted is not None else None,
-            tags={**_environment_tags(), **chosen.get("tags", {})},
+            tags={**environment_tags(), **chosen.get("tags", {})},
             on_interrupt=chosen.get("on_interrupt", "raise"),
             on_send=chosen.get("on_send"),
             start=chosen.get("start_local", False),
             wait=_positive("wait", chosen.get("wait")),
             on_state=chosen.get("on_state"),
         )
+
+    def _line(self, request: Request) -> Line | None:
+        """Return a connection to a gateway with this configuration; it saves the import of LiteLLM."""
+        return reach(body_of(request), self._identity) if self._dir is None else None
 
     def _streamable(self, prompt: Prompt, options: Options) -> Request:
         request = self._request(prompt, options)
@@ -454,9 +469,3 @@ def _positive(name: str, seconds: float | None) -> float | None:
     if seconds is not None and seconds <= 0:
         raise UsageError(f"{name} is {seconds:g}; it must be more than 0 seconds.")
     return seconds
-
-
-def _environment_tags() -> dict[str, str]:
-    """Return BIOLLM_TAGS, written as "agent=ErrorDiagnosis,user=ann"."""
-    pairs = (part.partition("=") for part in os.environ.get("BIOLLM_TAGS", "").split(",") if "=" in part)
-    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -59,7 +59,7 @@ class Completion:
         parsed: The object of `response_model`, or None.
         tool_calls: OpenAI-shaped tool calls.
         finish_reason: The provider's own.
-        raw: LiteLLM's ModelResponse.
+        raw: LiteLLM's ModelResponse; from a gateway its JSON, or None for a stream.
     """
 
     text: str

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from provider import Loopback, Server
 
-from biollm import embedded
+from biollm import _serve, embedded
 from biollm._shared import ledger
 from biollm.cli import _run
 from biollm.config import load_config
@@ -49,6 +50,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg-config"))
     monkeypatch.setenv("BIOLLM_SITE_CONFIG", str(tmp_path / "site"))
     monkeypatch.setenv("BIOLLM_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("BIOLLM_GATEWAY", "off")
     return tmp_path / "state"
 
 
@@ -121,3 +123,19 @@ def biollm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Ran(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for the socket of this test's gateway, with a name that is short enough; the gateway is looked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        monkeypatch.delenv("BIOLLM_GATEWAY")
+        yield Path(folder) / "biollm"
+
+
+@pytest.fixture
+def gateway(runtime: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Start the gateway in a process of its own, as `biollm serve --detach` does; return its record."""
+    yield lambda *arguments: _serve.detach(arguments)[0]
+    assert _serve.stop(30)

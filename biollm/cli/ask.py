@@ -6,6 +6,8 @@ import json
 import os
 import stat
 import sys
+import time
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,14 +17,18 @@ import typer
 from biollm.cli._options import Json
 
 if TYPE_CHECKING:
+    from biollm._gateway_client import Line
     from biollm.cli._print import Progress
-    from biollm.client import Client
+    from biollm.client import Client, Piece
     from biollm.errors import CompletionError
+    from biollm.tickets import Job
     from biollm.types import Completion
 
 Provider = Annotated[str | None, typer.Option(metavar="NAME", help="Only this provider may answer.")]
 Model = Annotated[str | None, typer.Option(metavar="NAME", help="Only this model may answer.")]
 LocalOnly = Annotated[bool, typer.Option("--local-only", help="Keep the prompt on this machine and the cluster.")]
+
+_SLOW = 2.0  # seconds of a start that a person notices
 
 
 def register(app: typer.Typer) -> None:
@@ -76,36 +82,41 @@ def complete(
 ) -> None:
     """Answer a question by the first provider that can."""
     from biollm.cli._print import Progress
+    from biollm.errors import CompletionError
 
     progress = Progress(quiet=quiet)
-    text = _prompt(prompt, file or [])
-    progress.say("looking for a provider")
-    from biollm.cli.cluster import state_line
-    from biollm.client import Client, CompletionError, Options
-
-    options: Options = {
-        "system": system,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
+    text, shape = _prompt(prompt, file or []), _schema(schema) if schema else None
+    live = not (shape or as_json) and (sys.stdout.isatty() if stream is None else stream)
+    options: dict[str, Any] = {
         "max_retries": max_retries,
         "fallback": not no_fallback,
         "local_only": local_only,
         "timeout": timeout,
         "deadline": deadline,
-        "start_local": start,
-        "wait": wait,
-        "on_state": lambda job: progress.say(state_line(job)),
         "tags": _tags(tag or []),
-        "allow_degraded": schema is None,
-        "on_send": lambda deployment: progress.say(f"asking {deployment}"),
+        "allow_degraded": shape is None,
     }
-    client = Client(provider, model, local_only=local_only)
-    if schema:
-        options["response_model"] = _schema(schema)
-    plain = not (schema or as_json)
-    live = plain and (sys.stdout.isatty() if stream is None else stream)
+    said = {"system": system, "max_tokens": max_tokens, "temperature": temperature}
+    progress.say("looking for a provider")
+    begun, waited = time.monotonic(), 0.0
+
+    def sending(deployment: str) -> None:
+        nonlocal waited
+        waited = waited or time.monotonic() - begun
+        progress.say(f"asking {deployment}")
+
+    # A server's start is told of step by step, which a gateway does not do.
+    line = None if start else _line(text, provider, model, shape, said, options, live=live)
     try:
-        answer = _stream(client, text, options, progress) if live else client.complete(text, **options)
+        if line:
+            progress.say("asking the gateway")
+            answer = _stream(line.stream(), progress) if live else line.complete()
+        else:
+            more = {"response_model": shape, "start_local": start, "wait": wait}
+            client, told = _client(provider, model, progress, sending, start=start)
+            options = {**said, **options, **more, **told}
+            pieces = client.stream(text, **options, on_interrupt="restart") if live else iter(())
+            answer = _stream(pieces, progress) if live else client.complete(text, **options)
     except CompletionError as error:
         progress.clear()
         if as_json:
@@ -114,6 +125,57 @@ def complete(
     progress.clear()
     _show(answer, as_json=as_json, live=live, structured=schema is not None)
     _report(answer, progress, verbose=verbose)
+    if waited > _SLOW and sys.stderr.isatty() and "BIOLLM_GATEWAY" not in os.environ:
+        progress.note(f"{waited:.0f} s of that were biollm's start; with `biollm serve --detach` it starts once.")
+
+
+def _line(
+    text: str,
+    provider: str | None,
+    model: str | None,
+    shape: dict[str, Any] | None,
+    said: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    live: bool,
+) -> Line | None:
+    """Return a connection to the running gateway; its answer costs no import beyond the standard library.
+
+    One that BIOLLM_GATEWAY names has a configuration of its own: what the one here says of data is read first.
+    """
+    from biollm._gateway_client import body, named, reach
+    from biollm._resources import environment_tags, wants_local_only
+    from biollm.structured import Shape
+
+    if named():
+        return None
+    params = {name: value for name, value in said.items() if name != "system"}
+    system = [{"role": "system", "content": said["system"]}] if said["system"] else []
+    wanted = {"response_format": Shape(shape).response_format} if shape else {}
+    local = options["local_only"] or wants_local_only()
+    ours = {
+        **options,
+        "provider": provider,
+        "data_policy": "local_only" if local else "any",
+        "tags": {**environment_tags(), **options["tags"]},
+        "on_interrupt": "restart" if live else None,
+    }
+    return reach(body([*system, {"role": "user", "content": text}], model, {**params, **wanted}, **ours))
+
+
+def _client(
+    provider: str | None, model: str | None, progress: Progress, sending: Any, *, start: bool
+) -> tuple[Client, dict[str, Any]]:
+    """Return who answers in this process, or asks the gateway of BIOLLM_GATEWAY, and what tells of its progress."""
+    from biollm._gateway_client import named
+    from biollm.cli.cluster import state_line
+    from biollm.client import Client
+
+    def waiting(job: Job) -> None:
+        progress.say(state_line(job))
+
+    told = {"on_send": sending, "on_state": waiting}
+    return Client(provider, model), {} if named() and not start else told
 
 
 def _prompt(prompt: str | None, files: list[Path]) -> str:
@@ -170,11 +232,10 @@ def _schema(file: Path) -> dict[str, Any]:
     return schema  # pyright: ignore[reportUnknownVariableType]
 
 
-def _stream(client: Client, text: str, options: Any, progress: Progress) -> Completion:
+def _stream(pieces: Iterator[Piece], progress: Progress) -> Completion:
     """Print the answer as it comes; on a terminal as markdown."""
     from biollm.types import StreamRestarted
 
-    pieces = client.stream(text, **options, on_interrupt="restart")
     if sys.stdout.isatty():
         return _live(pieces, progress)
     answer: Completion | None = None

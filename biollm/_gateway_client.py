@@ -1,0 +1,345 @@
+"""Asks this user's running gateway, or the one that BIOLLM_GATEWAY names, with the standard library alone.
+
+OpenAI's own client takes longer to import than an answer should take. Before a word is sent, the folder and the socket
+must belong to this user alone, and so must the process that listens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import struct
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from biollm import __version__, errors
+from biollm._resources import config_dirs, state_dir
+from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
+
+if TYPE_CHECKING:
+    from biollm._run import Request
+    from biollm.client import Piece
+
+Json = dict[str, Any]
+_NO, _OFF = ("off", "0", "false", "no"), "BIOLLM_GATEWAY=off does without a gateway."
+SOCKET, RECORD = "gateway.sock", "gateway.json"
+_POLICIES = ("any", "no_training", "local_only")  # from loose to strict
+_PARAMS = {
+    "frequency_penalty", "logit_bias", "max_tokens", "parallel_tool_calls", "presence_penalty", "reasoning_effort",
+    "seed", "stop", "temperature", "tool_choice", "tools", "top_p", "user", "verbosity",
+}  # fmt: skip
+
+
+def folders() -> list[Path]:
+    """Return where a gateway's socket may lie: in XDG_RUNTIME_DIR, which cron and Slurm's jobs lack, or in /tmp."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return [*([Path(runtime) / "biollm"] if runtime else []), Path(f"/tmp/biollm-{os.getuid()}")]  # noqa: S108
+
+
+def is_private(path: Path, kind: Callable[[int], bool] = stat.S_ISDIR) -> bool:
+    """Is the path of this kind, and for this user alone?"""
+    try:
+        at = path.lstat()
+    except OSError:
+        return False
+    return kind(at.st_mode) and at.st_uid == os.getuid() and not at.st_mode & 0o077
+
+
+def identity() -> Json:
+    """Return what a gateway and its caller must have in common: version, state folder, and every configuration file."""
+    files: list[Any] = []
+    for path in (folder / f"{name}.yaml" for _, folder in config_dirs() for name in ("models", "providers", "cluster")):
+        with suppress(OSError):
+            at = path.stat()
+            files.append([str(path.absolute()), at.st_ino, at.st_size, at.st_mtime_ns])
+    return {"version": __version__, "state": str(state_dir().absolute()), "files": files}
+
+
+def record(folder: Path) -> Json | None:
+    """Return what the gateway in this folder says of itself; None where none has."""
+    try:
+        return json.loads((folder / RECORD).read_text()) if is_private(folder) else None
+    except (OSError, ValueError):
+        return None
+
+
+def connect(path: Path) -> socket.socket:
+    """Return a connection to a socket of this user.
+
+    Raises:
+        OSError: Nobody listens there, or not this user alone.
+    """
+    if not (is_private(path.parent) and is_private(path, stat.S_ISSOCK)):
+        raise PermissionError(f"{path} is not this user's alone.")
+    line = socket.socket(socket.AF_UNIX)
+    try:
+        line.connect(str(path))
+        if struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1] != os.getuid():
+            raise PermissionError(f"Another user listens at {path}.")
+    except OSError:
+        line.close()
+        raise
+    return line
+
+
+def named() -> str | None:
+    """Return the URL that BIOLLM_GATEWAY holds; None where it holds none.
+
+    Raises:
+        UsageError: It holds something else.
+    """
+    where = os.environ.get("BIOLLM_GATEWAY", "")
+    if where.lower() in ("", *_NO):
+        return None
+    if not where.startswith(("http://", "https://")):
+        raise errors.UsageError(f"BIOLLM_GATEWAY is {where!r}; it must be a URL, or off.")
+    return where.rstrip("/").removesuffix("/v1")
+
+
+def reach(body: Json | None, mine: Json | None = None) -> Line | None:
+    """Return a connection for one request, or None where it must be answered in this process.
+
+    Args:
+        body: As `body` makes it; None travels nowhere.
+        mine: The caller's `identity`, if it was taken when its configuration was read.
+    """
+    if body is None or os.environ.get("BIOLLM_GATEWAY", "").lower() in _NO:
+        return None
+    if url := named():
+        connection, headers = _by_url(url)
+    elif connection := _nearby(mine):
+        headers = {}
+    else:
+        return None
+    try:
+        json.dumps(body)
+    except (TypeError, ValueError):
+        return None
+    return Line(connection, headers, body)
+
+
+def _nearby(mine: Json | None) -> HTTPConnection | None:
+    """Return a connection to the gateway of this user on this host, if it has this configuration."""
+    for folder in folders():
+        if (told := record(folder)) and told["identity"] == (mine or identity()):
+            with suppress(OSError):
+                connection = HTTPConnection("localhost")
+                connection.sock = connect(folder / SOCKET)
+                return connection
+    return None
+
+
+def _by_url(url: str) -> tuple[HTTPConnection, dict[str, str]]:
+    from http.client import HTTPSConnection
+    from urllib.parse import urlsplit
+
+    from biollm.owners import listener_trusted
+
+    parts, key = urlsplit(url), os.environ.get("BIOLLM_GATEWAY_KEY")
+    if not listener_trusted(url, ()):
+        raise errors.UnavailableError(f"Another user listens at {url}.", hint=_OFF)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    return kind(parts.hostname or "", parts.port, timeout=10), {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def body(messages: Sequence[Mapping[str, Any]], model: str | None, params: Mapping[str, Any], **ours: Any) -> Json:
+    """Return the body of a request; what is None is left out."""
+    given = {name: value for name, value in params.items() if value is not None}
+    ours = {name: value for name, value in ours.items() if value is not None}
+    return {**given, "model": model or "biollm", "messages": messages, "biollm": ours}
+
+
+def body_of(request: Request) -> Json | None:
+    """Return the body that asks a gateway the same; None where something in the request cannot travel."""
+    shape, wants = request.shape, request.wants
+    # A class may check more than its schema says, and must see the answer while it can still be asked for again.
+    stays = shape and (not isinstance(shape.wanted, Mapping) or wants.tools)
+    if stays or request.on_send or request.on_state or request.middle or request.params.keys() - _PARAMS:
+        return None
+    wanted = {"response_format": shape.response_format} if shape else {}
+    return body(
+        request.messages, wants.model, {**request.params, **wanted}, provider=wants.provider, data_policy=wants.policy,
+        capability=wants.capability, allow_degraded=wants.allow_degraded, timeout=request.timeout,
+        deadline=request.deadline, fallback=request.fallback, max_retries=request.max_retries,
+        tags=dict(request.tags), on_interrupt=request.on_interrupt, start_local=request.start, wait=request.wait,
+    )  # fmt: skip
+
+
+class Line:
+    """A connection to a gateway, for one request. `close` ends it from any thread."""
+
+    def __init__(self, connection: HTTPConnection, headers: Mapping[str, str], asked: Json) -> None:
+        self._connection, self._headers, self._asked = connection, headers, asked
+        self._socket, self._left = connection.sock, False
+
+    def close(self) -> None:
+        """Leave; the gateway then gives the request up."""
+        self._left = True
+        with suppress(OSError, AttributeError):  # AttributeError: it is being connected
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def complete(self) -> Completion:
+        """Return the answer.
+
+        Raises:
+            BiollmError: The one that the gateway met, or CompletionError when it broke off.
+        """
+        try:
+            told = json.loads(self._ask({}).read())
+        except (OSError, HTTPException, ValueError) as error:
+            raise errors.CompletionError(f"The gateway broke off: {error}.", hint=_OFF) from None
+        finally:
+            self._connection.close()
+        choice = told["choices"][0]
+        said = choice["message"]
+        return self._completion(
+            told, said["content"] or "", choice["finish_reason"], said.get("tool_calls", ()), raw=told
+        )
+
+    def stream(self) -> Iterator[Piece]:
+        """Yield the answer as it comes; the last piece holds the Completion.
+
+        Raises:
+            BiollmError: The one that the gateway met, or InterruptedStreamError when it broke off.
+        """
+        text, finish, calls, end, why = "", "", cast("list[Json]", []), cast("Json", {}), "before its end"
+        try:
+            for told in _events(self._ask({"stream": True, "stream_options": {"include_usage": True}})):
+                if told is None:
+                    yield StreamChunk("", self._completion(end, text, finish, calls))
+                    return
+                if "error" in told:
+                    raise _error(told["error"], partial=text)
+                if again := told.get("biollm", {}).get("restarted"):
+                    text = ""
+                    yield StreamRestarted(Attempt(**again["attempt"]))
+                for choice in told["choices"]:
+                    finish = choice["finish_reason"] or finish
+                    calls += choice["delta"].get("tool_calls") or []
+                    if new := choice["delta"].get("content"):
+                        text += new
+                        yield StreamChunk(new)
+                end = told
+        except (OSError, HTTPException, ValueError) as error:
+            why = str(error)
+        finally:
+            self.close()
+            self._connection.close()
+        raise errors.InterruptedStreamError(f"The gateway broke off: {why}.", (), partial=text)
+
+    async def acomplete(self) -> Completion:
+        """Like `complete`; cancelling it leaves."""
+
+        def once() -> Iterator[Completion]:
+            yield self.complete()
+
+        async with aclosing(self._apart(once)) as answers:
+            return await anext(answers)
+
+    async def astream(self) -> AsyncGenerator[Piece, None]:
+        """Like `stream`."""
+        async with aclosing(self._apart(self.stream)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _apart(self, items: Callable[[], Iterator[Any]]) -> AsyncGenerator[Any, None]:
+        """Yield from an iterator that runs in a thread of its own, as a pool would hold up the seventh caller."""
+        import asyncio
+        import threading
+
+        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def pump() -> None:
+            with suppress(RuntimeError):  # the caller's loop is closed
+                try:
+                    for item in items():
+                        loop.call_soon_threadsafe(inbox.put_nowait, (item, None))
+                except BaseException as error:
+                    loop.call_soon_threadsafe(inbox.put_nowait, (None, error))
+                else:
+                    loop.call_soon_threadsafe(inbox.put_nowait, (None, None))
+
+        threading.Thread(target=pump, daemon=True).start()
+        try:
+            while (item := await inbox.get()) != (None, None):
+                if item[1]:
+                    raise item[1]
+                yield item[0]
+        finally:
+            self.close()
+
+    def _ask(self, more: Json) -> HTTPResponse:
+        """Send the request; return the response once its status says that there is an answer."""
+        if self._socket is None:
+            self._dial()
+        headers = {"Content-Type": "application/json", **self._headers}
+        self._connection.request("POST", "/v1/chat/completions", json.dumps({**self._asked, **more}), headers)
+        response = self._connection.getresponse()
+        if response.status != 200:
+            raise _error(_problem(response), status=response.status)
+        asked, honoured = self._asked["biollm"].get("data_policy", "any"), response.headers.get("x-biollm-policy")
+        if honoured not in _POLICIES[_POLICIES.index(asked) :]:
+            raise errors.CompletionError(f"The gateway does not confirm the data policy {asked}.", hint=_OFF)
+        return response
+
+    def _dial(self) -> None:
+        try:
+            self._connection.connect()
+        except OSError as error:
+            where = f"{self._connection.host}:{self._connection.port}"
+            raise errors.UnavailableError(f"The gateway at {where} does not answer: {error}.", hint=_OFF) from None
+        self._socket = self._connection.sock
+        self._socket.settimeout(None)
+        if self._left:
+            raise ConnectionAbortedError("left")
+
+    def _completion(self, told: Json, text: str, finish: str, calls: Sequence[Json], raw: Any = None) -> Completion:
+        usage, story = told["usage"], dict(told["biollm"])
+        attempts = tuple(Attempt(**each) for each in story.pop("attempts"))
+        return Completion(
+            text=text,
+            usage=Usage(usage["prompt_tokens"], usage["completion_tokens"]),
+            attempts=attempts,
+            parsed=json.loads(text) if "response_format" in self._asked else None,
+            tool_calls=tuple({name: call[name] for name in ("id", "type", "function")} for call in calls),
+            finish_reason=finish,
+            raw=raw,
+            **story,
+        )
+
+
+def _events(response: HTTPResponse) -> Iterator[Json | None]:
+    """Yield the data of each event; None is the last of a whole stream."""
+    for line in response:
+        if line.startswith(b"data: "):
+            yield None if line.strip() == b"data: [DONE]" else json.loads(line[6:])
+
+
+def _problem(response: HTTPResponse) -> Json:
+    try:
+        return json.loads(response.read())["error"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _error(told: Json, *, status: int = 0, partial: str = "") -> errors.BiollmError:
+    """Return the exception that the gateway met."""
+    if status == 401:
+        return errors.UnavailableError(
+            "The gateway refuses the key.", hint="Set BIOLLM_GATEWAY_KEY to one of its keys."
+        )
+    ours: Json = told.get("biollm") or {}
+    kind: Any = getattr(errors, str(ours.get("class")), None)
+    if not (isinstance(kind, type) and issubclass(kind, errors.BiollmError)):
+        kind = errors.CompletionError
+    error = kind.__new__(kind)  # each has arguments of its own, which the message already holds
+    text = ours.get("message") or told.get("message") or f"The gateway answered HTTP {status}."
+    errors.BiollmError.__init__(error, text, hint=ours.get("hint"))
+    attempts = tuple(Attempt(**each) for each in ours.get("attempts", ()))
+    vars(error).update(attempts=attempts, retry_after=ours.get("retry_after"), partial=partial)
+    return error

@@ -1,0 +1,257 @@
+"""Runs the gateway: on a Unix socket of this user alone, and if asked on a TCP port for who has a key.
+
+LiteLLM's proxy knows TCP alone, without a key by default, and drops streams when it is told to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biollm._background import background
+from biollm._files import private_folder, write_private
+from biollm._gateway_client import RECORD, SOCKET, connect, folders, identity, is_private, record
+from biollm._resources import state_dir
+from biollm.errors import UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+Record = dict[str, Any]
+IDLE = 2 * 3600.0  # seconds until a detached gateway ends that nobody asks
+_LONGEST = 107  # bytes of a Unix socket's path, without the 0 at its end
+_CONNECTIONS = 256  # at once, of the TCP port
+_LOOK = 10.0  # seconds between two looks at whether the socket is still there
+_FLUSH = 5.0  # seconds for the last bytes of the last answers, when somebody keeps the page open
+
+
+@dataclass
+class _Busy:
+    """How many requests are under way, and since when none was."""
+
+    count: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def touched(self, count: int) -> None:
+        self.count, self.since = count, time.monotonic()
+
+    def left(self, idle: float | None) -> float:
+        """Return the seconds until it has been idle for too long."""
+        return float("inf") if idle is None or self.count else self.since + idle - time.monotonic()
+
+
+def serve(
+    *, host: str = "127.0.0.1", port: int | None = None, idle: float | None = None, say: Callable[[str], None]
+) -> None:
+    """Serve until told to end by SIGTERM, SIGINT or `idle` seconds without a request; answers under way are finished.
+
+    Args:
+        host, port: Where to listen for who has a key as well; port 0 is a free one.
+        say: Told where it listens, line by line.
+
+    Raises:
+        UsageError: One runs already, the port is taken, or no folder is fit for the socket.
+    """
+    try:
+        from biollm import gateway
+    except ImportError as error:
+        raise UnavailableError(f"{error.name} is not installed.", hint="pip install 'biollm[serve]'") from None
+    from biollm.client import Client, import_waterfall
+
+    os.environ["BIOLLM_GATEWAY"] = "off"  # it asks nobody but itself
+    mine, busy, end = identity(), _Busy(), threading.Event()
+    with Client() as client, _alone(home()) as folder:
+        app = gateway.app(client, touched=busy.touched)
+        servers = [_server(app)]
+        told: Record = {"pid": os.getpid(), "started": time.time(), "identity": mine, "url": None}
+        sockets, notes = [_unix(folder / SOCKET)], [f"listening on {folder / SOCKET} (pid {os.getpid()})"]
+        if port is not None:
+            from biollm._admission import Admission, keys
+
+            known, where = keys()
+            sockets.append(_tcp(host, port))
+            servers.append(_server(Admission(app, known, host), limit_concurrency=_CONNECTIONS))
+            told["url"] = f"http://{f'[{host}]' if ':' in host else host}:{sockets[1].getsockname()[1]}"
+            notes.append(f"and on {told['url']}/v1 for the key in {where}")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: _last_words(end))
+        running = [_start(server, listener) for server, listener in zip(servers, sockets, strict=True)]
+        write_private(folder / RECORD, json.dumps(told))
+        for line in notes:
+            say(line)
+        import_waterfall()  # here, so that the first request need not wait for it
+        try:
+            _until_the_end(end, busy, idle, folder / SOCKET)
+        finally:
+            (folder / RECORD).unlink(missing_ok=True)
+            (folder / SOCKET).unlink(missing_ok=True)
+        _drain(servers, running, busy, end)
+
+
+def _last_words(end: threading.Event) -> None:
+    if end.is_set():  # told twice: at once
+        os._exit(1)
+    end.set()
+
+
+def _server(app: Any, **limits: Any) -> uvicorn.Server:
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, access_log=False, ws="none", server_header=False, proxy_headers=False,
+        timeout_keep_alive=75, **limits,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def _start(server: uvicorn.Server, listener: socket.socket) -> Future[None]:
+    """Serve on the loop of the waterfall: a request then crosses no thread."""
+    future = asyncio.run_coroutine_threadsafe(server.serve([listener]), background().loop)
+    while not (server.started or future.done()):
+        time.sleep(0.005)
+    if future.done():
+        future.result()
+    return future
+
+
+def _until_the_end(end: threading.Event, busy: _Busy, idle: float | None, path: Path) -> None:
+    """Wait for a signal, for `idle` seconds without a request, or until the socket is gone: systemd takes
+    XDG_RUNTIME_DIR away after the last logout."""
+    at = path.stat().st_ino
+    while _is_there(path, at) and (left := busy.left(idle)) > 0 and not end.wait(min(left, _LOOK)):
+        pass
+
+
+def _is_there(path: Path, inode: int) -> bool:
+    with suppress(OSError):
+        return path.stat().st_ino == inode
+    return False
+
+
+def _drain(
+    servers: Sequence[uvicorn.Server], running: Sequence[Future[None]], busy: _Busy, end: threading.Event
+) -> None:
+    """Take no more requests, finish those under way, and close what is left: pages that follow the events."""
+    end.set()
+    for server in servers:
+        server.should_exit = True
+    while busy.count:
+        time.sleep(0.05)
+    wait(running, _FLUSH)
+    for server in servers:
+        server.force_exit = True
+    wait(running, 1)
+
+
+def home() -> Path:
+    """Return the folder for the socket, made where it is missing.
+
+    Raises:
+        UsageError: None is this user's alone, or its name is too long.
+    """
+    for folder in folders():
+        with suppress(OSError):
+            if folder.parent.is_dir() and is_private(private_folder(folder)):
+                if len(os.fsencode(folder / SOCKET)) > _LONGEST:
+                    hint = "Set XDG_RUNTIME_DIR to a folder of yours with a shorter name."
+                    raise UsageError(f"{folder / SOCKET} is too long for a socket: over {_LONGEST} bytes.", hint=hint)
+                return folder
+    last = folders()[-1]
+    raise UsageError(f"{last} is not yours alone.", hint="Set XDG_RUNTIME_DIR to a folder that is (chmod 700).")
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[Path]:
+    """Hold the folder's lock: one gateway per user and host."""
+    handle = os.open(folder / "gateway.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        for _ in range(20):  # `stop` looks at the lock too, for a moment
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
+        else:
+            raise UsageError("A gateway runs already.", hint="See biollm serve status; biollm serve stop ends it.")
+        yield folder
+    finally:
+        os.close(handle)
+
+
+def _unix(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))  # in a folder that nobody else can enter
+    path.chmod(0o600)
+    return listener
+
+
+def _tcp(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        why = str(error.strerror).partition(" (")[0]  # Python adds the address
+        raise UsageError(f"Cannot listen on {host}, port {port}: {why}.") from None
+
+
+def running() -> Record | None:
+    """Return what the running gateway says of itself; None when none runs."""
+    for folder in folders():
+        with suppress(OSError):
+            connect(folder / SOCKET).close()
+            if told := record(folder):
+                return {**told, "socket": str(folder / SOCKET)}
+    return None
+
+
+def stop(patience: float) -> bool:
+    """Tell the running gateway to end, and wait `patience` seconds; return whether it has."""
+    if (told := running()) is None:
+        return True
+    os.kill(told["pid"], signal.SIGTERM)
+    deadline, lock = time.monotonic() + patience, Path(told["socket"]).with_name("gateway.lock")
+    with lock.open() as handle:
+        while time.monotonic() < deadline:
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.05)
+    return False
+
+
+def detach(arguments: Sequence[str], patience: float = 60) -> tuple[Record, Path]:
+    """Run `biollm serve` with these arguments in a session of its own; return its record and log once it answers.
+
+    Raises:
+        UnavailableError: It ended at once; the message is the end of its log.
+    """
+    if running():
+        raise UsageError("A gateway runs already.", hint="See biollm serve status; biollm serve stop ends it.")
+    log = state_dir() / "gateway.log"
+    write_private(log, "")
+    command = [sys.executable, "-c", "from biollm.cli import main; main()", "serve", *arguments]
+    with log.open("a") as file:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if (told := running()) and told["pid"] == child.pid:
+            return told, log
+        if child.poll() is not None:
+            said = log.read_text(errors="replace").strip().removeprefix("biollm: ")
+            raise UnavailableError(said[-2000:] or f"The gateway ended with exit code {child.returncode}.")
+        time.sleep(0.02)
+    child.terminate()
+    raise UnavailableError(f"The gateway did not start within {patience:.0f} s.", hint=f"Its log is {log}.")

@@ -1,0 +1,86 @@
+"""The command `serve`: runs the gateway, says whether it runs, and ends it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from biollm.cli._options import Json
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    group = typer.Typer(invoke_without_command=True, help=serve.__doc__)
+    group.callback()(serve)
+    group.command()(status)
+    group.command()(stop)
+    app.add_typer(group, name="serve")
+
+
+def serve(
+    context: typer.Context,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, metavar="N", help="Listen on TCP too; needs a key. 0: a free one.")
+    ] = None,
+    host: Annotated[str, typer.Option(metavar="NAME", help="With --port: where.")] = "127.0.0.1",
+    detach: Annotated[bool, typer.Option("--detach", help="In the background, until idle for 2 h.")] = False,
+    idle_timeout: Annotated[
+        float | None, typer.Option(min=1, metavar="SECONDS", help="End after so long without a request.")
+    ] = None,
+) -> None:
+    """Run the gateway: OpenAI's interface over the waterfall.
+
+    It listens on a Unix socket that only you can open; `biollm complete` and Python find it there.
+    """
+    if context.invoked_subcommand:
+        return
+    from biollm import _serve
+
+    if not detach:
+        _serve.serve(host=host, port=port, idle=idle_timeout, say=lambda line: typer.echo(line, err=True))
+        return
+    idle = _serve.IDLE if idle_timeout is None else idle_timeout
+    tcp = [] if port is None else ["--port", str(port), "--host", host]
+    _, log = _serve.detach([*tcp, "--idle-timeout", str(idle)])
+    typer.echo(log.read_text(errors="replace").strip())
+    typer.echo(f"ends after {idle / 3600:g} h without a request; its log is {log}")
+
+
+def status(as_json: Json = False) -> None:
+    """Say whether the gateway runs; exit 1 if not."""
+    from biollm import _serve
+    from biollm._gateway_client import identity
+    from biollm.cli import _print
+
+    told = _serve.running()
+    if told is None:
+        _print.as_json({"running": False}) if as_json else typer.echo("No gateway runs.")
+        raise typer.Exit(1)
+    same = told["identity"] == identity()
+    facts = {
+        "pid": told["pid"],
+        "started": _print.moment(told["started"]),
+        "socket": told["socket"],
+        "url": told["url"],
+    }
+    if as_json:
+        _print.as_json({"running": True, **facts, "same_configuration": same, **told["identity"]})
+        return
+    for name, value in facts.items():
+        if value:
+            typer.echo(f"{name:8} {value}")
+    if not same:
+        typer.echo("Its configuration is not the one read here now: `biollm serve stop`, and start it again.")
+
+
+def stop() -> None:
+    """End the gateway once its answers under way are finished."""
+    from biollm import _serve
+
+    if _serve.running() is None:
+        typer.echo("No gateway runs.")
+    elif _serve.stop(60):
+        typer.echo("Stopped.")
+    else:
+        typer.echo("It takes no more requests, and ends when those under way are answered.")

@@ -1,0 +1,140 @@
+"""Who may use the gateway's TCP port."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from provider import Loopback
+
+from biollm import _admission
+from biollm._shared import ledger
+from biollm.errors import ConfigError
+
+Waterfall = Callable[..., Path]
+ANN, BOB = "ann-0123456789abcdef", "bob-0123456789abcdef"
+CHAT, HI = "/v1/chat/completions", {"model": "biollm", "messages": [{"role": "user", "content": "hi"}]}
+KEYS = f"ann: {{key: {ANN}, tags: {{user: ann}}}}\nbob: {{key: {BOB}, rate_limit: 1/day}}\n"
+
+
+@pytest.fixture
+def url(net: Loopback, waterfall: Waterfall, gateway: Callable[..., dict[str, Any]]) -> Iterator[str]:
+    """The address of a gateway with the keys of ann and bob."""
+    folder = waterfall(first=net.serve(text="hello"))
+    (folder / "gateway_keys.yaml").write_text(KEYS)
+    (folder / "gateway_keys.yaml").chmod(0o600)
+    return gateway("--port", "0")["url"]
+
+
+def test_every_route_but_health_needs_a_key(url: str) -> None:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        assert client.get("/health").status_code == 200
+        routes = ["/", "/ready", "/metrics", "/events", "/v1/models", "/v1/models/small", "/nowhere", "/health/"]
+        assert {client.get(path).status_code for path in routes} == {401}
+        assert client.post(CHAT, json=HI).status_code == 401
+        for wrong in ("Bearer", "Bearer ", f"Bearer {ANN}x", f"Bearer {ANN[:-1]}", f"Basic {ANN}", ANN, "Bearer ä"):
+            refused = client.get("/v1/models", headers=[(b"authorization", wrong.encode())])
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key"), wrong
+        assert client.get(f"/v1/models?key={ANN}").status_code == 401
+
+        ann = {"authorization": f"Bearer {ANN}"}
+        answer = client.post(CHAT, json=HI, headers={**ann, "x-biollm-tags": "user=bob,run=7"})
+        assert answer.json()["choices"][0]["message"]["content"] == "hello"
+        assert client.get("/ready", headers=ann).json() == {"ready": True, "first": "first/small"}
+
+        for host, status in (
+            ("evil.example", 421),
+            ("127.0.0.1.evil.example", 421),
+            ("localhost:1", 200),
+            ("[::1]", 200),
+            ("", 421),
+        ):
+            assert client.get("/health", headers={"host": host}).status_code == status, host
+            assert client.get("/v1/models", headers={**ann, "host": host}).status_code == status, host
+        size = str(_admission.MAX_BODY + 1)
+        assert client.post(CHAT, headers={**ann, "content-length": size}, content=b"{}").status_code == 413
+        assert client.post(CHAT, headers=ann, content=iter([b"{}"])).status_code == 411
+
+        bob = {"authorization": f"Bearer {BOB}"}
+        assert [client.post(CHAT, json=HI, headers=bob).status_code for _ in range(2)] == [200, 429]
+        limited = client.post(CHAT, json=HI, headers=bob)
+        assert "This key is at its limit: 1/day used by gateway/bob" in limited.json()["error"]["message"]
+        assert 0 < int(limited.headers["retry-after"]) <= 86400
+        assert client.get("/v1/models", headers=bob).status_code == 200
+    ledger().flush()
+    tags = [record.tags for record in ledger().history(None, None)]
+    assert tags == [{"key": "ann", "user": "ann", "run": "7"}, {"key": "bob"}]
+
+
+def test_a_browser_logs_in_to_see_the_page_and_no_more(url: str) -> None:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        form = client.get("/", headers={"accept": "text/html"})
+        assert (form.status_code, "<form" in form.text) == (401, True)
+        assert client.post("/login", data={"key": "wrong"}).status_code == 401
+        assert client.post("/login", data={"key": "x" * 5000}).status_code == 413
+        entered = client.post("/login", data={"key": ANN})
+        assert (entered.status_code, entered.headers["location"]) == (303, "/")
+        cookie = entered.headers["set-cookie"]
+        assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+        assert ANN not in cookie
+        assert "<html" in client.get("/").text
+        with client.stream("GET", "/events") as events:
+            assert events.status_code == 200
+        assert client.get("/metrics").status_code == 200
+        assert [client.post(CHAT, json=HI).status_code, client.get("/v1/models").status_code] == [401, 401]
+        client.cookies.set("biollm", "forged")
+        assert httpx.get(f"{url}/", headers={"cookie": "biollm=forged"}).status_code == 401
+
+
+def test_a_random_key_is_made_once_in_a_private_file(state: Path) -> None:
+    (key,), where = _admission.keys()
+    file = state / "gateway.key"
+    assert where == str(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert file.read_text().strip() == key.secret
+    assert len(key.secret) >= 43
+    assert key.secret not in repr(key)
+    assert _admission.keys()[0] == (key,)
+    file.chmod(0o644)  # others may have read it
+    assert _admission.keys()[0] != (key,)
+
+
+def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIOLLM_GATEWAY_KEY", "from-the-environment")
+    found, where = _admission.keys()
+    assert ([key.secret for key in found], where) == (["from-the-environment"], "BIOLLM_GATEWAY_KEY")
+    file = waterfall() / "gateway_keys.yaml"
+    file.write_text(KEYS)
+    file.chmod(0o600)
+    found, where = _admission.keys()
+    assert ([key.name for key in found], where) == (["environment", "ann", "bob"], str(file))
+    assert str(found[2].limits[0]) == "1/day"
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "told"),
+    [
+        (KEYS, 0o640, "holds keys, and others can read it. chmod 600"),
+        (
+            "ann: {key: short-secret}\n",
+            0o600,
+            "gateway_keys.yaml:1: ann.key: String should have at least 16 characters.",
+        ),
+        (f"ann: {{key: {ANN}, limit: 1/day}}\n", 0o600, "ann.limit: Extra inputs are not permitted."),
+        (f"ann: {ANN}\n", 0o600, "gateway_keys.yaml:1: ann:"),
+        ("ann: [\n", 0o600, "gateway_keys.yaml:"),
+        ("{}\n", 0o600, "holds no key. Write NAME: {key: ...}."),
+    ],
+)
+def test_a_wrong_file_of_keys_is_told_without_them(waterfall: Waterfall, text: str, mode: int, told: str) -> None:
+    file = waterfall() / "gateway_keys.yaml"
+    file.write_text(text)
+    file.chmod(mode)
+    with pytest.raises(ConfigError) as error:
+        _admission.keys()
+    assert told in str(error.value)
+    assert ANN not in str(error.value) and "short-secret" not in str(error.value)

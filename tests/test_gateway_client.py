@@ -1,0 +1,426 @@
+"""The CLI and the client ask the running gateway: the same answers and errors, and nobody else's socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from behaviours import HANG, HTTP_400, HTTP_401, HTTP_500, Behaviour, limited
+from conftest import Ran
+from provider import Loopback
+from pydantic import BaseModel
+
+from biollm import _gateway_client as gate
+from biollm._shared import ledger
+from biollm.client import (
+    AllLimitedError,
+    Client,
+    CompletionError,
+    InterruptedStreamError,
+    StreamChunk,
+    StreamRestarted,
+    UsageError,
+    get_model_client,
+)
+from biollm.errors import UnavailableError
+
+Biollm = Callable[..., Ran]
+Waterfall = Callable[..., Path]
+Gateway = Callable[..., dict[str, Any]]
+HI = gate.body([{"role": "user", "content": "hi"}], None, {})
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"properties": {"path": {"type": "string"}}}}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def outcome(call: Callable[[], Any]) -> dict[str, Any]:
+    """Return what a call gives or raises, but for times and what is LiteLLM's."""
+    try:
+        done = call()
+    except CompletionError as error:
+        facts = {"error": type(error), "said": str(error), **vars(error)}
+    else:
+        facts = {**vars(done)}
+    facts["attempts"] = [(each.deployment, each.outcome, each.reason, each.status) for each in facts["attempts"]]
+    text = repr({name: value for name, value in facts.items() if name not in ("latency_ms", "raw", "partial")})
+    return {
+        "": re.sub(r"'(id|retry_after)': [^,}]+|Retry after \d+ s|\d+ s\b", "", text.replace("'retry_after': None", ""))
+    }
+
+
+def last(pieces: Iterator[Any]) -> Any:
+    return list(pieces)[-1].completion
+
+
+def test_it_gives_and_raises_what_the_waterfall_does(
+    net: Loopback, waterfall: Waterfall, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def server(then: Behaviour = Behaviour()) -> dict[str, Any]:
+        return {"base_url": net.serve(then=then, text="one two three").url}
+
+    waterfall(
+        ok=server(),
+        bad=server(HTTP_400),
+        refused=server(HTTP_401),
+        limited=server(limited("600")),
+        broken=server(HTTP_500),
+    )
+    gateway()
+    client, restart = get_model_client(), {"on_interrupt": "restart"}
+    calls: dict[str, Callable[[], Any]] = {
+        "text": lambda: client.complete("hi", system="short", max_tokens=5, temperature=0.5, extra={"seed": 7}),
+        "messages": lambda: client.complete([{"role": "user", "content": "hi"}], tags={"a": "b"}, deadline=30),
+        "tools": lambda: client.complete("hi", tools=[TOOL], tool_choice="auto"),
+        "schema": lambda: client.complete("hi", response_model=SCHEMA),
+        "stream": lambda: last(client.stream("hi", **restart)),
+        "stream of tools": lambda: last(client.stream("hi", tools=[TOOL])),
+        "async": lambda: asyncio.run(client.acomplete("hi")),
+        "rejected": lambda: client.complete("hi", provider="bad", fallback=False),
+        "refused": lambda: client.complete("hi", provider="refused"),
+        "limited": lambda: client.complete("hi", provider="limited"),
+        "failed": lambda: client.complete("hi", provider="broken"),
+        "failed stream": lambda: last(client.stream("hi", provider="broken")),
+    }
+    for name, call in calls.items():
+        monkeypatch.setenv("BIOLLM_GATEWAY", "off")
+        here = outcome(call)
+        monkeypatch.delenv("BIOLLM_GATEWAY")
+        assert client._line(client._request("hi", {})), "the gateway is gone"
+        assert outcome(call) == here, name
+    with pytest.raises(AllLimitedError) as error:
+        client.complete("hi", provider="limited")
+    assert 500 < error.value.retry_after <= 600
+
+
+def test_a_script_needs_no_litellm(net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
+    server = net.serve(text="one two three")
+    waterfall(first=server)
+    gateway()
+    code = """
+import asyncio, sys
+from biollm.client import get_model_client
+client = get_model_client()
+async def main():
+    return str(await client.acomplete("c")), "".join([str(piece) async for piece in client.astream("d")])
+said = [str(client.complete("a")), "".join(map(str, client.stream("b"))), *asyncio.run(main())]
+print(said == ["one two three"] * 4, "litellm" in sys.modules)
+"""
+    environment = {**os.environ, "BIOLLM_TAGS": "user=ann", "BIOLLM_LOCAL_ONLY": ""}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("True False\n", "")
+    assert [request.body["messages"][0]["content"] for request in server.completions] == ["a", "b", "c", "d"]
+    assert {record.tags["user"] for record in ledger().history(None, None)} == {"ann"}
+
+
+def test_a_stream_restarts_or_breaks(net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
+    torn = net.serve(then=Behaviour(tear=4), text="lost words that break")
+    waterfall(first=torn, second=net.serve(text="kept"))
+    gateway()
+    client = get_model_client()
+    pieces = list(client.stream("hi", on_interrupt="restart", provider=None))
+    at = next(at for at, piece in enumerate(pieces) if isinstance(piece, StreamRestarted))
+    assert "".join(map(str, pieces[:at])).startswith("lost")
+    assert "".join(map(str, pieces[at:])) == "kept"
+    end = pieces[-1]
+    assert isinstance(end, StreamChunk) and end.completion
+    assert (end.completion.text, end.completion.deployment) == ("kept", "second/small")
+    with pytest.raises(InterruptedStreamError) as error:
+        list(client.stream("hi", provider="first"))
+    assert error.value.partial.startswith("lost")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_is_cancelled_leaves(stream: bool, net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
+    server = net.serve(then=HANG)
+    waterfall(first=server)
+    gateway()
+    client = get_model_client()
+
+    async def ask() -> None:
+        task = asyncio.ensure_future(anext(client.astream("hi")) if stream else client.acomplete("hi"))
+        while not server.completions:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(ask())
+    end = time.monotonic() + 30
+    while server.tasks:
+        assert time.monotonic() < end, "the provider still works"
+        time.sleep(0.01)
+
+
+class Pair(BaseModel):
+    a: int
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"on_send": print}, {"on_state": print}, {"response_model": Pair}, {"extra": {"n": 2}}, {"extra": {"logprobs": True}},
+     {"response_model": SCHEMA, "tools": [TOOL]}],
+)  # fmt: skip
+def test_what_cannot_travel_stays(options: Any, net: Loopback, waterfall: Waterfall) -> None:
+    waterfall(first=net.serve())
+    assert gate.body_of(Client()._request("hi", options)) is None
+
+
+# --- Whether a gateway is asked ----------------------------------------------------------------------------------
+
+
+class Fake:
+    """A gateway that says what it is told to, over and over."""
+
+    def __init__(self, folder: Path, answer: bytes = b"") -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.path, self.heard = folder / gate.SOCKET, b""
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.path))
+        self.path.chmod(0o600)
+        self.listener.listen()
+        (folder / gate.RECORD).write_text(json.dumps({"identity": gate.identity()}))
+        self.answer = answer
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                line, _ = self.listener.accept()
+            except OSError:
+                return
+            with line:
+                if heard := line.recv(65536):
+                    self.heard += heard
+                    line.sendall(self.answer)
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+def body(policy: str = "any") -> dict[str, Any]:
+    return {**HI, "biollm": {"data_policy": policy}}
+
+
+def test_only_one_with_the_same_configuration_is_asked(
+    runtime: Path, waterfall: Waterfall, net: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = waterfall(first=net.serve())
+    with closing(Fake(runtime)):
+        assert gate.reach(HI)
+        assert gate.reach(None) is None
+        assert gate.reach({**HI, "seed": object()}) is None
+        with monkeypatch.context() as patch:
+            for value in ("off", "OFF", "0", "no"):
+                patch.setenv("BIOLLM_GATEWAY", value)
+                assert gate.reach(HI) is None
+        with monkeypatch.context() as patch:
+            patch.setenv("BIOLLM_STATE_DIR", "/elsewhere")
+            assert gate.reach(HI) is None
+        client = Client()
+        assert client._line(client._request("hi", {}))
+        assert Client(config_dir=folder)._line(client._request("hi", {})) is None
+        (folder / "models.yaml").write_text("models: {}\n")
+        assert gate.reach(HI) is None
+        assert client._line(client._request("hi", {})), "it has read what the gateway has read"
+        client.reload()
+        assert client._line(client._request("hi", {})) is None
+    (folder / "models.yaml").unlink()
+    assert gate.reach(HI) is None, "nobody listens"
+
+
+def test_a_socket_that_others_can_reach_is_left_alone(runtime: Path) -> None:
+    with closing(Fake(runtime)) as fake:
+        for path, mode in ((runtime, 0o750), (fake.path, 0o660)):
+            usual = path.stat().st_mode
+            path.chmod(mode)
+            assert gate.reach(HI) is None, path
+            path.chmod(usual)
+        assert gate.reach(HI)
+        real = runtime.rename(runtime.with_name("moved"))
+        runtime.symlink_to(real)
+        assert gate.reach(HI) is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("user", [0, 65534])
+def test_another_users_process_is_told_nothing(runtime: Path, user: int) -> None:
+    runtime.mkdir(mode=0o700)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(runtime / gate.SOCKET))
+    (runtime / gate.SOCKET).chmod(0o600)
+    (runtime / gate.RECORD).write_text(json.dumps({"identity": gate.identity()}))
+    code = f"import os, socket, sys; os.setuid({user}); socket.socket(fileno={listener.fileno()}).listen(); print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, pass_fds=[listener.fileno()], text=True) as process:
+        assert process.stdout and process.stdout.readline() == "1\n"
+        assert bool(gate.reach(HI)) is (user == 0)
+        process.communicate()
+    listener.close()
+
+
+def test_one_that_is_named_must_be_there(net: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIOLLM_GATEWAY", "yes please")
+    with pytest.raises(UsageError, match="it must be a URL, or off"):
+        gate.reach(HI)
+    monkeypatch.setenv("BIOLLM_GATEWAY", net.refusing())
+    line = gate.reach(HI)
+    assert line
+    with pytest.raises(UnavailableError, match="does not answer"):
+        line.complete()
+
+
+def test_one_that_is_named_is_asked_with_its_key(
+    net: Loopback, waterfall: Waterfall, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, biollm: Biollm
+) -> None:
+    waterfall(first=net.serve(text="hello"))
+    monkeypatch.setenv("BIOLLM_GATEWAY_KEY", "a-key-of-this-test")
+    record = gateway("--port", "0")
+    for url in (record["url"], f"{record['url']}/v1/"):
+        monkeypatch.setenv("BIOLLM_GATEWAY", url)
+        assert str(get_model_client().complete("hi")) == "hello"
+    assert biollm("complete", "hi", "--stream").out == "hello\n"
+    monkeypatch.setenv("BIOLLM_GATEWAY_KEY", "another-key")
+    ran = biollm("complete", "hi")
+    assert (ran.code, "The gateway refuses the key." in ran.err) == (69, True)
+    monkeypatch.setenv("BIOLLM_GATEWAY", "off")
+
+
+def http(status: int, data: Any, policy: str = "", kind: str = "application/json") -> bytes:
+    text = data if isinstance(data, str) else json.dumps(data)
+    head = f"HTTP/1.1 {status} Said\r\ncontent-type: {kind}\r\nconnection: close\r\n"
+    return f"{head}{f'x-biollm-policy: {policy}' + chr(13) + chr(10) if policy else ''}\r\n{text}".encode()
+
+
+@pytest.mark.parametrize(
+    ("asked", "confirmed", "honoured"),
+    [("any", "any", True), ("any", "local_only", True), ("no_training", "local_only", True), ("local_only", "local_only", True),
+     ("any", "", False), ("no_training", "any", False), ("local_only", "no_training", False), ("local_only", "", False),
+     ("any", "whatever", False)],
+)  # fmt: skip
+def test_the_policy_is_confirmed_or_the_call_fails(runtime: Path, asked: str, confirmed: str, honoured: bool) -> None:
+    story = {"provider": "p", "account": "a", "model": "m", "deployment": "p/m", "cost_usd": 0, "latency_ms": 1,
+             "degraded": False, "attempts": []}  # fmt: skip
+    choice = {"message": {"content": "hello"}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    with closing(Fake(runtime, http(200, {"choices": [choice], "usage": usage, "biollm": story}, confirmed))):
+        line = gate.reach(body(asked))
+        assert line
+        if honoured:
+            assert str(line.complete()) == "hello"
+        else:
+            with pytest.raises(CompletionError, match=f"The gateway does not confirm the data policy {asked}."):
+                line.complete()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(b"", "The gateway broke off"), (b"HTTP/1.1 200 OK\r\n", "The gateway broke off"), (b"rubbish\r\n\r\n", "The gateway broke off"),
+     (http(500, "<html>"), "The gateway answered HTTP 500."), (http(200, "{", "any"), "The gateway broke off"),
+     (http(503, {"error": {"message": "down"}}), "down"),
+     (http(503, {"error": {"message": "x", "biollm": {"class": "Sequence", "message": "odd"}}}), "odd")],
+)  # fmt: skip
+def test_one_that_breaks_off_is_an_error(runtime: Path, answer: bytes, error: str) -> None:
+    with closing(Fake(runtime, answer)):
+        for way in (gate.Line.complete, lambda line: list(gate.Line.stream(line))):
+            line = gate.reach(body())
+            assert line
+            with pytest.raises(CompletionError, match=re.escape(error)):
+                way(line)
+
+
+def test_a_stream_without_its_end_is_an_interrupted_one(runtime: Path) -> None:
+    chunk = {"choices": [{"delta": {"content": "so far"}, "finish_reason": None}]}
+    with closing(Fake(runtime, http(200, f"data: {json.dumps(chunk)}\n\n", "any", "text/event-stream"))):
+        line = gate.reach(body())
+        assert line
+        with pytest.raises(InterruptedStreamError, match="before its end") as error:
+            list(line.stream())
+    assert error.value.partial == "so far"
+
+
+# --- The command line --------------------------------------------------------------------------------------------
+
+
+def test_a_command_is_quick_and_keeps_its_options(
+    net: Loopback,
+    waterfall: Waterfall,
+    gateway: Gateway,
+    biollm: Biollm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = net.serve(text="one two three")
+    waterfall(first=net.serve(then=HTTP_500), second=server)
+    gateway()
+    code = """
+import sys
+sys.argv = ["biollm", "complete", "hi"]
+from biollm.cli import _run
+assert _run() == 0
+heavy = "pydantic yaml rich httpx biollm.config biollm.client litellm asyncio".split()
+print([name for name in heavy if name in sys.modules])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], stdin=-3, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "one two three\n[]\n", ran.stderr
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    assert biollm("complete", "hi", "--schema", schema).json == {"a": 1}
+    said = biollm("complete", "hi", "--json", "--provider", "second", "--max-tokens", "9", "--temperature", "0.5",
+                  "--system", "short", "--tag", "run=7", "--no-fallback", "--timeout", "30", "--deadline", "60").json  # fmt: skip
+    assert (said["text"], said["deployment"], said["usage"]["completion_tokens"]) == (
+        "one two three",
+        "second/small",
+        3,
+    )
+    sent = server.completions[-1].body
+    assert (sent["max_tokens"], sent["temperature"], len(sent["messages"])) == (9, 0.5, 2)
+    assert biollm("complete", "hi", "--stream").out == "one two three\n"
+    failed = biollm("complete", "hi", "-v", "--provider", "first", "--json")
+    assert (failed.code, failed.json["attempts"][0]["deployment"]) == (75, "first/small")  # it rests
+    local = biollm("complete", "hi", "--local-only")
+    assert local.code == 69
+    monkeypatch.setenv("BIOLLM_LOCAL_ONLY", "1")
+    assert biollm("complete", "hi").code == 69
+    monkeypatch.delenv("BIOLLM_LOCAL_ONLY")
+    wrong = biollm("complete", "hi", "--model", "smal")
+    assert (wrong.code, "Did you mean 'small'?" in wrong.err) == (2, True)
+    tags = [record.tags for record in ledger().history(None, None)]
+    assert {"run": "7"} in tags
+
+
+def test_a_slow_start_on_a_terminal_names_the_gateway(net: Loopback, waterfall: Waterfall, runtime: Path) -> None:
+    waterfall(first=net.serve())
+    # The clock of this process jumps a minute when LiteLLM is imported: the start is slow on any machine.
+    code = """
+import sys, time
+from biollm import client
+usual, now, late = client.import_waterfall, time.monotonic, [0]
+class Clock:
+    def find_spec(self, name, path=None, target=None):
+        late[0] = 60 if name == "litellm" else late[0]
+sys.meta_path.insert(0, Clock())
+time.monotonic = lambda: now() + late[0]
+sys.argv = ["biollm", "complete", "hi", "--no-stream"]
+from biollm.cli import main
+main()
+"""
+    here, there = pty.openpty()
+    for environment, hinted in ((os.environ, True), ({**os.environ, "BIOLLM_GATEWAY": "off"}, False)):
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=-3, stdout=-3, stderr=there, env=environment)
+        assert process.wait(60) == 0
+        told = os.read(here, 65536).decode()
+        assert ("with `biollm serve --detach` it starts once" in told) is hinted
+    for end in (here, there):
+        os.close(end)
