@@ -182,6 +182,21 @@ def test_pipe(net: Loopback, waterfall: Waterfall) -> None:
     assert prompts(server) == [f"{LOG.read_text()}\n\nwhy did this fail?"]
 
 
+def test_gateway(net: Loopback, waterfall: Waterfall, runtime: Path, run: Run) -> None:
+    server = net.serve(text="It ran out of memory.")
+    waterfall(first=server)
+    ran = run("gateway.py", "why?")
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines() == [
+        "socket  It ran out of memory.  (by first/small)",
+        "stream  It ran out of memory.",
+        "port    It ran out of memory.",
+        "no key  HTTP 401",
+    ]
+    assert prompts(server) == ["why?"] * 3
+    assert not (runtime / "gateway.sock").exists()
+
+
 @pytest.mark.slow
 def test_the_embedded_model_reads_the_whole_log(waterfall: Waterfall, weights: Path, biollm: Run) -> None:
     model = {"type": "embedded", "gguf": str(weights), "context_length": 8192}

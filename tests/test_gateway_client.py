@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from behaviours import HANG, HTTP_400, HTTP_401, HTTP_500, Behaviour, limited
+from behaviours import HANG, HTTP_400, HTTP_401, HTTP_500, OK, Behaviour, limited
 from conftest import Ran
 from provider import Loopback
 from pydantic import BaseModel
@@ -30,6 +30,7 @@ from biollm.client import (
     Client,
     CompletionError,
     InterruptedStreamError,
+    KeysRefusedError,
     StreamChunk,
     StreamRestarted,
     UsageError,
@@ -46,18 +47,21 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 
 
 def outcome(call: Callable[[], Any]) -> dict[str, Any]:
-    """Return what a call gives or raises, but for times and what is LiteLLM's."""
+    """Return what a call gives or raises, but for times, ids and what is LiteLLM's."""
     try:
-        done = call()
+        facts = {**vars(call())}
     except CompletionError as error:
-        facts = {"error": type(error), "said": str(error), **vars(error)}
-    else:
-        facts = {**vars(done)}
-    facts["attempts"] = [(each.deployment, each.outcome, each.reason, each.status) for each in facts["attempts"]]
-    text = repr({name: value for name, value in facts.items() if name not in ("latency_ms", "raw", "partial")})
-    return {
-        "": re.sub(r"'(id|retry_after)': [^,}]+|Retry after \d+ s|\d+ s\b", "", text.replace("'retry_after': None", ""))
-    }
+        facts = {
+            "error": type(error),
+            **vars(error),
+            "said": re.sub(r"\d+ s\b", "", f"{error} {error.hint}"),
+            "hint": "",
+        }
+    facts["attempts"] = [
+        (each.deployment, each.outcome, re.sub(r"\d+ s\b", "", each.reason), each.status) for each in facts["attempts"]
+    ]
+    facts["tool_calls"] = [{**call, "id": ""} for call in facts.get("tool_calls", ())]
+    return {name: value for name, value in facts.items() if name not in ("latency_ms", "raw", "partial", "retry_after")}
 
 
 def last(pieces: Iterator[Any]) -> Any:
@@ -67,16 +71,11 @@ def last(pieces: Iterator[Any]) -> Any:
 def test_it_gives_and_raises_what_the_waterfall_does(
     net: Loopback, waterfall: Waterfall, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def server(then: Behaviour = Behaviour()) -> dict[str, Any]:
-        return {"base_url": net.serve(then=then, text="one two three").url}
+    def server(then: Behaviour = OK) -> dict[str, Any]:
+        return {"base_url": net.serve(then=then, text="one two three").url, "json_schema": True}
 
-    waterfall(
-        ok=server(),
-        bad=server(HTTP_400),
-        refused=server(HTTP_401),
-        limited=server(limited("600")),
-        broken=server(HTTP_500),
-    )
+    faults = {"refused": HTTP_401, "limited": limited("600"), "broken": HTTP_500}
+    waterfall(ok=server(), bad=server(HTTP_400), **{name: server(fault) for name, fault in faults.items()})
     gateway()
     client, restart = get_model_client(), {"on_interrupt": "restart"}
     calls: dict[str, Callable[[], Any]] = {
@@ -88,20 +87,24 @@ def test_it_gives_and_raises_what_the_waterfall_does(
         "stream of tools": lambda: last(client.stream("hi", tools=[TOOL])),
         "async": lambda: asyncio.run(client.acomplete("hi")),
         "rejected": lambda: client.complete("hi", provider="bad", fallback=False),
-        "refused": lambda: client.complete("hi", provider="refused"),
-        "limited": lambda: client.complete("hi", provider="limited"),
-        "failed": lambda: client.complete("hi", provider="broken"),
-        "failed stream": lambda: last(client.stream("hi", provider="broken")),
+        "rejected stream": lambda: last(client.stream("hi", provider="bad")),
     }
     for name, call in calls.items():
         monkeypatch.setenv("BIOLLM_GATEWAY", "off")
         here = outcome(call)
         monkeypatch.delenv("BIOLLM_GATEWAY")
-        assert client._line(client._request("hi", {})), "the gateway is gone"
         assert outcome(call) == here, name
-    with pytest.raises(AllLimitedError) as error:
+    found: dict[str, Any] = {}
+    for name in faults:  # here once: the provider then rests
+        with pytest.raises(CompletionError) as error:
+            client.complete("hi", provider=name)
+        found[name] = error.value
+    assert [type(error) for error in found.values()] == [KeysRefusedError, CompletionError, CompletionError]
+    assert [error.attempts[0].status for error in found.values()] == [401, 429, 500]
+    with pytest.raises(AllLimitedError) as again:
         client.complete("hi", provider="limited")
-    assert 500 < error.value.retry_after <= 600
+    assert 500 < again.value.retry_after <= 600
+    assert client._line(client._request("hi", {})), "the gateway is gone"
 
 
 def test_a_script_needs_no_litellm(net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
@@ -124,21 +127,26 @@ print(said == ["one two three"] * 4, "litellm" in sys.modules)
     assert {record.tags["user"] for record in ledger().history(None, None)} == {"ann"}
 
 
-def test_a_stream_restarts_or_breaks(net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
+def test_a_stream_that_breaks_says_what_came(net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
+    waterfall(first=net.serve(then=Behaviour(tear=4), text="lost words that break"))
+    gateway()
+    with pytest.raises(InterruptedStreamError) as error:
+        list(get_model_client().stream("hi"))
+    assert error.value.partial.startswith("lost")
+
+
+def test_a_stream_restarts(net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
     torn = net.serve(then=Behaviour(tear=4), text="lost words that break")
     waterfall(first=torn, second=net.serve(text="kept"))
     gateway()
     client = get_model_client()
-    pieces = list(client.stream("hi", on_interrupt="restart", provider=None))
+    pieces = list(client.stream("hi", on_interrupt="restart"))
     at = next(at for at, piece in enumerate(pieces) if isinstance(piece, StreamRestarted))
     assert "".join(map(str, pieces[:at])).startswith("lost")
     assert "".join(map(str, pieces[at:])) == "kept"
     end = pieces[-1]
     assert isinstance(end, StreamChunk) and end.completion
     assert (end.completion.text, end.completion.deployment) == ("kept", "second/small")
-    with pytest.raises(InterruptedStreamError) as error:
-        list(client.stream("hi", provider="first"))
-    assert error.value.partial.startswith("lost")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -185,7 +193,7 @@ class Fake:
 
     def __init__(self, folder: Path, answer: bytes = b"") -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
-        self.path, self.heard = folder / gate.SOCKET, b""
+        self.path = folder / gate.SOCKET
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(self.path))
         self.path.chmod(0o600)
@@ -201,11 +209,14 @@ class Fake:
             except OSError:
                 return
             with line:
-                if heard := line.recv(65536):
-                    self.heard += heard
+                heard = b""
+                while b"}}" not in heard and (more := line.recv(65536)):  # the end of the body
+                    heard += more
+                if heard:
                     line.sendall(self.answer)
 
     def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
 
 
@@ -326,7 +337,7 @@ def test_the_policy_is_confirmed_or_the_call_fails(runtime: Path, asked: str, co
 
 @pytest.mark.parametrize(
     ("answer", "error"),
-    [(b"", "The gateway broke off"), (b"HTTP/1.1 200 OK\r\n", "The gateway broke off"), (b"rubbish\r\n\r\n", "The gateway broke off"),
+    [(b"", "The gateway broke off"), (b"HTTP/1.1 200 OK\r\n", "does not confirm the data policy"), (b"rubbish\r\n\r\n", "The gateway broke off"),
      (http(500, "<html>"), "The gateway answered HTTP 500."), (http(200, "{", "any"), "The gateway broke off"),
      (http(503, {"error": {"message": "down"}}), "down"),
      (http(503, {"error": {"message": "x", "biollm": {"class": "Sequence", "message": "odd"}}}), "odd")],
@@ -362,7 +373,9 @@ def test_a_command_is_quick_and_keeps_its_options(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server = net.serve(text="one two three")
-    waterfall(first=net.serve(then=HTTP_500), second=server)
+    waterfall(
+        first=net.serve(then=HTTP_500), second={"base_url": server.url, "json_schema": True}, far="https://x.invalid/v1"
+    )
     gateway()
     code = """
 import sys
@@ -376,7 +389,9 @@ print([name for name in heavy if name in sys.modules])
     assert ran.stdout == "one two three\n[]\n", ran.stderr
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(SCHEMA))
-    assert biollm("complete", "hi", "--schema", schema).json == {"a": 1}
+    shaped = biollm("complete", "hi", "--schema", schema)
+    assert shaped.code == 0, shaped.err
+    assert shaped.json == {"a": 1}
     said = biollm("complete", "hi", "--json", "--provider", "second", "--max-tokens", "9", "--temperature", "0.5",
                   "--system", "short", "--tag", "run=7", "--no-fallback", "--timeout", "30", "--deadline", "60").json  # fmt: skip
     assert (said["text"], said["deployment"], said["usage"]["completion_tokens"]) == (
@@ -389,10 +404,10 @@ print([name for name in heavy if name in sys.modules])
     assert biollm("complete", "hi", "--stream").out == "one two three\n"
     failed = biollm("complete", "hi", "-v", "--provider", "first", "--json")
     assert (failed.code, failed.json["attempts"][0]["deployment"]) == (75, "first/small")  # it rests
-    local = biollm("complete", "hi", "--local-only")
-    assert local.code == 69
+    far = ("complete", "hi", "--provider", "far")
+    assert "the data policy is local_only" in biollm(*far, "--local-only").err
     monkeypatch.setenv("BIOLLM_LOCAL_ONLY", "1")
-    assert biollm("complete", "hi").code == 69
+    assert "the data policy is local_only" in biollm(*far).err
     monkeypatch.delenv("BIOLLM_LOCAL_ONLY")
     wrong = biollm("complete", "hi", "--model", "smal")
     assert (wrong.code, "Did you mean 'small'?" in wrong.err) == (2, True)
