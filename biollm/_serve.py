@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 IDLE = 2 * 3600.0  # seconds until a detached gateway ends that nobody asks
+_SEE = "See biollm serve status; biollm serve stop ends it."
 _LONGEST = 107  # bytes of a Unix socket's path, without the 0 at its end
 _CONNECTIONS = 256  # at once, of the TCP port
 _LOOK = 10.0  # seconds between two looks at whether the socket is still there
@@ -95,11 +96,12 @@ def serve(
             say(line)
         import_waterfall()  # here, so that the first request need not wait for it
         try:
-            _until_the_end(end, busy, idle, folder / SOCKET)
+            _until_the_end(end, busy, idle, folder / SOCKET, (folder / SOCKET).stat().st_ino)
         finally:
             (folder / RECORD).unlink(missing_ok=True)
             (folder / SOCKET).unlink(missing_ok=True)
-        _drain(servers, running, busy, end)
+        end.set()
+        _drain(servers, running, busy)
 
 
 def _last_words(end: threading.Event) -> None:
@@ -128,11 +130,10 @@ def _start(server: uvicorn.Server, listener: socket.socket) -> Future[None]:
     return future
 
 
-def _until_the_end(end: threading.Event, busy: _Busy, idle: float | None, path: Path) -> None:
+def _until_the_end(end: threading.Event, busy: _Busy, idle: float | None, path: Path, inode: int) -> None:
     """Wait for a signal, for `idle` seconds without a request, or until the socket is gone: systemd takes
     XDG_RUNTIME_DIR away after the last logout."""
-    at = path.stat().st_ino
-    while _is_there(path, at) and (left := busy.left(idle)) > 0 and not end.wait(min(left, _LOOK)):
+    while _is_there(path, inode) and (left := busy.left(idle)) > 0 and not end.wait(min(left, _LOOK)):
         pass
 
 
@@ -143,15 +144,14 @@ def _is_there(path: Path, inode: int) -> bool:
 
 
 def _drain(
-    servers: Sequence[uvicorn.Server], running: Sequence[Future[None]], busy: _Busy, end: threading.Event
+    servers: Sequence[uvicorn.Server], running: Sequence[Future[None]], busy: _Busy, flush: float = _FLUSH
 ) -> None:
     """Take no more requests, finish those under way, and close what is left: pages that follow the events."""
-    end.set()
     for server in servers:
         server.should_exit = True
     while busy.count:
         time.sleep(0.05)
-    wait(running, _FLUSH)
+    wait(running, flush)
     for server in servers:
         server.force_exit = True
     wait(running, 1)
@@ -185,7 +185,7 @@ def _alone(folder: Path) -> Generator[Path]:
                 break
             time.sleep(0.05)
         else:
-            raise UsageError("A gateway runs already.", hint="See biollm serve status; biollm serve stop ends it.")
+            raise UsageError("A gateway runs already, or finishes its last answers.", hint=_SEE)
         yield folder
     finally:
         os.close(handle)
@@ -239,7 +239,7 @@ def detach(arguments: Sequence[str], patience: float = 60) -> tuple[Record, Path
         UnavailableError: It ended at once; the message is the end of its log.
     """
     if running():
-        raise UsageError("A gateway runs already.", hint="See biollm serve status; biollm serve stop ends it.")
+        raise UsageError("A gateway runs already, or finishes its last answers.", hint=_SEE)
     log = state_dir() / "gateway.log"
     write_private(log, "")
     command = [sys.executable, "-c", "from biollm.cli import main; main()", "serve", *arguments]

@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +70,10 @@ def test_it_runs_in_the_background_answers_and_stops(
     assert "asking the gateway" in answer.err
 
     again = biollm("serve")
-    assert (again.code, again.err.split("\n")[0]) == (2, "biollm: A gateway runs already.")
+    assert (again.code, again.err.split("\n")[0]) == (
+        2,
+        "biollm: A gateway runs already, or finishes its last answers.",
+    )
     assert biollm("serve", "--detach").code == 2
 
     (folder / "providers.yaml").write_text((folder / "providers.yaml").read_text() + "\n")
@@ -155,18 +160,28 @@ def test_a_request_puts_the_end_off() -> None:
 def test_it_ends_when_its_socket_is_taken_away(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     path.touch()
-    taken = threading.Thread(
-        target=_serve._until_the_end, args=(end := threading.Event(), _serve._Busy(), None, path), daemon=True
-    )
     inode = path.stat().st_ino
-    assert _serve._is_there(path, inode)
     path.rename(tmp_path / "old")
     path.touch()  # that of another gateway
-    assert not _serve._is_there(path, inode)
-    taken.start()
-    end.set()
-    taken.join(30)
-    assert not taken.is_alive()
+    waits = threading.Thread(
+        target=_serve._until_the_end, args=(threading.Event(), _serve._Busy(), None, path, inode), daemon=True
+    )
+    waits.start()
+    waits.join(5)
+    assert not waits.is_alive()
+
+
+def test_it_forces_nothing_while_somebody_is_served() -> None:
+    busy, server = _serve._Busy(count=1), SimpleNamespace(should_exit=False, force_exit=False)
+    drains = threading.Thread(target=_serve._drain, args=([server], [Future()], busy, 0.01), daemon=True)
+    drains.start()
+    until(lambda: server.should_exit)
+    drains.join(1.5)  # longer than it waits once nobody is served
+    assert drains.is_alive()
+    assert not server.force_exit
+    busy.touched(0)
+    drains.join(30)
+    assert server.force_exit
 
 
 def test_what_is_wrong_is_told_at_once(waterfall: Waterfall, runtime: Path, net: Loopback, biollm: Biollm) -> None:
