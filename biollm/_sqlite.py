@@ -6,7 +6,6 @@ knows nothing of network file systems (WAL does not work there), and leaves a da
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import itertools
 import logging
@@ -15,6 +14,7 @@ import queue
 import re
 import sqlite3
 import stat
+import struct
 import threading
 import time
 from collections import deque
@@ -78,7 +78,7 @@ class Database:
     """One SQLite file for one writing thread; opened on first use, and again when another takes its place.
 
     Local disks get WAL; network file systems a rollback journal. Either way writers queue in a blocking
-    `lockf` on a file beside it. Files are 0600; in a folder with the setgid bit, which a group shares, 0660.
+    lock on a file beside it, those of one process too. Files are 0600; in a folder with the setgid bit, which a group shares, 0660.
     """
 
     def __init__(self, path: Path, schema: str, *, network: bool, synchronous: str, patience: float) -> None:
@@ -125,11 +125,11 @@ class Database:
             lock = self.path.with_suffix(".lock")
             _create(lock)
             self._queue = os.open(lock, os.O_RDWR)
-        _lock(self._queue)
+        _set_lock(self._queue, fcntl.F_WRLCK)
         try:
             yield
         finally:
-            fcntl.lockf(self._queue, fcntl.LOCK_UN)
+            _set_lock(self._queue, fcntl.F_UNLCK)
 
     def _connection(self) -> sqlite3.Connection:
         if self._db and self._inode == _inode(self.path):
@@ -165,18 +165,10 @@ class Database:
         _log.warning("%s is damaged (%s): it is kept as %s, and a new one begins.", self.path, error, aside.name)
 
 
-def _lock(file: int) -> None:
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Two processes, each writing one file with one thread and queueing for the other with another, look
-            # like a deadlock to the kernel, for the moment that it lasts.
-            if error.errno != errno.EDEADLK:
-                raise
-            time.sleep(0.001)
-        else:
-            return
+def _set_lock(file: int, kind: int) -> None:
+    """Take or leave the lock. It is the open file's, not the process's as `lockf`'s: threads exclude each other too,
+    and a process that waits for two files with two threads does not look like a deadlock."""
+    fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi0q", kind, os.SEEK_SET, 0, 0, 0))  # struct flock
 
 
 def _create(path: Path) -> None:

@@ -536,6 +536,30 @@ def test_a_queue_that_stands_still_is_waited_in_for_250_ms(tmp_path: Path, clock
     assert 0.2 < min(waits) < 0.9
 
 
+def test_two_writers_of_one_process_open_a_new_file_at_once(tmp_path: Path) -> None:
+    """SQLite lets only one of two connections change a file's journal, and tells the other at once that it is locked."""
+    failed: list[Exception] = []
+
+    def write(folder: Path, start: threading.Barrier) -> None:
+        schema = "CREATE TABLE IF NOT EXISTS t (a)"
+        file = Database(folder / "t.db", schema, network=False, synchronous="NORMAL", patience=0.2)
+        start.wait()
+        try:
+            file.write(lambda db: db.execute("INSERT INTO t VALUES (1)") and None)
+        except sqlite3.Error as error:
+            failed.append(error)
+        file.close()
+
+    for number in range(40):
+        folder, start = tmp_path / str(number), threading.Barrier(2)
+        running = [threading.Thread(target=write, args=(folder, start)) for _ in range(2)]
+        for one in running:
+            one.start()
+        for one in running:
+            one.join()
+    assert failed == []
+
+
 def hold_one_queue_for_the_other(folder: Path, held: object) -> None:
     with (folder / "quotas.lock").open("r+") as quotas, (folder / "history.lock").open("r+") as history:
         fcntl.lockf(quotas, fcntl.LOCK_EX)
