@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
 
-from biollm._sqlite import on_network
+from biollm._sqlite import Database, on_network
 from biollm.config import Limit
 from biollm.ledger import Ledger, Need, Record, Refused
 
@@ -537,27 +538,19 @@ def test_a_queue_that_stands_still_is_waited_in_for_250_ms(tmp_path: Path, clock
 
 
 def test_two_writers_of_one_process_open_a_new_file_at_once(tmp_path: Path) -> None:
-    """SQLite lets only one of two connections change a file's journal, and tells the other at once that it is locked."""
-    failed: list[Exception] = []
+    """SQLite lets one of two connections change a file's journal, and tells the other at once that it is locked."""
+    start = threading.Barrier(2)
 
-    def write(folder: Path, start: threading.Barrier) -> None:
+    def write(number: int) -> None:
         schema = "CREATE TABLE IF NOT EXISTS t (a)"
-        file = Database(folder / "t.db", schema, network=False, synchronous="NORMAL", patience=0.2)
+        file = Database(tmp_path / f"{number}.db", schema, network=False, synchronous="NORMAL", patience=0.2)
         start.wait()
-        try:
+        with contextlib.closing(file):
             file.write(lambda db: db.execute("INSERT INTO t VALUES (1)") and None)
-        except sqlite3.Error as error:
-            failed.append(error)
-        file.close()
 
-    for number in range(40):
-        folder, start = tmp_path / str(number), threading.Barrier(2)
-        running = [threading.Thread(target=write, args=(folder, start)) for _ in range(2)]
-        for one in running:
-            one.start()
-        for one in running:
-            one.join()
-    assert failed == []
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(40):
+            list(pool.map(write, [number] * 2))
 
 
 def hold_one_queue_for_the_other(folder: Path, held: object) -> None:
