@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -539,18 +538,24 @@ def test_a_queue_that_stands_still_is_waited_in_for_250_ms(tmp_path: Path, clock
 
 def test_two_writers_of_one_process_open_a_new_file_at_once(tmp_path: Path) -> None:
     """SQLite lets one of two connections change a file's journal, and tells the other at once that it is locked."""
-    start = threading.Barrier(2)
+    written: list[int] = []
 
-    def write(number: int) -> None:
+    def write(number: int, start: threading.Barrier) -> None:
         schema = "CREATE TABLE IF NOT EXISTS t (a)"
         file = Database(tmp_path / f"{number}.db", schema, network=False, synchronous="NORMAL", patience=0.2)
         start.wait()
-        with contextlib.closing(file):
+        with contextlib.closing(file), contextlib.suppress(sqlite3.Error):
             file.write(lambda db: db.execute("INSERT INTO t VALUES (1)") and None)
+            written.append(number)
 
-    with ThreadPoolExecutor(2) as pool:
-        for number in range(40):
-            list(pool.map(write, [number] * 2))
+    for number in range(60):
+        start = threading.Barrier(2)
+        running = [threading.Thread(target=write, args=(number, start)) for _ in range(2)]
+        for one in running:
+            one.start()
+        for one in running:
+            one.join()
+    assert written == sorted([*range(60)] * 2)
 
 
 def hold_one_queue_for_the_other(folder: Path, held: object) -> None:
