@@ -171,7 +171,7 @@ def refusal(error: Exception) -> tuple[int, Json, dict[str, str]]:
     if not isinstance(error, errors.BiollmError):  # its text might hold anything
         return 500, problem("The gateway failed; its log says how.", "server_error", "internal_error"), {}
     status, kind, code = next(row[1:] for row in _REFUSALS if isinstance(error, row[0]))
-    body = problem(f"{error} {error.hint or ''}".strip(), kind, code)
+    body = problem(f"{error}\n{error.hint or ''}".strip(), kind, code)
     ours: Json = {"class": type(error).__name__, "message": str(error), "hint": error.hint}
     headers: dict[str, str] = {}
     if isinstance(error, errors.CompletionError):
