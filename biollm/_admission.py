@@ -40,7 +40,7 @@ _PAGES = ("/", "/events", "/metrics")
 _LOGIN = (
     '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>biollm</title>'
     '<body style="font:16px system-ui;margin:4em auto;max-width:20em"><form method="post" action="/login">'
-    '<label>Key of this gateway<br><input name="key" type="password" autofocus></label> <button>Show</button></form>'
+    '<label>Key of this gateway<br><input name="key" type="password" autocomplete="current-password" autofocus></label> <button>Show</button></form>'
 )
 _HEADERS = {"cache-control": "no-store", "x-frame-options": "DENY", "content-security-policy": "frame-ancestors 'none'"}
 

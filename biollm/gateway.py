@@ -173,12 +173,14 @@ class _Gateway:
             await pieces.aclose()
             raise
         *failed, answering = asked_of
+        name = _name(answering)
         headers = {
             **headers,
             "x-biollm-deployment": answering,
             "x-biollm-attempts": ", ".join([*(f"{each}=failed" for each in failed), f"{answering}=ok"]),
+            "x-biollm-degraded": str(self._client.config.provider(name.split("/")[0]).type == "embedded").lower(),
         }
-        return _Events(_frames(first, pieces, face.Line(_name(answering)), asked.usage), headers)
+        return _Events(_frames(first, pieces, face.Line(name), asked.usage), headers)
 
 
 async def _read(request: Request, client: Client, *, chat: bool) -> face.Asked:

@@ -239,6 +239,7 @@ def test_a_stream_that_breaks_ends_with_an_error_and_without_done(net: Loopback,
     answer = serve(first=first, second=second).post(CHAT, json={**HI, "stream": True})
     *_, last = events(answer)
     assert said(answer).startswith("one")
+    assert answer.headers["x-biollm-degraded"] == "false"
     assert last["error"]["code"] == "stream_interrupted"
     assert last["error"]["biollm"]["class"] == "InterruptedStreamError"
     assert not second.requests

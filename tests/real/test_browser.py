@@ -8,12 +8,9 @@ import json
 import os
 import struct
 import subprocess
-import threading
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,6 @@ from provider import Loopback
 
 from biollm import page
 from biollm.client import get_model_client
-from biollm.config import load_config
-from biollm.top import Top
 
 pytestmark = pytest.mark.real
 UPDATE = os.environ.get("BIOLLM_UPDATE") == "1"
@@ -58,17 +53,18 @@ class Tab:
             assert time.monotonic() < deadline, (expression, await self.js("document.body.innerText"))
             await asyncio.sleep(0.1)
 
-    async def open(self, url: str) -> None:
+    async def open(self, url: str, there: str = "!!document.querySelector('[data-rung]')") -> None:
         for domain in ("Page", "Runtime", "Network", "Log"):
             await self.send(f"{domain}.enable")
         await self.send("Page.navigate", url=url)
-        await self.until("document.readyState === 'complete' && !!document.querySelector('[data-rung]')")
+        await self.until(f"document.readyState === 'complete' && {there}")
 
     def of(self, method: str) -> list[Any]:
         return [event["params"] for event in self.events if event.get("method") == method]
 
     def complaints(self) -> list[Any]:
-        return [*self.of("Runtime.exceptionThrown"), *self.of("Log.entryAdded"), *self.of("Runtime.consoleAPICalled")]
+        logged = [each for each in self.of("Log.entryAdded") if each["entry"]["level"] != "verbose"]
+        return [*self.of("Runtime.exceptionThrown"), *logged, *self.of("Runtime.consoleAPICalled")]
 
 
 def browse(program: str, profile: Path, visit: Callable[[Tab], Awaitable[None]]) -> None:
@@ -100,51 +96,17 @@ async def _visit(ready: Path, visit: Callable[[Tab], Awaitable[None]]) -> None:
             await visit(Tab(socket))
 
 
-@pytest.fixture
-def served() -> Iterator[Callable[[Top], tuple[str, list[str]]]]:
-    """Serve the page and its events of a Top; tell the address and collect the paths that were asked for."""
-    servers: list[ThreadingHTTPServer] = []
-
-    def serve(top: Top) -> tuple[str, list[str]]:
-        asked: list[str] = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked.append(self.path)
-                self.send_response(200)
-                self.send_header("content-type", "text/html" if self.path == "/" else "text/event-stream")
-                self.end_headers()
-                with suppress(OSError):
-                    if self.path == "/":
-                        self.wfile.write(page.html(top.snapshot()).encode())
-                    else:
-                        asyncio.run(self.follow())
-
-            async def follow(self) -> None:
-                async for event in page.events(top.snapshot, 0.2):
-                    self.wfile.write(event.encode())
-
-            def log_message(self, format: str, *args: object) -> None: ...
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/", asked
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-
-
 def test_it_follows_a_request_and_shows_who_failed(
-    chromium: str, served: Callable[[Top], tuple[str, list[str]]], net: Loopback, waterfall: Write, tmp_path: Path
+    chromium: str, gateway: Callable[..., dict[str, Any]], net: Loopback, waterfall: Write, tmp_path: Path, state: Path
 ) -> None:
     waterfall(first=net.refusing(), second=net.serve())
-    url, asked = served(Top.of_process(load_config()))
+    url = f"{gateway('--port', '0')['url']}/"
+    key = (state / "gateway.key").read_text().strip()
 
     async def visit(tab: Tab) -> None:
-        await tab.open(url)
+        await tab.open(url, "document.forms.length === 1")
+        await tab.js(f"document.forms[0].key.value = {key!r}; document.forms[0].submit()")
+        await tab.until("document.querySelectorAll('[data-rung]').length === 2")
         await tab.until("document.getElementById('live').textContent === 'live'")
         assert await tab.js("document.getElementById('requests').textContent") == "0"
         states = "[...document.querySelectorAll('[data-rung] .state')].map(e => e.classList[1]).join()"
@@ -155,12 +117,13 @@ def test_it_follows_a_request_and_shows_who_failed(
         assert await tab.js("document.querySelector('[data-rung] .why').textContent.length > 10")
         assert "100%" in await tab.js("document.getElementById('tiles').innerText")
         everything = await tab.js("document.documentElement.outerHTML")
-        assert "planted" not in everything
-        assert "nobody may see" not in everything
-        assert tab.complaints() == []
+        for secret in ("planted", "nobody may see", key):
+            assert secret not in everything
+        asked = [request["request"]["url"].removeprefix(url) for request in tab.of("Network.requestWillBeSent")]
+        assert asked[-2:] == ["", "events"], "one request paints; not even an icon is asked for"
+        assert [each for each in tab.complaints() if "401" not in str(each)] == []
 
     browse(chromium, tmp_path / "profile", visit)
-    assert asked == ["/", "/events"], "one request paints; not even an icon is asked for"
 
 
 def test_a_file_needs_no_server_and_fits_a_desk_a_phone_and_the_night(
