@@ -29,6 +29,7 @@ from biollm.ledger import Ledger, period
 By = Literal["provider", "account", "model", "day", "hour", "tag"]
 Tally = tuple[Counter[float], Counter[float]]
 Cells = Sequence[tuple[Key, Cell]]
+PRICES = "model_prices_and_context_window_backup.json"  # LiteLLM's map of models, a file of its package
 WEEK = 7 * 86400.0  # seconds: the report's usual length, and how long Slurm's jobs are remembered
 _GRAIN = {"day": 24, "hour": 1}  # hours
 _ATTEMPTS = ("provider", "account", "model")  # whose rows count attempts: a request can ask several of them
@@ -297,9 +298,22 @@ def price_map() -> dict[str, dict[str, object]]:
     found = importlib.util.find_spec("litellm")
     if found is None or not found.submodule_search_locations:
         return {}
-    return orjson.loads(
-        Path(found.submodule_search_locations[0], "model_prices_and_context_window_backup.json").read_bytes()
-    )
+    return orjson.loads(Path(found.submodule_search_locations[0], PRICES).read_bytes())
+
+
+def listed(prices: Mapping[str, Mapping[str, object]], provider: str, model: str) -> tuple[str, Mapping[str, object]]:
+    """Return the name and the facts under which LiteLLM's map lists a provider's model; ("", {}) where it does not."""
+    for name in (f"{provider}/{model}", model):  # OpenAI's and some others' models stand there by their bare names
+        facts = prices.get(name, {})
+        if facts and (name != model or str(facts.get("litellm_provider")).startswith(provider)):
+            return name, facts
+    return "", {}
+
+
+def per_token(facts: Mapping[str, object]) -> tuple[float, float] | None:
+    """Return the USD per token of prompt and of answer; None unless both are known."""
+    sent, got = facts.get("input_cost_per_token"), facts.get("output_cost_per_token")
+    return (float(sent), float(got)) if isinstance(sent, int | float) and isinstance(got, int | float) else None
 
 
 @cache

@@ -11,6 +11,7 @@ from biollm.cli._options import Json
 
 if TYPE_CHECKING:
     from biollm.config import Config, Limit
+    from biollm.errors import Problem
 
 
 def register(app: typer.Typer) -> typer.Typer:
@@ -149,7 +150,13 @@ def _why(health: Any) -> str:
 
 
 def config(
-    check: Annotated[bool, typer.Option("--check", help="Only say whether it is right: exit 0 or 78.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Say whether it is right (exit 0 or 78), and warn of what is old, mispriced or trains on prompts.",
+        ),
+    ] = False,
     litellm: Annotated[bool, typer.Option("--litellm", help="Print a config.yaml for the LiteLLM proxy.")] = False,
     schema: Annotated[
         Literal["models", "providers", "cluster"] | None,
@@ -166,9 +173,12 @@ def config(
         _print.as_json(configuration.json_schema(schema))
         return
     settings = configuration.load_config(lenient=lenient)
-    for warning in settings.warnings:
+    warnings = [*settings.warnings, *(_registry(settings) if check else ())]
+    for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
-    if check:
+    if check and as_json:
+        _print.as_json({"providers": len(settings.providers), "models": len(settings.models), "warnings": warnings})
+    elif check:
         print(f"The configuration is right: {len(settings.providers)} providers, {len(settings.models)} models.")
     elif litellm:
         _litellm(settings)
@@ -176,6 +186,16 @@ def config(
         _print.as_json({"values": settings, "sources": settings.sources})
     else:
         _print.table(("key", "value", "from"), configuration.describe(settings))
+
+
+def _registry(settings: Config) -> list[Problem]:
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
+    from biollm import registry_check, usage
+
+    source = f"litellm {version('litellm')}'s {usage.PRICES}"
+    return registry_check.check(settings, datetime.now(UTC).date(), usage.price_map(), source)
 
 
 def _litellm(settings: Config) -> None:

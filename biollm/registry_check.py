@@ -1,0 +1,126 @@
+"""Warns where the configuration and LiteLLM's map of models disagree, and of free tiers that may train on prompts.
+
+LiteLLM prices answers by its map, and says nothing of an entry past its date. The map may be older than the truth, so
+every warning names it. Models of this site are not in it. Pure: nothing is read or sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+
+from biollm.config import Config, Provider
+from biollm.errors import Problem
+from biollm.routing import models_of
+from biollm.usage import listed, per_token
+
+NEAR = 60  # days before a model's end at which it is named
+Facts = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A provider's model, and what the map says of it under which name; ("", {}) for nothing."""
+
+    provider: Provider
+    model: str
+    name: str
+    facts: Facts
+
+
+def check(config: Config, today: date, prices: Mapping[str, Facts], source: str) -> list[Problem]:
+    """Return what is odd, each with file, line and mend.
+
+    Args:
+        config: The configuration.
+        today: From when deadlines count.
+        prices: LiteLLM's map, model -> facts.
+        source: Whose map that is, for the sentences.
+    """
+    offers = [
+        _Offer(provider, model, *listed(prices, provider.litellm_provider, provider.model_ids.get(model, model)))
+        for provider in config.providers
+        if provider.type == "api"
+        for model in models_of(config, provider)
+    ]
+    found = [*_ends(offers, today), *_contexts(config, offers), *_prices(config, offers)]
+    reference = config.costs.reference_model
+    if reference and not prices.get(reference):
+        found.append(
+            ("costs.reference_model", f"{reference} is not", "Without it `biollm usage` shows no cost avoided.")
+        )
+    told = [(key, f"{said} in {source}.", mend) for key, said, mend in found]
+    return [_problem(config, *each) for each in (*told, *_training(config))]
+
+
+def _problem(config: Config, key: str, said: str, mend: str) -> Problem:
+    """Put a sentence where its key was written, or the first one beside it."""
+    beside = (at for at in config.sources if at.startswith(key.rpartition(".")[0] + "."))
+    file, _, line = config.sources.get(key if key in config.sources else next(beside, ""), ":0").rpartition(":")
+    return Problem(file or "configuration", int(line), key, said, mend)
+
+
+def _ends(offers: Iterable[_Offer], today: date) -> Iterator[tuple[str, str, str]]:
+    for offer in offers:
+        try:
+            left = (date.fromisoformat(str(offer.facts.get("deprecation_date"))) - today).days
+        except ValueError:
+            continue
+        if left <= NEAR:
+            when = f"ends in {left} days, on" if left > 0 else "has ended on"
+            said = f"{offer.model} {when} {offer.facts['deprecation_date']}: so says {offer.name}"
+            yield f"providers.{offer.provider.name}.models", said, "Put its successor into the list."
+
+
+def _contexts(config: Config, offers: Iterable[_Offer]) -> Iterator[tuple[str, str, str]]:
+    """Yield the context lengths that are longer than prompt and answer may be, or shorter than the prompt alone."""
+    shortest: dict[str, tuple[int, int, str]] = {}  # whoever of a model's providers takes the least must take it
+    for offer in offers:
+        prompt, answer = offer.facts.get("max_input_tokens"), offer.facts.get("max_output_tokens")
+        if isinstance(prompt, int):
+            size = (prompt, answer if isinstance(answer, int) else 0, offer.name)
+            shortest[offer.model] = min(size, shortest.get(offer.model, size))
+    for model, (prompt, answer, name) in shortest.items():
+        own = config.models[model].context_length if model in config.models else None
+        if own and not prompt <= own <= prompt + answer:
+            why = "Requests that it could take are passed over" if own < prompt else "Requests are sent that it refuses"
+            said = f"is {own}; {name} takes {prompt} tokens and answers with {answer}"
+            yield f"models.{model}.context_length", said, f"{why}: write {prompt}."
+
+
+def _prices(config: Config, offers: Iterable[_Offer]) -> Iterator[tuple[str, str, str]]:
+    """Yield own prices that lie outside the map's, and budgets that a model without a price never uses up."""
+    known: dict[str, list[tuple[float, float]]] = {}
+    for offer in offers:
+        price = per_token(offer.facts)
+        if price:
+            known.setdefault(offer.provider.name, []).append(price)
+        elif not offer.provider.free_tier and any(x.kind == "usd" for a in offer.provider.accounts for x in a.limits):
+            said = f"does not hold for {offer.model}: no price of it is"
+            yield f"providers.{offer.provider.name}.budget", said, "Write a token_budget beside it."
+    free = {provider.name for provider in config.providers if provider.free_tier}
+    for provider, prices in known.items():
+        own = config.costs.per_million_tokens.get(provider)
+        low, high = min(1e6 * min(each) for each in prices), max(1e6 * max(each) for each in prices)
+        if own is not None and provider not in free and not 0.99 * low <= own <= 1.01 * high:
+            said = f"is {own:g} USD per million tokens; its models stand at {low:.4g} to {high:.4g}"
+            mend = "Take it out to count by the map, or write `free_tier: true` if tokens cost you nothing."
+            yield f"costs.per_million_tokens.{provider}", said, mend
+
+
+def _training(config: Config) -> Iterator[tuple[str, str, str]]:
+    if config.data_policy == "local_only":
+        return
+    for provider in config.providers:
+        key = f"providers.{provider.name}.trains_on_prompts"
+        if provider.trains_on_prompts and config.data_policy == "any":
+            mend = "`data_policy: no_training` passes over it; if your plan is paid and does not, write false."
+            yield key, "prompts may be used for training.", mend
+        elif provider.free_tier and provider.type == "api" and "trains_on_prompts" not in provider.model_fields_set:
+            asked = ", and no_training does not pass over it" if config.data_policy == "no_training" else ""
+            yield (
+                key,
+                f"a free tier, of which nobody has said whether it trains on prompts{asked}.",
+                "Write true or false.",
+            )

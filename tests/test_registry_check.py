@@ -1,0 +1,153 @@
+"""What `config --check` warns of: models that end, numbers that differ from LiteLLM's map, tiers that may train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from biollm.config import load_config
+from biollm.registry_check import check
+from biollm.usage import price_map
+
+TODAY = date(2026, 11, 24)
+PRICES = {
+    "gpt-9": {"litellm_provider": "openai", "max_input_tokens": 900, "max_output_tokens": 100,
+              "input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6, "deprecation_date": "2027-01-20"},
+    "github_copilot/gpt-9": {"max_input_tokens": 400, "max_output_tokens": 50, "deprecation_date": "2026-11-24"},
+    "gemini-x": {"litellm_provider": "vertex_ai-language-models", "deprecation_date": "2020-01-01"},
+    "gemini/gemini-x": {"litellm_provider": "gemini", "deprecation_date": "2027-01-24"},
+    "gpt-odd": {"litellm_provider": "openai", "deprecation_date": "soon"},
+}  # fmt: skip
+Check = Callable[..., list[str]]
+
+
+@pytest.fixture
+def warn(waterfall: Callable[..., Path], tmp_path: Path) -> Check:
+    """Return what is said of these providers, models and further keys of the file."""
+
+    def check_it(
+        providers: Mapping[str, Mapping[str, Any]], models: Mapping[str, Any] | None = None, **top: Any
+    ) -> list[str]:
+        folder = waterfall({"costs": {}, **top}, **providers)
+        (folder / "models.yaml").write_text(yaml.safe_dump({"inherit": False, "models": models or {}}))
+        return [str(each).removeprefix(f"{folder}/") for each in check(load_config(), TODAY, PRICES, "the map")]
+
+    return check_it
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "said"),
+    [
+        ("openai", "gpt-9", "ends in 57 days, on 2027-01-20: so says gpt-9 in the map"),
+        ("github_copilot", "gpt-9", "has ended on 2026-11-24: so says github_copilot/gpt-9 in the map"),
+        ("gemini", "gemini-x", ""),  # 61 days; the bare name is another company's offer
+        ("openai", "gpt-odd", ""),
+        ("openai", "gpt-unknown", ""),
+    ],
+)
+def test_a_model_past_its_end_or_near_it_is_named(warn: Check, provider: str, model: str, said: str) -> None:
+    entry = {"models": [model], "env_key": None if provider == "github_copilot" else "SOME_KEY"}
+    found = warn({provider: {key: value for key, value in entry.items() if value}})
+    assert bool(found) == bool(said)
+    assert not said or (said in found[0] and found[0].startswith("providers.yaml:") and "successor" in found[0])
+
+
+def test_a_models_own_id_is_looked_up(warn: Check) -> None:
+    (said,) = warn({"openai": {"models": ["nine"], "model_ids": {"nine": "gpt-9"}}})
+    assert ": providers.openai.models: nine ends in 57 days" in said
+
+
+@pytest.mark.parametrize(
+    ("length", "providers", "said"),
+    [
+        (900, ["openai"], ""),
+        (1000, ["openai"], ""),
+        (1001, ["openai"], "is 1001; gpt-9 takes 900 tokens and answers with 100 in the map. Requests are sent that it refuses: write 900."),
+        (899, ["openai"], "Requests that it could take are passed over: write 900."),
+        (900, ["openai", "github_copilot"], "github_copilot/gpt-9 takes 400 tokens and answers with 50"),
+        (400, ["openai", "github_copilot"], ""),
+    ],
+)  # fmt: skip
+def test_a_context_length_is_what_the_least_of_its_providers_takes(
+    warn: Check, length: int, providers: list[str], said: str
+) -> None:
+    entries = {name: {"models": ["gpt-9"]} for name in providers}
+    found = [each for each in warn(entries, {"gpt-9": {"type": "api", "context_length": length}}) if "_length" in each]
+    assert bool(found) == bool(said)
+    assert not said or (said in found[0] and found[0].startswith("models.yaml:"))
+
+
+@pytest.mark.parametrize(
+    ("own", "more", "said"),
+    [
+        (2.0, {}, ""),
+        (5.0, {}, "is 5 USD per million tokens; its models stand at 1 to 4 in the map."),
+        (0.0, {}, "is 0 USD per million tokens"),
+        (0.0, {"free_tier": True, "trains_on_prompts": False}, ""),
+    ],
+)
+def test_a_price_of_ones_own_lies_between_those_of_prompt_and_answer(
+    warn: Check, own: float, more: dict[str, Any], said: str
+) -> None:
+    found = warn({"openai": {"models": ["gpt-9"], **more}}, costs={"per_million_tokens": {"openai": own}})
+    found = [each for each in found if "per_million" in each]
+    assert bool(found) == bool(said)
+    assert not said or (said in found[0] and ": costs.per_million_tokens.openai:" in found[0])
+
+
+def test_a_budget_that_no_price_uses_up_and_an_unknown_reference_are_named(warn: Check) -> None:
+    entry = {"models": ["gpt-unknown"], "budget": "1 USD/day", "base_url": "https://campus.invalid/v1"}
+    budget, reference = warn({"campus": entry}, costs={"reference_model": "gpt-8"})
+    assert "does not hold for gpt-unknown: no price of it is in the map" in budget and "token_budget" in budget
+    assert "costs.reference_model: gpt-8 is not in the map" in reference
+
+
+@pytest.mark.parametrize(
+    ("tier", "policy", "said"),
+    [
+        ({"trains_on_prompts": True}, "any", "may be used for training. `data_policy: no_training` passes over it"),
+        ({"trains_on_prompts": True}, "no_training", ""),
+        ({"trains_on_prompts": False}, "any", ""),
+        ({}, "any", "nobody has said whether it trains on prompts. Write true or false"),
+        ({}, "no_training", "and no_training does not pass over it"),
+        ({}, "local_only", ""),
+    ],
+)
+def test_a_free_tier_that_may_train_is_named_unless_the_policy_passes_over_it(
+    warn: Check, tier: dict[str, bool], policy: str, said: str
+) -> None:
+    found = warn({"campus": {"base_url": "https://campus.invalid/v1", "free_tier": True, **tier}}, data_policy=policy)
+    assert bool(found) == bool(said)
+    assert not said or (said in found[0] and found[0].startswith("providers.yaml:"))
+
+
+def test_models_of_this_site_are_not_looked_up(warn: Check) -> None:
+    assert (
+        warn({"vllm": {"type": "local", "models": ["gpt-9"]}}, {"gpt-9": {"hf_id": "a/b", "context_length": 7}}) == []
+    )
+
+
+def test_what_is_shipped_agrees_with_litellms_map() -> None:
+    """But for what its free tiers do with prompts, and for what time will bring."""
+    found = check(load_config(), TODAY, price_map(), "the map")
+    assert [each.key for each in found] == [
+        "providers.lightning.trains_on_prompts",
+        "providers.gemini.trains_on_prompts",
+    ]
+    later = check(load_config(), date(2027, 4, 1), price_map(), "the map")
+    assert any("gemini-3.1-flash-lite ends in 36 days" in each.message for each in later)
+
+
+def test_config_check_warns_names_the_file_and_stays_right(waterfall: Callable[..., Path], biollm: Any) -> None:
+    waterfall(openai={"models": ["gpt-4-turbo"]})
+    ran = biollm("config", "--check", "--json")
+    (warning,) = ran.json["warnings"]
+    assert ran.code == 0 and warning["key"] == "providers.openai.models"
+    assert "gpt-4-turbo has ended on 2026-10-23: so says gpt-4-turbo in litellm 1." in warning["message"]
+    assert "model_prices_and_context_window_backup.json" in ran.err
+    assert biollm("config", "--json").err == ""
