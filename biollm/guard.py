@@ -45,6 +45,7 @@ class Turn:
 
 
 current: ContextVar[Turn | None] = ContextVar("biollm_turn", default=None)
+_ours: ContextVar[bool] = ContextVar("biollm_ours", default=False)  # follows a call into LiteLLM's worker threads
 
 
 def deployment_id(entry: Mapping[str, Any]) -> str:
@@ -87,11 +88,12 @@ class _Hush(logging.Filter):
     """Drops what LiteLLM logs of our calls: failures are in the list of attempts, and a log could hold a key."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.threadName != THREAD
+        return record.threadName != THREAD and not _ours.get()
 
 
 def install() -> None:
-    """Put one Guard among LiteLLM's callbacks; again, if the host program has replaced them since."""
+    """Put one Guard among LiteLLM's callbacks; again, if the host program has replaced them since. Mark the call as ours."""
+    _ours.set(True)
     if any(isinstance(callback, Guard) for callback in litellm.callbacks):
         return
     litellm.callbacks.append(Guard())
