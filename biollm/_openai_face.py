@@ -61,7 +61,7 @@ class Asked:
     """A request as the client takes it.
 
     Attributes:
-        prompt: The messages, or the code before the gap where `suffix` is given.
+        prompt: The messages, or a text to continue: the code before the gap where `suffix` is given.
         suffix: The code after the gap to fill in.
         usage: Whether a stream ends with a chunk of its tokens.
         whole: The answer is sent only when all of it is there, even to who asked for a stream.
@@ -78,7 +78,7 @@ class Asked:
 
 
 def read(given: object, headers: Mapping[str, str], config: Config, tags: Mapping[str, str]) -> Asked:
-    """Return what the body of a chat completion, or of a completion with `suffix`, asks for.
+    """Return what the body of a chat completion, or of a completion, asks for.
 
     Raises:
         UsageError: Something in it has the wrong type, or is not served.
@@ -110,7 +110,7 @@ def read(given: object, headers: Mapping[str, str], config: Config, tags: Mappin
     held = stream and headers.get("x-biollm-on-interrupt") == "restart"
     if held:
         options["on_interrupt"] = "restart"
-    whole = not stream or schema is not None or bool(body.get("logprobs")) or "suffix" in body
+    whole = not stream or schema is not None or bool(body.get("logprobs")) or "messages" not in body
     return Asked(
         prompt=_prompt(body),
         options=cast("Options", options),
@@ -262,20 +262,18 @@ def _one_of(choices: Sequence[str], name: str | None) -> str:
 
 
 def _prompt(body: Json) -> Any:
-    """Return the messages, or the text before the gap."""
+    """Return the messages, or the text to continue."""
     if "messages" in body:
         messages: list[Any] = body["messages"]
         if messages and all(isinstance(each, dict) and "role" in each for each in messages):
             return messages
         raise errors.UsageError("messages must be a list of objects with a role, at least one.")
-    if "suffix" not in body:
-        what = "Send messages to /v1/chat/completions; /v1/completions fills in code, between prompt and suffix."
-        raise errors.UsageError("There are no messages.", hint=what)
-    prompt: Any = body.get("prompt", "")
+    prompt: Any = body.get("prompt")
     if isinstance(prompt, list) and len(several := cast("list[Any]", prompt)) == 1:
         prompt = several[0]
     if not isinstance(prompt, str):
-        raise errors.UsageError("prompt must be one text.")
+        what = "Send messages to /v1/chat/completions, or one text as prompt to /v1/completions."
+        raise errors.UsageError("There are no messages, nor one prompt.", hint=what)
     return prompt
 
 

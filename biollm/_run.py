@@ -38,7 +38,7 @@ class Request:
     Attributes:
         params: Further arguments of LiteLLM's `acompletion`: temperature, max_tokens, tools...
         on_send: Called with a deployment's id just before a request goes to it.
-        middle: (prefix, suffix) of code to fill in between, instead of messages.
+        middle: (prefix, suffix) of code to fill in between, instead of messages; without a suffix, a text to continue.
         start: Start a server on the cluster when nobody else answers; then wait `wait` seconds for it.
         on_state: Called with the job that is waited for whenever it has changed.
     """
@@ -54,7 +54,7 @@ class Request:
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     on_interrupt: Literal["raise", "restart"] = "raise"
     on_send: Callable[[str], None] | None = None
-    middle: tuple[str, str] | None = None
+    middle: tuple[str, str | None] | None = None
     start: bool = False
     wait: float | None = None
     on_state: Callable[[Job], None] | None = None

@@ -240,9 +240,11 @@ class Waterfall:
         # The host program's LiteLLM callbacks see nothing of ours.
         params |= {"disable_fallbacks": True, "no-log": True}
         group = routing.LOCAL_GROUP if request.wants.policy == "local_only" else routing.GROUP
-        if request.middle and first.fim:
-            parts = zip(first.fim, (*request.middle, ""), strict=True)
-            return self._router.atext_completion(model=group, prompt="".join(map("".join, parts)), **params)
+        if request.middle:
+            prompt, suffix = request.middle
+            if suffix is not None and first.fim:
+                prompt = "".join(map("".join, zip(first.fim, (prompt, suffix, ""), strict=True)))
+            return self._router.atext_completion(model=group, prompt=prompt, **params)
         return self._router.acompletion(model=group, messages=list(messages), **params)
 
     def _need(self, run: Run, deployment: Deployment) -> Any:

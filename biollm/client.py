@@ -194,15 +194,17 @@ class Client:
         line = self._line(request)
         return await (line.acomplete() if line else background().arun(self._complete(request)))
 
-    def fill_in_middle(self, prefix: str, suffix: str, **options: Unpack[Options]) -> Completion:
+    def fill_in_middle(self, prefix: str, suffix: str | None, **options: Unpack[Options]) -> Completion:
         """Return the code that belongs between `prefix` and `suffix`, from a local model that has tokens for it.
+
+        Without a suffix, what follows `prefix` as any local model's server continues it; it may hold such tokens.
 
         Raises:
             CompletionError: No server of such a model runs (capability "fill-in-middle", `fim` in models.yaml).
         """
         return background().run(self._complete(self._gap(prefix, suffix, options)))
 
-    async def afill_in_middle(self, prefix: str, suffix: str, **options: Unpack[Options]) -> Completion:
+    async def afill_in_middle(self, prefix: str, suffix: str | None, **options: Unpack[Options]) -> Completion:
         """Like `fill_in_middle`."""
         return await background().arun(self._complete(self._gap(prefix, suffix, options)))
 
@@ -333,11 +335,13 @@ class Client:
             raise UsageError("A stream has one choice; n must be 1.", hint="Use complete() or acomplete().")
         return request
 
-    def _gap(self, prefix: str, suffix: str, options: Options) -> Request:
-        request = self._request(prefix + suffix, options)
+    def _gap(self, prefix: str, suffix: str | None, options: Options) -> Request:
+        request = self._request(prefix + (suffix or ""), options)
         if request.shape or request.wants.tools:
             raise UsageError("Filling in code takes no response_model and no tools.")
-        return replace(request, middle=(prefix, suffix), wants=replace(request.wants, fim=True))
+        return replace(
+            request, middle=(prefix, suffix), wants=replace(request.wants, fim=suffix is not None, raw=suffix is None)
+        )
 
     async def _complete(self, request: Request) -> Completion:
         if request.start:

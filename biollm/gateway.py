@@ -133,7 +133,7 @@ class _Gateway:
 
     async def _whole(self, asked: face.Asked) -> Completion:
         """Return the whole answer."""
-        if asked.suffix is not None:
+        if isinstance(asked.prompt, str):
             return await self._client.afill_in_middle(asked.prompt, asked.suffix, **asked.options)
         if not asked.held:
             return await self._client.acomplete(asked.prompt, **asked.options)
@@ -194,8 +194,8 @@ async def _read(request: Request, client: Client, *, chat: bool) -> face.Asked:
     except (ValueError, RecursionError):
         raise UsageError("The body is not JSON.") from None
     asked = face.read(body, request.headers, client.config, request.scope.get("biollm.tags", {}))
-    if chat is (asked.suffix is not None):
-        raise UsageError("There is a suffix where messages belong, or none where code is to be filled in.")
+    if chat is isinstance(asked.prompt, str):
+        raise UsageError("Messages belong to /v1/chat/completions, a prompt to /v1/completions.")
     return asked
 
 

@@ -87,6 +87,7 @@ class Wants:
     tokens: int = 0
     allow_degraded: bool = True
     fim: bool = False
+    raw: bool = False
 
 
 def deployments(config: Config, endpoints: Iterable[Endpoint] = (), policy: Policy | None = None) -> list[Deployment]:
@@ -227,6 +228,8 @@ def obstacle(deployment: Deployment, wants: Wants) -> str | None:
         return "takes no tools"
     if wants.fim and not deployment.fim:
         return "has no tokens for filling in code"
+    if wants.raw and deployment.provider.type != "local":
+        return "answers messages, and continues no text"
     if wants.capability and wants.capability not in (deployment.capabilities or ()):
         return f"lacks the capability {wants.capability!r}"
     if deployment.context_length and wants.tokens > deployment.context_length:

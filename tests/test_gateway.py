@@ -212,7 +212,9 @@ def test_who_gets_no_answer_gets_openais_error(net: Loopback, serve: Any, case: 
         (CHAT, {**HI, "response_format": {**WANTED, "json_schema": {"schema": {"type": 1}}}}, 400, "is no JSON Schema"),
         (CHAT, {**HI, "biollm": {"fallbak": True}}, 400, "no option biollm.fallbak"),
         (CHAT, {**HI, "biollm": {"data_policy": "all"}}, 400, "must be one of any, no_training, local_only"),
-        ("/v1/completions", {"prompt": "once"}, 400, "/v1/chat/completions"),
+        (CHAT, {"prompt": "once"}, 400, "/v1/completions"),
+        ("/v1/completions", HI, 400, "/v1/chat/completions"),
+        ("/v1/completions", {"prompt": ["a", "b"]}, 400, "one text"),
         ("/v1/responses", {"input": "hi"}, 404, "Use /v1/chat/completions"),
         ("/v1/embeddings", {"input": "hi"}, 404, "Not Found: POST /v1/embeddings"),
     ],
@@ -232,6 +234,20 @@ def test_code_is_filled_in_where_a_local_model_can(net: Loopback, serve: Any) ->
     answer = client.post("/v1/completions", json={"model": "coder", "prompt": "def f(a):", "suffix": "\nf(1)"})
     assert answer.json()["choices"][0]["text"] == "return a"
     assert server.requests[-1].body["prompt"] == "<P>def f(a):<S>\nf(1)<M>"
+
+
+def test_a_text_is_continued_by_a_local_server_alone(net: Loopback, serve: Any) -> None:
+    """Editors write a model's own tokens into the prompt."""
+    cloud, server = net.serve(), net.serve(text="return a", models=("small",))
+    model = {"type": "local", "hf_id": "x/small"}
+    local = {"type": "local", "base_url": server.url, "models": ["small"]}
+    client = serve({"models": {"small": model}}, cloud=cloud, mine=local)
+    asked = {"model": "biollm", "prompt": "<P>def f(a):<S>f(1)<M>", "stream": True}
+    answer = client.post("/v1/completions", json=asked)
+    assert [each["choices"][0]["text"] for each in events(answer)[:-1]] == ["return a", ""]
+    assert (server.requests[-1].body["prompt"], cloud.requests) == (asked["prompt"], [])
+    error = serve(cloud=cloud).post("/v1/completions", json=asked).json()["error"]
+    assert error["biollm"]["attempts"][0]["reason"] == "answers messages, and continues no text"
 
 
 def test_a_stream_that_breaks_ends_with_an_error_and_without_done(net: Loopback, serve: Any) -> None:
