@@ -2,17 +2,20 @@
 
 The waterfall is the real one, with the user's own configuration; loopback servers take the place of the providers, and
 a private ledger that of the user's. Nothing is sent to a provider and no quota is spent. Every rung is played in
-OpenAI's dialect, whatever its provider speaks.
+OpenAI's dialect, whatever its provider speaks; `live_drill` asks the real ones.
 """
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from biollm._background import background
 from biollm._broken import Stage
@@ -37,6 +40,12 @@ FAULTS: Mapping[str, str] = {
     "http_404": "deployment", "http_429": "account", "http_500": "endpoint", "http_503": "endpoint", "html": "endpoint",
     "truncated": "endpoint", "empty": "", "no choices": "", "cut stream": "",
 }  # fmt: skip
+_DEGRADED = "a degraded answer, where allow_degraded permits it"
+IN_PROCESS = (
+    "hang",
+    "empty",
+    "cut stream",
+)  # what can befall the embedded model, which no network and no key part from us
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,14 @@ class Drill:
 
     Attributes:
         absent: Rung -> why it would not answer even unbroken, one sentence.
+        odd: What is strange about the order of the rungs, one sentence each.
         ok: Whether some rung can answer, and in every case the one did that should have.
     """
 
     rungs: tuple[str, ...]
     absent: Mapping[str, str]
     cells: tuple[Cell, ...]
+    odd: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -82,81 +93,153 @@ class Drill:
         return bool(self.rungs) and all(cell.ok for cell in self.cells)
 
 
-class _Played(Rungs):
-    """The rungs of another, each that could answer moved to a stage."""
+class Played(Rungs):
+    """The rungs `played` of another, each moved to its stage, and below them `live`, which stays what it is."""
 
-    def __init__(self, real: Rungs, stages: Mapping[str, Stage], ledger: Ledger) -> None:
-        config = replace(real.config, timeout=TIMEOUT, stream_timeout=TIMEOUT)
-        super().__init__(config, ledger, real.state, real.policy)
-        for place, rung in enumerate(_ready(real), 1):
-            moved = replace(
-                rung,
-                provider=rung.provider.model_copy(update={"timeout": None}),
-                order=place,
-                litellm_model="openai/" + rung.litellm_model.split("/", 1)[1],
-                base_url=stages[rung.endpoint].url,
-                local=True,
-                start="",
-            )
-            self.deployments.append(moved)
-            self.admit(moved)
+    def __init__(
+        self,
+        real: Rungs,
+        stages: Mapping[str, Stage],
+        ledger: Ledger,
+        played: Sequence[Deployment],
+        live: Deployment | None = None,
+    ) -> None:
+        quick = replace(real.config, timeout=TIMEOUT, stream_timeout=TIMEOUT)
+        super().__init__(real.config if live else quick, ledger, real.state, real.policy)
+        self._real = real
+        self.deployments = [_moved(rung, stages[rung.endpoint].url, at) for at, rung in enumerate(played, 1)]
+        self.deployments += [replace(live, order=len(played) + 1)] if live else []
+        self._live = live.id if live else ""
+        for rung in self.deployments:
+            self.admit(rung, exchange=False)
 
     def refresh(self) -> bool:
+        """Return that nothing has changed: the real rungs were read when the drill began."""
         return False
 
     def _look(self, deployment: Deployment, exchange: bool) -> Credential | str:
+        if deployment.id == self._live:
+            return self._real._look(deployment, exchange)
         return of_secret(_key(deployment).split()[0])
 
 
+def _moved(rung: Deployment, url: str, order: int) -> Deployment:
+    """Return the rung at a stage. A limit is no fault, and what is played is charged to no account."""
+    return replace(
+        rung,
+        provider=rung.provider.model_copy(update={"timeout": None}),
+        order=order,
+        litellm_model="openai/" + rung.litellm_model.split("/", 1)[1],
+        base_url=url,
+        scope=f"drill:{rung.scope}",
+        limits=(),
+        local=True,
+    )
+
+
 def drill(config: Config) -> Drill:
-    """Break every rung of `config` in every way; send nothing beyond this machine."""
+    """Break every rung of `config` in every way; send nothing to a provider.
+
+    Of fixed servers of this site or machine it looks whether anybody listens.
+    """
     with TemporaryDirectory(prefix="biollm-drill-") as folder:
         real = Rungs(config, Ledger(Path(folder)), state_dir(), config.data_policy, watch(config.cluster).alive)
         real.refresh()
         standing = real.standing(Wants(policy=config.data_policy))
         absent = {rung.deployment.id: rung.reason for rung in standing if rung.standing != "ready"}
-        cells = background().run(_play(real, Path(folder))) if _ready(real) else []
-        return Drill(tuple(rung.id for rung in _ready(real)), absent, tuple(cells))
+        ready = [rung.deployment for rung in standing if rung.standing == "ready"]
+        absent |= _unheard(ready)
+        ready = [rung for rung in ready if rung.id not in absent]
+        cells = background().run(_play(real, ready, Path(folder))) if ready else []
+        return Drill(tuple(rung.id for rung in ready), absent, tuple(cells), tuple(_odd(ready)))
 
 
-def _ready(real: Rungs) -> list[Deployment]:
-    rungs = real.standing(Wants(policy=real.config.data_policy))
-    return [rung.deployment for rung in rungs if rung.standing == "ready"]
+def _unheard(rungs: Sequence[Deployment]) -> dict[str, str]:
+    """Return the rungs with an address here at which nobody listens. Found servers were asked when they were found."""
+    urls = {rung.base_url for rung in rungs if rung.local and rung.base_url and not rung.start}
+    silent: set[str] = set()
+    for url in urls:
+        where = urlsplit(url)
+        try:
+            port = where.port or (443 if where.scheme == "https" else 80)
+            socket.create_connection((where.hostname or "", port), 1.0).close()
+        except OSError:
+            silent.add(url)
+    return {rung.id: f"nobody listens at {rung.base_url}" for rung in rungs if rung.base_url in silent}
+
+
+def _odd(rungs: Sequence[Deployment]) -> Iterator[str]:
+    """Yield what a priority that was set by mistake looks like."""
+    for at, rung in enumerate(rungs):
+        below, own = rungs[at + 1 :], rung.provider
+        if rung.embedded and (better := next((each for each in below if not each.embedded), None)):
+            yield f"{rung.id} answers in degraded quality, and is asked before {better.id}"
+        free = next((each for each in below if each.provider.free_tier), None)
+        if free and not rung.free:
+            yield f"{rung.id} costs money, and is asked before {free.id}, which is free"
+        same = next((each.provider for each in below if each.provider.priority == own.priority), own)
+        if same.name != own.name and rung == next(each for each in rungs if each.provider == own):
+            yield f"{own.name} and {same.name} have one priority, {own.priority}: the order in the file decides"
 
 
 def _key(deployment: Deployment) -> str:
-    """Return how a stage knows the rung: the account's key in the drill, and the model's name."""
-    account = f"{deployment.provider.name}/{deployment.account.name}".encode().hex()
+    """Return how a stage knows the rung: the account's (or found server's) key in the drill, and the model's name."""
+    account = f"{deployment.provider.name}/{deployment.account.name}{deployment.start}".encode().hex()
     return f"drill-{account} {deployment.litellm_model.split('/', 1)[1]}"
 
 
-async def _play(real: Rungs, folder: Path) -> list[Cell]:
-    faults: dict[str, str] = {}
-    stages = {rung.endpoint: Stage(faults) for rung in _ready(real)}
-    for stage in stages.values():
-        await stage.open()
-    first = Ledger(folder / "first")
-    try:
-        waterfall = import_waterfall()(_Played(real, stages, first))
-        request = Request([{"role": "user", "content": "drill"}], {}, Wants(policy=real.config.data_policy))
-        await waterfall.complete(replace(request, timeout=60.0))  # LiteLLM's first call takes seconds
-        cells: list[Cell] = []
-        for at, rung in enumerate(rungs := _ready(real)):
-            for fault in FAULTS:
-                faults.clear()
-                faults |= {_key(above): "http_404" for above in rungs[:at]} | {_key(rung): fault}
+class Theatre:
+    """Stages for rungs, open while it is entered, and what LiteLLM needs warmed up.
+
+    Attributes:
+        stages: A rung's endpoint -> where it is played.
+        request: What is asked.
+    """
+
+    def __init__(self, real: Rungs, rungs: Sequence[Deployment]) -> None:
+        self._real, self.rungs = real, rungs
+        self._faults: dict[str, str] = {}
+        self.stages = {rung.endpoint: Stage(self._faults) for rung in rungs}
+        self.request = Request([{"role": "user", "content": "drill"}], {}, Wants(policy=real.config.data_policy))
+
+    @asynccontextmanager
+    async def opened(self, ledger: Ledger) -> AsyncGenerator[Waterfall]:
+        """Open the stages; yield a waterfall of all rungs, played well."""
+        for stage in self.stages.values():
+            await stage.open()
+        try:
+            waterfall = import_waterfall()(Played(self._real, self.stages, ledger, self.rungs))
+            await waterfall.complete(replace(self.request, timeout=60.0))  # LiteLLM's first call takes seconds
+            yield waterfall
+        finally:
+            ledger.close()
+            for stage in self.stages.values():
+                stage.close()
+
+    def breaks(self, rungs: Sequence[Deployment], fault: str) -> None:
+        """Break these rungs in one way, the others in none, or in the way they are already in."""
+        self._faults |= {_key(rung): fault for rung in rungs}
+
+    def mend(self) -> None:
+        """Break nobody any more."""
+        self._faults.clear()
+
+
+async def _play(real: Rungs, rungs: Sequence[Deployment], folder: Path) -> list[Cell]:
+    theatre, cells = Theatre(real, rungs), list[Cell]()
+    async with theatre.opened(Ledger(folder / "first")) as waterfall:
+        for at, rung in enumerate(rungs):
+            for fault in IN_PROCESS if rung.embedded else FAULTS:
+                theatre.mend()
+                theatre.breaks(rungs[:at], "http_404")
+                theatre.breaks([rung], fault)
                 if fault == "refused":
-                    stages[rung.endpoint].close()
-                ledger = Ledger(folder / f"{at}-{fault}")
-                waterfall.ledger = waterfall.rungs.ledger = ledger
-                cells.append(await _cell(waterfall, request, rungs, at, fault))
+                    theatre.stages[rung.endpoint].close()
+                waterfall.ledger = waterfall.rungs.ledger = ledger = Ledger(folder / f"{at}-{fault}")
+                cells.append(await _cell(waterfall, theatre.request, rungs, at, fault))
                 ledger.close()
-                await stages[rung.endpoint].open()
-        return cells
-    finally:
-        first.close()
-        for stage in stages.values():
-            stage.close()
+                await theatre.stages[rung.endpoint].open()
+    return cells
 
 
 async def _cell(waterfall: Waterfall, request: Request, rungs: Sequence[Deployment], at: int, fault: str) -> Cell:
@@ -168,7 +251,7 @@ async def _cell(waterfall: Waterfall, request: Request, rungs: Sequence[Deployme
                 done = getattr(piece, "completion", None) or done
         else:
             done = await waterfall.complete(request)
-        answered, seen = done.deployment, "a degraded answer" if done.degraded else "an answer"
+        answered, seen = done.deployment, _DEGRADED if done.degraded else "an answer"
     except CompletionError as error:
         seen = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     ms = round((time.perf_counter() - started) * 1000, 1)
@@ -181,6 +264,6 @@ def _rests(broken: Deployment, other: Deployment, what: str) -> bool:
     account = (broken.provider.name, broken.account.name) == (other.provider.name, other.account.name)
     return {
         "endpoint": broken.endpoint == other.endpoint,
-        "account": broken.scope == other.scope,
-        "key": account,
+        "account": broken.scope == other.scope and broken.start == other.start,  # each server has its own queue
+        "key": account and broken.start == other.start,
     }.get(what, False)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from provider import Loopback
+from test_node import Job
 
 from biollm.config import load_config
-from biollm.drill import FAULTS, drill
+from biollm.drill import FAULTS, IN_PROCESS, drill
 
 
 def test_the_next_rung_answers_whatever_breaks_and_no_provider_is_asked(
@@ -45,3 +47,72 @@ def test_a_missing_key_shows_and_nobody_left_is_a_failure(
     monkeypatch.delenv("ONLY_KEY")
     ran = biollm("drill")
     assert (ran.code, ran.out) == (1, "only/small would not answer: no key: set ONLY_KEY\n")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    """Servers that were started as by Slurm."""
+    job = Job(tmp_path)
+    yield job
+    job.stop()
+
+
+@pytest.fixture
+def lab(job: Job, waterfall: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
+    """Use two servers of one model, found by themselves, above an embedded model; return the ids of the rungs."""
+
+    def configure(gguf: Path, **above: Any) -> list[str]:
+        job.start("")
+        job.record()
+        job.start("")
+        while len(job.records()) < 2:
+            job.record()
+        folder = waterfall(**above, vllm={"type": "local", "models": ["m0"]}, small={"type": "embedded"})
+        (folder / "models.yaml").write_text(
+            f"inherit: false\nmodels:\n  m0: {{hf_id: a/b}}\n  small: {{type: embedded, gguf: {gguf}}}\n"
+        )
+        (folder / "cluster.yaml").write_text(f"cluster: {{name: lab, run_dir: {job.run}}}\n")
+        starts = sorted(record["start"][:8] for record in job.records())
+        return [f"{name}/small" for name in above] + [f"vllm/m0#{start}" for start in starts] + ["small/small"]
+
+    return configure
+
+
+def test_found_servers_and_the_embedded_model_are_played_as_what_they_are(
+    lab: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "x.gguf").touch()
+    one, other, embedded = lab(tmp_path / "x.gguf")
+    found = drill(load_config())
+    assert found.rungs == (one, other, embedded) and found.ok
+    cells = {(cell.rung, cell.fault): cell for cell in found.cells}
+    # a queue, a key and an address of its own for each server: what befalls one leaves the other
+    assert {cells[one, fault].answered for fault in FAULTS} == {other}
+    assert {cells[other, fault].answered for fault in FAULTS} == {embedded}
+    assert cells[other, "refused"].seen == "a degraded answer, where allow_degraded permits it"
+    assert [cell.fault for cell in found.cells if cell.rung == embedded] == list(IN_PROCESS)
+
+
+def test_a_local_address_without_a_server_shows(
+    net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any]
+) -> None:
+    away = net.refusing()
+    waterfall(vllm={"type": "local", "base_url": away, "models": ["qwen-coder-32b"]})
+    ran = biollm("drill")
+    assert (ran.code, ran.out) == (1, f"vllm/qwen-coder-32b would not answer: nobody listens at {away}\n")
+
+
+def test_an_order_that_nobody_meant_shows(
+    net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    paid, gift = "https://paid.invalid/v1", {"base_url": "https://gift.invalid/v1", "free_tier": True}
+    waterfall(paid=paid, gift=gift, last={"base_url": net.serve().url, "priority": 2})
+    with caplog.at_level(logging.WARNING):
+        ran = biollm("drill")
+    assert ran.code == 0
+    *_, odd, same, caught = ran.out.splitlines()
+    assert odd == "paid/small costs money, and is asked before gift/small, which is free"
+    assert same == "gift and last have one priority, 2: the order in the file decides"
+    assert caught == "30 breaks were caught by the next rung, 0 were not; 15 leave no rung to catch them."
+    assert ran.out.count("none: no rung is left") == 15
+    assert caplog.text == ""  # LiteLLM warns of models without a price

@@ -1,10 +1,17 @@
-"""The command `drill`: breaks every rung in every way and prints who answered."""
+"""The command `drill`: breaks every rung in every way and prints who answered; or lets the real ones answer."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from biollm.cli._options import Json
+from biollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from biollm.config import Config
+    from biollm.drill import Cell
 
 
 def register(app: typer.Typer) -> None:
@@ -12,23 +19,83 @@ def register(app: typer.Typer) -> None:
     app.command()(drill)
 
 
-def drill(as_json: Json = False) -> None:
+def drill(
+    live: Annotated[
+        bool, typer.Option("--live", help="Let each real rung answer a tiny prompt, those above it broken.")
+    ] = False,
+    spend_limit: Annotated[
+        float | None, typer.Option(min=0, metavar="USD", help="With --live: what it may cost.  [default: 0.05]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Break every rung in every way, in this process.
 
-    Nothing is sent to a provider and no quota is spent. Exit 1 when a rung that should have answered did not.
+    Without --live nothing is sent to a provider and no quota is spent; with it, your limits hold, and rungs without
+    a known price are not asked. Exit 1 when a rung that should have answered did not.
     """
     from biollm import drill as drills
     from biollm.cli import _print
     from biollm.config import load_config
 
-    found = drills.drill(load_config())
+    if spend_limit is not None and not live:
+        raise UsageError("--spend-limit goes with --live; otherwise nothing is spent.")
+    config = load_config()
+    if live:
+        raise typer.Exit(not _live(config, spend_limit, as_json))
+    found = drills.drill(config)
     if as_json:
-        _print.as_json({"ok": found.ok, "rungs": found.rungs, "absent": found.absent, "cells": found.cells})
+        _print.as_json({"ok": found.ok, "rungs": found.rungs, "absent": found.absent, "odd": found.odd,
+                        "cells": found.cells})  # fmt: skip
     else:
-        rows = [(c.rung, c.fault, "ok" if c.ok else f"FAILED: not {c.expected or 'nobody'}", c.answered or "nobody",
-                 f"{c.ms:.0f} ms", c.seen) for c in found.cells]  # fmt: skip
-        if rows:
+        if found.cells:
+            rows = [
+                (c.rung, c.fault, _verdict(c), c.answered or "nobody", f"{c.ms:.0f} ms", c.seen) for c in found.cells
+            ]
             _print.table(("broken", "how", "failover", "answered", "after", "the user sees"), rows)
-        for rung, reason in found.absent.items():
-            print(f"{rung} would not answer: {reason}")
+            print()
+        for sentence in (*found.odd, *(f"{rung} would not answer: {reason}" for rung, reason in found.absent.items())):
+            print(sentence)
+        alone = sum(c.ok and not c.expected for c in found.cells)
+        caught, failed = sum(c.ok and bool(c.expected) for c in found.cells), sum(not c.ok for c in found.cells)
+        if found.cells:
+            print(
+                f"{caught} breaks were caught by the next rung, {failed} were not; {alone} leave no rung to catch them."
+            )
     raise typer.Exit(not found.ok)
+
+
+def _verdict(cell: Cell) -> str:
+    if not cell.ok:
+        return f"FAILED: not {cell.expected or 'nobody'}"
+    return "ok" if cell.expected else "none: no rung is left"
+
+
+def _live(config: Config, limit: float | None, as_json: bool) -> bool:
+    """Drill the real rungs, print what came of it, and return whether it is good."""
+    from biollm import live_drill as drills
+    from biollm.cli import _print
+
+    def say(sentence: str) -> None:
+        typer.echo(sentence, err=True)
+
+    found = drills.live_drill(config, drills.LIMIT if limit is None else limit, say)
+    if as_json:
+        _print.as_json({"ok": found.ok, "answers": found.answers, "absent": found.absent,
+                        "spent_usd": found.spent_usd, "limit_usd": found.limit_usd})  # fmt: skip
+        return found.ok
+    if found.answers:
+        rows = [
+            (
+                a.rung,
+                a.state if a.state != "failed" else "FAILED",
+                "-" if a.ms is None else f"{a.ms:.0f} ms",
+                "-" if a.cost_usd is None else f"{a.cost_usd:.6f}",
+                a.why or ("a degraded answer" if a.degraded else "an answer"),
+            )
+            for a in found.answers
+        ]
+        _print.table(("rung", "state", "after", "USD", "the user sees"), rows)
+        print(f"\nSpent at most {found.spent_usd:.6f} of {found.limit_usd:g} USD.")
+    for rung, reason in found.absent.items():
+        print(f"{rung} would not answer: {reason}")
+    return found.ok

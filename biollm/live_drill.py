@@ -1,0 +1,207 @@
+"""Asks every rung for real, those above it broken in this process: who answers, after how long, at what cost.
+
+One tiny prompt each. The user's limits and resting rungs hold, and what the real ones did stands in the ledger with
+the tag `drill: live`. A rung whose answer could pass the limit of money is not asked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from biollm._background import background
+from biollm._resources import state_dir
+from biollm._shared import ledger as shared_ledger
+from biollm._shared import watch
+from biollm.client import import_waterfall
+from biollm.config import Config
+from biollm.drill import Played, Theatre
+from biollm.errors import CompletionError
+from biollm.ledger import Ledger, Need, Record, Refused
+from biollm.routing import Deployment, Wants
+from biollm.rungs import Rungs, explain
+from biollm.usage import listed, per_token, price_map
+
+LIMIT = 0.05  # USD
+PROMPT = "Reply with the one word: ok"
+PROMPT_TOKENS = 64  # more than any tokenizer makes of it, with a chat template around it
+MAX_TOKENS = 512  # models that think first need room to come to the word
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of asking one rung.
+
+    Attributes:
+        state: "not asked" where a limit stood before it; `why` says which.
+        ms: Milliseconds until the answer, the broken rungs above included; of a failure, of the attempt alone.
+        cost_usd: By LiteLLM's price or your own.
+        why: What it failed at, or why it was not asked.
+    """
+
+    rung: str
+    state: Literal["answered", "failed", "not asked"]
+    ms: float | None = None
+    cost_usd: float | None = None
+    degraded: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class LiveDrill:
+    """What a live drill found.
+
+    Attributes:
+        absent: Rung -> why it has nothing to be asked with, one sentence.
+        spent_usd: At most; a failure counts as the dearest answer.
+        ok: Whether some rung answered, and none failed.
+    """
+
+    answers: tuple[Answer, ...]
+    absent: Mapping[str, str]
+    spent_usd: float
+    limit_usd: float
+
+    @property
+    def ok(self) -> bool:
+        """Return whether what was asked can be relied on."""
+        states = Counter(answer.state for answer in self.answers)
+        return bool(states["answered"]) and not states["failed"]
+
+
+class _Books(Ledger):
+    """The user's ledger, but for what is played: that goes to a ledger of its own."""
+
+    def __init__(self, folder: Path, real: Ledger) -> None:
+        super().__init__(folder)
+        self._real, self._own = real, Ledger(folder)
+        self.played: set[str] = set()  # scopes, and keys that rest
+
+    def _of(self, key: str) -> Ledger:
+        return self._own if key in self.played else self._real
+
+    async def reserve(self, need: Need) -> int | Refused:
+        return await self._of(need.scope).reserve(need)
+
+    def finish(self, reservation: int | None, scope: str, record: Record) -> None:
+        if record.outcome == "ok":  # that rungs above it were broken on purpose is no fallback of the user's
+            record = replace(record, reason="")
+        self._of(scope).finish(reservation, scope, record)
+
+    def cool(self, key: str, seconds: float, reason: str) -> None:
+        self._of(key).cool(key, seconds, reason)
+
+    def blocked(self) -> Mapping[str, tuple[float, str]]:
+        return {**self._real.blocked(), **self._own.blocked()}
+
+    def refresh(self) -> None:
+        self._real.refresh()
+
+    def close(self) -> None:
+        self._own.close()
+
+
+class _Purse:
+    """What may still be spent, and what an answer of each rung may cost; USD."""
+
+    def __init__(self, config: Config, limit: float) -> None:
+        self._config, self._prices, self.limit, self.spent = config, price_map(), limit, 0.0
+
+    def price(self, rung: Deployment) -> tuple[float, float] | None:
+        """Return the price per token of prompt and of answer: nothing, yours, or LiteLLM's; None where unknown."""
+        own = self._config.costs.per_million_tokens.get(rung.provider.name)
+        if rung.free or own is not None:
+            return (0.0, 0.0) if rung.free else (own / 1e6, own / 1e6) if own else (0.0, 0.0)
+        counted, model = rung.litellm_model.split("/", 1)
+        names = (counted, rung.provider.litellm_provider)  # Copilot is asked as OpenAI is, and counted so
+        return next((price for name in names if (price := per_token(listed(self._prices, name, model)[1]))), None)
+
+    def most(self, rung: Deployment) -> float | None:
+        """Return what an answer may cost at most."""
+        price = self.price(rung)
+        return price and PROMPT_TOKENS * price[0] + MAX_TOKENS * price[1]
+
+    def objection(self, rung: Deployment) -> str:
+        """Return why the rung shall not be asked, one sentence, or ""."""
+        most = self.most(rung)
+        if most is None:
+            name = rung.provider.name
+            return f"its price is unknown, so it could pass the limit: write costs.per_million_tokens.{name}"
+        left = self.limit - self.spent
+        return f"may cost {most:.4f} USD, and {max(left, 0):.4f} of {self.limit:g} are left" if most > left else ""
+
+
+def live_drill(config: Config, limit_usd: float, say: Callable[[str], None]) -> LiveDrill:
+    """Let each rung answer one tiny prompt, those above it broken.
+
+    Args:
+        config: The configuration.
+        limit_usd: What all of it may cost at most.
+        say: Told, before the first request, what will be sent to whom.
+    """
+    real = Rungs(config, shared_ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
+    standing = explain(real, Wants(policy=config.data_policy))
+    rungs = [rung.deployment for rung in standing if rung.standing in ("ready", "limited", "refused")]
+    absent = {rung.deployment.id: rung.reason for rung in standing if rung.deployment not in rungs}
+    resting = {rung.deployment.id: rung.reason for rung in standing if rung.standing in ("limited", "refused")}
+    purse = _Purse(config, limit_usd)
+    for sentence in _plan(rungs, resting, purse):
+        say(sentence)
+    with TemporaryDirectory(prefix="biollm-drill-") as folder:
+        answers = background().run(_ask_all(real, rungs, resting, purse, Path(folder))) if rungs else []
+    return LiveDrill(tuple(answers), absent, purse.spent, limit_usd)
+
+
+def _plan(rungs: Sequence[Deployment], resting: Mapping[str, str], purse: _Purse) -> Iterator[str]:
+    """Yield what will be sent to whom; it may become less."""
+    asked = [rung for rung in rungs if rung.id not in resting and not purse.objection(rung)]
+    most = min(purse.limit, sum(purse.most(rung) or 0 for rung in asked))
+    yield f"Requests to be sent: {len(asked)}, for at most {most:.4f} USD (the limit is {purse.limit:g})."
+    for scope, count in Counter(f"{rung.provider.name}/{rung.account.name}" for rung in asked).items():
+        first = next(rung for rung in asked if f"{rung.provider.name}/{rung.account.name}" == scope)
+        limits = f" of {', '.join(map(str, first.limits))}" if first.limits else ""
+        yield f"  {scope}: {count}{limits}{', free' if first.free else ''}"
+
+
+async def _ask_all(
+    real: Rungs, rungs: Sequence[Deployment], resting: Mapping[str, str], purse: _Purse, folder: Path
+) -> list[Answer]:
+    theatre, answers = Theatre(real, rungs), list[Answer]()
+    async with theatre.opened(Ledger(folder / "first")):
+        theatre.breaks(rungs, "http_503")
+        for at, rung in enumerate(rungs):
+            if why := resting.get(rung.id) or purse.objection(rung):
+                answers.append(Answer(rung.id, "not asked", why=why))
+                continue
+            books = _Books(folder / str(at), real.ledger)
+            played = Played(real, theatre.stages, books, rungs[:at], rung)
+            for ident, need in played.needs.items():
+                books.played |= {need.scope, *need.cooling} if ident != rung.id else set()
+            answers.append(await _ask(played, theatre, rung, purse))
+            books.close()
+    return answers
+
+
+async def _ask(played: Played, theatre: Theatre, rung: Deployment, purse: _Purse) -> Answer:
+    request = replace(
+        theatre.request,
+        messages=[{"role": "user", "content": PROMPT}],
+        params={"max_tokens": MAX_TOKENS},
+        tags={"drill": "live"},
+    )
+    try:
+        done = await import_waterfall()(played).complete(request)
+    except CompletionError as error:
+        mine = next((attempt for attempt in error.attempts if attempt.deployment == rung.id), None)
+        if mine is None or mine.outcome != "failed":
+            return Answer(rung.id, "not asked", why=mine.reason if mine else str(error))
+        purse.spent += purse.most(rung) or 0.0
+        return Answer(rung.id, "failed", mine.ms, why=mine.reason)
+    sent, got = purse.price(rung) or (0.0, 0.0)
+    cost = done.cost_usd or sent * done.usage.prompt_tokens + got * done.usage.completion_tokens
+    purse.spent += cost
+    return Answer(rung.id, "answered", done.latency_ms, cost, done.degraded)
