@@ -192,7 +192,7 @@ class Ledger:
             loop = get_running_loop()
             ask = _Ask(need, secrets.randbits(62), loop.create_future())
             process.quotas.put(ask, urgent=True)
-            timer = loop.call_later(BOUND, self._give_up, ask.future, time.monotonic())
+            timer = loop.call_later(BOUND, self._give_up, ask.future, began := time.monotonic(), began)
             try:
                 answer = await ask.future
             finally:
@@ -356,11 +356,13 @@ class Ledger:
         if until > self._blocked.get(key, (-math.inf,))[0]:
             self._blocked[key] = (until, reason)
 
-    def _give_up(self, future: asyncio.Future[int | Refused | None], asked: float) -> None:
+    def _give_up(self, future: asyncio.Future[int | Refused | None], asked: float, looked: float) -> None:
         if future.done():
             return
-        if asked > time.monotonic() - _QUEUE and self._moving():
-            future.get_loop().call_later(BOUND, self._give_up, future, asked)
+        now = time.monotonic()
+        stood = now - looked > 1.2 * BOUND  # it is this process that stood still: a blocked loop, a long collection
+        if asked > now - _QUEUE and (stood or self._moving()):
+            future.get_loop().call_later(BOUND, self._give_up, future, asked, now)
             return
         self._alone_since = self._clock()
         self._warn(TimeoutError(f"no answer within {BOUND * 1000:.0f} ms"))

@@ -523,6 +523,21 @@ def test_a_queue_that_moves_is_waited_in(tmp_path: Path, clock: Clock, caplog: p
     assert caplog.messages == []
 
 
+def test_a_process_that_stands_still_blames_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def ask(ledger: Ledger) -> int | Refused:
+        asking = asyncio.create_task(ledger.reserve(Need(SCOPE, (per(1, "day"),))))
+        await asyncio.sleep(0)
+        time.sleep(0.4)  # noqa: ASYNC251 # as a callback of the user's may
+        return await asking
+
+    with contextlib.closing(Ledger(tmp_path, network=True)) as ledger:
+        reserve(ledger, per(1, "day"))
+        with stopped_in_the_queue(tmp_path) as go:
+            threading.Timer(0.45, go.set).start()
+            assert isinstance(asyncio.run(ask(ledger)), Refused)
+    assert caplog.messages == []
+
+
 def test_a_queue_that_stands_still_is_waited_in_for_250_ms(tmp_path: Path, clock: Clock) -> None:
     waits = []
     with contextlib.closing(Ledger(tmp_path, clock=clock, network=True)) as ledger:
