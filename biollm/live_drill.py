@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -23,7 +24,7 @@ from biollm.drill import Played, Theatre
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger, Need, Record, Refused
 from biollm.routing import Deployment, Wants
-from biollm.rungs import Rungs, explain
+from biollm.rungs import Rung, Rungs, explain
 from biollm.usage import listed, per_token, price_map
 
 LIMIT = 0.05  # USD
@@ -147,13 +148,18 @@ def live_drill(config: Config, limit_usd: float, say: Callable[[str], None]) -> 
     standing = explain(real, Wants(policy=config.data_policy))
     rungs = [rung.deployment for rung in standing if rung.standing in ("ready", "limited", "refused")]
     absent = {rung.deployment.id: rung.reason for rung in standing if rung.deployment not in rungs}
-    resting = {rung.deployment.id: rung.reason for rung in standing if rung.standing in ("limited", "refused")}
+    resting = {rung.deployment.id: _rests(rung) for rung in standing if rung.standing in ("limited", "refused")}
     purse = _Purse(config, limit_usd)
     for sentence in _plan(rungs, resting, purse):
         say(sentence)
     with TemporaryDirectory(prefix="biollm-drill-") as folder:
         answers = background().run(_ask_all(real, rungs, resting, purse, Path(folder))) if rungs else []
     return LiveDrill(tuple(answers), absent, purse.spent, limit_usd)
+
+
+def _rests(rung: Rung) -> str:
+    until = datetime.fromtimestamp(rung.until, UTC).strftime("rests until %Y-%m-%d %H:%M UTC: ") if rung.until else ""
+    return until + rung.reason
 
 
 def _plan(rungs: Sequence[Deployment], resting: Mapping[str, str], purse: _Purse) -> Iterator[str]:

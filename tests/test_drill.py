@@ -106,7 +106,7 @@ def test_an_order_that_nobody_meant_shows(
     net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     paid, gift = "https://paid.invalid/v1", {"base_url": "https://gift.invalid/v1", "free_tier": True}
-    waterfall(paid=paid, gift=gift, last={"base_url": net.serve().url, "priority": 2})
+    waterfall(paid=paid, gift=gift, last={"base_url": net.serve().url, "priority": 2, "models": ["gemini-3.8-flash"]})
     with caplog.at_level(logging.WARNING):
         ran = biollm("drill")
     assert ran.code == 0

@@ -128,6 +128,7 @@ def test_limits_and_rests_of_the_user_hold(
     assert "  tier/default: 2 of 1/day, free\n" in ran.err
     again = biollm("drill", "--live", "--json")
     assert [a["state"] for a in again.json["answers"]] == ["not asked", "not asked", "not asked", "answered"]
+    assert all(a["why"].startswith("rests until 20") for a in again.json["answers"][:3])
     assert "Requests to be sent: 1," in again.err
     assert (len(one.requests), len(two.requests)) == (1, 1)
 

@@ -21,6 +21,8 @@ PRICES = {
     "github_copilot/gpt-9": {"max_input_tokens": 400, "max_output_tokens": 50, "deprecation_date": "2026-11-24"},
     "gemini-x": {"litellm_provider": "vertex_ai-language-models", "deprecation_date": "2020-01-01"},
     "gemini/gemini-x": {"litellm_provider": "gemini", "deprecation_date": "2027-01-24"},
+    "gemini-y": {"litellm_provider": "vertex_ai-language-models", "deprecation_date": "2020-01-01"},
+    "hosted_vllm/gpt-9": {"litellm_provider": "hosted_vllm", "max_input_tokens": 9, "deprecation_date": "2020-01-01"},
     "gpt-odd": {"litellm_provider": "openai", "deprecation_date": "soon"},
 }  # fmt: skip
 Check = Callable[..., list[str]]
@@ -46,6 +48,7 @@ def warn(waterfall: Callable[..., Path], tmp_path: Path) -> Check:
         ("openai", "gpt-9", "ends in 57 days, on 2027-01-20: so says gpt-9 in the map"),
         ("github_copilot", "gpt-9", "has ended on 2026-11-24: so says github_copilot/gpt-9 in the map"),
         ("gemini", "gemini-x", ""),  # 61 days; the bare name is another company's offer
+        ("gemini", "gemini-y", ""),
         ("openai", "gpt-odd", ""),
         ("openai", "gpt-unknown", ""),
     ],
