@@ -65,10 +65,15 @@ class Limit:
         return _SECONDS[self.unit]
 
     def __str__(self) -> str:
-        size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if self.amount >= n), (1, ""))
         if self.kind == "tokens":
-            return f"{self.amount / size:g}{letter} tokens/{self.unit}"
+            return f"{short(self.amount, 6)} tokens/{self.unit}"
         return f"{self.amount:.15g}{' USD' if self.kind == 'usd' else ''}/{self.unit}"
+
+
+def short(amount: float, digits: int = 3) -> str:
+    """Return a number as people write it: 12, 1.5k, 30M."""
+    size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if amount >= n), (1, ""))
+    return f"{amount / size:.{digits}g}{letter}"
 
 
 def masked(text: str) -> str:

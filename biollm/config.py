@@ -11,7 +11,6 @@ sections that this file has, and what stands under `locked:` no later layer can 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from biollm import _forms as forms
 from biollm._forms import Limit as Limit
-from biollm._layers import FALSE, FILES, SYNONYMS, TOP, Layers
-from biollm._resources import config_dirs
+from biollm._layers import FILES, SYNONYMS, TOP, Layers
+from biollm._resources import config_dirs, wants_local_only
 from biollm._yaml import KeyPath, dotted
 from biollm.errors import ConfigError, Problem, UnknownNameError, nearest
 
@@ -314,7 +313,7 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         if not layers.add(folder) and name in ("directory", "BIOLLM_CONFIG_DIR"):
             names = ", ".join(f"{each}.yaml" for each in FILES)
             layers.problems.append(Problem(str(folder), 0, "", f"does not exist, or holds none of {names}."))
-    if os.environ.get("BIOLLM_LOCAL_ONLY", "0").lower() not in ("", *FALSE):
+    if wants_local_only():
         layers.data["data_policy"] = "local_only"
     layers.take_out_disabled()
     values = layers.values()

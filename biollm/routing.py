@@ -41,7 +41,6 @@ class Deployment:
         context_length: Tokens of prompt and answer together, or None when unknown.
         fim: The model's tokens around the prefix, suffix and middle of code to fill in.
         start: The running server's start id, or "" for a configured address.
-        key_file: Where a discovered server's key lies.
     """
 
     id: str
@@ -62,7 +61,6 @@ class Deployment:
     capabilities: frozenset[str] | None = None
     fim: tuple[str, str, str] | None = None
     start: str = ""
-    key_file: str = ""
 
     @property
     def embedded(self) -> bool:
@@ -175,7 +173,6 @@ def _deployment(
         capabilities=model.capabilities if model else None,
         fim=model.fim if model and provider.type == "local" else None,
         start=endpoint.start if endpoint else "",
-        key_file=str(endpoint.key_file) if endpoint else "",
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from biollm._forms import short
 from biollm._resources import state_dir
 from biollm._shared import ledger, watch
 from biollm._sqlite import read
@@ -328,12 +329,6 @@ def _cut(text: str, width: int) -> str:
     """Return `text` in `width` columns, without anything that a terminal would obey."""
     plain = "".join(letter if letter.isprintable() else " " for letter in text)
     return plain if len(plain) <= width else f"{plain[: max(0, width - 1)]}…"
-
-
-def short(amount: float) -> str:
-    """Return a number as people write it: 12, 1.5k, 30M."""
-    size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if amount >= n), (1, ""))
-    return f"{amount / size:.3g}{letter}"
 
 
 def span(value: float | None) -> str:

@@ -87,9 +87,9 @@ def test_running_servers_are_replicas_of_one_order(config: Config) -> None:
     found = [
         d for d in routing.deployments(config, [server("1"), server("2"), server("3", "other")]) if d.model == "mine"
     ]
-    assert [(d.order, d.id, d.base_url, d.key_file) for d in found] == [
-        (4, "gpu/mine#1", "http://n1:801/v1", "/k"),
-        (4, "gpu/mine#2", "http://n1:802/v1", "/k"),
+    assert [(d.order, d.id, d.base_url) for d in found] == [
+        (4, "gpu/mine#1", "http://n1:801/v1"),
+        (4, "gpu/mine#2", "http://n1:802/v1"),
     ]
     assert all(d.local and d.litellm_model == "hosted_vllm/mine" for d in found)
 

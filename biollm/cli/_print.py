@@ -50,12 +50,6 @@ def moment(epoch: float | None) -> str | None:
     return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="seconds") if epoch else None
 
 
-def short(amount: float) -> str:
-    """Return a number as people write it: 12, 1.5k, 30M."""
-    size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if amount >= n), (1, ""))
-    return f"{amount / size:.3g}{letter}"
-
-
 class Progress:
     """Says on stderr what is going on: one line that is replaced on a terminal, lines of their own elsewhere."""
 

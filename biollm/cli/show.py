@@ -70,6 +70,7 @@ def providers(as_json: Json = False) -> None:
 
     Sends nothing.
     """
+    from biollm._forms import short
     from biollm.cli import _print
     from biollm.client import Client
 
@@ -101,7 +102,7 @@ def providers(as_json: Json = False) -> None:
             name,
             f["type"],
             f["standing"],
-            ", ".join(f"{_print.short(x['used'])} of {x['limit']}" for x in f["limits"]) or "-",
+            ", ".join(f"{short(x['used'])} of {x['limit']}" for x in f["limits"]) or "-",
             f["reason"],
         )
         for name, f in seen.items()

@@ -108,7 +108,7 @@ def _show(report: Report) -> None:
 
 
 def _cells(row: Row) -> Sequence[object]:
-    from biollm.cli._print import short
+    from biollm._forms import short
 
     times = [_ms(value) for value in (row.p50_ms, row.p95_ms, row.p99_ms, row.ttft_p50_ms)]
     tokens = (short(row.prompt_tokens), short(row.completion_tokens))
@@ -130,12 +130,13 @@ def _plot(rows: Sequence[Row]) -> None:
 
 
 def _quotas(report: Report) -> None:
+    from biollm._forms import short
     from biollm.cli import _print
 
     def at(epoch: float | None) -> str:
         return (_print.moment(epoch) or "-")[:16].replace("T", " ")
 
-    rows = [(q.scope, q.limit, _print.short(round(q.used, 2)), _print.short(round(q.left, 2)), at(q.resets_at),
+    rows = [(q.scope, q.limit, short(round(q.used, 2)), short(round(q.left, 2)), at(q.resets_at),
              at(q.exhausted_at)[:10]) for q in report.quotas]  # fmt: skip
     _section(("limit of", "limit", "used", "left", "resets (UTC)", "at this pace used up on"), rows)
 
