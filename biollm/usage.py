@@ -319,11 +319,7 @@ def per_token(facts: Mapping[str, object]) -> tuple[float, float] | None:
 @cache
 def _price(model: str | None) -> tuple[float, float] | None:
     """Return the USD per token of prompt and of answer; None where no model is named, or LiteLLM has no price."""
-    known = price_map().get(model) if model else None
-    if known is None:
-        return None
-    sent, got = known.get("input_cost_per_token"), known.get("output_cost_per_token")
-    return (float(sent) if isinstance(sent, int | float) else 0.0, float(got) if isinstance(got, int | float) else 0.0)
+    return per_token(price_map().get(model, {})) if model else None
 
 
 def _local(
