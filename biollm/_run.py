@@ -165,7 +165,7 @@ def _told(attempts: Sequence[Attempt]) -> str:
     return "\n".join(f"  {who}{names[who, reason]}: {reason}" for who, reason in groups)
 
 
-@dataclass
+@dataclass(eq=False)
 class Sent:
     """One attempt that LiteLLM was asked for. Times are epoch seconds and milliseconds."""
 

@@ -18,7 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import litellm
 
-from biollm import _reach, embedded, guard, routing
+from biollm import _reach, balance, embedded, guard, routing
 from biollm._answers import content, delta, emptiness, finished, first_content, tool_calls, usage_of
 from biollm._background import background
 from biollm._run import BREATH, Request, Run, Sent
@@ -45,6 +45,7 @@ class Waterfall:
         self.ledger = rungs.ledger
         self._reach = _reach.Reach(CONNECT)
         self._servers = _reach.FixedServers()
+        self._balance = balance.of_process()
         embedded.register()
         if (close := _LITELLM.close_litellm_async_clients) not in background().closing:
             background().closing.append(close)  # or aiohttp complains at exit
@@ -171,11 +172,14 @@ class Waterfall:
         """Let the Router ask one of `rungs`; return what came, or None after noting the failure.
 
         For a stream, what came is its first content. A schema or a key may differ between orders, so the choice is
-        among the first order alone; within it LiteLLM chooses.
+        among the first order alone; within it LiteLLM chooses among the least busy.
         """
-        rungs = [deployment for deployment in rungs if deployment.order == rungs[0].order]
+        rungs = await self._fresh(run, [deployment for deployment in rungs if deployment.order == rungs[0].order])
+        if len(rungs) > 1:
+            known = self.rungs
+            rungs = await self._balance.least_busy(rungs, known.credentials, known.config.cluster)
         # Meanwhile a server may have left, and its rung with it.
-        if not (rungs := [d for d in await self._fresh(run, rungs) if d.id in self.rungs.needs]):
+        if not (rungs := [d for d in rungs if d.id in self.rungs.needs]):
             return None
         turn = Turn(self.ledger, {d.id: self._need(run, d) for d in rungs})
         limit, shortened = self._limit(run.request, rungs[0], stream)
@@ -183,15 +187,18 @@ class Waterfall:
         scope = asyncio.timeout(limit)
         watch: asyncio.Task[bool] | None = None
 
+        def on_choice(ident: str) -> None:
+            sent.deployment = next(d for d in rungs if d.id == ident)
+            self._balance.under_way.add(sent)
+
         def on_send(ident: str) -> None:
             nonlocal watch
-            sent.deployment = next(d for d in rungs if d.id == ident)
             sent.reservation, sent.at, sent.started = turn.reservation, time.time(), time.perf_counter()
             if run.request.on_send:
                 run.request.on_send(ident)
             watch = self._reach.watch(sent.deployment, scope)
 
-        turn.on_send = on_send
+        turn.on_choice, turn.on_send = on_choice, on_send
         token = guard.current.set(turn)
         verdict: Verdict | None = None
         try:
@@ -200,7 +207,7 @@ class Waterfall:
                 sent.response = await self._call(run, rungs[0], messages, limit, stream)
                 verdict = await first_content(sent) if stream else emptiness(sent.response)
         except RefusalError:
-            return self._refused(run, turn, rungs)
+            return self._refused(run, turn, sent)
         except asyncio.CancelledError:
             self._cancelled(run, sent)
             raise
@@ -289,12 +296,12 @@ class Waterfall:
             self._renew(deployment, found)
             run.tried.discard(deployment.id)
 
-    def _refused(self, run: Run, turn: Turn, rungs: Sequence[Deployment]) -> None:
+    def _refused(self, run: Run, turn: Turn, sent: Sent) -> None:
         """Note that the ledger refused what LiteLLM chose."""
-        deployment = next(d for d in rungs if d.id == turn.chosen)
-        run.tried.add(deployment.id)
+        self._balance.under_way.discard(sent)
+        run.tried.add(sent.deployment.id)
         if turn.refused:
-            run.pass_over(Rung(deployment, "limited", turn.refused.reason, turn.refused.until))
+            run.pass_over(Rung(sent.deployment, "limited", turn.refused.reason, turn.refused.until))
 
     def _fail(self, run: Run, sent: Sent, verdict: Verdict) -> Attempt:
         """Cool what the verdict says, and note the attempt."""
@@ -325,7 +332,8 @@ class Waterfall:
         return attempt
 
     def _record(self, run: Run, sent: Sent, attempt: Attempt, completion: Completion | None = None) -> None:
-        """Write the attempt to the ledger, if anything was sent."""
+        """Write the attempt, which is over, to the ledger, if anything was sent."""
+        self._balance.under_way.discard(sent)
         if sent.reservation is None:
             return
         deployment = sent.deployment

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
+from biollm import balance
 from biollm._background import background
 from biollm._gateway_client import Line, body_of, identity, reach
 from biollm._resources import environment_tags, state_dir, wants_local_only
@@ -255,10 +256,11 @@ class Client:
         return await background().arun(self._many(list(prompts), concurrency, progress, options))
 
     def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Rung]:
-        """Return who would answer now and why each other would not; sends nothing."""
+        """Return who would answer now and why each other would not; sends nothing but a look at replicas' metrics."""
         request = self._request(prompt, options)
         rungs = Rungs(self.config, ledger(), state_dir(), self.policy(), watch(self.config.cluster).alive)
-        return explain(rungs, request.wants)
+        found = explain(rungs, request.wants)
+        return background().run(balance.of_process().weighed(found, rungs.credentials, self.config.cluster))
 
     def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
         """Return each limit of the deployment's account, how much of it is used, and when it resets (epoch seconds)."""
@@ -304,6 +306,7 @@ class Client:
             tools=bool(chosen.get("tools")),
             capability=chosen.get("capability"),
             tokens=letters // _CHARS_PER_TOKEN + (chosen.get("max_tokens") or 0),
+            answer=chosen.get("max_tokens"),
             allow_degraded=degraded,
         )
         return Request(

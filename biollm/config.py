@@ -254,8 +254,13 @@ class Costs(_Value):
 
 
 class Routing(_Value):
-    """Seconds per attempt: in all, to a stream's first content, and with a local server (None: the same)."""
+    """Seconds per attempt: in all, to a stream's first content, and with a local server (None: the same).
 
+    Attributes:
+        policy: Within one priority: "order" of the files, or the "cheapest" by price and expected tokens first.
+    """
+
+    policy: Literal["order", "cheapest"] = "order"
     timeout: forms.Amount = 60.0
     stream_timeout: forms.Amount = 15.0
     local_timeout: forms.Amount | None = None
@@ -268,6 +273,7 @@ class Config:
     Attributes:
         providers: Sorted by priority; equal ones in the order of the files. Disabled entries are left out.
         timeout: Seconds per attempt; `stream_timeout` to a stream's first content.
+        policy: Whose turn it is within one priority.
         warnings: What is odd, though not wrong.
         sources: "providers.gemini.priority" -> "file:line"; `written`: the same key -> what stands there.
     """
@@ -279,6 +285,7 @@ class Config:
     costs: Costs = field(default_factory=Costs)
     timeout: float = 60.0
     stream_timeout: float = 15.0
+    policy: Literal["order", "cheapest"] = "order"
     warnings: tuple[Problem, ...] = ()
     sources: dict[str, str] = field(default_factory=dict[str, str], repr=False)
     written: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
@@ -338,6 +345,7 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         costs=costs or Costs(),
         timeout=routing.timeout,
         stream_timeout=routing.stream_timeout,
+        policy=routing.policy,
         warnings=tuple(layers.warnings),
         sources=sources,
         written={dotted(path): value for path, value in values.items()},

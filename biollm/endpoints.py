@@ -32,6 +32,9 @@ _RETRY_S = 2.0  # the same, after it did not answer
 _UNUSED_S = 60.0  # a watch that nobody asks stops reading
 _SKEW_S = 60.0  # how long a measured difference of clocks is believed
 _START = re.compile(r"[0-9a-f]{32}")
+_METRIC = re.compile(
+    r"^vllm:(num_requests_running|num_requests_waiting|(?:kv|gpu)_cache_usage_perc)(?:\{.*\})? (\d[\d.e+-]*)\s*$", re.M
+)
 
 
 @dataclass(frozen=True)
@@ -228,15 +231,34 @@ def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout
     return status, text
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What vLLM says of its load: requests that run and that wait, and the share of the key-value cache in use."""
+
+    running: int
+    waiting: int
+    cache: float
+
+
 def load(endpoint: Endpoint) -> tuple[int, int] | None:
     """Return how many requests run and wait on a server, or None when it does not say."""
     try:
-        _, text = ask(endpoint, "GET", "/metrics", timeout=3)
+        said = figures(ask(endpoint, "GET", "/metrics", timeout=3)[1])
     except OSError:
         return None
-    found = re.findall(r"^vllm:num_requests_(running|waiting)(?:\{.*\})? ([\d.e+]+)$", text, re.MULTILINE)
-    running, waiting = (sum(float(n) for name, n in found if name == which) for which in ("running", "waiting"))
-    return int(running), int(waiting)
+    return said and (said.running, said.waiting)
+
+
+def figures(text: str) -> Figures | None:
+    """Return the figures in a text of vLLM's /metrics, of all its engines; None where they are not there."""
+    found: dict[str, list[float]] = {}
+    for name, value in _METRIC.findall(text):
+        found.setdefault(name, []).append(float(value))
+    if "num_requests_running" not in found:
+        return None
+    running, waiting = sum(found["num_requests_running"]), sum(found.get("num_requests_waiting", []))
+    used = found.get("kv_cache_usage_perc") or found.get("gpu_cache_usage_perc") or [0.0]  # the latter before v0.10
+    return Figures(int(running), int(waiting), max(used))
 
 
 def file_time(folder: Path) -> float:

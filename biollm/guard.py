@@ -30,6 +30,7 @@ class Turn:
 
     Attributes:
         needs: Deployment id -> its claim on the ledger; ids not in here may not be chosen.
+        on_choice: Called with the id of the deployment that LiteLLM chose, before anything else happens.
         on_send: Called with the chosen deployment's id just before the request is sent.
         chosen: The id of the deployment that LiteLLM chose.
         reservation: The ledger's row, once reserved.
@@ -38,6 +39,7 @@ class Turn:
 
     ledger: Ledger
     needs: Mapping[str, Need]
+    on_choice: Callable[[str], None] | None = None
     on_send: Callable[[str], None] | None = None
     chosen: str | None = None
     reservation: int | None = None
@@ -74,6 +76,8 @@ class Guard(CustomLogger):
         if turn is None:
             return deployment
         turn.chosen = deployment_id(deployment)
+        if turn.on_choice:
+            turn.on_choice(turn.chosen)
         granted = await turn.ledger.reserve(turn.needs[turn.chosen])
         if isinstance(granted, Refused):
             turn.refused = granted

@@ -23,9 +23,9 @@ from biollm.config import Config
 from biollm.drill import Played, Theatre
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger, Need, Record, Refused
+from biollm.prices import prices
 from biollm.routing import Deployment, Wants
 from biollm.rungs import Rung, Rungs, explain
-from biollm.usage import listed, per_token, price_map
 
 LIMIT = 0.05  # USD
 PROMPT = "Reply with the one word: ok"
@@ -110,16 +110,11 @@ class _Purse:
     """What may still be spent, and what an answer of each rung may cost; USD."""
 
     def __init__(self, config: Config, limit: float) -> None:
-        self._config, self._prices, self.limit, self.spent = config, price_map(), limit, 0.0
+        self._config, self.limit, self.spent = config, limit, 0.0
 
     def price(self, rung: Deployment) -> tuple[float, float] | None:
-        """Return the price per token of prompt and of answer: nothing, yours, or LiteLLM's; None where unknown."""
-        own = self._config.costs.per_million_tokens.get(rung.provider.name)
-        if rung.free or own is not None:
-            return (0.0, 0.0) if rung.free else (own / 1e6, own / 1e6) if own else (0.0, 0.0)
-        counted, model = rung.litellm_model.split("/", 1)
-        names = (counted, rung.provider.litellm_provider)  # Copilot is asked as OpenAI is, and counted so
-        return next((price for name in names if (price := per_token(listed(self._prices, name, model)[1]))), None)
+        """Return the price per token of prompt and of answer; None where unknown."""
+        return prices([rung], self._config)[rung.id]
 
     def most(self, rung: Deployment) -> float | None:
         """Return what an answer may cost at most."""

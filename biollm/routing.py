@@ -75,7 +75,12 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Wants:
-    """What a request asks of the deployment that serves it. `tokens` is a lower bound of prompt plus answer."""
+    """What a request asks of the deployment that serves it.
+
+    Attributes:
+        tokens: A lower bound of prompt plus answer.
+        answer: The most tokens that the answer may have; in `tokens` too.
+    """
 
     provider: str | None = None
     model: str | None = None
@@ -83,6 +88,7 @@ class Wants:
     tools: bool = False
     capability: str | None = None
     tokens: int = 0
+    answer: int | None = None
     allow_degraded: bool = True
     fim: bool = False
     raw: bool = False

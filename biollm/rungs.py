@@ -20,7 +20,9 @@ from biollm.ledger import Ledger, Need
 from biollm.routing import Deployment, Policy, Wants
 
 if TYPE_CHECKING:
+    from biollm.balance import Load
     from biollm.endpoints import Endpoint
+    from biollm.prices import Cost, Price
 
 Standing = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
 
@@ -34,12 +36,16 @@ class Rung:
             "keyless" (no key); "unfit" (the request needs or forbids something); "absent" (no server, no weights).
         reason: One sentence; empty when ready.
         until: Epoch seconds at which a limited rung frees.
+        cost: What its answer would cost, under `policy: cheapest`.
+        load: What it has to do, where it is one of several ready replicas and somebody looked.
     """
 
     deployment: Deployment
     standing: Standing
     reason: str = ""
     until: float = 0.0
+    cost: Cost | None = None
+    load: Load | None = None
 
 
 class Rungs:
@@ -69,6 +75,7 @@ class Rungs:
         self.credentials: dict[str, Credential] = {}
         self.needs: dict[str, Need] = {}
         self._missing: dict[str, tuple[Standing, str]] = {}
+        self._prices: dict[str, Price | None] = {}
 
     def refresh(self) -> bool:
         """Follow the running servers; return whether the deployments changed."""
@@ -85,6 +92,10 @@ class Rungs:
         for deployment in self.deployments:
             if deployment.id not in self.needs and deployment.id not in self._missing:
                 self.admit(deployment, exchange=False)
+        if self.config.policy == "cheapest":
+            from biollm import prices
+
+            self._prices = prices.prices(self.deployments, self.config)
         return True
 
     def admit(self, deployment: Deployment, *, exchange: bool = True) -> Credential | None:
@@ -124,10 +135,17 @@ class Rungs:
     def standing(self, wants: Wants, *, skip: Iterable[str] = ()) -> list[Rung]:
         """Return how each deployment asked for stands, in waterfall order, but those in `skip`."""
         blocked, now = self.ledger.blocked(), time.time()
+        found, expected = self.deployments, dict[str, "Cost"]()
+        if self.config.policy == "cheapest":
+            from biollm import prices
+
+            expected = prices.costs(found, wants, self._prices)
+            found = prices.cheapest(found, expected)
         rungs: list[Rung] = []
-        for deployment in self.deployments:
+        for deployment in found:
             if deployment.id not in skip and routing.asked_for(deployment, wants):
-                rungs.append(self._stand(deployment, wants, blocked, now))
+                rung = self._stand(deployment, wants, blocked, now)
+                rungs.append(replace(rung, cost=expected[deployment.id]) if expected else rung)
         return rungs
 
     def _stand(self, deployment: Deployment, wants: Wants, blocked: Any, now: float) -> Rung:

@@ -51,6 +51,7 @@ class Server:
     script: list[Behaviour]
     behaviour: Choice
     answer: Callable[[Json], Json] | None  # request body -> assistant message, instead of `text`
+    metrics: str = ""  # what /metrics says
     url: str = ""
     requests: list[Request] = field(default_factory=list[Request])
     connections: int = 0
@@ -142,6 +143,8 @@ class Server:
         """Return the body of an answer that is not streamed."""
         if how.body is not None:
             return _echo(how.body, request).encode()
+        if request.path == "/metrics":
+            return self.metrics.encode()
         if request.path.endswith("/chat/completions"):
             message = self._message(request.body, how)
             choices = [{"index": 0, "message": message, "finish_reason": _finish(message)}]

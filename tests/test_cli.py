@@ -368,7 +368,8 @@ def test_explain_says_who_would_answer_and_sends_nothing(net: Loopback, waterfal
     ]
     fact = biollm("explain", "--tools", "--json").json
     assert [each["standing"] for each in fact] == ["keyless", "unfit"]
-    assert set(fact[0]) == {"deployment", "order", "provider", "account", "model", "standing", "reason", "until"}
+    names = {"deployment", "order", "provider", "account", "model", "standing", "reason", "until", "cost", "load"}
+    assert set(fact[0]) == names
     assert biollm("explain", "--tools").out.endswith("\nNobody could answer now.\n")
     assert server.requests == []
 

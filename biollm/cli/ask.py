@@ -318,21 +318,23 @@ def explain(
         str | None, typer.Option(metavar="NAME", help="As if the request needed it, such as reasoning.")
     ] = None,
     tools: Annotated[bool, typer.Option("--tools", help="As if the request had tools.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say who would answer now and why others would not.
 
-    Sends nothing.
+    Sends nothing; only where servers share a rung, it asks them how busy they are.
     """
     from biollm.cli import _print
     from biollm.client import Client
 
     client = Client(provider, model, local_only=local_only, allow_degraded=True)
-    found = client.explain(prompt, capability=capability, tools=[{}] if tools else None)
+    found = client.explain(prompt, capability=capability, tools=[{}] if tools else None, max_tokens=max_tokens)
     if as_json:
         _print.as_json([_rung(rung) for rung in found])
         return
-    first = next((rung for rung in found if rung.standing == "ready"), None)
+    ready = [rung for rung in found if rung.standing == "ready"]
+    first = min(ready, key=lambda rung: (rung.deployment.order, rung.load.rank if rung.load else ()), default=None)
     rows = [
         (
             "→" if rung is first else " ",
@@ -360,14 +362,23 @@ def _rung(rung: Any) -> dict[str, Any]:
         "standing": rung.standing,
         "reason": rung.reason,
         "until": _print.moment(rung.until),
+        "cost": rung.cost and _cost(rung.cost),
+        "load": rung.load and {"own": rung.load.own, "busy": rung.load.busy, "metrics": rung.load.told},
     }
+
+
+def _cost(cost: Any) -> dict[str, Any]:
+    sent, got = (1e6 * each for each in cost.price) if cost.price else (None, None)
+    million = {"prompt_usd_per_million": sent, "answer_usd_per_million": got}
+    return {"prompt_tokens": cost.prompt_tokens, "answer_tokens": cost.answer_tokens, **million, "usd": cost.usd}
 
 
 def _reason(rung: Any) -> str:
     import time
 
     left = rung.until - time.time()
-    return f"{rung.reason} ({left:.0f} s left)" if 0 < left < 86400 else rung.reason
+    reason = f"{rung.reason} ({left:.0f} s left)" if 0 < left < 86400 else rung.reason
+    return "; ".join(str(each) for each in (reason, rung.cost, rung.load) if each)
 
 
 def login(

@@ -1,0 +1,173 @@
+"""Chooses among the replicas of a rung those with the least to do, by what their servers say.
+
+LiteLLM's least-busy counts what its own Router sent, by callbacks that get lost between event loops; what other users
+and processes ask of a server it cannot know. vLLM tells that at /metrics. So the choice is narrowed to the least busy
+and LiteLLM draws among equals. Only local servers are asked, and only where a rung has several.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from biollm._background import background
+from biollm.endpoints import Figures, figures
+from biollm.owners import listener_trusted
+
+if TYPE_CHECKING:
+    from biollm.config import Cluster
+    from biollm.credentials import Credential
+    from biollm.routing import Deployment
+    from biollm.rungs import Rung
+
+LOOK = 0.3  # seconds that a request waits at most for what the servers say, and that a server has to say it
+FRESH, STALE = 1.0, 5.0  # seconds: older figures are asked for again beside the request; still older ones before it
+SILENT = 30.0  # seconds for which a server that said nothing of use is not asked again
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a replica has to do.
+
+    Attributes:
+        own: This process's requests under way there.
+        told: What its server said, or None where it said nothing.
+        busy: Requests taken to be under way, of everybody. A silent server is taken to have as many of others as the
+            busiest that speaks, so it is not sought for its silence.
+        cache: Share of its key-value cache in use.
+    """
+
+    own: int
+    told: Figures | None
+    busy: int
+    cache: float
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Return what the least busy has least of; the cache tells between equal numbers of requests, in tenths."""
+        return self.busy, round(self.cache, 1)
+
+    def __str__(self) -> str:
+        told = self.told
+        said = f"{told.running} running, {told.waiting} waiting, cache {told.cache:.0%}" if told else "no metrics"
+        return f"{said}, {self.own} of this process: {self.busy}"
+
+
+@dataclass
+class _Server:
+    """The last word of a server, what of ours was under way there then, and when it is asked again (monotonic)."""
+
+    told: Figures | None = None
+    own: int = 0
+    due: float = 0.0
+    stale: float = 0.0
+
+
+class Balance:
+    """What this process knows of the load of replicas. For the background loop only.
+
+    Attributes:
+        under_way: One object for each request under way, whose `deployment` answers it; one that is forgotten leaves.
+    """
+
+    def __init__(self) -> None:
+        self.under_way: WeakSet[Any] = WeakSet()
+        self._servers: dict[str, _Server] = {}
+        self._looks: dict[str, asyncio.Task[None]] = {}
+
+    async def least_busy(
+        self, replicas: Sequence[Deployment], keys: Mapping[str, Credential], cluster: Cluster
+    ) -> list[Deployment]:
+        """Return those of `replicas` with the least to do."""
+        loads = await self.loads(replicas, keys, cluster)
+        least = min(load.rank for load in loads.values())
+        return [replica for replica in replicas if loads[replica.id].rank == least]
+
+    async def weighed(self, rungs: Sequence[Rung], keys: Mapping[str, Credential], cluster: Cluster) -> Sequence[Rung]:
+        """Return `rungs` with the load of those that share an order with others that are ready."""
+        loads: dict[str, Load] = {}
+        ready = [rung.deployment for rung in rungs if rung.standing == "ready"]
+        for order, count in Counter(deployment.order for deployment in ready).items():
+            if count > 1:
+                loads |= await self.loads([each for each in ready if each.order == order], keys, cluster)
+        return [replace(rung, load=loads.get(rung.deployment.id)) for rung in rungs]
+
+    async def loads(
+        self, replicas: Sequence[Deployment], keys: Mapping[str, Credential], cluster: Cluster
+    ) -> dict[str, Load]:
+        """Return the load of each of `replicas` by its id, asking their servers where that is due."""
+        speaking = {each.endpoint: each for each in replicas if each.local and each.base_url and not each.embedded}
+        if len(speaking) > 1:
+            now = time.monotonic()
+            for name, replica in speaking.items():
+                server = self._servers.setdefault(name, _Server())
+                if now >= server.due and name not in self._looks:
+                    key = keys[replica.id].secret if replica.id in keys else ""
+                    self._looks[name] = asyncio.create_task(self._look(server, replica, key, cluster))
+            if late := [self._looks[name] for name in speaking if now >= self._servers[name].stale]:
+                await asyncio.wait(late, timeout=LOOK)
+        own = self._own()
+        servers = {each.id: self._servers.get(each.endpoint, _Server()) for each in replicas}
+        return _weigh({name: own[name] for name in servers}, servers)
+
+    def _own(self) -> Counter[str]:
+        return Counter(each.deployment.id for each in self.under_way)
+
+    async def _look(self, server: _Server, replica: Deployment, key: str, cluster: Cluster) -> None:
+        """Ask one server for its figures."""
+        server.told = None
+        try:
+            async with asyncio.timeout(LOOK):
+                server.told = await _figures(replica, key, cluster)
+        except TimeoutError:
+            pass
+        finally:
+            now = time.monotonic()
+            server.own = self._own()[replica.id]
+            server.due, server.stale = (now + FRESH, now + STALE) if server.told else (now + SILENT, float("inf"))
+            self._looks.pop(replica.endpoint, None)
+
+
+def of_process() -> Balance:
+    """Return the process's one view of loads."""
+    return background().kept.setdefault("balance", Balance())
+
+
+def _weigh(own: Mapping[str, int], servers: Mapping[str, _Server]) -> dict[str, Load]:
+    """Return the load of each; what a server told of our own requests is replaced by what is under way by now."""
+    told = {name: server.told for name, server in servers.items() if server.told}
+    others = {name: max(0, each.running + each.waiting - servers[name].own) for name, each in told.items()}
+    most, fullest = max(others.values(), default=0), max((each.cache for each in told.values()), default=0.0)
+    return {
+        name: Load(
+            count,
+            told.get(name),
+            others.get(name, most) + count,
+            told[name].cache if name in told else fullest,
+        )
+        for name, count in own.items()
+    }
+
+
+async def _figures(replica: Deployment, key: str, cluster: Cluster) -> Figures | None:
+    """Return what a server says at /metrics, which lies beside its /v1; None for nothing of use."""
+    import httpx
+
+    url = replica.base_url or ""
+    if not replica.start and not listener_trusted(url, cluster.trusted_owners):
+        return None  # another user's would get the key
+    here = background()
+    if (client := here.kept.get("metrics")) is None:
+        client = here.kept["metrics"] = httpx.AsyncClient(trust_env=False)
+        here.closing.append(client.aclose)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = await client.get(f"{url.removesuffix('/v1')}/metrics", headers=headers, timeout=LOOK)
+        return figures(answer.text) if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError):
+        return None

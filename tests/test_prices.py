@@ -1,0 +1,167 @@
+"""`policy: cheapest`: who is asked first is a matter of prices and of how many tokens a request is expected to need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from behaviours import HTTP_500, OK
+from provider import Loopback
+
+from biollm._shared import ledger
+from biollm.client import get_model_client
+from biollm.config import load_config
+from biollm.errors import ConfigError
+from biollm.usage import report
+
+Write = Callable[..., Path]
+CHEAPEST: dict[str, Any] = {"routing": {"policy": "cheapest"}}
+# USD per million tokens of prompt and answer: gpt-4.1 2 and 8, gpt-5.1 1.25 and 10, gpt-4o-mini 0.15 and 0.6.
+# With an answer of 500 tokens, gpt-5.1 is the cheaper one from 1334 tokens of prompt, of 5 characters each.
+LONG = "word " * 1334
+
+
+def paid(model: str, priority: int = 1, host: str = "api", **more: Any) -> dict[str, Any]:
+    """Return a provider in the cloud, whose tokens have a price."""
+    url = f"http://{host}.invalid/v1"
+    return {"base_url": url, "litellm_provider": "openai", "models": [model], "priority": priority, **more}
+
+
+def order(**options: Any) -> list[str]:
+    """Return the providers' names in the order in which they would be asked."""
+    found = get_model_client(**options.pop("client", {})).explain(options.pop("prompt", "hi"), **options)
+    assert [rung.deployment.order for rung in found] == list(range(1, len(found) + 1))
+    return [rung.deployment.provider.name for rung in found]
+
+
+def test_free_is_first_and_unknown_last_and_priorities_are_kept(waterfall: Write) -> None:
+    rungs: Mapping[str, Any] = {
+        "unknown": paid("odd"),
+        "dear": paid("gpt-4.1"),
+        "cheap": paid("gpt-4o-mini"),
+        "free": paid("gpt-4.1", free_tier=True),
+        "unknown2": paid("odder"),
+        "near": {"base_url": "http://127.0.0.1:9/v1", "priority": 1},
+        "later": paid("gpt-4o-mini", priority=2),
+        "sooner": paid("odd", priority=0),
+    }
+    waterfall(**rungs)
+    assert order() == ["sooner", "unknown", "dear", "cheap", "free", "unknown2", "near", "later"]
+    waterfall(CHEAPEST, **rungs)
+    assert order() == ["sooner", "free", "near", "cheap", "dear", "unknown", "unknown2", "later"]
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({}, "cheap_answers"),
+        ({"prompt": LONG}, "cheap_prompts"),
+        ({"prompt": LONG[:-10]}, "cheap_answers"),
+        ({"prompt": LONG, "max_tokens": 501}, "cheap_answers"),
+        ({"prompt": "word " * 100, "max_tokens": 10}, "cheap_prompts"),
+        ({"client": {"max_tokens": 1}}, "cheap_prompts"),
+    ],
+)
+def test_a_long_prompt_or_a_short_answer_turns_the_order(waterfall: Write, options: dict[str, Any], first: str) -> None:
+    if not options or "client" in options:
+        options["prompt"] = "word " * 10
+    waterfall(CHEAPEST, cheap_answers=paid("gpt-4.1"), cheap_prompts=paid("gpt-5.1"))
+    assert order(**options)[0] == first
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, ["near", "mapped", "odd", "odd2"]),
+        ({"odd": 0.01}, ["near", "odd", "mapped", "odd2"]),
+        ({"odd2": 0}, ["odd2", "near", "mapped", "odd"]),  # equal ones stay as they stand
+        ({"near": 5}, ["mapped", "near", "odd", "odd2"]),  # a server of one's own that is not to count as free
+        ({"mapped": 90}, ["near", "mapped", "odd", "odd2"]),
+        ({"mapped": 90, "odd": 91, "odd2": 90.5}, ["near", "mapped", "odd2", "odd"]),
+    ],
+)
+def test_prices_of_ones_own_are_believed(waterfall: Write, own: dict[str, float], expected: list[str]) -> None:
+    waterfall(
+        {**CHEAPEST, "costs": {"per_million_tokens": own}},
+        odd=paid("odd"),
+        odd2=paid("odd"),
+        mapped=paid("gpt-4o-mini"),
+        near={"base_url": "http://127.0.0.1:9/v1", "priority": 1},
+    )
+    assert order() == expected
+
+
+def test_the_cheapest_is_asked_and_then_the_next_cheapest(
+    net: Loopback, waterfall: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud = net.serve(then=lambda request: HTTP_500 if "broken" in request.headers["host"] else OK)
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, cloud.url.removesuffix("/v1"))
+    own = cloud.url.split(":")[2].removesuffix("/v1")  # a client of an earlier test may still be connected
+
+    def asked() -> list[str]:
+        return [request.headers["host"].split(".")[0] for request in cloud.completions]
+
+    dear, cheap = paid("gpt-4.1", host=f"dear.{own}"), paid("gpt-4o-mini", host=f"cheap.{own}")
+    waterfall(CHEAPEST, dear=dear, unknown=paid("odd"), cheap=cheap)
+    answer = get_model_client().complete("hi")
+    assert [attempt.deployment for attempt in answer.attempts] == ["cheap/gpt-4o-mini"]
+    assert asked() == ["cheap"]
+    assert report(load_config(), ledger()).total.fallback_rate == 0.0, "the first in its order is no fallback"
+    waterfall(CHEAPEST, dear=dear, cheap=cheap, broken=paid("gpt-5-nano", host=f"broken.{own}"))
+    answer = get_model_client().complete("hi")
+    assert [(attempt.deployment, attempt.outcome) for attempt in answer.attempts] == [
+        ("broken/gpt-5-nano", "failed"),
+        ("cheap/gpt-4o-mini", "ok"),
+    ]
+    assert asked() == ["cheap", "broken", "cheap"]
+    assert report(load_config(), ledger()).total.fallback_rate == 0.5
+
+
+def test_accounts_of_one_model_stay_one_rung(waterfall: Write) -> None:
+    accounts = [{"name": name, "env_key": f"{name.upper()}_KEY"} for name in ("dear", "lab")]
+    two = paid("gpt-4o-mini", accounts=accounts)
+    waterfall(CHEAPEST, dear=paid("gpt-4.1"), lab=paid("gpt-5.1"), cheap=two)
+    found = get_model_client().explain("hi")
+    assert [(rung.deployment.order, rung.deployment.id) for rung in found][:2] == [
+        (1, "cheap.dear/gpt-4o-mini"),
+        (1, "cheap.lab/gpt-4o-mini"),
+    ]
+
+
+def test_explain_shows_the_arithmetic(waterfall: Write, biollm: Callable[..., Any]) -> None:
+    rungs = {
+        "odd": paid("odd"),
+        "mapped": paid("gpt-4o-mini"),
+        "free": paid("odd", free_tier=True),
+        "keyless": paid("gpt-4.1", env_key="NOT_SET"),
+    }
+    waterfall(CHEAPEST, **rungs)
+    lines = biollm("explain", "word " * 1200, "--max-tokens", "300").out.splitlines()
+    assert [" ".join(line.split()) for line in lines[1:]] == [
+        "→ 1 free/odd ready 1200 x 0 + 300 x 0 USD/M = 0.000000 USD",
+        "2 mapped/gpt-4o-mini ready 1200 x 0.15 + 300 x 0.6 USD/M = 0.000360 USD",
+        "3 keyless/gpt-4.1 keyless no key: set NOT_SET; 1200 x 2 + 300 x 8 USD/M = 0.004800 USD",
+        "4 odd/odd ready price unknown",
+        "",
+        "free/odd would answer.",
+    ]
+    facts = [fact["cost"] for fact in biollm("explain", "word " * 1200, "--json").json]
+    assert facts[1] == {
+        "prompt_tokens": 1200,
+        "answer_tokens": 500,
+        "prompt_usd_per_million": pytest.approx(0.15),
+        "answer_usd_per_million": pytest.approx(0.6),
+        "usd": pytest.approx(0.00048),
+    }
+    assert (facts[3]["usd"], facts[3]["prompt_usd_per_million"]) == (None, None)
+    waterfall(**rungs)
+    assert all(fact["cost"] is None for fact in biollm("explain", "--json").json)
+
+
+def test_a_policy_that_does_not_exist_is_refused(waterfall: Write) -> None:
+    waterfall({"routing": {"policy": "cheap"}}, one=paid("odd"))
+    with pytest.raises(ConfigError, match=r"routing.policy: must be 'order' or 'cheapest', not 'cheap'"):
+        load_config()
