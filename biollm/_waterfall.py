@@ -139,8 +139,7 @@ class Waterfall:
             else:
                 run.pass_over(rung)
         if not run.request.fallback:
-            ready = ready[:1]
-            run.pinned = ready[0].id if ready else None
+            ready = [deployment for deployment in ready if deployment.order == ready[0].order]
         return ready
 
     async def _ask(self, run: Run, rungs: Sequence[Deployment]) -> Completion | None:
@@ -190,6 +189,7 @@ class Waterfall:
         def on_choice(ident: str) -> None:
             sent.deployment = next(d for d in rungs if d.id == ident)
             self._balance.under_way.add(sent)
+            run.pinned = None if run.request.fallback else ident
 
         def on_send(ident: str) -> None:
             nonlocal watch

@@ -128,6 +128,7 @@ def test_the_least_busy_replica_answers(
     client = replicas(one, two)
     assert {client.complete("hi").text for _ in range(4)} == {answers}
     assert "".join(map(str, client.stream("hi"))) == answers
+    assert client.complete("hi", fallback=False).text == answers
     asked = next(request for request in one.requests if request.path == "/metrics")
     assert asked.headers["authorization"] == "Bearer the-key-of-the-start"
 
