@@ -24,6 +24,7 @@ from biollm.config import Cluster, Environment, Model
 from biollm.endpoints import Endpoint, ask, read_key
 from biollm.launch import Options
 from biollm.tickets import Job
+from biollm.top import Top
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 ARGS = {"enforce_eager": True, "max_model_len": 1024}
@@ -104,6 +105,14 @@ def test_it_answers_through_the_client_without_configuration_of_its_address(
     assert answer.text
     assert answer.provider == "vllm"
     assert answer.deployment.partition("#")[2] in {endpoint.start[:8] for endpoint in served[0].endpoints}
+
+
+def test_top_shows_the_job_and_its_rung(served: tuple[Job, float], configured: Callable[[str], Client]) -> None:
+    shot = Top.of_process(configured("smollm-a").config).snapshot()
+    (job,) = (view for view in shot.jobs if view.job == served[0].ticket.job)
+    assert (job.models, job.phase) == ("smollm-a, smollm-b", "ready")
+    assert 0 < job.left_s <= 3600
+    assert shot.rungs[0].state == "ready"
 
 
 def routes(endpoint: Endpoint) -> list[tuple[str, str]]:
