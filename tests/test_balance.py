@@ -159,6 +159,37 @@ def test_twenty_at_once_fill_the_idle_one_first(net: Loopback, replicas: Replica
     assert shares(replicas(one, two), 20, one, two) == [7, 13]
 
 
+def test_what_a_server_says_of_our_own_requests_is_not_counted_twice(net: Loopback, replicas: Replicas) -> None:
+    def counts(server: Server, others: int) -> None:
+        def how(request: Request) -> Behaviour:
+            return HANG if request.path != "/metrics" else Behaviour(body=said(others + len(server.completions)))
+
+        server.behaviour = how
+
+    shared, idle = net.serve(), net.serve()
+    counts(shared, 4)
+    counts(idle, 0)
+    client = replicas(shared, idle)
+
+    async def ask() -> list[list[int]]:
+        tasks: list[asyncio.Task[Any]] = []
+        found: list[list[int]] = []
+        for count, busy in ((8, 6), (12, 12)):
+            tasks += [asyncio.create_task(client.acomplete("hi")) for _ in range(count)]
+            for _ in range(1000):  # until both have said so
+                rungs = await asyncio.to_thread(client.explain)
+                if [rung.load and rung.load.told and rung.load.told.running for rung in rungs] == [busy, busy]:
+                    break
+                await asyncio.sleep(0.02)
+            found.append([len(shared.completions), len(idle.completions)])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return found
+
+    assert asyncio.run(ask()) == [[2, 6], [8, 12]]
+
+
 DEAD = [
     HTTP_500,
     HANG,

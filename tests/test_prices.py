@@ -165,3 +165,18 @@ def test_a_policy_that_does_not_exist_is_refused(waterfall: Write) -> None:
     waterfall({"routing": {"policy": "cheap"}}, one=paid("odd"))
     with pytest.raises(ConfigError, match=r"routing.policy: must be 'order' or 'cheapest', not 'cheap'"):
         load_config()
+
+
+def test_a_drill_plays_the_order_of_prices(net: Loopback, waterfall: Write, biollm: Callable[..., Any]) -> None:
+    last, first = net.serve(), net.serve()
+    waterfall(
+        {**CHEAPEST, "costs": {"per_million_tokens": {"last": 2, "first": 1}}},
+        last={"base_url": last.url, "priority": 1},
+        first={"base_url": first.url, "priority": 1},
+    )
+    ran = biollm("drill", "--live", "--json")
+    assert [(answer["rung"], answer["state"]) for answer in ran.json["answers"]] == [
+        ("first/small", "answered"),
+        ("last/small", "answered"),
+    ]
+    assert biollm("drill").code == 0
