@@ -36,26 +36,30 @@ class Load:
 
     Attributes:
         own: This process's requests under way there.
-        told: What its server said, or None where it said nothing.
-        busy: Requests taken to be under way, of everybody. A silent server is taken to have as many of others as the
-            busiest that speaks, so it is not sought for its silence.
+        others: Everybody else's. A silent server is taken to have as many as the busiest that speaks, so that it is
+            not sought for its silence.
         cache: Share of its key-value cache in use.
+        told: What its server said, or None where it said nothing.
     """
 
     own: int
-    told: Figures | None
-    busy: int
+    others: int
     cache: float
+    told: Figures | None
 
     @property
     def rank(self) -> tuple[int, float]:
         """Return what the least busy has least of; the cache tells between equal numbers of requests, in tenths."""
-        return self.busy, round(self.cache, 1)
+        return self.own + self.others, round(self.cache, 1)
 
     def __str__(self) -> str:
-        told = self.told
-        said = f"{told.running} running, {told.waiting} waiting, cache {told.cache:.0%}" if told else "no metrics"
-        return f"{said}, {self.own} of this process: {self.busy}"
+        told, total = self.told, f"{self.own} of this process = {self.own + self.others} under way"
+        if told:
+            said = f"{told.running} running, {told.waiting} waiting, cache {told.cache:.0%}"
+            return f"{self.others} of others + {total} ({said})"
+        return (
+            f"{self.others} assumed + {total} (no metrics)" if self.others else f"{self.own} of this process under way"
+        )
 
 
 @dataclass
@@ -144,12 +148,7 @@ def _weigh(own: Mapping[str, int], servers: Mapping[str, _Server]) -> dict[str, 
     others = {name: max(0, each.running + each.waiting - servers[name].own) for name, each in told.items()}
     most, fullest = max(others.values(), default=0), max((each.cache for each in told.values()), default=0.0)
     return {
-        name: Load(
-            count,
-            told.get(name),
-            others.get(name, most) + count,
-            told[name].cache if name in told else fullest,
-        )
+        name: Load(count, others.get(name, most), told[name].cache if name in told else fullest, told.get(name))
         for name, count in own.items()
     }
 

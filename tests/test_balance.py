@@ -246,7 +246,7 @@ def test_a_cloud_api_is_never_asked_for_metrics(net: Loopback, replicas: Replica
 
     assert [load.told for load in ask(local=False).values()] == [None, None]
     assert (looks(one), looks(two)) == (0, 0)
-    assert [load.busy for load in ask(local=True).values()] == [1, 2]
+    assert [load.others for load in ask(local=True).values()] == [1, 2]
 
 
 def _alive(client: Client) -> Any:
@@ -294,16 +294,16 @@ def test_explain_shows_what_the_replicas_have_to_do(
     lines = biollm("explain").out.splitlines()
     reasons = [" ".join(line.split()) for line in lines]
     assert reasons[1:4] == [
-        f"1 {ids[0]} ready 7 running, 2 waiting, cache 31%, 0 of this process: 9",
-        f"→ 1 {ids[1]} ready 1 running, 0 waiting, cache 0%, 0 of this process: 1",
-        f"1 {ids[2]} ready no metrics, 0 of this process: 9",
+        f"1 {ids[0]} ready 9 of others + 0 of this process = 9 under way (7 running, 2 waiting, cache 31%)",
+        f"→ 1 {ids[1]} ready 1 of others + 0 of this process = 1 under way (1 running, 0 waiting, cache 0%)",
+        f"1 {ids[2]} ready 9 assumed + 0 of this process = 9 under way (no metrics)",
     ]
     assert lines[-1] == f"{ids[1]} would answer."
     facts = biollm("explain", "--json").json
     assert [fact["load"] for fact in facts] == [
-        {"own": 0, "busy": 9, "metrics": {"running": 7, "waiting": 2, "cache": 0.31}},
-        {"own": 0, "busy": 1, "metrics": {"running": 1, "waiting": 0, "cache": 0.0}},
-        {"own": 0, "busy": 9, "metrics": None},
+        {"own": 0, "others": 9, "metrics": {"running": 7, "waiting": 2, "cache": 0.31}},
+        {"own": 0, "others": 1, "metrics": {"running": 1, "waiting": 0, "cache": 0.0}},
+        {"own": 0, "others": 9, "metrics": None},
     ]
     assert not any(server.completions for server in (one, two, mute))
 

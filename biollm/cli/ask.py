@@ -363,7 +363,7 @@ def _rung(rung: Any) -> dict[str, Any]:
         "reason": rung.reason,
         "until": _print.moment(rung.until),
         "cost": rung.cost and _cost(rung.cost),
-        "load": rung.load and {"own": rung.load.own, "busy": rung.load.busy, "metrics": rung.load.told},
+        "load": rung.load and {"own": rung.load.own, "others": rung.load.others, "metrics": rung.load.told},
     }
 
 
