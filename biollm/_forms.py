@@ -189,8 +189,10 @@ def _resets(value: object) -> str:
 
 
 def _share(value: object) -> object:
-    found = re.fullmatch(r"(\d+)\s*/\s*([1-9]\d*)", str(value).strip())
-    return int(found[1]) / int(found[2]) if found else value
+    text = str(value).strip()
+    if found := re.fullmatch(r"(\d+)\s*/\s*([1-9]\d*)", text):
+        return int(found[1]) / int(found[2])
+    return float(percent[1]) / 100 if (percent := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)) else value
 
 
 def _typed(value: object) -> object:

@@ -17,12 +17,12 @@ from biollm.errors import Problem, nearest
 Tree = dict[str, Any]
 Form = Callable[[str], Tree]
 FILES = ("models", "providers", "cluster")
-TOP = (*FILES, "routing", "costs", "data_policy", "lenient", "inherit", "locked")
+TOP = (*FILES, "routing", "costs", "alerts", "data_policy", "lenient", "inherit", "locked")
 FALSE = ("false", "no", "off", "0")
 _POLICIES = ("any", "no_training", "local_only")
 _ENTRIES = ("models", "providers")  # sections that hold entries by name
 _ALTERNATIVES = (("env_key", "key_file", "accounts"), ("venv", "conda", "container"))  # a later one replaces the others
-_MAPPINGS = {("", key) for key in (*TOP[:5], "locked")} | {("cluster", "environment"), ("models", "architecture")}
+_MAPPINGS = {("", key) for key in (*TOP[:6], "locked")} | {("cluster", "environment"), ("models", "architecture")}
 
 
 def _quota(period: str) -> Form:

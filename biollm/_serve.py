@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -26,16 +27,20 @@ from biollm._background import background
 from biollm._files import private_folder, write_private
 from biollm._gateway_client import RECORD, SOCKET, connect, folders, identity, is_private, record
 from biollm._resources import state_dir
-from biollm.errors import UnavailableError, UsageError
+from biollm._shared import ledger
+from biollm.errors import BiollmError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     import uvicorn
+
+    from biollm.config import Config
 
 Record = dict[str, Any]
 IDLE = 2 * 3600.0  # seconds until a detached gateway ends that nobody asks
 _SEE = "See biollm serve status; biollm serve stop ends it."
 _LONGEST = 107  # bytes of a Unix socket's path, without the 0 at its end
 _CONNECTIONS = 256  # at once, of the TCP port
+_ALERTS = 60.0  # seconds between two looks at the alerts
 _LOOK = 10.0  # seconds between two looks at whether the socket is still there
 _FLUSH = 5.0  # seconds for the last bytes of the last answers, when somebody keeps the page open
 
@@ -94,6 +99,8 @@ def serve(
         write_private(folder / RECORD, json.dumps(told))
         for line in notes:
             say(line)
+        if client.config.alerts.active:
+            threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
         import_waterfall()  # here, so that the first request need not wait for it
         try:
             _until_the_end(end, busy, idle, folder / SOCKET, (folder / SOCKET).stat().st_ino)
@@ -102,6 +109,20 @@ def serve(
             (folder / SOCKET).unlink(missing_ok=True)
         end.set()
         _drain(servers, running, busy)
+
+
+def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> None:
+    """Look every minute whether a rule of `alerts:` holds; in a thread of its own, so that no target delays an answer."""
+    from biollm import alerts
+    from biollm.top import Top
+
+    top = Top.of_process(config)
+    while not end.is_set():
+        try:
+            alerts.check(config, ledger(), top.snapshot(), state_dir(), say)
+        except (BiollmError, OSError, sqlite3.Error) as error:
+            say(f"The alerts could not be looked at: {error}")
+        end.wait(_ALERTS)
 
 
 def _last_words(end: threading.Event) -> None:

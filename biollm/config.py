@@ -253,6 +253,40 @@ class Costs(_Value):
     per_million_tokens: dict[str, forms.Price] = {}
 
 
+class Alerts(_Value):
+    """When to tell, and whom. A rule without a value is off; durations are in seconds.
+
+    Attributes:
+        budget_share: Of a limit in USD used. `error_rate`: of the requests, without any answer. `fallback_rate`: of the
+            requests, answered by a later rung than the first. `p95`: seconds that an answer takes.
+        window: What the rates and p95 are of, once it holds `at_least` requests.
+        down: A rung fails or rests for so long without an answer between.
+        job_failed: A job of ours failed. `expires`: a server's walltime ends so soon, and no successor is ready.
+        stderr, webhook_env, webhook_file, command: Who is told: a webhook with Slack's body, whose URL is in the
+            environment or a 0600 file; a program, with JSON on its stdin.
+    """
+
+    budget_share: forms.Share | None = None
+    error_rate: forms.Share | None = None
+    fallback_rate: forms.Share | None = None
+    p95: forms.Duration | None = None
+    down: forms.Duration | None = None
+    expires: forms.Duration | None = None
+    job_failed: bool = False
+    window: forms.Duration = 900
+    at_least: forms.Positive = 10
+    stderr: bool = True
+    webhook_env: forms.EnvKey = None
+    webhook_file: forms.FullPath | None = None
+    command: tuple[forms.Expanded, ...] = ()
+
+    @property
+    def active(self) -> bool:
+        """Return whether there is a rule."""
+        limits = (self.budget_share, self.error_rate, self.fallback_rate, self.p95, self.down, self.expires)
+        return self.job_failed or any(limit is not None for limit in limits)
+
+
 class Routing(_Value):
     """Seconds per attempt: in all, to a stream's first content, and with a local server (None: the same).
 
@@ -283,6 +317,7 @@ class Config:
     cluster: Cluster = field(default_factory=Cluster)
     data_policy: Policy = "any"
     costs: Costs = field(default_factory=Costs)
+    alerts: Alerts = field(default_factory=Alerts)
     timeout: float = 60.0
     stream_timeout: float = 15.0
     policy: Literal["order", "cheapest"] = "order"
@@ -328,6 +363,7 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
     models, providers = _entries(layers)
     routing = _value(layers, Routing, "routing") or Routing()
     cluster, costs = _value(layers, Cluster, "cluster"), _value(layers, Costs, "costs")
+    alerts = _value(layers, Alerts, "alerts")
     policy = layers.data.get("data_policy", "any")
     if policy not in get_args(Policy):
         layers.problems.append(
@@ -343,6 +379,7 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         cluster=cluster or Cluster(),
         data_policy=policy,
         costs=costs or Costs(),
+        alerts=alerts or Alerts(),
         timeout=routing.timeout,
         stream_timeout=routing.stream_timeout,
         policy=routing.policy,
@@ -354,7 +391,7 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
 
 _SECTIONS: dict[str, Any] = {
     "models": Model, "providers": Provider, "cluster": Cluster, "routing": Routing, "costs": Costs,
-    "accounts": Account, "environment": Environment, "architecture": Architecture,
+    "alerts": Alerts, "accounts": Account, "environment": Environment, "architecture": Architecture,
 }  # fmt: skip
 _FILLED_IN = {"models": {"key"}, "providers": {"name"}, "accounts": {"limits"}}
 
@@ -469,7 +506,13 @@ def _text(value: object) -> str:
 def json_schema(kind: Literal["models", "providers", "cluster"]) -> dict[str, Any]:
     """Return the JSON Schema of a file, for editors. No key is required: a layer may say as little as it wants."""
     main: dict[str, Any] = {"models": dict[str, Model], "providers": dict[str, Provider], "cluster": Cluster}
-    chosen: dict[str, Any] = {kind: main[kind], "routing": Routing, "costs": Costs, "data_policy": Policy}
+    chosen: dict[str, Any] = {
+        kind: main[kind],
+        "routing": Routing,
+        "costs": Costs,
+        "alerts": Alerts,
+        "data_policy": Policy,
+    }
     create: Any = create_model  # whose types know no computed field names
     schema: dict[str, Any] = create(kind, **{name: (each, ...) for name, each in chosen.items()}).model_json_schema()
     schema["properties"] |= {"lenient": {"type": "boolean"}, "inherit": {"type": "boolean"}, "locked": {}}

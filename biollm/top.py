@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from biollm._forms import short
 from biollm._resources import state_dir
 from biollm._shared import ledger, watch
 from biollm._sqlite import read
+from biollm.alerts import firing
 from biollm.config import Config
 from biollm.endpoints import Endpoint
 from biollm.errors import BiollmError
@@ -156,7 +158,8 @@ class Top:
         def jobs() -> Sequence[Job]:
             return slurm.status(config.cluster)
 
-        return cls(config, ledger(), state_dir(), discover=watch(config.cluster).alive, jobs=jobs)
+        told = partial(firing, state_dir(), config.alerts.window)
+        return cls(config, ledger(), state_dir(), discover=watch(config.cluster).alive, jobs=jobs, alerts=told)
 
     def snapshot(self) -> Snapshot:
         """Look at everything; sends nothing."""

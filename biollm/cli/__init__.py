@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from biollm import __version__
-from biollm.cli import ask, cluster, drill, serve, show, top, usage
+from biollm.cli import alerts, ask, cluster, drill, serve, show, top, usage
 
 _EPILOG = (
     "Exit codes: 0 ok, 2 usage, 69 nobody can answer, 75 all limited (retry later), 77 keys refused or missing, "
@@ -47,6 +47,7 @@ top.register(app)
 usage.register(app)
 drill.register(app)
 serve.register(app)
+alerts.register(app)
 
 
 def main() -> None:
