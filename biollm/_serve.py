@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -28,7 +27,7 @@ from biollm._files import private_folder, write_private
 from biollm._gateway_client import RECORD, SOCKET, connect, folders, identity, is_private, record
 from biollm._resources import state_dir
 from biollm._shared import ledger
-from biollm.errors import BiollmError, UnavailableError, UsageError
+from biollm.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
     import uvicorn
@@ -119,8 +118,8 @@ def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> 
     top = Top.of_process(config)
     while not end.is_set():
         try:
-            alerts.check(config, ledger(), top.snapshot(), state_dir(), say)
-        except (BiollmError, OSError, sqlite3.Error) as error:
+            alerts.check(config, ledger(), top.snapshot(), state_dir(), say, log=True)
+        except Exception as error:  # the next look may be better
             say(f"The alerts could not be looked at: {error}")
         end.wait(_ALERTS)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from biollm._files import locked, write_private
 from biollm._gateway_client import is_private
+from biollm.errors import Problem
 
 if TYPE_CHECKING:
     from biollm.config import Alerts, Config
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 PATIENCE = 10.0  # seconds for a target
 _KEEP = 86400.0  # seconds for which a target that fails is tried again
 _FRESH = 7200.0  # seconds after which nobody seems to look at the rules any more
+_FORGOTTEN = 8 * 86400.0  # seconds; Slurm's jobs are remembered for a week
+_AHEAD = 600.0  # seconds by which another node's clock may be ahead
 _DOWN = ("refused", "failing", "cooling")
 Told = Callable[[str], None]
 
@@ -63,7 +66,14 @@ Target = Callable[[Sequence[Alert]], None]
 
 
 def check(
-    config: Config, ledger: Ledger, snapshot: Snapshot, state: Path, tell: Told, *, patience: float = PATIENCE
+    config: Config,
+    ledger: Ledger,
+    snapshot: Snapshot,
+    state: Path,
+    tell: Told,
+    *,
+    log: bool = False,
+    patience: float = PATIENCE,
 ) -> list[Alert]:
     """Evaluate the rules, tell the targets what has begun and what has ended, and return what holds.
 
@@ -75,21 +85,25 @@ def check(
         snapshot: How rungs and jobs stand.
         state: Where it is noted who was told (alerts.json, 0600).
         tell: The target `stderr`; also told, without a secret, when another target fails.
+        log: Its stderr is a log, which nobody is mailed: the next one that has another tells there, too.
         patience: Seconds for each target.
     """
     from biollm.usage import report
 
     rules = config.alerts
     usage = report(config, ledger, time.time() - rules.window)
-    targets = _targets(config, tell, patience)
+    targets, now = _targets(config, tell, patience), snapshot.at
+    here = {name: each for name, each in targets.items() if name != ("stderr" if log else "log")}
     with locked(state / "alerts.lock"):
-        down, before = _load(state)
-        down = _down(down, snapshot)
-        alerts = _merge(rules, before, holding(rules, usage, snapshot, down), list(targets), snapshot.at)
-        _deliver(targets, alerts, tell, patience)
-        kept = [alert for alert in alerts if alert.pending or not alert.over]
-        write_private(state / "alerts.json", json.dumps({"down": down, "alerts": [asdict(each) for each in kept]}))
-    return [alert for alert in kept if _holds(alert, rules.window, snapshot.at)]
+        at, down, kept = _load(state)
+        if not now < at < now + _AHEAD:  # else somebody has looked since, while this process waited
+            down = _down(down, snapshot)
+            alerts = _merge(rules, kept, holding(rules, usage, snapshot, down), list(targets), now)
+            _deliver(here, alerts, tell, patience)
+            kept = [alert for alert in alerts if alert.pending or not alert.over]
+            told = {"at": now, "down": down, "alerts": [asdict(each) for each in kept]}
+            write_private(state / "alerts.json", json.dumps(told))
+    return [alert for alert in kept if _holds(alert, rules.window, now)]
 
 
 def firing(state: Path, window: float) -> list[str]:
@@ -99,7 +113,7 @@ def firing(state: Path, window: float) -> list[str]:
     except OSError:
         return []
     fresh = time.time() - looked < _FRESH
-    return [alert.text for alert in _load(state)[1] if fresh and _holds(alert, window, looked)]
+    return [alert.text for alert in _load(state)[2] if fresh and _holds(alert, window, looked)]
 
 
 def holding(rules: Alerts, usage: Report, snapshot: Snapshot, down: Mapping[str, float]) -> Iterator[Alert]:
@@ -122,8 +136,9 @@ def holding(rules: Alerts, usage: Report, snapshot: Snapshot, down: Mapping[str,
     for rule, bound, value, text in rates:
         if bound is not None and value > bound and row.requests >= rules.at_least:
             yield Alert(rule, "", f"{text} {lately}")
-    for quota in usage.budgets if rules.budget_share is not None else ():
-        if quota.used >= (rules.budget_share or 0) * quota.amount:
+    for quota in usage.quotas if rules.budget_share is not None else ():
+        budget = quota.unit != "requests" and quota.limit.endswith(("/day", "/month"))  # others free by themselves
+        if budget and quota.used >= (rules.budget_share or 0) * quota.amount:
             text = f"{quota.scope} has used {quota.used / quota.amount:.0%} of {quota.limit}"
             yield Alert("budget_share", f"{quota.scope} {quota.limit}", text)
     for rung in snapshot.rungs if rules.down is not None else ():
@@ -131,13 +146,11 @@ def holding(rules: Alerts, usage: Report, snapshot: Snapshot, down: Mapping[str,
         if rung.deployment in down and lasts >= (rules.down or 0):
             yield Alert("down", rung.deployment, f"{rung.deployment} gives no answer for {_span(lasts)}: {rung.why}")
     for job in snapshot.jobs:
-        if rules.job_failed and job.phase == "failed":
+        if rules.job_failed and job.phase == "failed" and not job.reason.startswith("CANCELLED"):
             yield Alert("job_failed", job.job, f"job {job.job} ({job.models}) failed: {job.reason}")
         if rules.expires is not None and job.phase == "ready" and job.left_s is not None and job.left_s < rules.expires:
-            others = [
-                each.left_s or 0.0 for each in snapshot.jobs if (each.models, each.phase) == (job.models, "ready")
-            ]
-            if max(others) <= job.left_s:
+            later = [each for each in snapshot.jobs if each.phase == "ready" and (each.left_s or 0.0) > job.left_s]
+            if set(job.models.split(", ")) - {model for each in later for model in each.models.split(", ")}:
                 yield Alert(
                     "expires", job.job, f"the server of {job.models} (job {job.job}) ends in {_span(job.left_s)}"
                 )
@@ -162,8 +175,12 @@ def _merge(
     new, merged = {(alert.rule, alert.about): alert for alert in found}, list[Alert]()
     for old in before:
         alert = new.pop((old.rule, old.about), None)
-        if getattr(rules, old.rule, None) in (None, False) or (alert is None and old.rule == "job_failed"):
-            continue  # a job that is forgotten has not mended
+        if getattr(rules, old.rule, None) in (None, False):
+            continue
+        if alert is None and old.rule == "job_failed":  # it has not mended: Slurm is slow to tell, or has forgotten it
+            if now - old.since < _FORGOTTEN:
+                merged.append(old)
+            continue
         if alert:
             old.text = alert.text
         if (alert is None) != old.over:  # who has not been told of the last change need not know of this one
@@ -182,12 +199,13 @@ def _holds(alert: Alert, window: float, now: float) -> bool:
     return not alert.over and (alert.rule != "job_failed" or now - alert.since < window)
 
 
-def _load(state: Path) -> tuple[dict[str, float], list[Alert]]:
+def _load(state: Path) -> tuple[float, dict[str, float], list[Alert]]:
+    """Return when somebody looked, since when which rungs are down, and what was known."""
     try:
         told = json.loads((state / "alerts.json").read_text())
-        return told["down"], [Alert(**each) for each in told["alerts"]]
+        return told["at"], told["down"], [Alert(**each) for each in told["alerts"]]
     except (OSError, ValueError, TypeError, KeyError):
-        return {}, []
+        return 0.0, {}, []
 
 
 def _deliver(targets: Mapping[str, Target], alerts: Sequence[Alert], tell: Told, patience: float) -> None:
@@ -223,7 +241,7 @@ class _TargetError(Exception):
 def _targets(config: Config, tell: Told, patience: float) -> dict[str, Target]:
     rules, found = config.alerts, dict[str, Target]()
     if rules.stderr:
-        found["stderr"] = partial(_say, tell)
+        found["stderr"] = found["log"] = partial(_say, tell)
     if rules.webhook_env or rules.webhook_file:
         found["webhook"] = partial(_webhook, rules, patience)
     if rules.command:
@@ -254,6 +272,17 @@ def _webhook(rules: Alerts, patience: float, alerts: Sequence[Alert]) -> None:
         build_opener(Stay).open(asked, timeout=patience).close()
     except HTTPError as error:
         raise _TargetError(f"it answered HTTP {error.code}") from None
+
+
+def unready(config: Config) -> Iterator[Problem]:
+    """Yield why the webhook's URL cannot be had, with file and line."""
+    rules = config.alerts
+    if key := "webhook_env" if rules.webhook_env else "webhook_file" if rules.webhook_file else None:
+        try:
+            _url(rules)
+        except (_TargetError, OSError) as error:
+            file, _, line = config.sources.get(f"alerts.{key}", ":0").rpartition(":")
+            yield Problem(file, int(line), f"alerts.{key}", f"cannot be told: {error}.")
 
 
 def _url(rules: Alerts) -> str:

@@ -257,7 +257,7 @@ class Alerts(_Value):
     """When to tell, and whom. A rule without a value is off; durations are in seconds.
 
     Attributes:
-        budget_share: Of a limit in USD used. `error_rate`: of the requests, without any answer. `fallback_rate`: of the
+        budget_share: Of a limit in USD or tokens of a day or month, used. `error_rate`: of the requests, without any answer. `fallback_rate`: of the
             requests, answered by a later rung than the first. `p95`: seconds that an answer takes.
         window: What the rates and p95 are of, once it holds `at_least` requests.
         down: A rung fails or rests for so long without an answer between.

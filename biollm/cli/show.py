@@ -193,10 +193,11 @@ def _registry(settings: Config) -> list[Problem]:
     from datetime import UTC, datetime
     from importlib.metadata import version
 
-    from biollm import registry_check, usage
+    from biollm import alerts, registry_check, usage
 
     source = f"litellm {version('litellm')}'s {usage.PRICES}"
-    return registry_check.check(settings, datetime.now(UTC).date(), usage.price_map(), source)
+    found = registry_check.check(settings, datetime.now(UTC).date(), usage.price_map(), source)
+    return [*found, *alerts.unready(settings)]
 
 
 def _litellm(settings: Config) -> None:
