@@ -21,7 +21,7 @@ from slurm_lab import SlurmLab, wait_until
 from biollm import slurm
 from biollm.client import Client, get_model_client
 from biollm.config import Cluster, Environment, Model
-from biollm.endpoints import Endpoint, ask, read_key
+from biollm.endpoints import Endpoint, ask, figures, read_key
 from biollm.launch import Options
 from biollm.tickets import Job
 from biollm.top import Top
@@ -163,9 +163,11 @@ def test_status_tells_the_requests_at_each_server(cpu_site: Cluster, endpoint: E
     asking.start()
 
     def busy() -> bool:
-        return any(job.requests.get(endpoint.start) == (1, 0) for job in slurm.status(cpu_site))
+        said = figures(ask(endpoint, "GET", "/metrics", timeout=3)[1])
+        told = any(job.requests.get(endpoint.start) == (1, 0) for job in slurm.status(cpu_site))
+        return told and said is not None and said.running == 1 and 0 < said.cache <= 1
 
-    wait_until(busy, 30, "a running request in status")
+    wait_until(busy, 30, "a running request in status, and in the figures that replicas are balanced by")
     asking.join()
 
 
