@@ -175,8 +175,7 @@ class Waterfall:
         """
         rungs = await self._fresh(run, [deployment for deployment in rungs if deployment.order == rungs[0].order])
         if len(rungs) > 1:
-            known = self.rungs
-            rungs = await self._balance.least_busy(rungs, known.credentials, known.config.cluster)
+            rungs = await self._balance.least_busy(rungs, self.rungs)
         # Meanwhile a server may have left, and its rung with it.
         if not (rungs := [d for d in rungs if d.id in self.rungs.needs]):
             return None

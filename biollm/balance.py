@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -20,10 +20,8 @@ from biollm.endpoints import Figures, figures
 from biollm.owners import listener_trusted
 
 if TYPE_CHECKING:
-    from biollm.config import Cluster
-    from biollm.credentials import Credential
     from biollm.routing import Deployment
-    from biollm.rungs import Rung
+    from biollm.rungs import Rung, Rungs
 
 LOOK = 0.3  # seconds that a request waits at most for what the servers say, and that a server has to say it
 FRESH, STALE = 1.0, 5.0  # seconds: older figures are asked for again beside the request; still older ones before it
@@ -57,9 +55,7 @@ class Load:
         if told:
             said = f"{told.running} running, {told.waiting} waiting, cache {told.cache:.0%}"
             return f"{self.others} of others + {total} ({said})"
-        return (
-            f"{self.others} assumed + {total} (no metrics)" if self.others else f"{self.own} of this process under way"
-        )
+        return f"{self.others} assumed + {total} (no metrics)" if self.others else total.replace(f" = {self.own}", "")
 
 
 @dataclass
@@ -83,27 +79,24 @@ class Balance:
         self.under_way: WeakSet[Any] = WeakSet()
         self._servers: dict[str, _Server] = {}
         self._looks: dict[str, asyncio.Task[None]] = {}
+        self._client: Any = None
 
-    async def least_busy(
-        self, replicas: Sequence[Deployment], keys: Mapping[str, Credential], cluster: Cluster
-    ) -> list[Deployment]:
-        """Return those of `replicas` with the least to do."""
-        loads = await self.loads(replicas, keys, cluster)
+    async def least_busy(self, replicas: Sequence[Deployment], known: Rungs) -> list[Deployment]:
+        """Return those of `replicas` with the least to do; `known` has their keys."""
+        loads = await self.loads(replicas, known)
         least = min(load.rank for load in loads.values())
         return [replica for replica in replicas if loads[replica.id].rank == least]
 
-    async def weighed(self, rungs: Sequence[Rung], keys: Mapping[str, Credential], cluster: Cluster) -> Sequence[Rung]:
+    async def weighed(self, rungs: Sequence[Rung], known: Rungs) -> Sequence[Rung]:
         """Return `rungs` with the load of those that share an order with others that are ready."""
         loads: dict[str, Load] = {}
         ready = [rung.deployment for rung in rungs if rung.standing == "ready"]
         for order, count in Counter(deployment.order for deployment in ready).items():
             if count > 1:
-                loads |= await self.loads([each for each in ready if each.order == order], keys, cluster)
+                loads |= await self.loads([each for each in ready if each.order == order], known)
         return [replace(rung, load=loads.get(rung.deployment.id)) for rung in rungs]
 
-    async def loads(
-        self, replicas: Sequence[Deployment], keys: Mapping[str, Credential], cluster: Cluster
-    ) -> dict[str, Load]:
+    async def loads(self, replicas: Sequence[Deployment], known: Rungs) -> dict[str, Load]:
         """Return the load of each of `replicas` by its id, asking their servers where that is due."""
         speaking = {each.endpoint: each for each in replicas if each.local and each.base_url and not each.embedded}
         if len(speaking) > 1:
@@ -111,62 +104,47 @@ class Balance:
             for name, replica in speaking.items():
                 server = self._servers.setdefault(name, _Server())
                 if now >= server.due and name not in self._looks:
-                    key = keys[replica.id].secret if replica.id in keys else ""
-                    self._looks[name] = asyncio.create_task(self._look(server, replica, key, cluster))
+                    self._looks[name] = asyncio.create_task(self._look(server, replica, known))
             if late := [self._looks[name] for name in speaking if now >= self._servers[name].stale]:
                 await asyncio.wait(late, timeout=LOOK)
-        own = self._own()
         servers = {each.id: self._servers.get(each.endpoint, _Server()) for each in replicas}
-        return _weigh({name: own[name] for name in servers}, servers)
+        told = {name: server.told for name, server in servers.items() if server.told}
+        # What a server told of our own requests gives way to what is under way by now.
+        others = {name: max(0, each.running + each.waiting - servers[name].own) for name, each in told.items()}
+        most, fullest = max(others.values(), default=0), max((each.cache for each in told.values()), default=0.0)
+        own = self._own()
+        return {
+            name: Load(own[name], others.get(name, most), told[name].cache if name in told else fullest, told.get(name))
+            for name in servers
+        }
 
     def _own(self) -> Counter[str]:
         return Counter(each.deployment.id for each in self.under_way)
 
-    async def _look(self, server: _Server, replica: Deployment, key: str, cluster: Cluster) -> None:
-        """Ask one server for its figures."""
-        server.told = None
+    async def _look(self, server: _Server, replica: Deployment, known: Rungs) -> None:
+        """Ask one server for its figures: at /metrics, which lies beside its /v1."""
+        import httpx
+
+        if self._client is None:
+            self._client = httpx.AsyncClient(trust_env=False, timeout=LOOK)
+            background().closing.append(self._client.aclose)
+        url, key = (replica.base_url or "").removesuffix("/v1"), known.credentials.get(replica.id)
+        headers = {"Authorization": f"Bearer {key.secret}"} if key and key.secret else {}
+        told: Figures | None = None
         try:
-            async with asyncio.timeout(LOOK):
-                server.told = await _figures(replica, key, cluster)
-        except TimeoutError:
+            # At a fixed address another user's server may listen, which shall not get the key.
+            if replica.start or listener_trusted(url, known.config.cluster.trusted_owners):
+                async with asyncio.timeout(LOOK):
+                    told = figures((await self._client.get(f"{url}/metrics", headers=headers)).text)
+        except (TimeoutError, httpx.HTTPError, ValueError):
             pass
         finally:
             now = time.monotonic()
-            server.own = self._own()[replica.id]
-            server.due, server.stale = (now + FRESH, now + STALE) if server.told else (now + SILENT, float("inf"))
-            self._looks.pop(replica.endpoint, None)
+            server.told, server.own = told, self._own()[replica.id]
+            server.due, server.stale = (now + FRESH, now + STALE) if told else (now + SILENT, float("inf"))
+            del self._looks[replica.endpoint]
 
 
 def of_process() -> Balance:
     """Return the process's one view of loads."""
     return background().kept.setdefault("balance", Balance())
-
-
-def _weigh(own: Mapping[str, int], servers: Mapping[str, _Server]) -> dict[str, Load]:
-    """Return the load of each; what a server told of our own requests is replaced by what is under way by now."""
-    told = {name: server.told for name, server in servers.items() if server.told}
-    others = {name: max(0, each.running + each.waiting - servers[name].own) for name, each in told.items()}
-    most, fullest = max(others.values(), default=0), max((each.cache for each in told.values()), default=0.0)
-    return {
-        name: Load(count, others.get(name, most), told[name].cache if name in told else fullest, told.get(name))
-        for name, count in own.items()
-    }
-
-
-async def _figures(replica: Deployment, key: str, cluster: Cluster) -> Figures | None:
-    """Return what a server says at /metrics, which lies beside its /v1; None for nothing of use."""
-    import httpx
-
-    url = replica.base_url or ""
-    if not replica.start and not listener_trusted(url, cluster.trusted_owners):
-        return None  # another user's would get the key
-    here = background()
-    if (client := here.kept.get("metrics")) is None:
-        client = here.kept["metrics"] = httpx.AsyncClient(trust_env=False)
-        here.closing.append(client.aclose)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        answer = await client.get(f"{url.removesuffix('/v1')}/metrics", headers=headers, timeout=LOOK)
-        return figures(answer.text) if answer.status_code == 200 else None
-    except (httpx.HTTPError, ValueError):
-        return None

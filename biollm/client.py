@@ -260,7 +260,7 @@ class Client:
         request = self._request(prompt, options)
         rungs = Rungs(self.config, ledger(), state_dir(), self.policy(), watch(self.config.cluster).alive)
         found = explain(rungs, request.wants)
-        return background().run(balance.of_process().weighed(found, rungs.credentials, self.config.cluster))
+        return background().run(balance.of_process().weighed(found, rungs))
 
     def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
         """Return each limit of the deployment's account, how much of it is used, and when it resets (epoch seconds)."""

@@ -32,7 +32,6 @@ class Turn:
         needs: Deployment id -> its claim on the ledger; ids not in here may not be chosen.
         on_choice: Called with the id of the deployment that LiteLLM chose, before anything else happens.
         on_send: Called with the chosen deployment's id just before the request is sent.
-        chosen: The id of the deployment that LiteLLM chose.
         reservation: The ledger's row, once reserved.
         refused: The ledger's refusal, if it refused.
     """
@@ -41,7 +40,6 @@ class Turn:
     needs: Mapping[str, Need]
     on_choice: Callable[[str], None] | None = None
     on_send: Callable[[str], None] | None = None
-    chosen: str | None = None
     reservation: int | None = None
     refused: Refused | None = None
 
@@ -75,16 +73,16 @@ class Guard(CustomLogger):
         turn = current.get()
         if turn is None:
             return deployment
-        turn.chosen = deployment_id(deployment)
+        chosen = deployment_id(deployment)
         if turn.on_choice:
-            turn.on_choice(turn.chosen)
-        granted = await turn.ledger.reserve(turn.needs[turn.chosen])
+            turn.on_choice(chosen)
+        granted = await turn.ledger.reserve(turn.needs[chosen])
         if isinstance(granted, Refused):
             turn.refused = granted
             raise RefusalError(granted.reason)
         turn.reservation = granted
         if turn.on_send:
-            turn.on_send(turn.chosen)
+            turn.on_send(chosen)
         return deployment
 
 

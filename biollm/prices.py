@@ -8,7 +8,7 @@ GPU hours are spent whether it answers or idles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -67,18 +67,17 @@ def _of_map(asked: frozenset[tuple[str, str, str]]) -> dict[tuple[str, str, str]
     }
 
 
-def costs(found: Iterable[Deployment], wants: Wants, known: Mapping[str, Price | None]) -> dict[str, Cost]:
-    """Return what each deployment's answer would cost, by its id."""
-    prompt, answer = wants.tokens - (wants.answer or 0), wants.answer or ANSWER
-    return {each.id: Cost(prompt, answer, known[each.id]) for each in found}
-
-
-def cheapest(found: Sequence[Deployment], expected: Mapping[str, Cost]) -> list[Deployment]:
-    """Return the deployments by priority, then cost, unknown ones last, then as they stood; `order` follows."""
+def cheapest(found: Sequence[Deployment], wants: Wants, config: Config) -> list[tuple[Deployment, Cost | None]]:
+    """Return deployments and costs by priority, then cost, unknown ones last, then as they stood; `order` follows."""
+    prompt, answer, known = wants.tokens - (wants.answer or 0), wants.answer or ANSWER, prices(found, config)
+    expected = {each.id: Cost(prompt, answer, known[each.id]) for each in found}
 
     def rank(each: Deployment) -> tuple[int, float, int]:
         usd = expected[each.id].usd
         return each.provider.priority, float("inf") if usd is None else usd, each.order
 
     places: dict[int, int] = {}
-    return [replace(each, order=places.setdefault(each.order, len(places) + 1)) for each in sorted(found, key=rank)]
+    return [
+        (replace(each, order=places.setdefault(each.order, len(places) + 1)), expected[each.id])
+        for each in sorted(found, key=rank)
+    ]

@@ -22,7 +22,7 @@ from biollm.routing import Deployment, Policy, Wants
 if TYPE_CHECKING:
     from biollm.balance import Load
     from biollm.endpoints import Endpoint
-    from biollm.prices import Cost, Price
+    from biollm.prices import Cost
 
 Standing = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
 
@@ -75,7 +75,6 @@ class Rungs:
         self.credentials: dict[str, Credential] = {}
         self.needs: dict[str, Need] = {}
         self._missing: dict[str, tuple[Standing, str]] = {}
-        self._prices: dict[str, Price | None] = {}
 
     def refresh(self) -> bool:
         """Follow the running servers; return whether the deployments changed."""
@@ -92,10 +91,6 @@ class Rungs:
         for deployment in self.deployments:
             if deployment.id not in self.needs and deployment.id not in self._missing:
                 self.admit(deployment, exchange=False)
-        if self.config.policy == "cheapest":
-            from biollm import prices
-
-            self._prices = prices.prices(self.deployments, self.config)
         return True
 
     def admit(self, deployment: Deployment, *, exchange: bool = True) -> Credential | None:
@@ -135,17 +130,16 @@ class Rungs:
     def standing(self, wants: Wants, *, skip: Iterable[str] = ()) -> list[Rung]:
         """Return how each deployment asked for stands, in waterfall order, but those in `skip`."""
         blocked, now = self.ledger.blocked(), time.time()
-        found, expected = self.deployments, dict[str, "Cost"]()
+        found: list[tuple[Deployment, Cost | None]] = [(deployment, None) for deployment in self.deployments]
         if self.config.policy == "cheapest":
             from biollm import prices
 
-            expected = prices.costs(found, wants, self._prices)
-            found = prices.cheapest(found, expected)
+            found = prices.cheapest(self.deployments, wants, self.config)
         rungs: list[Rung] = []
-        for deployment in found:
+        for deployment, cost in found:
             if deployment.id not in skip and routing.asked_for(deployment, wants):
                 rung = self._stand(deployment, wants, blocked, now)
-                rungs.append(replace(rung, cost=expected[deployment.id]) if expected else rung)
+                rungs.append(replace(rung, cost=cost) if cost else rung)
         return rungs
 
     def _stand(self, deployment: Deployment, wants: Wants, blocked: Any, now: float) -> Rung:

@@ -250,11 +250,15 @@ def test_a_cloud_api_is_never_asked_for_metrics(net: Loopback, replicas: Replica
 
     def ask(local: bool) -> dict[str, balance.Load]:
         some = [replace(each, local=local) for each in found]
-        return background().run(balance.Balance().loads(some, {}, client.config.cluster))
+        return background().run(balance.Balance().loads(some, keyless(client)))
 
     assert [load.told for load in ask(local=False).values()] == [None, None]
     assert (looks(one), looks(two)) == (0, 0)
     assert [load.others for load in ask(local=True).values()] == [1, 2]
+
+
+def keyless(client: Client) -> Any:
+    return SimpleNamespace(credentials={}, config=client.config)
 
 
 def _alive(client: Client) -> Any:
@@ -328,7 +332,7 @@ def test_a_look_is_bounded_whatever_hangs(net: Loopback, replicas: Replicas) -> 
     waited = []
     for _ in range(2):
         began = time.monotonic()
-        background().run(fresh.loads(found, {}, client.config.cluster))
+        background().run(fresh.loads(found, keyless(client)))
         waited.append(time.monotonic() - began)
     assert waited[0] < 8 * balance.LOOK / 2, "all at once"
     assert waited[1] < waited[0], "and not again"
