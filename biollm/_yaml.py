@@ -87,6 +87,8 @@ class _Builder:
             mark = error.problem_mark or error.context_mark
             line = mark.line + 1 if mark else 0
             message = error.problem or str(error.context)
+            if "nesting depth" in message:  # PyYAML's own bound, from 6.0.4 on
+                raise _Broken(line, "is nested too deeply.") from None
             hint = next((hint for part, hint in _HINTS.items() if part in message), None)
             if "\t" in "".join(self.text.splitlines()[line - 1 : line]):
                 hint = "A tab stands there: YAML is indented with spaces."
