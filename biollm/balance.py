@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from biollm.routing import Deployment
     from biollm.rungs import Rung, Rungs
 
-LOOK = 0.3  # seconds that a request waits at most for what the servers say, and that a server has to say it
+LOOK, PATIENCE = 0.3, 2.0  # seconds that requests wait at most for what the servers say; that a server has to say it
 FRESH, STALE = 1.0, 5.0  # seconds: older figures are asked for again beside the request; still older ones before it
 SILENT = 30.0  # seconds for which a server that said nothing of use is not asked again
 
@@ -60,7 +60,10 @@ class Load:
 
 @dataclass
 class _Server:
-    """The last word of a server, what of ours was under way there then, and when it is asked again (monotonic)."""
+    """The last word of a server, what of ours was under way there then, and when it is asked again (monotonic).
+
+    While it is asked, `due` is until when a request waits for it.
+    """
 
     told: Figures | None = None
     own: int = 0
@@ -105,8 +108,10 @@ class Balance:
                 server = self._servers.setdefault(name, _Server())
                 if now >= server.due and name not in self._looks:
                     self._looks[name] = asyncio.create_task(self._look(server, replica, known))
-            if late := [self._looks[name] for name in speaking if now >= self._servers[name].stale]:
-                await asyncio.wait(late, timeout=LOOK)
+                    server.due = now + LOOK
+            if late := [name for name in speaking if now >= self._servers[name].stale]:
+                patience = max(0.0, *(self._servers[name].due - now for name in late))
+                await asyncio.wait([self._looks[name] for name in late], timeout=patience)
         servers = {each.id: self._servers.get(each.endpoint, _Server()) for each in replicas}
         told = {name: server.told for name, server in servers.items() if server.told}
         # What a server told of our own requests gives way to what is under way by now.
@@ -126,7 +131,7 @@ class Balance:
         import httpx
 
         if self._client is None:
-            self._client = httpx.AsyncClient(trust_env=False, timeout=LOOK)
+            self._client = httpx.AsyncClient(trust_env=False, timeout=PATIENCE)
             background().closing.append(self._client.aclose)
         url, key = (replica.base_url or "").removesuffix("/v1"), known.credentials.get(replica.id)
         headers = {"Authorization": f"Bearer {key.secret}"} if key and key.secret else {}
@@ -134,7 +139,7 @@ class Balance:
         try:
             # At a fixed address another user's server may listen, which shall not get the key.
             if replica.start or listener_trusted(url, known.config.cluster.trusted_owners):
-                async with asyncio.timeout(LOOK):
+                async with asyncio.timeout(PATIENCE):
                     told = figures((await self._client.get(f"{url}/metrics", headers=headers)).text)
         except (TimeoutError, httpx.HTTPError, ValueError):
             pass

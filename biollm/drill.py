@@ -104,9 +104,8 @@ class Played(Rungs):
         played: Sequence[Deployment],
         live: Deployment | None = None,
     ) -> None:
-        fixed = replace(real.config, policy="order")  # what is played has its order already
-        quick = replace(fixed, timeout=TIMEOUT, stream_timeout=TIMEOUT)
-        super().__init__(fixed if live else quick, ledger, real.state, real.policy)
+        quick = replace(real.config, timeout=TIMEOUT, stream_timeout=TIMEOUT)
+        super().__init__(real.config if live else quick, ledger, real.state, real.policy)
         self._real = real
         self.deployments = [_moved(rung, stages[rung.endpoint].url, at) for at, rung in enumerate(played, 1)]
         self.deployments += [replace(live, order=len(played) + 1)] if live else []
