@@ -221,10 +221,13 @@ def _unix(path: Path) -> socket.socket:
 
 def _tcp(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         why = str(error.strerror).partition(" (")[0]  # Python adds the address
         raise UsageError(f"Cannot listen on {host}, port {port}: {why}.") from None
+    # asyncio does so only for sockets that it made itself; without it an answer waits 40 ms for an acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def running() -> Record | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -193,6 +194,13 @@ def test_what_is_wrong_is_told_at_once(waterfall: Waterfall, runtime: Path, net:
     ran = biollm("serve", "--detach")
     assert ran.code == 69
     assert f"{folder}/providers.yaml:1: providers" in ran.err
+
+
+def test_an_answer_over_tcp_waits_for_no_acknowledgement() -> None:
+    with _serve._tcp("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_sockets_folder_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
