@@ -1,7 +1,8 @@
 """A provider in a process of its own that answers at once, as cheaply as Python can.
 
 The first part of a request's path says how: /ok answers, /429 and /500 refuse, /capped answers 60 requests in any
-60 s and refuses the rest; GET /capped/log lists (arrival in epoch seconds, status).
+60 s and refuses the rest; GET /capped/log lists (arrival in epoch seconds, status); /stream sends 20 tokens a second,
+as many and marked with the number that the prompt says: "NUMBER COUNT".
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CAP, WINDOW = 60, 60.0
+CAP, WINDOW, PER_SECOND = 60, 60.0, 20
 _MESSAGE = {"role": "assistant", "content": "All is well."}
 _USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
 _CHOICES = [{"index": 0, "message": _MESSAGE, "finish_reason": "stop"}]
@@ -49,6 +50,33 @@ def _capped() -> bytes:
     return _ANSWERS["ok" if status == 200 else "429"]
 
 
+def text(number: int, count: int) -> str:
+    """Return the whole text of a stream."""
+    return "".join(f"{number}.{at} " for at in range(count))
+
+
+async def _stream(transport: Any, number: int, count: int) -> None:
+    def send(data: str) -> None:
+        frame = f"data: {data}\n\n"
+        transport.write(f"{len(frame):x}\r\n{frame}\r\n".encode())
+
+    def chunk(delta: Any, end: str | None = None) -> str:
+        return json.dumps({**_OK, "object": "chat.completion.chunk",
+                           "choices": [{"index": 0, "delta": delta, "finish_reason": end}]})  # fmt: skip
+
+    transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+    began = time.monotonic()
+    for at in range(count):
+        if transport.is_closing():
+            return
+        send(chunk({"role": "assistant", "content": f"{number}.{at} "}))
+        await asyncio.sleep(max(0.0, began + (at + 1) / PER_SECOND - time.monotonic()))
+    send(chunk({}, "stop"))
+    send(json.dumps({**_OK, "object": "chat.completion.chunk", "choices": [], "usage": _USAGE}))
+    send("[DONE]")
+    transport.write(b"0\r\n\r\n")
+
+
 class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: Any = transport
@@ -62,10 +90,13 @@ class _Connection(asyncio.Protocol):
             size = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
             if len(self.buffer) < end + 4 + size:
                 return
-            self.buffer = self.buffer[end + 4 + size :]
+            body, self.buffer = self.buffer[end + 4 : end + 4 + size], self.buffer[end + 4 + size :]
             how = head.split(b" ", 2)[1].decode().split("/")
             if how[1:] == ["capped", "log"]:
                 self.transport.write(_answer(200, _arrivals))
+            elif how[1] == "stream":
+                number, count = map(int, json.loads(body)["messages"][-1]["content"].split())
+                self.streaming = asyncio.ensure_future(_stream(self.transport, number, count))
             else:
                 self.transport.write(_capped() if how[1] == "capped" else _ANSWERS[how[1]])
 
@@ -79,13 +110,20 @@ async def _serve() -> None:
 
 
 @contextmanager
+def process() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Start a provider; give its address, and its process."""
+    command = [sys.executable, str(Path(__file__))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout
+        yield f"http://127.0.0.1:{one.stdout.readline().strip()}", one
+        one.communicate()
+
+
+@contextmanager
 def running() -> Iterator[str]:
     """Start the provider; give its address."""
-    command = [sys.executable, str(Path(__file__))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        process.communicate()
+    with process() as (address, _):
+        yield address
 
 
 def arrivals(address: str) -> list[tuple[float, int]]:

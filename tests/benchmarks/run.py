@@ -1,6 +1,7 @@
 """Prints every bar of the project beside its peers, and writes RESULTS.md: `make bench`.
 
-Peers: bare httpx, the openai SDK, a bare LiteLLM Router, and `llm` in an environment of its own.
+Peers: bare httpx, the openai SDK, a bare LiteLLM Router; `llm`, the LiteLLM proxy and Portkey's gateway in environments
+of their own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import commands
+import gateway
 import loopback
 import overhead
 import promises
@@ -104,6 +106,7 @@ def main() -> None:
     """Measure, print and write."""
     began = time.monotonic()
     llm = peers()
+    gateway.proxy(), gateway.portkey()  # installed while there is still a way out
     bars: list[Bar] = []
     sections: dict[str, Sequence[str]] = {}
     with tempfile.TemporaryDirectory() as folder, loopback.running() as address:
@@ -126,6 +129,12 @@ def main() -> None:
         add("Commands", found, peer_table(figures, "Typer hello-world --help", "ms"))
         found, figures = commands.answers(env, address, llm)
         add("One answer by a fresh process", found, peer_table(figures, "a bare Router", "ms"))
+
+        found, table = gateway.beside_proxies(address, scratch, env)
+        add("The gateway", found, table)
+        found, figures = gateway.beside_llm(env, llm, scratch)
+        add("One answer by a running gateway", found, peer_table(figures, "llm", "ms"))
+        add("Streams", gateway.streams(scratch, env))
 
         import litellm  # noqa: F401 # what follows is forked from a process that has it, and has sent nothing
 

@@ -65,6 +65,7 @@ def environment(scratch: Path) -> dict[str, str]:
         "XDG_CONFIG_HOME": str(scratch / "xdg"),
         "BIOLLM_SITE_CONFIG": str(scratch / "site"),
         "BIOLLM_STATE_DIR": str(scratch / "state"),
+        "XDG_RUNTIME_DIR": str(scratch / "no-gateway"),
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "BENCH_KEY": KEY,
     }
