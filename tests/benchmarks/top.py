@@ -1,4 +1,4 @@
-"""What a redraw of `biollm top` costs, beside a ledger of 200,000 attempts to which ten are added every second."""
+"""What a redraw of `biollm top` costs, beside a ledger of 200,000 attempts to which ten are added every second; the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _INTERVAL = 2.0  # seconds between two redraws, the default of `biollm top`
 
 
 def measure(address: str, scratch: Path) -> list[Bar]:
-    """Return the share of a core that redrawing takes, by the CPU time of snapshot and text together."""
+    """Return the share of a core that redrawing takes, by the CPU time of snapshot and text; and the page's size."""
+    from biollm import page
     from biollm.config import load_config
     from biollm.ledger import Ledger, Record
     from biollm.top import Top, render
@@ -45,7 +46,15 @@ def measure(address: str, scratch: Path) -> list[Bar]:
     ledger.close()
     share = 100 * sum(used) / len(used) / _INTERVAL
     note = f"{1000 * sum(used) / len(used):.1f} ms of CPU per redraw, 12 rungs, every {_INTERVAL:g} s"
-    return [Bar("`biollm top`: share of a core", share, 5.0, "%", note)]
+    first = page.html(top.snapshot())
+    size, requests = len(first.encode()) / 1000, 1 + first.count("src=") + first.count("@import") + first.count("url(")
+    return [
+        Bar("`biollm top`: share of a core", share, 5.0, "%", note),
+        Bar("the page, first paint", size, 200, "kB"),
+        Bar(
+            "the page, first paint: requests", requests, 1, "", "a browser's own count is in tests/real/test_browser.py"
+        ),
+    ]
 
 
 if __name__ == "__main__":
