@@ -281,8 +281,7 @@ def unready(config: Config) -> Iterator[Problem]:
         try:
             _url(rules)
         except (_TargetError, OSError) as error:
-            file, _, line = config.sources.get(f"alerts.{key}", ":0").rpartition(":")
-            yield Problem(file, int(line), f"alerts.{key}", f"cannot be told: {error}.")
+            yield config.problem(f"alerts.{key}", f"cannot be told: {error}.")
 
 
 def _url(rules: Alerts) -> str:

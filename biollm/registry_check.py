@@ -51,14 +51,7 @@ def check(config: Config, today: date, prices: Mapping[str, Facts], source: str)
             ("costs.reference_model", f"{reference} is not", "Without it `biollm usage` shows no cost avoided.")
         )
     told = [(key, f"{said} in {source}.", mend) for key, said, mend in found]
-    return [_problem(config, *each) for each in (*told, *_training(config))]
-
-
-def _problem(config: Config, key: str, said: str, mend: str) -> Problem:
-    """Put a sentence where its key was written, or the first one beside it."""
-    beside = (at for at in config.sources if at.startswith(key.rpartition(".")[0] + "."))
-    file, _, line = config.sources.get(key if key in config.sources else next(beside, ""), ":0").rpartition(":")
-    return Problem(file or "configuration", int(line), key, said, mend)
+    return [config.problem(*each) for each in (*told, *_training(config))]
 
 
 def _ends(offers: Iterable[_Offer], today: date) -> Iterator[tuple[str, str, str]]:
