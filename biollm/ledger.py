@@ -19,13 +19,11 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from datetime import UTC, date, datetime, timedelta
-from datetime import time as time_of_day
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zoneinfo import ZoneInfo
 
+from biollm import _quotas
 from biollm._sqlite import BOUND, Database, Writer, on_network, read, reading
 from biollm.types import Outcome
 
@@ -40,24 +38,6 @@ _RETRY = 5.0  # seconds until a ledger that failed is asked again
 _PRUNE = 60.0  # seconds between removals of what no window can see any more
 _QUEUE = 1.0  # seconds that a queue which moves is waited in
 _EXIT = 2.0  # seconds that closing waits for a file
-
-# SQLite 3.26 (RHEL 8) must do: no RETURNING, no STRICT. `tokens` is NULL until the attempt is finished; long
-# after `at`, that marks a process that died.
-_QUOTAS = """
-CREATE TABLE IF NOT EXISTS sent (id INTEGER PRIMARY KEY, scope TEXT NOT NULL, at REAL NOT NULL, tokens, usd);
-CREATE INDEX IF NOT EXISTS sent_scope_at ON sent (scope, at);
-CREATE TABLE IF NOT EXISTS total (
-    scope TEXT NOT NULL, start REAL NOT NULL, until REAL NOT NULL,
-    requests DEFAULT 0, tokens DEFAULT 0, usd DEFAULT 0, PRIMARY KEY (scope, start, until)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS cooling (
-    key TEXT PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
-"""
-_COOLING = "SELECT key, until, reason FROM cooling WHERE until > ?"
-_COOL = (
-    "INSERT INTO cooling VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE"
-    " SET until = excluded.until, reason = excluded.reason WHERE excluded.until > until"
-)
-_CLAIM = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # the least that must still fit
 
 
 @dataclass(frozen=True)
@@ -133,7 +113,6 @@ _PAST = (
 )
 
 _Write = Callable[[sqlite3.Connection], object]
-_Query = Callable[[str, Sequence[object]], list[Any]]
 
 
 @dataclass(eq=False)
@@ -151,7 +130,7 @@ class _Process:
         self.quotas, self.history = quotas, history
         self.lock = threading.Lock()
         self.memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        self.memory.executescript(_QUOTAS)
+        self.memory.executescript(_quotas.SCHEMA)
 
 
 class Ledger:
@@ -206,7 +185,7 @@ class Ledger:
         process = self._process()
         if reservation is not None:
             used = (record.prompt_tokens + record.completion_tokens, record.cost_usd or 0.0)
-            done = partial(_finish, scope=scope, reservation=reservation, at=record.at, used=used)
+            done = partial(_quotas.finish, scope=scope, reservation=reservation, at=record.at, used=used)
             if self._alone_since is not None:
                 with process.lock:
                     done(process.memory)
@@ -217,7 +196,7 @@ class Ledger:
         """Block `key` in every process for `seconds`. Of two blocks the longer holds: both were asked for."""
         until = self._clock() + seconds
         self._block(key, until, reason)
-        self._process().quotas.put(lambda db: db.execute(_COOL, (key, until, reason)))
+        self._process().quotas.put(lambda db: db.execute(_quotas.COOL, (key, until, reason)))
 
     def blocked(self) -> Mapping[str, tuple[float, str]]:
         """Return what blocks by this process's last view: cooling key or "scope:..." -> (until, reason)."""
@@ -228,13 +207,13 @@ class Ledger:
         """Read who is cooling from the file, and forget limits found full; blocks up to 250 ms."""
         for key in [key for key in self._blocked.copy() if key.startswith("scope:")]:
             self._blocked.pop(key, None)
-        for key, until, reason in self._read(self._quotas, _COOLING, (self._clock(),)):
+        for key, until, reason in self._read(self._quotas, _quotas.COOLING, (self._clock(),)):
             self._block(key, until, reason)
 
     def used(self, scope: str, limits: Sequence[Limit]) -> list[tuple[Limit, float, float | None]]:
         """Return (limit, used, resets at): its period's end, or when a window's oldest request leaves."""
         now, query = self._clock(), partial(self._read, self._quotas)
-        return [(limit, *_used(query, scope, limit, now)) for limit in limits]
+        return [(limit, *_quotas.used_of(query, scope, limit, now)) for limit in limits]
 
     def history(self, since: float | None = None, until: float | None = None) -> Iterator[Record]:
         """Yield the attempts of `since` <= at < `until`, oldest first. No lock is held between them."""
@@ -286,7 +265,7 @@ class Ledger:
         # A rollback journal waits for the disk at every commit. Callers wait for quotas.db, so it does not there,
         # and a power cut may cost it; what it held of days and months is then taken from history.db.
         lazily = "OFF" if network else "NORMAL"
-        quotas = open_(self._quotas, _QUOTAS, synchronous=lazily, patience=BOUND - 0.05)
+        quotas = open_(self._quotas, _quotas.SCHEMA, synchronous=lazily, patience=BOUND - 0.05)
         history = open_(self._history, _HISTORY, synchronous="NORMAL", patience=_EXIT)
         return _Process(
             Writer(quotas, self._write_quotas, self._settle_quotas),
@@ -296,9 +275,9 @@ class Ledger:
     def _write_quotas(self, db: sqlite3.Connection, jobs: Sequence[_Ask | _Write]) -> None:
         now = self._clock()
         if abs(now - self._pruned) > _PRUNE:
-            _prune(db, now)
+            _quotas.prune(db, now)
             self._pruned = now
-        for key, until, reason in db.execute(_COOLING, (now,)):
+        for key, until, reason in db.execute(_quotas.COOLING, (now,)):
             self._block(key, until, reason)
         for job in jobs:
             self._served = time.monotonic()
@@ -310,7 +289,7 @@ class Ledger:
 
     def _recall(self, db: sqlite3.Connection, need: Need, now: float) -> None:
         """Begin a day or month with what history knows of it: its limit is new, or quotas.db was lost."""
-        for period in _periods(need, now):
+        for period in _quotas.periods(need, now):
             key, past = (need.scope, *period), [(0, 0, 0)]
             if not db.execute("SELECT 1 FROM total WHERE scope = ? AND start = ? AND until = ?", key).fetchone():
                 with suppress(sqlite3.Error):  # others wait: at midnight there is nothing to know anyway
@@ -334,7 +313,7 @@ class Ledger:
         with process.lock:
             answer = self._decide(process.memory, need, secrets.randbits(62), now)
         if isinstance(answer, int):
-            process.quotas.put(partial(_grant, need=need, reservation=answer, at=now))
+            process.quotas.put(partial(_quotas.grant, need=need, reservation=answer, at=now))
         return answer
 
     def _decide(self, db: sqlite3.Connection, need: Need, reservation: int, now: float) -> int | Refused:
@@ -342,11 +321,11 @@ class Ledger:
         found = [(*self._blocked.get(key, (0.0, "")), key) for key in keys]
         refusals = [refusal for refusal in found if refusal[0] > now]
         for limit in need.limits:
-            until = _full(db, need.scope, limit, now)
+            until = _quotas.full(db, need.scope, limit, now)
             if until is not None:
                 refusals.append((until, f"{limit} used by {need.scope}", f"scope:{need.scope}"))
         if not refusals:
-            _grant(db, need, reservation, now)
+            _quotas.grant(db, need, reservation, now)
             return reservation
         until, reason, key = max(refusals)
         self._block(key, until, reason)
@@ -402,96 +381,6 @@ def _resolve(asks: Sequence[_Ask]) -> None:
 def _write_history(db: sqlite3.Connection, records: Sequence[Record]) -> None:
     rows = [[getattr(record, column.name) for column in fields(Record)] for record in records]
     db.executemany(_ADD, [[*row[:-1], json.dumps(dict(row[-1]))] for row in rows])
-
-
-def _grant(db: sqlite3.Connection, need: Need, reservation: int, at: float) -> None:
-    if need.limits:
-        db.execute("INSERT INTO sent (id, scope, at) VALUES (?, ?, ?)", (reservation, need.scope, at))
-    for start, until in _periods(need, at):
-        db.execute(
-            "INSERT INTO total (scope, start, until, requests) VALUES (?, ?, ?, 1)"
-            " ON CONFLICT (scope, start, until) DO UPDATE SET requests = requests + 1",
-            (need.scope, start, until),
-        )
-
-
-def _finish(db: sqlite3.Connection, scope: str, reservation: int, at: float, used: tuple[float, float]) -> None:
-    db.execute("UPDATE sent SET tokens = ?, usd = ? WHERE id = ?", (*used, reservation))
-    db.execute(  # in the periods in which it was sent
-        "UPDATE total SET tokens = tokens + ?, usd = usd + ? WHERE scope = ?"
-        " AND coalesce((SELECT at FROM sent WHERE id = ?), ?) BETWEEN start AND until - 1e-6",
-        (*used, scope, reservation, at),
-    )
-
-
-def _prune(db: sqlite3.Connection, now: float) -> None:
-    """Remove what no limit looks at: windows are an hour at most. Rows of a clock that ran ahead go too."""
-    db.execute("DELETE FROM sent WHERE abs(at - ?) > 3660", (now,))
-    db.execute("DELETE FROM total WHERE until < ?", (now - 86400,))  # a day for attempts still under way
-    db.execute("DELETE FROM cooling WHERE until <= ?", (now,))
-
-
-def _used(query: _Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:
-    """Return how much of `limit` is used, and when its period ends or its oldest request leaves."""
-    if not limit.rolling:
-        start, until = period(limit, now)
-        sql = f"SELECT {limit.kind} FROM total WHERE scope = ? AND start = ? AND until = ?"  # noqa: S608
-        rows = query(sql, (scope, start, until))
-        return (rows[0][0] if rows else 0.0), until
-    value = "1" if limit.kind == "requests" else limit.kind
-    sql = f"SELECT total({value}), min(at) FROM sent WHERE scope = ? AND at > ?"  # noqa: S608
-    ((used, oldest),) = query(sql, (scope, now - _window(limit))) or [(0.0, None)]
-    return used, None if oldest is None else oldest + _window(limit)
-
-
-def _full(db: sqlite3.Connection, scope: str, limit: Limit, now: float) -> float | None:
-    """Return when `limit` has room again, or None if it has room now."""
-    used, until = _used(lambda sql, values: db.execute(sql, values).fetchall(), scope, limit, now)
-    excess = used + _CLAIM[limit.kind] - limit.amount
-    if excess <= 0:
-        return None
-    if limit.rolling:
-        value = "1" if limit.kind == "requests" else f"coalesce({limit.kind}, 0)"
-        sql = f"SELECT at, {value} FROM sent WHERE scope = ? AND at > ? ORDER BY at"  # noqa: S608
-        for at, count in db.execute(sql, (scope, now - _window(limit))).fetchall():
-            excess -= count
-            if excess <= 0:
-                return at + _window(limit)
-    return until
-
-
-def _window(limit: Limit) -> float:
-    """Return the seconds that a request counts in a rolling window.
-
-    The server counts arrivals, not reservations. Where one request is slow to arrive (name look-up, TLS) and
-    a later one quick, they stand closer together there than here; the second more makes up for it.
-    """
-    return limit.seconds + min(1.0, limit.seconds / 10)
-
-
-def _periods(need: Need, now: float) -> set[tuple[float, float]]:
-    return {period(limit, now) for limit in need.limits if not limit.rolling}
-
-
-def period(limit: Limit, now: float) -> tuple[float, float]:
-    """Return start and end of the calendar day or month around `now`, as `limit.resets` has it."""
-    clock, _, zone = (limit.resets or "00:00").partition(" ")
-    hour, minute = (int(part) for part in clock.split(":"))
-    tz = ZoneInfo(zone) if zone else UTC
-
-    def begin(day: date) -> float:
-        return datetime.combine(day, time_of_day(hour, minute), tz).timestamp()
-
-    def step(day: date, days: int) -> date:
-        if limit.unit == "day":
-            return day + timedelta(days)
-        return (day + timedelta(31 if days > 0 else -1)).replace(day=1)
-
-    today = datetime.fromtimestamp(now, tz).date()
-    first = today if limit.unit == "day" else today.replace(day=1)
-    if begin(first) > now:
-        first = step(first, -1)
-    return begin(first), begin(step(first, 1))
 
 
 def _span(seconds: float) -> str:

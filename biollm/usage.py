@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from biollm import _rollup
+from biollm._quotas import period
 from biollm._rollup import Cell, Key
 from biollm.config import Config
 from biollm.errors import UsageError
-from biollm.ledger import Ledger, period
+from biollm.ledger import Ledger
 
 By = Literal["provider", "account", "model", "day", "hour", "tag"]
 Tally = tuple[Counter[float], Counter[float]]

@@ -1,0 +1,126 @@
+"""What quotas.db holds, and how a limit is counted in it: windows request by request, days and months as sums."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
+
+if TYPE_CHECKING:
+    from biollm.config import Limit
+    from biollm.ledger import Need
+
+Query = Callable[[str, Sequence[object]], list[Any]]
+# SQLite 3.26 (RHEL 8) must do: no RETURNING, no STRICT. `tokens` is NULL until the attempt is finished; long
+# after `at`, that marks a process that died.
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS sent (id INTEGER PRIMARY KEY, scope TEXT NOT NULL, at REAL NOT NULL, tokens, usd);
+CREATE INDEX IF NOT EXISTS sent_scope_at ON sent (scope, at);
+CREATE TABLE IF NOT EXISTS total (
+    scope TEXT NOT NULL, start REAL NOT NULL, until REAL NOT NULL,
+    requests DEFAULT 0, tokens DEFAULT 0, usd DEFAULT 0, PRIMARY KEY (scope, start, until)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS cooling (
+    key TEXT PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
+"""
+COOLING = "SELECT key, until, reason FROM cooling WHERE until > ?"
+COOL = (
+    "INSERT INTO cooling VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE"
+    " SET until = excluded.until, reason = excluded.reason WHERE excluded.until > until"
+)
+_CLAIM = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # the least that must still fit
+
+
+def grant(db: sqlite3.Connection, need: Need, reservation: int, at: float) -> None:
+    """Count a request that may be sent."""
+    if need.limits:
+        db.execute("INSERT INTO sent (id, scope, at) VALUES (?, ?, ?)", (reservation, need.scope, at))
+    for start, until in periods(need, at):
+        db.execute(
+            "INSERT INTO total (scope, start, until, requests) VALUES (?, ?, ?, 1)"
+            " ON CONFLICT (scope, start, until) DO UPDATE SET requests = requests + 1",
+            (need.scope, start, until),
+        )
+
+
+def finish(db: sqlite3.Connection, scope: str, reservation: int, at: float, used: tuple[float, float]) -> None:
+    """Add the (tokens, USD) that a request has used."""
+    db.execute("UPDATE sent SET tokens = ?, usd = ? WHERE id = ?", (*used, reservation))
+    db.execute(  # in the periods in which it was sent
+        "UPDATE total SET tokens = tokens + ?, usd = usd + ? WHERE scope = ?"
+        " AND coalesce((SELECT at FROM sent WHERE id = ?), ?) BETWEEN start AND until - 1e-6",
+        (*used, scope, reservation, at),
+    )
+
+
+def prune(db: sqlite3.Connection, now: float) -> None:
+    """Remove what no limit looks at: windows are an hour at most. Rows of a clock that ran ahead go too."""
+    db.execute("DELETE FROM sent WHERE abs(at - ?) > 3660", (now,))
+    db.execute("DELETE FROM total WHERE until < ?", (now - 86400,))  # a day for attempts still under way
+    db.execute("DELETE FROM cooling WHERE until <= ?", (now,))
+
+
+def used_of(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:
+    """Return how much of `limit` is used, and when its period ends or its oldest request leaves."""
+    if not limit.rolling:
+        start, until = period(limit, now)
+        sql = f"SELECT {limit.kind} FROM total WHERE scope = ? AND start = ? AND until = ?"  # noqa: S608
+        rows = query(sql, (scope, start, until))
+        return (rows[0][0] if rows else 0.0), until
+    value = "1" if limit.kind == "requests" else limit.kind
+    sql = f"SELECT total({value}), min(at) FROM sent WHERE scope = ? AND at > ?"  # noqa: S608
+    ((used, oldest),) = query(sql, (scope, now - _window(limit))) or [(0.0, None)]
+    return used, None if oldest is None else oldest + _window(limit)
+
+
+def full(db: sqlite3.Connection, scope: str, limit: Limit, now: float) -> float | None:
+    """Return when `limit` has room again, or None if it has room now."""
+    used, until = used_of(lambda sql, values: db.execute(sql, values).fetchall(), scope, limit, now)
+    excess = used + _CLAIM[limit.kind] - limit.amount
+    if excess <= 0:
+        return None
+    if limit.rolling:
+        value = "1" if limit.kind == "requests" else f"coalesce({limit.kind}, 0)"
+        sql = f"SELECT at, {value} FROM sent WHERE scope = ? AND at > ? ORDER BY at"  # noqa: S608
+        for at, count in db.execute(sql, (scope, now - _window(limit))).fetchall():
+            excess -= count
+            if excess <= 0:
+                return at + _window(limit)
+    return until
+
+
+def _window(limit: Limit) -> float:
+    """Return the seconds that a request counts in a rolling window.
+
+    The server counts arrivals, not reservations. Where one request is slow to arrive (name look-up, TLS) and
+    a later one quick, they stand closer together there than here; the second more makes up for it.
+    """
+    return limit.seconds + min(1.0, limit.seconds / 10)
+
+
+def periods(need: Need, now: float) -> set[tuple[float, float]]:
+    """Return start and end of each day or month that the limits of `need` are about."""
+    return {period(limit, now) for limit in need.limits if not limit.rolling}
+
+
+def period(limit: Limit, now: float) -> tuple[float, float]:
+    """Return start and end of the calendar day or month around `now`, as `limit.resets` has it."""
+    clock, _, zone = (limit.resets or "00:00").partition(" ")
+    hour, minute = (int(part) for part in clock.split(":"))
+    tz = ZoneInfo(zone) if zone else UTC
+
+    def begin(day: date) -> float:
+        return datetime.combine(day, time_of_day(hour, minute), tz).timestamp()
+
+    def step(day: date, days: int) -> date:
+        if limit.unit == "day":
+            return day + timedelta(days)
+        return (day + timedelta(31 if days > 0 else -1)).replace(day=1)
+
+    today = datetime.fromtimestamp(now, tz).date()
+    first = today if limit.unit == "day" else today.replace(day=1)
+    if begin(first) > now:
+        first = step(first, -1)
+    return begin(first), begin(step(first, 1))
