@@ -27,12 +27,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from biollm import _forms as forms
 from biollm import _yaml
 from biollm._files import write_private
-from biollm._gateway_client import is_private
 from biollm._openai_face import problem
 from biollm._resources import config_dirs, state_dir
 from biollm._shared import ledger
 from biollm.errors import ConfigError, Problem
 from biollm.ledger import Need, Refused
+from biollm.owners import is_private
 
 MAX_BODY, MAX_LOGIN = 32 << 20, 4096  # bytes
 KEYS = "gateway_keys.yaml"

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from biollm import __version__, errors
-from biollm._resources import config_dirs, state_dir
+from biollm._resources import FALSE, config_dirs, state_dir
+from biollm.owners import is_private, listener_trusted
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from biollm.client import Piece
 
 Json = dict[str, Any]
-_NO, _OFF = ("off", "0", "false", "no"), "BIOLLM_GATEWAY=off does without a gateway."
+_OFF = "BIOLLM_GATEWAY=off does without a gateway."
 SOCKET, RECORD = "gateway.sock", "gateway.json"
 _POLICIES = ("any", "no_training", "local_only")  # from loose to strict
 _PARAMS = {
@@ -39,15 +40,6 @@ def folders() -> list[Path]:
     """Return where a gateway's socket may lie: in XDG_RUNTIME_DIR, which cron and Slurm's jobs lack, or in /tmp."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return [*([Path(runtime) / "biollm"] if runtime else []), Path(f"/tmp/biollm-{os.getuid()}")]  # noqa: S108
-
-
-def is_private(path: Path, kind: Callable[[int], bool] = stat.S_ISDIR) -> bool:
-    """Is the path of this kind, and for this user alone?"""
-    try:
-        at = path.lstat()
-    except OSError:
-        return False
-    return kind(at.st_mode) and at.st_uid == os.getuid() and not at.st_mode & 0o077
 
 
 def identity() -> Json:
@@ -94,7 +86,7 @@ def named() -> str | None:
         UsageError: It holds something else.
     """
     where = os.environ.get("BIOLLM_GATEWAY", "")
-    if where.lower() in ("", *_NO):
+    if where.lower() in ("", *FALSE):
         return None
     if not where.startswith(("http://", "https://")):
         raise errors.UsageError(f"BIOLLM_GATEWAY is {where!r}; it must be a URL, or off.")
@@ -108,7 +100,7 @@ def reach(body: Json | None, mine: Json | None = None) -> Line | None:
         body: As `body` makes it; None travels nowhere.
         mine: The caller's `identity`, if it was taken when its configuration was read.
     """
-    if body is None or os.environ.get("BIOLLM_GATEWAY", "").lower() in _NO:
+    if body is None or os.environ.get("BIOLLM_GATEWAY", "").lower() in FALSE:
         return None
     if url := named():
         connection, headers = _by_url(url)
@@ -117,10 +109,10 @@ def reach(body: Json | None, mine: Json | None = None) -> Line | None:
     else:
         return None
     try:
-        json.dumps(body)
+        text = json.dumps(body)
     except (TypeError, ValueError):
         return None
-    return Line(connection, headers, body)
+    return Line(connection, headers, body, text)
 
 
 def _nearby(mine: Json | None) -> HTTPConnection | None:
@@ -137,8 +129,6 @@ def _nearby(mine: Json | None) -> HTTPConnection | None:
 def _by_url(url: str) -> tuple[HTTPConnection, dict[str, str]]:
     from http.client import HTTPSConnection
     from urllib.parse import urlsplit
-
-    from biollm.owners import listener_trusted
 
     parts, key = urlsplit(url), os.environ.get("BIOLLM_GATEWAY_KEY")
     if not listener_trusted(url, ()):
@@ -173,8 +163,8 @@ def body_of(request: Request) -> Json | None:
 class Line:
     """A connection to a gateway, for one request. `close` ends it from any thread."""
 
-    def __init__(self, connection: HTTPConnection, headers: Mapping[str, str], asked: Json) -> None:
-        self._connection, self._headers, self._asked = connection, headers, asked
+    def __init__(self, connection: HTTPConnection, headers: Mapping[str, str], asked: Json, text: str) -> None:
+        self._connection, self._headers, self._asked, self._text = connection, headers, asked, text
         self._socket, self._left = connection.sock, False
 
     def close(self) -> None:
@@ -190,7 +180,7 @@ class Line:
             BiollmError: The one that the gateway met, or CompletionError when it broke off.
         """
         try:
-            told = json.loads(self._ask({}).read())
+            told = json.loads(self._ask(self._text).read())
         except (OSError, HTTPException, ValueError) as error:
             raise errors.CompletionError(f"The gateway broke off: {error}.", hint=_OFF) from None
         finally:
@@ -209,7 +199,8 @@ class Line:
         """
         text, finish, calls, end, why = "", "", cast("list[Json]", []), cast("Json", {}), "before its end"
         try:
-            for told in _events(self._ask({"stream": True, "stream_options": {"include_usage": True}})):
+            more = {"stream": True, "stream_options": {"include_usage": True}}
+            for told in _events(self._ask(json.dumps({**self._asked, **more}))):
                 if told is None:
                     yield StreamChunk("", self._completion(end, text, finish, calls))
                     return
@@ -273,12 +264,12 @@ class Line:
         finally:
             self.close()
 
-    def _ask(self, more: Json) -> HTTPResponse:
+    def _ask(self, text: str) -> HTTPResponse:
         """Send the request; return the response once its status says that there is an answer."""
         if self._socket is None:
             self._dial()
         headers = {"Content-Type": "application/json", **self._headers}
-        self._connection.request("POST", "/v1/chat/completions", json.dumps({**self._asked, **more}), headers)
+        self._connection.request("POST", "/v1/chat/completions", text, headers)
         response = self._connection.getresponse()
         if response.status != 200:
             raise _error(_problem(response), status=response.status)

@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from biollm._forms import as_list
+from biollm._resources import FALSE
 from biollm._yaml import Document, KeyPath, dotted, read
 from biollm.errors import Problem, nearest
 
 Tree = dict[str, Any]
 Form = Callable[[str], Tree]
 FILES = ("models", "providers", "cluster")
-TOP = (*FILES, "routing", "costs", "alerts", "data_policy", "lenient", "inherit", "locked")
-FALSE = ("false", "no", "off", "0")
+_BLOCKS = (*FILES, "routing", "costs", "alerts", "locked")  # what holds keys of its own
+TOP = (*_BLOCKS, "data_policy", "lenient", "inherit")
 _POLICIES = ("any", "no_training", "local_only")
 _ENTRIES = ("models", "providers")  # sections that hold entries by name
 _ALTERNATIVES = (("env_key", "key_file", "accounts"), ("venv", "conda", "container"))  # a later one replaces the others
-_MAPPINGS = {("", key) for key in (*TOP[:6], "locked")} | {("cluster", "environment"), ("models", "architecture")}
+_MAPPINGS = {("", key) for key in _BLOCKS} | {("cluster", "environment"), ("models", "architecture")}
 
 
 def _quota(period: str) -> Form:

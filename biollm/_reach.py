@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from biollm.owners import listener_trusted
+from biollm.owners import address, listener_trusted
 from biollm.routing import Deployment
 
 if TYPE_CHECKING:
@@ -44,13 +44,8 @@ class Reach:
         return asyncio.create_task(self._connect(url, scope))
 
     async def _connect(self, url: str, scope: asyncio.Timeout) -> bool:
-        where = urlsplit(url)
-        host, port, tls = (
-            where.hostname or "",
-            where.port or (443 if where.scheme == "https" else 80),
-            where.scheme == "https",
-        )
-        proxy = getproxies().get(where.scheme)
+        (host, port), scheme = address(url), urlsplit(url).scheme
+        tls, proxy = scheme == "https", getproxies().get(scheme)
         if proxy and not proxy_bypass(host):
             through = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
             host, port, tls = through.hostname or "", through.port or 80, False

@@ -7,6 +7,8 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
 
+FALSE = ("false", "no", "off", "0")  # as people write it in files and in the environment
+
 
 def data_dir(name: str) -> Path:
     """Return the shipped folder `router_config` or `slurm_templates`.
@@ -38,7 +40,7 @@ def state_dir() -> Path:
 
 def wants_local_only() -> bool:
     """Does BIOLLM_LOCAL_ONLY say so?"""
-    return os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", "0", "false", "no", "off")
+    return os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", *FALSE)
 
 
 def environment_tags() -> dict[str, str]:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from biollm._background import background
 from biollm._files import private_folder, write_private
-from biollm._gateway_client import RECORD, SOCKET, connect, folders, identity, is_private, record
+from biollm._gateway_client import RECORD, SOCKET, connect, folders, identity, record
 from biollm._resources import state_dir
 from biollm._shared import ledger
 from biollm.errors import UnavailableError, UsageError
+from biollm.owners import is_private
 
 if TYPE_CHECKING:
     import uvicorn

@@ -77,8 +77,9 @@ def reading(path: Path, patience: float) -> closing[sqlite3.Connection]:
 class Database:
     """One SQLite file for one writing thread; opened on first use, and again when another takes its place.
 
-    Local disks get WAL; network file systems a rollback journal. Either way writers queue in a blocking
-    lock on a file beside it, those of one process too. Files are 0600; in a folder with the setgid bit, which a group shares, 0660.
+    Local disks get WAL; network file systems a rollback journal. Either way writers queue in a blocking lock on a
+    file beside it, those of one process too. Files are 0600; in a folder with the setgid bit, which a group shares,
+    0660.
     """
 
     def __init__(self, path: Path, schema: str, *, network: bool, synchronous: str, patience: float) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biollm._files import locked, write_private
-from biollm._gateway_client import is_private
 from biollm.errors import Problem
+from biollm.owners import is_private
 
 if TYPE_CHECKING:
     from biollm.config import Alerts, Config
@@ -57,6 +57,11 @@ class Alert:
     since: float = 0.0
     over: bool = False
     pending: list[str] = field(default_factory=list[str])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what others are told of it."""
+        return {"rule": self.rule, "about": self.about, "text": self.text, "since": self.since}
 
     def __str__(self) -> str:
         return f"resolved: {self.text}" if self.over else self.text
@@ -298,8 +303,7 @@ def _url(rules: Alerts) -> str:
 
 
 def _command(command: Sequence[str], secrets: set[str | None], patience: float, alerts: Sequence[Alert]) -> None:
-    names = ("rule", "about", "text", "since")
-    said = json.dumps([{**{name: vars(each)[name] for name in names}, "resolved": each.over} for each in alerts])
+    said = json.dumps([{**each.facts, "resolved": each.over} for each in alerts])
     env, quiet = {name: value for name, value in os.environ.items() if name not in secrets}, subprocess.DEVNULL
     pipe = subprocess.PIPE
     try:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from biollm._background import background
 from biollm._broken import Stage
@@ -27,6 +26,7 @@ from biollm.config import Config
 from biollm.credentials import Credential, of_secret
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger
+from biollm.owners import address
 from biollm.routing import Deployment, Wants
 from biollm.rungs import Rungs
 
@@ -41,11 +41,8 @@ FAULTS: Mapping[str, str] = {
     "truncated": "endpoint", "empty": "", "no choices": "", "cut stream": "",
 }  # fmt: skip
 _DEGRADED = "a degraded answer, where allow_degraded permits it"
-IN_PROCESS = (
-    "hang",
-    "empty",
-    "cut stream",
-)  # what can befall the embedded model, which no network and no key part from us
+# what can befall the embedded model, which no network and no key part from us
+IN_PROCESS = ("hang", "empty", "cut stream")
 
 
 @dataclass(frozen=True)
@@ -159,10 +156,8 @@ def _unheard(rungs: Sequence[Deployment]) -> dict[str, str]:
     urls = {rung.base_url for rung in rungs if rung.local and rung.base_url and not rung.start}
     silent: set[str] = set()
     for url in urls:
-        where = urlsplit(url)
         try:
-            port = where.port or (443 if where.scheme == "https" else 80)
-            socket.create_connection((where.hostname or "", port), 1.0).close()
+            socket.create_connection(address(url), 1.0).close()
         except OSError:
             silent.add(url)
     return {rung.id: f"nobody listens at {rung.base_url}" for rung in rungs if rung.base_url in silent}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pwd
 import socket
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,10 +20,9 @@ def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:
     On a shared host anybody can take port 8000 first. Other hosts, and a port where nobody listens, are not
     judged: True.
     """
-    url = urlsplit(base_url)
-    if url.hostname not in _LOOPBACK:
+    host, port = address(base_url)
+    if host not in _LOOPBACK:
         return True
-    port = url.port or (443 if url.scheme == "https" else 80)
     trusted = uids(trusted_owners) | {0}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
@@ -32,6 +32,21 @@ def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:
         if any(r[3] == "0A" and int(r[1].rpartition(":")[2], 16) == port and int(r[7]) not in trusted for r in rows):
             return False
     return True
+
+
+def address(url: str) -> tuple[str, int]:
+    """Return the host and the port that a URL leads to."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def is_private(path: Path, kind: Callable[[int], bool] = stat.S_ISDIR) -> bool:
+    """Is the path of this kind, and for this user alone?"""
+    try:
+        at = path.lstat()
+    except OSError:
+        return False
+    return kind(at.st_mode) and at.st_uid == os.getuid() and not at.st_mode & 0o077
 
 
 def is_this_host(address: str) -> bool:

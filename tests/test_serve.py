@@ -22,9 +22,9 @@ from conftest import Ran
 from provider import Loopback
 
 from biollm import _serve
-from biollm._gateway_client import is_private
 from biollm.client import StreamChunk, get_model_client
 from biollm.errors import UsageError
+from biollm.owners import is_private
 
 Biollm = Callable[..., Ran]
 Waterfall = Callable[..., Path]

@@ -34,8 +34,7 @@ def alerts(
     shot = Top.of_process(config).snapshot()
     found = rules.check(config, ledger(), shot, state_dir(), lambda line: print(line, file=sys.stderr))
     if as_json:
-        names = ("rule", "about", "text", "since")
-        _print.as_json([{name: getattr(each, name) for name in names} for each in found])
+        _print.as_json([each.facts for each in found])
     elif not quiet and not config.alerts.active:
         print("There are no rules: write some under `alerts:` in providers.yaml.")
     elif not quiet:
