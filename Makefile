@@ -33,7 +33,7 @@ lint: .venv/.dev
 	$(BIN)/pyright
 
 bench: .venv/.dev
-	$(BIN)/python tests/benchmarks/run.py
+	PYTHONPATH=tests $(BIN)/python tests/benchmarks/run.py
 
 clean:
 	rm -rf .venv dist build

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,15 @@ from biollm.errors import UnavailableError
 
 KEYS = "LIGHTNING_API_KEY GOOGLE_API_KEY GEMINI_API_KEY OPENAI_API_KEY HF_TOKEN OPENAI_BASE_URL OPENAI_API_BASE"
 Rung = Server | str | Mapping[str, Any]
+
+
+def until(true: Callable[[], Any], seconds: float = 30) -> float:
+    """Wait until something is true; return the seconds it took."""
+    start = time.monotonic()
+    while not true():
+        assert time.monotonic() < start + seconds, "it never came true"
+        time.sleep(0.01)
+    return time.monotonic() - start
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import until
 from provider import Loopback
 
 from biollm import _admission
@@ -78,10 +78,8 @@ def test_every_route_but_health_needs_a_key(url: str) -> None:
         assert "This key is at its limit: 1/day used by gateway/bob" in limited.json()["error"]["message"]
         assert 0 < int(limited.headers["retry-after"]) <= 86400
         assert client.get("/v1/models", headers=bob).status_code == 200
-    end, tags = time.monotonic() + 30, list[Any]()
-    while len(tags) < 2 and time.monotonic() < end:  # the gateway writes them after it has answered
-        tags = [record.tags for record in ledger().history()]
-        time.sleep(0.02)
+    until(lambda: len(list(ledger().history())) == 2)  # the gateway writes them after it has answered
+    tags = [record.tags for record in ledger().history()]
     assert tags == [{"key": "ann", "user": "ann", "run": "7"}, {"key": "bob"}]
 
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import httpx
 import pytest
 import uvicorn
 from behaviours import HTTP_400, HTTP_401, HTTP_500, Behaviour, limited
+from conftest import until
 from provider import Loopback
 from starlette.types import ASGIApp
 
@@ -43,15 +43,6 @@ def serving(app: ASGIApp, path: Path) -> Generator[httpx.Client]:
     finally:
         server.should_exit = server.force_exit = True
         thread.join()
-
-
-def until(true: Callable[[], Any], seconds: float = 30) -> float:
-    """Wait until something is true; return the seconds it took."""
-    start = time.monotonic()
-    while not true():
-        assert time.monotonic() < start + seconds, "it never came true"
-        time.sleep(0.01)
-    return time.monotonic() - start
 
 
 @pytest.fixture

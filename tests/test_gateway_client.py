@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 from behaviours import HANG, HTTP_400, HTTP_401, HTTP_500, OK, Behaviour, limited
-from conftest import Ran
+from conftest import Ran, until
 from provider import Loopback
 from pydantic import BaseModel
 
@@ -165,10 +164,7 @@ def test_who_is_cancelled_leaves(stream: bool, net: Loopback, waterfall: Waterfa
             await task
 
     asyncio.run(ask())
-    end = time.monotonic() + 30
-    while server.tasks:
-        assert time.monotonic() < end, "the provider still works"
-        time.sleep(0.01)
+    until(lambda: not server.tasks)  # the provider works no more
 
 
 class Pair(BaseModel):

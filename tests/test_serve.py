@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Ran
+from conftest import Ran, until
 from provider import Loopback
 
 from biollm import _serve
@@ -41,13 +41,6 @@ def alive(pid: int) -> bool:
         return os.waitpid(pid, os.WNOHANG)[0] == 0
     except ChildProcessError:
         return Path(f"/proc/{pid}").exists()
-
-
-def until(true: Callable[[], Any], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
 
 
 def test_it_runs_in_the_background_answers_and_stops(

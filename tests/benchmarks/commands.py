@@ -45,7 +45,7 @@ print(get_model_client().complete(sys.argv[3]))
 """
 
 
-def _timed(command: Sequence[str], env: Mapping[str, str]) -> Callable[[], float]:
+def timed(command: Sequence[str], env: Mapping[str, str]) -> Callable[[], float]:
     def run() -> float:
         began = time.perf_counter()
         done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -68,13 +68,13 @@ def plain(scratch: Path, env: Mapping[str, str], llm: Path) -> tuple[list[Bar], 
     hello.write_text(HELLO)
     measured = interleaved(
         {
-            "python -c pass": _timed([PYTHON, "-c", "print()"], env),
-            "Typer hello-world --help": _timed([PYTHON, str(hello), "--help"], env),
+            "python -c pass": timed([PYTHON, "-c", "print()"], env),
+            "Typer hello-world --help": timed([PYTHON, str(hello), "--help"], env),
             **{
-                f"biollm {words}": _timed([BIOLLM, *words.split()], env)
+                f"biollm {words}": timed([BIOLLM, *words.split()], env)
                 for words in ("--help", "--version", "config", "explain", "models")
             },
-            "llm --help": _timed([str(llm), "--help"], env),
+            "llm --help": timed([str(llm), "--help"], env),
         }
     )
     bounds = {"--help": 1.3, "--version": 1.3, "config": 2.5, "explain": 2.5, "models": 2.5}
@@ -91,12 +91,12 @@ def answers(env: Mapping[str, str], address: str, llm: Path) -> tuple[list[Bar],
     arguments = (f"{address}/ok/v1", KEY, PROMPT)
     measured = interleaved(
         {
-            "a bare Router": _timed(_python(BARE, *arguments), env),
-            "biollm complete": _timed([BIOLLM, "complete", PROMPT], env),
-            "biollm.client": _timed(_python(CLIENT, *arguments), env),
-            "httpx": _timed(_python(HTTPX, *arguments), env),
-            "openai": _timed(_python(SDK, *arguments), env),
-            "llm": _timed([str(llm), "-m", "bench", "--no-stream", PROMPT], env),
+            "a bare Router": timed(_python(BARE, *arguments), env),
+            "biollm complete": timed([BIOLLM, "complete", PROMPT], env),
+            "biollm.client": timed(_python(CLIENT, *arguments), env),
+            "httpx": timed(_python(HTTPX, *arguments), env),
+            "openai": timed(_python(SDK, *arguments), env),
+            "llm": timed([str(llm), "-m", "bench", "--no-stream", PROMPT], env),
         }
     )
     figure = ratio(measured["biollm complete"], measured["a bare Router"])

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import loopback
-from commands import BIOLLM, _timed  # pyright: ignore[reportPrivateUsage]
+from commands import BIOLLM, timed
+from programs import CACHE, end, litellm_proxy
 from setting import KEY, PROMPT, ROUNDS, Bar, interleaved, ratio, waterfall
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm"
 PORTKEY = "@portkey-ai/gateway@1.15.2"
 STARTS, ALONE, BUSY, AT_ONCE = 3, 100, 320, 16
 STREAMS, SECONDS, PER_SECOND = 50, 60, loopback.PER_SECOND
@@ -36,10 +33,11 @@ class Door:
     at: int | Path
     headers: tuple[str, ...] = ()
     model: str = "biollm"
+    path: str = "/v1"
 
     def request(self, content: str, **more: object) -> bytes:
         body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": content}], **more})
-        lines = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json",
+        lines = (f"POST {self.path}/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json",
                  f"Content-Length: {len(body)}", f"Authorization: Bearer {KEY}", *self.headers, "", body)  # fmt: skip
         return "\r\n".join(lines).encode()
 
@@ -107,12 +105,7 @@ def started(
                 time.sleep(0.05)
         yield process.pid, (time.perf_counter() - began) * 1000
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process)
 
 
 def free_port() -> int:
@@ -120,17 +113,6 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
-
-
-def proxy() -> Path:
-    """Return the `litellm` command of the proxy, in an environment of its own, installed if need be."""
-    env = CACHE / "litellm-proxy"
-    if not (env / f".ready-{version('litellm')}").exists():
-        venv.create(env, with_pip=True, clear=True)
-        wanted = f"litellm[proxy]=={version('litellm')}"
-        subprocess.run([env / "bin" / "pip", "install", "-q", "--disable-pip-version-check", wanted], check=True)
-        (env / f".ready-{version('litellm')}").touch()
-    return env / "bin" / "litellm"
 
 
 def portkey() -> Path | None:
@@ -158,7 +140,7 @@ def contestants(
     theirs = {**env, "LITELLM_MASTER_KEY": KEY, "HOME": str(scratch)}
     found: dict[str, tuple[list[str | Path], Door, dict[str, str]]] = {
         "biollm serve": ([BIOLLM, "serve", "--port", str(ports[0])], Door(ports[0]), mine),
-        "LiteLLM proxy": ([proxy(), "--config", scratch / "proxy.yaml", "--host", "127.0.0.1", "--port", str(ports[1])],
+        "LiteLLM proxy": ([litellm_proxy(), "--config", scratch / "proxy.yaml", "--host", "127.0.0.1", "--port", str(ports[1])],
                           Door(ports[1]), theirs),
     }  # fmt: skip
     if program := portkey():
@@ -172,7 +154,7 @@ def beside_proxies(address: str, scratch: Path, env: Mapping[str, str]) -> tuple
     """Measure start, added latency, throughput and memory of the gateways, one worker each."""
     servers = contestants(address, scratch, env)
     doors = {name: door for name, (_, door, _) in servers.items()}
-    direct = Door(int(address.rpartition(":")[2]), model="small")
+    direct = Door(int(address.rpartition(":")[2]), model="small", path="/ok/v1")
     figures: dict[str, Figures] = {name: {"start": []} for name in servers}
     for name in [*servers] * (STARTS - 1):
         with started(*servers[name], scratch / name.replace(" ", "-")) as (_, took):
@@ -188,7 +170,7 @@ def beside_proxies(address: str, scratch: Path, env: Mapping[str, str]) -> tuple
             asyncio.run(load(door, 100, 4))
 
         def added(door: Door) -> float:
-            alone = asyncio.run(load(_Direct(direct.at, model="small"), ALONE, 1))[0]
+            alone = asyncio.run(load(direct, ALONE, 1))[0]
             return statistics.median(asyncio.run(load(door, ALONE, 1))[0]) - statistics.median(alone)
 
         for what, measure in (
@@ -224,11 +206,6 @@ def beside_proxies(address: str, scratch: Path, env: Mapping[str, str]) -> tuple
     return bars, table
 
 
-class _Direct(Door):
-    def request(self, content: str, **more: object) -> bytes:
-        return super().request(content, **more).replace(b"POST /v1", b"POST /ok/v1", 1)
-
-
 def beside_llm(env: Mapping[str, str], llm: Path, scratch: Path) -> tuple[list[Bar], Figures]:
     """Measure one answer of `biollm complete` by a running gateway, and of `llm`."""
     (run := scratch / "run-cli").mkdir(mode=0o700, exist_ok=True)
@@ -236,13 +213,13 @@ def beside_llm(env: Mapping[str, str], llm: Path, scratch: Path) -> tuple[list[B
     subprocess.run([BIOLLM, "serve", "--detach"], env=mine, check=True, capture_output=True)
     try:
         runs = {
-            "llm": _timed([str(llm), "-m", "bench", "--no-stream", PROMPT], mine),
-            "biollm complete": _timed([BIOLLM, "complete", PROMPT], mine),
+            "llm": timed([str(llm), "-m", "bench", "--no-stream", PROMPT], mine),
+            "biollm complete": timed([BIOLLM, "complete", PROMPT], mine),
         }
         figures = interleaved(runs, 3 * ROUNDS)
     finally:
         subprocess.run([BIOLLM, "serve", "stop"], env=mine, check=True, capture_output=True)
-    figures["python -c pass"] = interleaved({"": _timed([sys.executable, "-c", "print()"], mine)})[""]
+    figures["python -c pass"] = interleaved({"": timed([sys.executable, "-c", "print()"], mine)})[""]
     what = "`biollm complete` with a gateway running, beside llm"
     return [Bar(what, ratio(figures["biollm complete"], figures["llm"]), 0.3)], figures
 

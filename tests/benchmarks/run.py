@@ -24,6 +24,7 @@ import commands
 import gateway
 import loopback
 import overhead
+import programs
 import promises
 import top
 import usage
@@ -31,14 +32,13 @@ from setting import KEY, ROUNDS, Bar, environment, waterfall
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm"
 LLM = "llm==0.36"
 Figures = dict[str, list[float]]
 
 
 def peers() -> Path:
     """Return the program `llm`, installed if need be."""
-    folder = CACHE / "bench-peers"
+    folder = programs.CACHE / "bench-peers"
     if not (folder / "bin" / "llm").exists():
         venv.create(folder, with_pip=True)
         subprocess.run([folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", LLM], check=True)
@@ -106,7 +106,7 @@ def main() -> None:
     """Measure, print and write."""
     began = time.monotonic()
     llm = peers()
-    gateway.proxy(), gateway.portkey()  # installed while there is still a way out
+    programs.litellm_proxy(), gateway.portkey()  # installed while there is still a way out
     bars: list[Bar] = []
     sections: dict[str, Sequence[str]] = {}
     with tempfile.TemporaryDirectory() as folder, loopback.running() as address:

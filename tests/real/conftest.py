@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
+import programs
 import pytest
 from slurm_lab import LabMissingError, SlurmLab
 
@@ -23,7 +24,7 @@ from biollm.config import Cluster, Environment, Model
 FAKE = Path(__file__).parent.parent / "fake_vllm.py"
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skip, or fail where the real parts are required."""
     if os.environ.get("BIOLLM_REQUIRE_REAL") == "1":
         pytest.fail(f"required, but missing: {what}")
@@ -60,33 +61,16 @@ def vllm_env() -> Path:
 
 @pytest.fixture(scope="session")
 def litellm_proxy() -> Path:
-    """The `litellm` command of the real proxy, of the version in use here, in its own virtual environment.
-
-    Made on first use: 640 MB, 10 s where the packages are near.
-    """
-    version = metadata.version("litellm")
-    env = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm" / "litellm-proxy"
-    env.parent.mkdir(parents=True, exist_ok=True)
-    ready, programs = env / f".ready-{version}", env / "bin"
-    with env.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not ready.exists():
-            steps: list[list[str | Path]] = [
-                [sys.executable, "-m", "venv", "--clear", env],
-                [programs / "pip", "install", "-q", "uv"],
-                [programs / "uv", "pip", "install", "-q", "-p", programs / "python", f"litellm[proxy]=={version}"],
-            ]
-            for step in steps:
-                done = subprocess.run(step, capture_output=True, text=True)
-                if done.returncode:
-                    missing(f"litellm[proxy]=={version} could not be installed: {done.stderr.strip()[-300:]}")
-            ready.touch()
-    return programs / "litellm"
+    """The `litellm` command of the real proxy."""
+    try:
+        return programs.litellm_proxy()
+    except RuntimeError as error:
+        return missing(str(error))
 
 
 def _kept(name: str, *steps: list[str]) -> Path:
     """Return a folder of the user's cache in which the steps were run, "." being the folder itself."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm" / name
+    folder = programs.CACHE / name
     folder.mkdir(parents=True, exist_ok=True)
     ready, wanted = folder / ".ready", repr(steps)
     with folder.with_suffix(".lock").open("w") as lock:

@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 from picture import group
+from programs import end
 from provider import Loopback
 
 from biollm import page
@@ -76,11 +77,7 @@ def browse(program: str, profile: Path, visit: Callable[[Tab], Awaitable[None]])
     try:
         asyncio.run(_visit(profile / "DevToolsActivePort", visit))
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        end(process, 20)
 
 
 async def _visit(ready: Path, visit: Callable[[Tab], Awaitable[None]]) -> None:

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import yaml
 from behaviours import HTTP_401, HTTP_500, OK
+from programs import end
 from provider import Loopback, Server
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]  # the first run installs 640 MB
@@ -47,12 +48,7 @@ def proxy(litellm: Path, config: str, folder: Path) -> Generator[httpx.Client]:
             _await_start(process, client, log)
             yield client
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process)
 
 
 def _await_start(process: subprocess.Popen[bytes], client: httpx.Client, log: Path) -> None:
