@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from biollm._run import Sent
 from biollm.outcomes import CUT, EMPTY, NO_CHOICES, Verdict
 from biollm.types import Usage
+
+# The fields of a chunk that may hold nothing but text, and of its one choice.
+_FRAME = {"id", "created", "model", "object", "choices", "system_fingerprint", "service_tier"}
+_CHOICE = {"index", "delta"}
 
 
 def usage_of(usage: Any) -> Usage:
@@ -36,6 +41,32 @@ def emptiness(response: Any) -> Verdict | None:
 def delta(chunk: Any) -> str:
     """Return the text that a chunk of a stream adds."""
     return (chunk.choices[0].delta.content or "") if chunk.choices else ""
+
+
+def fold(chunks: list[Any]) -> None:
+    """Join in place what is nothing but text, or thought: LiteLLM keeps each chunk of a stream, 3 kB for a word.
+
+    The last two stay, for it compares them.
+    """
+    folded: list[Any] = []
+    for kind, found in groupby(chunks[:-2], _kind):
+        run = list(found)
+        if kind:
+            deltas = [chunk.choices[0].delta for chunk in run]
+            setattr(deltas[0], kind, "".join(getattr(each, kind) or "" for each in deltas))
+            del run[1:]
+        folded += run
+    chunks[:-2] = folded
+
+
+def _kind(chunk: Any) -> str | None:
+    """Return the one field of the answer that a chunk adds to; None where it tells anything else."""
+    told: dict[str, Any] = chunk.model_dump(exclude_none=True)
+    choices = told.get("choices", [])
+    if not told.keys() <= _FRAME or [set(choice) for choice in choices] != [_CHOICE]:
+        return None
+    said = {name for name, value in choices[0]["delta"].items() if name != "role" and value != ""} or {"content"}
+    return next(iter(said)) if said in ({"content"}, {"reasoning_content"}) else None
 
 
 async def first_content(sent: Sent) -> Verdict | None:

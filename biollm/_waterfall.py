@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 import litellm
 
 from biollm import _reach, balance, embedded, guard, routing
-from biollm._answers import content, delta, emptiness, finished, first_content, tool_calls, usage_of
+from biollm._answers import content, delta, emptiness, finished, first_content, fold, tool_calls, usage_of
 from biollm._background import background
 from biollm._run import BREATH, Request, Run, Sent
 from biollm.credentials import Credential, hide
@@ -34,6 +34,7 @@ from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usag
 
 CONNECT = 3.0  # seconds that a host has to take a connection
 _LITELLM: Any = litellm  # its own types are partial
+_KEPT = 32  # chunks of a stream, before their text is joined
 _FRESH = 120.0  # seconds that a short-lived token must still be good for
 
 
@@ -415,6 +416,8 @@ class Waterfall:
                     break
                 if text := delta(chunk):
                     yield text
+                if len(sent.response.chunks) >= _KEPT:
+                    fold(sent.response.chunks)
         except (asyncio.CancelledError, GeneratorExit):
             self._cancelled(run, sent)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -42,6 +43,7 @@ from biollm.client import (
     KeysRefusedError,
     ModelRouter,
     RequestRejectedError,
+    StreamChunk,
     StreamRestarted,
     UnknownNameError,
     UsageError,
@@ -416,6 +418,20 @@ def test_a_stream_yields_text_and_ends_with_the_completion(net: Loopback, waterf
     assert last.completion is not None
     assert (last.completion.text, last.completion.finish_reason) == ("All is well.", "stop")
     assert last.completion.usage.completion_tokens > 0
+
+
+def test_a_long_stream_keeps_few_of_its_chunks(net: Loopback, waterfall: Write) -> None:
+    text = " ".join(map(str, range(1000)))
+    waterfall(first=net.serve(text=text))
+    most, pieces = 0, list[Any]()
+    for piece in get_model_client().stream("hi"):
+        pieces.append(piece)
+        if len(pieces) % 250 == 0:
+            most = max(most, sum(type(each).__name__ == "ModelResponseStream" for each in gc.get_objects()))
+    last = pieces[-1]
+    assert isinstance(last, StreamChunk) and last.completion
+    assert last.completion.raw.choices[0].message.content == text
+    assert 0 < most < 200
 
 
 def test_a_stream_that_dies_before_its_first_content_moves_on_unseen(net: Loopback, waterfall: Write) -> None:
