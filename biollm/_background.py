@@ -42,7 +42,9 @@ class Background:
             raise
 
     async def arun(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the loop from another loop; cancelling the caller cancels it."""
+        """Run `work` on the loop, from another loop or from there; cancelling the caller cancels it."""
+        if asyncio.get_running_loop() is self.loop:
+            return await work
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
@@ -58,7 +60,7 @@ class Background:
             pump.cancel()
 
     async def aiterate(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """Yield from an async generator that runs on the loop, on the caller's loop."""
+        """Yield from an async generator that runs on the loop, on the caller's loop, which may be the same."""
         inbox: asyncio.Queue[T | _End] = asyncio.Queue()
         caller = asyncio.get_running_loop()
 
@@ -66,7 +68,10 @@ class Background:
             with suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
                 caller.call_soon_threadsafe(inbox.put_nowait, item)
 
-        pump = asyncio.run_coroutine_threadsafe(_pump(items, put), self.loop)
+        if caller is self.loop:
+            pump = asyncio.create_task(_pump(items, inbox.put_nowait))
+        else:
+            pump = asyncio.run_coroutine_threadsafe(_pump(items, put), self.loop)
         try:
             while not isinstance(item := await inbox.get(), _End):
                 yield item
