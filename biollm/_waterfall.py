@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -55,9 +56,8 @@ class Waterfall:
         self._router: Any = _LITELLM.Router(model_list=self._entries(), **routing.router_settings(rungs.config))
 
     def _entries(self) -> list[dict[str, Any]]:
-        keys = {ident: _params(found) for ident, found in self.rungs.credentials.items()}
         _keep_off_proxies(self.rungs.deployments)
-        return routing.model_list(self.rungs.deployments, keys)
+        return _entries(self.rungs.deployments, self.rungs.credentials)
 
     def _follow(self) -> None:
         """Bring the Router up to date with the servers that run."""
@@ -283,7 +283,7 @@ class Waterfall:
         return good
 
     def _renew(self, deployment: Deployment, found: Credential) -> None:
-        for entry in routing.model_list([deployment], {deployment.id: _params(found)}):
+        for entry in _entries([deployment], {deployment.id: found}):
             self._router.upsert_deployment(_LITELLM.Deployment(**entry))
 
     async def _reread_key(self, run: Run, deployment: Deployment, verdict: Verdict) -> None:
@@ -365,8 +365,8 @@ class Waterfall:
     def _answered(self, run: Run, sent: Sent, *, parsed: Any = None) -> Completion:
         """Return the Completion of a whole answer."""
         response = sent.response
-        usage, cost = usage_of(getattr(response, "usage", None)), response._hidden_params.get("response_cost")
-        return self._completion(run, sent, response, text=content(response), usage=usage, cost=cost, parsed=parsed)
+        usage = usage_of(getattr(response, "usage", None))
+        return self._completion(run, sent, response, text=content(response), usage=usage, parsed=parsed)
 
     def _streamed(self, run: Run, sent: Sent, text: str) -> Completion:
         """Return the Completion of a stream that ended well."""
@@ -374,10 +374,10 @@ class Waterfall:
         whole: Any = _LITELLM.stream_chunk_builder(chunks, messages=run.request.messages)
         usage = next((chunk.usage for chunk in reversed(chunks) if getattr(chunk, "usage", None)), None)
         usage = usage_of(usage or getattr(whole, "usage", None))
-        return self._completion(run, sent, whole, text=text, usage=usage, cost=_price(whole, sent.deployment))
+        return self._completion(run, sent, whole, text=text, usage=usage)
 
     def _completion(
-        self, run: Run, sent: Sent, whole: Any, *, text: str, usage: Usage, cost: float | None, parsed: Any = None
+        self, run: Run, sent: Sent, whole: Any, *, text: str, usage: Usage, parsed: Any = None
     ) -> Completion:
         """Return the Completion of `whole`, LiteLLM's response, and note and record the attempt."""
         deployment, choice = sent.deployment, whole.choices[0]
@@ -390,7 +390,7 @@ class Waterfall:
             model=deployment.model,
             deployment=deployment.id,
             usage=usage,
-            cost_usd=0.0 if deployment.free else cost,
+            cost_usd=_price(whole, deployment),
             latency_ms=run.ms,
             attempts=run.attempts(),
             degraded=deployment.embedded,
@@ -458,6 +458,13 @@ def _keep_off_proxies(found: Sequence[Deployment]) -> None:
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [kept, *through]))
 
 
+def _entries(found: Sequence[Deployment], credentials: Mapping[str, Credential]) -> list[dict[str, Any]]:
+    """Return LiteLLM's entries of the deployments that have a credential."""
+    keys = {ident: _params(known) for ident, known in credentials.items()}
+    unpriced = {name for each in found if not each.free and not _is_priced(name := each.litellm_model)}
+    return routing.model_list(found, keys, unpriced=unpriced)
+
+
 def _params(found: Credential) -> dict[str, Any]:
     """Return a credential as LiteLLM's parameters."""
     # LiteLLM would refuse more than `rpm` requests at once; the ledger counts, over all processes.
@@ -469,11 +476,19 @@ def _params(found: Credential) -> dict[str, Any]:
     return params
 
 
-def _price(response: Any, deployment: Deployment) -> float | None:
+def _price(whole: Any, deployment: Deployment) -> float | None:
     """Return the price of an answer in USD by LiteLLM's map, or None where it knows none."""
     if deployment.free:
         return 0.0
+    model = deployment.litellm_model
+    return _LITELLM.completion_cost(whole, model=model) if _is_priced(model) else None
+
+
+@cache
+def _is_priced(model: str) -> bool:
+    """Return whether LiteLLM's map has a price for a model."""
     try:
-        return _LITELLM.completion_cost(response, model=deployment.litellm_model)
-    except Exception:  # LiteLLM raises a bare Exception for a model without a price
-        return None
+        _LITELLM.cost_per_token(model=model, prompt_tokens=1, completion_tokens=1)
+    except Exception:  # of several kinds
+        return False
+    return True

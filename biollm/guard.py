@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import litellm
+from litellm._internal_context import is_internal_call
 from litellm.integrations.custom_logger import CustomLogger
 
 from biollm._background import THREAD
@@ -50,7 +51,7 @@ _ours: ContextVar[bool] = ContextVar("biollm_ours", default=False)  # follows a 
 
 def deployment_id(entry: Mapping[str, Any]) -> str:
     """Return the deployment's id, the same in the groups `biollm` and `biollm-local`."""
-    return str(entry["model_info"]["id"]).removesuffix("@local")
+    return str(entry["model_info"]["id"]).partition("/")[2]
 
 
 class Guard(CustomLogger):
@@ -96,6 +97,8 @@ class _Hush(logging.Filter):
 def install() -> None:
     """Put one Guard among LiteLLM's callbacks; again, if the host program has replaced them since. Mark the call as ours."""
     _ours.set(True)
+    # Else LiteLLM prices and dumps each answer once more, for callbacks that see nothing of it.
+    is_internal_call.set(True)
     if any(isinstance(callback, Guard) for callback in litellm.callbacks):
         return
     litellm.callbacks.append(Guard())
