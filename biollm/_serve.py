@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from biollm import _lean
 from biollm._background import background
 from biollm._files import private_folder, write_private
 from biollm._gateway_client import RECORD, SOCKET, connect, folders, identity, record
@@ -102,6 +103,7 @@ def serve(
         if client.config.alerts.active:
             threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
         import_waterfall()  # here, so that the first request need not wait for it
+        _lean.settle()
         try:
             _until_the_end(end, busy, idle, folder / SOCKET, (folder / SOCKET).stat().st_ino)
         finally:

@@ -7,6 +7,7 @@ print(get_model_client().complete("Why did this job fail? ..."))
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -436,8 +437,9 @@ def get_model_client(
 def import_waterfall() -> type[Waterfall]:
     """Import LiteLLM with its fetch of the price map switched off, and leave the environment as it was."""
     name = "LITELLM_LOCAL_MODEL_COST_MAP"
-    before = os.environ.get(name)
+    before, collects = os.environ.get(name), gc.isenabled()
     os.environ[name] = before or "True"
+    gc.disable()  # an import makes much and drops little: to look for garbage takes a sixth of its time
     # Pydantic's remark on one of LiteLLM's own types, at the first stream.
     warnings.filterwarnings("ignore", message="Item 'summary' on TypedDict class")
     try:
@@ -445,6 +447,8 @@ def import_waterfall() -> type[Waterfall]:
     finally:
         if before is None:
             del os.environ[name]
+        if collects:
+            gc.enable()
     return Waterfall
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from biollm import __version__
+from biollm import __version__, _lean
 from biollm.cli import alerts, ask, cluster, drill, serve, show, top, usage
 
 _EPILOG = (
@@ -52,6 +52,7 @@ alerts.register(app)
 
 def main() -> None:
     """Run the command line and exit; what went wrong is one sentence on stderr."""
+    _lean.own_handler()
     code = _run()
     for stream in (sys.stdout, sys.stderr):
         try:
