@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -56,8 +55,9 @@ class Waterfall:
         self._router: Any = _LITELLM.Router(model_list=self._entries(), **routing.router_settings(rungs.config))
 
     def _entries(self) -> list[dict[str, Any]]:
+        keys = {ident: _params(found) for ident, found in self.rungs.credentials.items()}
         _keep_off_proxies(self.rungs.deployments)
-        return _entries(self.rungs.deployments, self.rungs.credentials)
+        return routing.model_list(self.rungs.deployments, keys)
 
     def _follow(self) -> None:
         """Bring the Router up to date with the servers that run."""
@@ -283,7 +283,7 @@ class Waterfall:
         return good
 
     def _renew(self, deployment: Deployment, found: Credential) -> None:
-        for entry in _entries([deployment], {deployment.id: found}):
+        for entry in routing.model_list([deployment], {deployment.id: _params(found)}):
             self._router.upsert_deployment(_LITELLM.Deployment(**entry))
 
     async def _reread_key(self, run: Run, deployment: Deployment, verdict: Verdict) -> None:
@@ -458,13 +458,6 @@ def _keep_off_proxies(found: Sequence[Deployment]) -> None:
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [kept, *through]))
 
 
-def _entries(found: Sequence[Deployment], credentials: Mapping[str, Credential]) -> list[dict[str, Any]]:
-    """Return LiteLLM's entries of the deployments that have a credential."""
-    keys = {ident: _params(known) for ident, known in credentials.items()}
-    unpriced = {name for each in found if not each.free and not _is_priced(name := each.litellm_model)}
-    return routing.model_list(found, keys, unpriced=unpriced)
-
-
 def _params(found: Credential) -> dict[str, Any]:
     """Return a credential as LiteLLM's parameters."""
     # LiteLLM would refuse more than `rpm` requests at once; the ledger counts, over all processes.
@@ -476,19 +469,11 @@ def _params(found: Credential) -> dict[str, Any]:
     return params
 
 
-def _price(whole: Any, deployment: Deployment) -> float | None:
+def _price(response: Any, deployment: Deployment) -> float | None:
     """Return the price of an answer in USD by LiteLLM's map, or None where it knows none."""
     if deployment.free:
         return 0.0
-    model = deployment.litellm_model
-    return _LITELLM.completion_cost(whole, model=model) if _is_priced(model) else None
-
-
-@cache
-def _is_priced(model: str) -> bool:
-    """Return whether LiteLLM's map has a price for a model."""
     try:
-        _LITELLM.cost_per_token(model=model, prompt_tokens=1, completion_tokens=1)
-    except Exception:  # of several kinds
-        return False
-    return True
+        return _LITELLM.completion_cost(response, model=deployment.litellm_model)
+    except Exception:  # LiteLLM raises a bare Exception for a model without a price
+        return None

@@ -51,11 +51,11 @@ _ours: ContextVar[bool] = ContextVar("biollm_ours", default=False)  # follows a 
 
 def deployment_id(entry: Mapping[str, Any]) -> str:
     """Return the deployment's id, the same in the groups `biollm` and `biollm-local`."""
-    return str(entry["model_info"]["id"]).partition("/")[2]
+    return str(entry["model_info"]["id"]).removesuffix("@local")
 
 
 class Guard(CustomLogger):
-    """Two of LiteLLM's hooks; see the module's docstring. The signatures are LiteLLM's."""
+    """Three of LiteLLM's hooks; see the module's docstring. The signatures are LiteLLM's."""
 
     async def async_filter_deployments(  # noqa: D102
         self,
@@ -85,6 +85,13 @@ class Guard(CustomLogger):
         if turn.on_send:
             turn.on_send(chosen)
         return deployment
+
+    async def async_post_call_success_deployment_hook(  # noqa: D102
+        self, request_data: dict[str, Any], response: Any, call_type: Any
+    ) -> None:
+        if current.get() is not None:
+            # LiteLLM prices no answer that has a price: it takes 0.4 ms, where most are free. The waterfall does it.
+            response._hidden_params["response_cost"] = 0.0
 
 
 class _Hush(logging.Filter):

@@ -8,7 +8,7 @@ Deployment carries those facts beside LiteLLM's own.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -24,7 +24,6 @@ Policy = Literal["any", "no_training", "local_only"]
 _TAKES_SCHEMA = {"openai", "azure", "gemini", "vertex_ai", "anthropic", "mistral", "groq", "hosted_vllm"}
 # A deployment's own address, so that no OPENAI_BASE_URL of the environment sends a key elsewhere.
 _DEFAULT_URL = {"openai": "https://api.openai.com/v1"}
-_UNPAID = {"input_cost_per_token": 0.0, "output_cost_per_token": 0.0, "cache_read_input_token_cost": 0.0}
 
 
 @dataclass(frozen=True)
@@ -257,28 +256,27 @@ def router_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def model_list(
-    found: Iterable[Deployment], keys: Mapping[str, Mapping[str, Any]], *, unpriced: Container[str] = ()
-) -> list[dict[str, Any]]:
+def model_list(found: Iterable[Deployment], keys: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return LiteLLM's `model_list`: group `biollm`, and `biollm-local` with the deployments that never leave.
 
     Args:
         found: The deployments; those without an entry in `keys` are left out.
         keys: Deployment id -> further `litellm_params`: `api_key`, `extra_headers`, `api_base`.
-        unpriced: LiteLLM's names of models without a price.
     """
     entries: list[dict[str, Any]] = []
     for deployment in found:
         if deployment.id not in keys:
             continue
-        # Where an answer has no price, LiteLLM looks long (2 ms) for the reason.
-        unpaid = _UNPAID if deployment.free or deployment.litellm_model in unpriced else {}
-        for group in (GROUP, LOCAL_GROUP) if deployment.local else (GROUP,):
-            entries.append(_entry(group, deployment, keys[deployment.id], unpaid))
+        entry = _entry(deployment, keys[deployment.id])
+        entries.append(entry)
+        if deployment.local:
+            twin = {**entry["model_info"], "id": f"{deployment.id}@local"}
+            params = dict(entry["litellm_params"])
+            entries.append({"model_name": LOCAL_GROUP, "litellm_params": params, "model_info": twin})
     return entries
 
 
-def _entry(group: str, deployment: Deployment, key: Mapping[str, Any], price: Mapping[str, float]) -> dict[str, Any]:
+def _entry(deployment: Deployment, key: Mapping[str, Any]) -> dict[str, Any]:
     params: dict[str, Any] = {
         "model": deployment.litellm_model,
         "order": deployment.order,
@@ -290,10 +288,8 @@ def _entry(group: str, deployment: Deployment, key: Mapping[str, Any], price: Ma
         params["rpm"] = rpm
     if deployment.provider.timeout:
         params["timeout"] = deployment.provider.timeout
-    who = {"provider": deployment.provider.name, "account": deployment.account.name}
-    # An id that is one of LiteLLM's names of models would change that model's price for all.
-    info = {"id": f"{group}/{deployment.id}", **who, **price}
-    return {"model_name": group, "litellm_params": {**params, **key}, "model_info": info}
+    info = {"id": deployment.id, "provider": deployment.provider.name, "account": deployment.account.name}
+    return {"model_name": GROUP, "litellm_params": {**params, **key}, "model_info": info}
 
 
 def requests_per_minute(limits: Iterable[Limit]) -> int | None:

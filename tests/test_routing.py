@@ -147,9 +147,9 @@ def test_both_groups_and_only_deployments_with_a_key(config: Config) -> None:
     found = routing.deployments(config, [server("1")])
     made = routing.model_list(found, {"one/big": {"api_key": "k"}, "gpu/mine#1": {"api_key": "s"}})
     assert [(e["model_name"], e["model_info"]["id"]) for e in made] == [
-        ("biollm", "biollm/one/big"),
-        ("biollm", "biollm/gpu/mine#1"),
-        ("biollm-local", "biollm-local/gpu/mine#1"),
+        ("biollm", "one/big"),
+        ("biollm", "gpu/mine#1"),
+        ("biollm-local", "gpu/mine#1@local"),
     ]
     assert made[0]["litellm_params"] == {
         "model": "openai/vendor/big-v2",
