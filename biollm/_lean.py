@@ -8,13 +8,15 @@ import sys
 from importlib import import_module
 from typing import Any
 
+OWN_HANDLER = "EXPERIMENTAL_OPENAI_BASE_LLM_HTTP_HANDLER"
+
 
 def own_handler() -> None:
     """Let LiteLLM speak OpenAI's dialect by its own HTTP handler and not by OpenAI's SDK; before its first request.
 
     1 ms less per request, and 0.1 s at the first (measured with 1.106.12).
     """
-    os.environ.setdefault("EXPERIMENTAL_OPENAI_BASE_LLM_HTTP_HANDLER", "True")
+    os.environ.setdefault(OWN_HANDLER, "True")
 
 
 def settle() -> None:

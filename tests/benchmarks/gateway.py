@@ -20,6 +20,8 @@ from commands import BIOLLM, timed
 from programs import CACHE, end, litellm_proxy
 from setting import KEY, PROMPT, ROUNDS, Bar, interleaved, ratio, waterfall
 
+from biollm import _lean
+
 PORTKEY = "@portkey-ai/gateway@1.15.2"
 STARTS, ALONE, BUSY, AT_ONCE = 3, 100, 320, 16
 STREAMS, SECONDS, PER_SECOND = 50, 60, loopback.PER_SECOND
@@ -131,17 +133,19 @@ def contestants(
 ) -> dict[str, tuple[list[str | Path], Door, dict[str, str]]]:
     """Return each server's command, door and environment; all have the same three deployments."""
     (run := scratch / "run").mkdir(mode=0o700, exist_ok=True)
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     mine = {**env, "BIOLLM_GATEWAY_KEY": KEY, "XDG_RUNTIME_DIR": str(run)}
     printed = subprocess.run(
         [BIOLLM, "config", "--litellm"], env=env, check=True, capture_output=True, text=True
     ).stdout
     (scratch / "proxy.yaml").write_text(printed)
     theirs = {**env, "LITELLM_MASTER_KEY": KEY, "HOME": str(scratch)}
+    proxy = [litellm_proxy(), "--config", scratch / "proxy.yaml", "--host", "127.0.0.1", "--port"]
     found: dict[str, tuple[list[str | Path], Door, dict[str, str]]] = {
         "biollm serve": ([BIOLLM, "serve", "--port", str(ports[0])], Door(ports[0]), mine),
-        "LiteLLM proxy": ([litellm_proxy(), "--config", scratch / "proxy.yaml", "--host", "127.0.0.1", "--port", str(ports[1])],
-                          Door(ports[1]), theirs),
+        "LiteLLM proxy": ([*proxy, str(ports[1])], Door(ports[1]), theirs),
+        # As `biollm serve` has it; the bars are about the proxy as it comes.
+        "LiteLLM proxy, without OpenAI's SDK": ([*proxy, str(ports[3])], Door(ports[3]), {**theirs, _lean.OWN_HANDLER: "True"}),
     }  # fmt: skip
     if program := portkey():
         headers = ("x-portkey-provider: openai", f"x-portkey-custom-host: {address}/ok/v1")
@@ -177,7 +181,7 @@ def beside_proxies(address: str, scratch: Path, env: Mapping[str, str]) -> tuple
             ("added", added),
             ("busy", lambda door: asyncio.run(load(door, BUSY, AT_ONCE))[1] / BUSY),
         ):
-            found = interleaved({name: (lambda door=door: measure(door)) for name, door in doors.items()})
+            found = interleaved({name: (lambda door=door: measure(door)) for name, door in doors.items()}, 2 * ROUNDS)
             for name, values in found.items():
                 figures[name][what] = values
         for name, pid in pids.items():
