@@ -12,13 +12,21 @@ import pytest
 from provider import Loopback
 from test_node import Job
 
+from biollm._lean import OWN_HANDLER
 from biollm.config import load_config
 from biollm.drill import FAULTS, IN_PROCESS, drill
 
 
+@pytest.mark.parametrize("own", ["", "True"], ids=["OpenAI's SDK", "LiteLLM's own handler"])
 def test_the_next_rung_answers_whatever_breaks_and_no_provider_is_asked(
-    net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any], state: Path
+    own: str,
+    net: Loopback,
+    waterfall: Callable[..., Path],
+    biollm: Callable[..., Any],
+    state: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(OWN_HANDLER, own)
     first, second = net.serve(text="first"), net.serve(text="second")
     waterfall(first=first, second=second)
     ran = biollm("drill", "--json")

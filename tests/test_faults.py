@@ -30,6 +30,7 @@ from behaviours import Behaviour
 from provider import Certificates, Loopback, Request, Server
 
 from biollm._background import background
+from biollm._lean import OWN_HANDLER
 from biollm.client import (
     Attempt,
     Client,
@@ -157,14 +158,21 @@ class Told:
     error: CompletionError | None = None
 
 
-@pytest.fixture(scope="module", autouse=True)
-def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One state folder for the module, so that its clients last; keys; and no proxy of the user's."""
+HANDLERS = [pytest.param("", id="OpenAI's SDK"), pytest.param("True", id="LiteLLM's own", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", autouse=True, params=HANDLERS)
+def state(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One state folder for the module, so that its clients last; keys; and no proxy of the user's.
+
+    Once as in a host program, and once as in programs of ours.
+    """
     folder = tmp_path_factory.mktemp("state")
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith("BIOLLM_") or name.lower().endswith("_proxy"):
                 patch.delenv(name)
+        patch.setenv(OWN_HANDLER, request.param)
         patch.setenv("BIOLLM_STATE_DIR", str(folder))
         patch.setenv("BIOLLM_SITE_CONFIG", str(folder / "none"))
         patch.setenv("XDG_CONFIG_HOME", str(folder / "none"))
@@ -175,7 +183,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def servers(net: Loopback, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
+def servers(state: Path, net: Loopback, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
     def misbehave(request: Request) -> Behaviour:
         if "key-core" in request.headers["authorization"]:
             return Behaviour(text="from core")
