@@ -24,6 +24,7 @@ from biollm.config import Account, Provider
 from biollm.copilot import Token
 from biollm.credentials import Credential
 from biollm.errors import UnavailableError
+from biollm.health import check_all_providers
 
 LOGIN, DEVICE = "gho_planted_login_0123456789", "device-0123456789"
 WAIT = {"error": "authorization_pending"}
@@ -287,6 +288,31 @@ def test_the_credential_carries_what_copilot_wants(logged_in: GitHub, state: Pat
     assert found.fingerprint
     shown = repr(found) + repr(copilot.token("lab", state))
     assert "planted" not in shown
+
+
+@pytest.mark.parametrize(
+    ("answer", "available", "exchanges"),
+    [(200, True, 1), (401, False, 1)],
+)
+def test_an_account_idle_past_its_tokens_end_is_asked_with_a_new_one(
+    logged_in: GitHub,
+    state: Path,
+    net: Loopback,
+    waterfall: Callable[..., Path],
+    answer: int,
+    available: bool,
+    exchanges: int,
+) -> None:
+    server = net.serve()
+    logged_in.api = server.url
+    waterfall(github_copilot={"accounts": [{"name": "lab"}]})
+    keep(state, -1)
+    logged_in.exchange, before = answer, logged_in.exchanges
+    found = check_all_providers()["github_copilot"]
+    assert (found["available"], logged_in.exchanges - before) == (available, exchanges)
+    sent = [request.headers["authorization"] for request in server.requests]
+    assert sent == (["Bearer tid=planted-2;exp=1"] if available else [])
+    assert available or "no longer accepts the login" in found["error"]
 
 
 def test_both_accounts_answer_each_with_its_own_token_and_the_headers(
