@@ -180,7 +180,8 @@ def _merge(
     new, merged = {(alert.rule, alert.about): alert for alert in found}, list[Alert]()
     for old in before:
         alert = new.pop((old.rule, old.about), None)
-        if getattr(rules, old.rule, None) in (None, False):
+        bound = getattr(rules, old.rule, None)
+        if bound is None or bound is False:  # 0 is a bound
             continue
         if alert is None and old.rule == "job_failed":  # it has not mended: Slurm is slow to tell, or has forgotten it
             if now - old.since < _FORGOTTEN:

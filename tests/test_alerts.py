@@ -252,6 +252,22 @@ def test_a_failed_job_is_news_once(state: Path, net: Loopback, waterfall: Waterf
     assert said == ["ALERT  job 4711 (qwen) failed: out of memory"]
 
 
+@pytest.mark.parametrize(
+    ("rules", "alert"),
+    [({"down": 0}, "gemini/flash gives no answer for 0 min: HTTP 503"), ({"p95": 0}, "5% of 10 requests took over")],
+)
+def test_a_bound_of_nothing_is_a_rule_like_any_other(
+    state: Path, net: Loopback, waterfall: Waterfall, rules: Any, alert: str
+) -> None:
+    waterfall({"alerts": rules}, first=net.serve())
+    sent("ok")
+    config, said, shot = load_config(), list[str](), seen(rungs=(rung("failing"),))
+    for later in range(3):
+        found = alerts.check(config, ledger(), replace(shot, at=NOW + later), state, said.append)
+        assert [each.rule for each in found] == [*rules]
+    assert [line.startswith(f"ALERT  {alert}") for line in said] == [True]
+
+
 def test_an_older_look_undoes_nothing(state: Path, net: Loopback, waterfall: Waterfall) -> None:
     waterfall({"alerts": {"expires": "30 min"}}, first=net.serve())
     config, said = load_config(), list[str]()
