@@ -75,18 +75,23 @@ def used_of(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, 
     return used, None if oldest is None else oldest + _window(limit)
 
 
+def excess(limit: Limit, used: float) -> float:
+    """Return by how much the least that a request may use would pass `limit`; it has room unless that is above 0."""
+    return used + _CLAIM[limit.kind] - limit.amount
+
+
 def full(db: sqlite3.Connection, scope: str, limit: Limit, now: float) -> float | None:
     """Return when `limit` has room again, or None if it has room now."""
     used, until = used_of(lambda sql, values: db.execute(sql, values).fetchall(), scope, limit, now)
-    excess = used + _CLAIM[limit.kind] - limit.amount
-    if excess <= 0:
+    over = excess(limit, used)
+    if over <= 0:
         return None
     if limit.rolling:
         value = "1" if limit.kind == "requests" else f"coalesce({limit.kind}, 0)"
         sql = f"SELECT at, {value} FROM sent WHERE scope = ? AND at > ? ORDER BY at"  # noqa: S608
         for at, count in db.execute(sql, (scope, now - _window(limit))).fetchall():
-            excess -= count
-            if excess <= 0:
+            over -= count
+            if over <= 0:
                 return at + _window(limit)
     return until
 

@@ -18,11 +18,12 @@ from statistics import median
 from typing import Any, Literal
 
 from biollm._forms import short
+from biollm._quotas import excess
 from biollm._resources import state_dir
 from biollm._shared import ledger, watch
 from biollm._sqlite import read
 from biollm.alerts import firing
-from biollm.config import Config
+from biollm.config import Config, Limit
 from biollm.endpoints import Endpoint
 from biollm.errors import BiollmError
 from biollm.ledger import Ledger
@@ -169,24 +170,24 @@ class Top:
             servers = tuple(self._discover())
             rungs = Rungs(self._config, self._ledger, self._state, self._config.data_policy, lambda: servers)
             found = explain(rungs, Wants(policy=self._config.data_policy))
-            used: dict[str, tuple[Quota, ...]] = {}
-            for scope, limits in {rung.deployment.scope: rung.deployment.limits for rung in found}.items():
-                used[scope] = tuple(Quota(str(x), n, x.amount) for x, n, _ in self._ledger.used(scope, limits))
+            scopes = {rung.deployment.scope: rung.deployment.limits for rung in found}
+            used = {scope: self._ledger.used(scope, limits) for scope, limits in scopes.items()}
             views = tuple(self._view(rung, used[rung.deployment.scope], now) for rung in found)
             jobs, alerts = _jobs(self._jobs(), servers), tuple(map(str, self._alerts()))
             return Snapshot(now, views, jobs, self._series(now), alerts)
 
-    def _view(self, rung: Rung, quotas: tuple[Quota, ...], now: float) -> RungView:
+    def _view(self, rung: Rung, used: Sequence[tuple[Limit, float, object]], now: float) -> RungView:
         name, why = rung.deployment.id, rung.reason
         state: State = rung.standing
         answered = self._answered.get(name)
         failed, reason = self._failed.get(name, (0.0, ""))
-        if state == "limited" and not any(quota.used >= quota.amount for quota in quotas):
+        if state == "limited" and not any(excess(limit, count) > 0 for limit, count, _ in used):
             state = "cooling"
         elif state == "ready" and failed > max(answered or 0.0, now - 60 * MINUTES):
             state, why = "failing", reason
         frees = max(0.0, rung.until - now) if rung.until else None
         last = max(0.0, now - answered) if answered else None
+        quotas = tuple(Quota(str(limit), count, limit.amount) for limit, count, _ in used)
         return RungView(rung.deployment.order, name, state, why, quotas, frees, last)
 
     def _forget(self) -> None:

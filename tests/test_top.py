@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import pty
@@ -27,7 +28,7 @@ from provider import Loopback
 from biollm._shared import ledger
 from biollm.client import get_model_client
 from biollm.config import load_config
-from biollm.ledger import Ledger
+from biollm.ledger import Ledger, Need
 from biollm.top import Minute, Quota, RungView, Snapshot, Top, render
 
 UPDATE = os.environ.get("BIOLLM_UPDATE") == "1"
@@ -111,6 +112,19 @@ def test_a_rung_whose_last_attempt_failed_is_failing_until_it_answers(quiet: tup
         first = top.snapshot().rungs[0]
         states.append((first.state, first.why))
     assert states == [("failing", "HTTP 500"), ("failing", "HTTP 500"), ("ready", "")]
+
+
+@pytest.mark.parametrize(("sent", "state"), [(7, "limited"), (6, "cooling")])
+def test_a_limit_with_no_room_for_a_whole_request_is_used_up(
+    waterfall: Write, tmp_path: Path, sent: int, state: str
+) -> None:
+    waterfall(first={"base_url": "http://localhost:1/v1", "rate_limit": "7.5/hour"})  # half of 15, say
+    config, ledger = load_config(), Ledger(tmp_path, network=False)
+    need = Need("first/default", tuple(config.providers[0].accounts[0].limits))
+    assert all(isinstance(asyncio.run(ledger.reserve(need)), int) for _ in range(sent))  # type: ignore[arg-type]
+    ledger.cool("account:first/default", 42, "HTTP 503")
+    (rung,) = Top(config, ledger, tmp_path).snapshot().rungs
+    assert (rung.state, rung.quotas) == (state, (Quota("7.5/hour", sent, 7.5),))
 
 
 def test_a_new_history_file_is_followed(quiet: tuple[Top, Ledger], tmp_path: Path) -> None:
