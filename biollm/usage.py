@@ -358,6 +358,6 @@ def _gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
     for ticket in known:
         end = ticket.seen if judge(ticket, queue, (), until).over else until
         seconds = min(end, until) - max(float(ticket.events[0]["at"]), since)
-        for model in ticket.models:
-            hours[model] = hours.get(model, 0.0) + ticket.gpus * max(0.0, seconds) / 3600 / len(ticket.models)
+        for model in ticket.models if seconds > 0 else ():  # else it was over before, or began later
+            hours[model] = hours.get(model, 0.0) + ticket.gpus * seconds / 3600 / len(ticket.models)
     return hours

@@ -308,6 +308,7 @@ def test_local_models_cost_their_jobs_gpu_hours(tmp_path: Path, waterfall: Calla
     assert local.cost_usd == pytest.approx(8.0, rel=0.01)
     assert local.per_million_usd == pytest.approx(2000, rel=0.01)
     assert local.reference_per_million_usd
+    assert usage.report(config, Ledger(state), now - 1800).local == ()  # it was over before then
 
 
 # --- The command -------------------------------------------------------------------------------------------------
