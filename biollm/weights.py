@@ -41,7 +41,10 @@ def present(model: Model, cluster: Cluster) -> Path | str:
     shards = {path.name for pattern in ("*.safetensors", "*.bin", "*.pt") for path in folder.glob(pattern)}
     wanted: set[str] = set()
     for index in folder.glob("*.safetensors.index.json"):
-        wanted |= set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            wanted |= set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):  # such as one that was cut off
+            return f"The weights of {model.key} in {folder} are not complete: {index.name} is broken. {mend}"
     if missing := sorted(wanted - shards):
         return f"The weights of {model.key} in {folder} lack {len(missing)} files, {missing[0]} for one. {mend}"
     return folder if shards else f"There is no weights file in {folder}. {mend}"

@@ -78,6 +78,18 @@ def test_an_interrupted_pull_is_said_and_keeps_the_files_that_are_whole(hub: Hub
     assert not [name for name in whole for request in hub.requests if request.startswith("GET") and name in request]
 
 
+@pytest.mark.parametrize("text", ["", '{"weight_map": {"a": "mod', "{}", "[]", '{"weight_map": null}'])
+def test_an_index_that_is_cut_off_is_weights_that_are_not_complete(cluster: Cluster, text: str) -> None:
+    folder = weights_dir(MODEL, cluster)
+    folder.mkdir(parents=True)
+    for name in KEPT:
+        (folder / name).write_bytes(FILES[name])
+    assert present(MODEL, cluster) == folder
+    (folder / "model.safetensors.index.json").write_text(text)
+    said = str(present(MODEL, cluster))
+    assert said.endswith("are not complete: model.safetensors.index.json is broken. `biollm pull mine` gets them.")
+
+
 def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, cluster: Cluster) -> None:
     hub.files[BIG], hub.cut[BIG] = b"3" * 12_000_000, 11_000_000
     folder = pull(MODEL, cluster)
