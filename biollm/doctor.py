@@ -16,7 +16,7 @@ from biollm._resources import state_dir
 from biollm._sqlite import on_network
 from biollm.config import Config
 from biollm.errors import BiollmError
-from biollm.owners import is_this_host
+from biollm.owners import address, is_this_host
 from biollm.site import run_dir
 
 _COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
@@ -56,10 +56,12 @@ def _proxy(config: Config) -> Check:
     name = next((name for name in names if os.environ.get(name)), None)
     if name is None:
         return Check("proxy", True, "none is set: providers are asked directly")
-    url = urlsplit(os.environ[name])
-    with suppress(OSError, ValueError), socket.create_connection((url.hostname or "", url.port or 3128), timeout=3):
-        return Check("proxy", True, f"{name} is set, and {url.hostname} answers")
-    return Check("proxy", False, f"{name} is set, but {url.hostname} does not answer", f"Correct or unset {name}.")
+    written = os.environ[name]
+    url = written if "://" in written else f"http://{written}"  # httpx takes either
+    host = urlsplit(url).hostname
+    with suppress(OSError, ValueError), socket.create_connection(address(url), timeout=3):
+        return Check("proxy", True, f"{name} is set, and {host} answers")
+    return Check("proxy", False, f"{name} is set, but {host} does not answer", f"Correct or unset {name}.")
 
 
 def _weights(config: Config) -> Check:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from provider import Loopback
 
 from biollm.config import load_config
 from biollm.doctor import Check, check
@@ -47,6 +49,26 @@ def test_a_proxy_that_does_not_answer(waterfall: Waterfall, net: object, monkeyp
     monkeypatch.setenv("https_proxy", net.refusing().removesuffix("/v1"))  # type: ignore[attr-defined]
     assert not found("proxy").ok
     assert found("proxy").mend == "Correct or unset https_proxy."
+
+
+@pytest.mark.parametrize(
+    ("written", "answers"),
+    [
+        ("http://{up}", True),
+        ("{up}", True),
+        ("http://user:secret@{up}", True),
+        ("{down}", False),
+        ("http://{up}0", False),
+    ],
+)
+def test_a_proxy_is_understood_as_httpx_understands_it(
+    waterfall: Waterfall, net: Loopback, monkeypatch: pytest.MonkeyPatch, written: str, answers: bool
+) -> None:
+    waterfall()
+    up, down = (urlsplit(url).netloc for url in (net.serve().url, net.refusing()))
+    monkeypatch.setenv("https_proxy", written.format(up=up, down=down))
+    said = f"https_proxy is set, {'and 127.0.0.1 answers' if answers else 'but 127.0.0.1 does not answer'}"
+    assert (found("proxy").ok, found("proxy").detail) == (answers, said)
 
 
 def test_weights(waterfall: Waterfall, tmp_path: Path) -> None:
