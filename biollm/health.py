@@ -28,15 +28,15 @@ class Health:
 
     Attributes:
         who: The deployment's id without its model.
-        available: Whether it lists its models.
+        available: Whether it lists its models; None where that could not be asked.
         latency_ms: Milliseconds of that answer.
-        error: Why it is not available, one sentence.
+        error: Why it is not available, or was not asked, one sentence.
         missing: Models that the configuration names and the provider does not list.
     """
 
     provider: str
     who: str
-    available: bool
+    available: bool | None
     latency_ms: float | None = None
     error: str = ""
     missing: tuple[str, ...] = ()
@@ -45,7 +45,8 @@ class Health:
 def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) -> dict[str, dict[str, Any]]:
     """Return for each provider {"available": True, "latency_ms": 120} or {"available": False, "error": "..."}.
 
-    A provider is available when one of its accounts, or one of its servers, is.
+    A provider is available when one of its accounts, or one of its servers, is; {"available": None, "error": "..."}
+    where none is known to be and one could not be asked.
 
     Args:
         config: The configuration; the usual layers when None.
@@ -55,10 +56,11 @@ def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) 
         ConfigError: A YAML file is wrong.
     """
     found: dict[str, dict[str, Any]] = {}
+    rank = (False, None, True).index
     for health in check(config or load_config(), timeout=timeout):
         good = {"available": True, "latency_ms": round(health.latency_ms or 0)}
-        bad = {"available": False, "error": health.error}
-        if health.provider not in found or (health.available and not found[health.provider]["available"]):
+        bad = {"available": health.available, "error": health.error}
+        if health.provider not in found or rank(health.available) > rank(found[health.provider]["available"]):
             found[health.provider] = good if health.available else bad
     return found
 
@@ -98,6 +100,8 @@ async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClien
         return Health(first.provider.name, who, False, error=rungs.missing(first))
     if first.embedded:
         return Health(first.provider.name, who, True, 0.0)
+    if not (_address(first) or known.base_url):
+        return Health(first.provider.name, who, None, error="its address is known to LiteLLM alone; not asked")
     started = time.perf_counter()
     try:
         async with asyncio.timeout(timeout):
@@ -121,14 +125,18 @@ async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClien
     return Health(first.provider.name, who, True, ms, missing=tuple(sorted(names - listed)) if listed else ())
 
 
+def _address(deployment: Deployment) -> str:
+    """Return where the provider answers; "" where LiteLLM alone knows it."""
+    return deployment.base_url or (_GEMINI if deployment.litellm_model.startswith("gemini/") else "")
+
+
 async def _models(client: httpx.AsyncClient, deployment: Deployment, known: Credential) -> set[str]:
     """Return the ids that the provider lists; none where it lists nothing of use."""
     if deployment.litellm_model.startswith("gemini/"):
-        url, headers = deployment.base_url or _GEMINI, {"x-goog-api-key": known.secret}
+        headers = {"x-goog-api-key": known.secret}
     else:
-        url = known.base_url or deployment.base_url or ""
         headers = {"Authorization": f"Bearer {known.secret}", **known.headers} if known.secret else {}
-    answer = await client.get(f"{url}/models", headers=headers)
+    answer = await client.get(f"{known.base_url or _address(deployment)}/models", headers=headers)
     answer.raise_for_status()
     body: Any = answer.json()
     entries: list[Any] = body.get("data") or body.get("models") or []

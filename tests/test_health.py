@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from behaviours import HANG, HTML, HTTP_401_ECHO, HTTP_500, Behaviour
+from conftest import Ran
 from provider import Loopback
 
 from biollm.client import check_all_providers
@@ -54,6 +56,28 @@ def test_a_provider_with_one_living_account_is_available(net: Loopback, waterfal
     waterfall(two={"base_url": net.serve().url, "accounts": accounts})
     assert check_all_providers()["two"]["available"] is True
     assert [(each.who, each.available) for each in check(load_config())] == [("two.a", False), ("two.b", True)]
+
+
+@pytest.mark.parametrize(
+    ("rungs", "available", "code"),
+    [
+        ({"groq": {}}, {"groq": None}, 0),
+        ({"groq": {}, "down": "refusing"}, {"groq": None, "down": False}, 0),
+        ({"groq": {"env_key": "NOT_SET"}}, {"groq": False}, 69),
+        ({"groq": {"accounts": [{"name": "a", "env_key": "NOT_SET"}, {"name": "b", "env_key": "GROQ_KEY"}]}},
+         {"groq": None}, 0),
+    ],
+)  # fmt: skip
+def test_who_has_no_address_here_is_neither_up_nor_down(
+    net: Loopback, waterfall: Write, biollm: Callable[..., Ran], rungs: dict[str, Any], available: Any, code: int
+) -> None:
+    waterfall(**{name: net.refusing() if rung == "refusing" else rung for name, rung in rungs.items()})
+    status = check_all_providers()
+    assert {name: each["available"] for name, each in status.items()} == available
+    assert available["groq"] is False or "known to LiteLLM alone" in status["groq"]["error"]
+    ran = biollm("health")
+    assert ran.code == code
+    assert ("unknown" in ran.out) is (None in available.values())
 
 
 def test_models_that_the_provider_does_not_list_are_named(net: Loopback, waterfall: Write) -> None:

@@ -123,7 +123,7 @@ def health(
 ) -> None:
     """Ask every provider whether it is there.
 
-    All at once, by their lists of models: no billable tokens. Exit 0 when at least one is there, else 69.
+    All at once, by their lists of models: no billable tokens. Exit 69 when none is there.
     """
     from biollm import health as checks
     from biollm.cli import _print
@@ -136,9 +136,10 @@ def health(
     if as_json:
         _print.as_json(found)
     else:
-        rows = [(each.who, "up" if each.available else "down", _ms(each.latency_ms), _why(each)) for each in found]
+        said = {True: "up", False: "down", None: "unknown"}
+        rows = [(each.who, said[each.available], _ms(each.latency_ms), _why(each)) for each in found]
         _print.table(("provider", "state", "ms", "remarks"), rows)
-    if not any(each.available for each in found):
+    if not any(each.available is not False for each in found):  # one that could not be asked may be there
         raise typer.Exit(69)
 
 
