@@ -41,13 +41,27 @@ def _root(  # pyright: ignore[reportUnusedFunction] # Typer calls it
     """One call that always gets an answer: free APIs, subscribed APIs, your own GPUs, this machine."""
 
 
-ask.register(app)
-cluster.register(app, show.register(app))
-top.register(app)
-usage.register(app)
-drill.register(app)
-serve.register(app)
-alerts.register(app)
+_COMMANDS = (
+    ask.complete, ask.explain, ask.login, show.providers, show.health, show.config, show.init, cluster.render_slurm,
+    cluster.fit, cluster.pull, cluster.up, cluster.status, cluster.logs, cluster.down, cluster.doctor, top.top,
+    usage.usage, drill.drill, alerts.alerts,
+)  # fmt: skip
+_EMBEDDED = typer.Typer(
+    name="embedded", no_args_is_help=True, help="The small model that runs in biollm's own process."
+)
+_MODELS = typer.Typer(name="models", invoke_without_command=True, help="The models of the configuration.")
+_SERVE = typer.Typer(name="serve", invoke_without_command=True, help=serve.serve.__doc__)
+
+for command in _COMMANDS:  # Typer names each as its function, with a dash for an underscore
+    app.command()(command)
+_EMBEDDED.command("pull")(ask.embedded_pull)
+_MODELS.callback()(show.models_list)
+_MODELS.command("add")(cluster.models_add)
+_SERVE.callback()(serve.serve)
+for command in (serve.status, serve.stop):
+    _SERVE.command()(command)
+for group in (_EMBEDDED, _MODELS, _SERVE):
+    app.add_typer(group)
 
 
 def main() -> None:

@@ -10,11 +10,6 @@ import typer
 from biollm.cli._options import Json
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(alerts)
-
-
 def alerts(
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only what is new, on stderr.")] = False,

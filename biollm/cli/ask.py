@@ -31,16 +31,6 @@ LocalOnly = Annotated[bool, typer.Option("--local-only", help="Keep the prompt o
 _SLOW = 2.0  # seconds of a start that a person notices
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
-    app.command()(complete)
-    app.command()(explain)
-    app.command()(login)
-    embedded = typer.Typer(no_args_is_help=True, help="The small model that runs in biollm's own process.")
-    embedded.command("pull")(embedded_pull)
-    app.add_typer(embedded, name="embedded")
-
-
 def complete(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The question; - is stdin. Piped input is added to it.")

@@ -31,14 +31,6 @@ Gpus = Annotated[int | None, typer.Option(min=0, metavar="N", help="GPUs of the 
 Force = Annotated[bool, typer.Option("--force", help="Even what does not fit.")]
 
 
-def register(app: typer.Typer, models: typer.Typer) -> None:
-    """Add the commands to the app, and `add` to the `models` group."""
-    app.command("render-slurm")(render_slurm)
-    for command in (fit, pull, up, status, logs, down, doctor):
-        app.command()(command)
-    models.command("add")(models_add)
-
-
 def render_slurm(
     models: Models,
     partition: Partition = None,

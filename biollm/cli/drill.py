@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from biollm.drill import Cell
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(drill)
-
-
 def drill(
     live: Annotated[
         bool, typer.Option("--live", help="Let each real rung answer a tiny prompt, those above it broken.")

@@ -9,15 +9,6 @@ import typer
 from biollm.cli._options import Json
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    group = typer.Typer(invoke_without_command=True, help=serve.__doc__)
-    group.callback()(serve)
-    group.command()(status)
-    group.command()(stop)
-    app.add_typer(group, name="serve")
-
-
 def serve(
     context: typer.Context,
     port: Annotated[

@@ -14,16 +14,6 @@ if TYPE_CHECKING:
     from biollm.errors import Problem
 
 
-def register(app: typer.Typer) -> typer.Typer:
-    """Add the commands to the app; return the `models` group."""
-    for command in (providers, health, config, init):
-        app.command()(command)
-    models = typer.Typer(invoke_without_command=True, help="The models of the configuration.")
-    models.callback()(models_list)
-    app.add_typer(models, name="models")
-    return models
-
-
 def models_list(context: typer.Context, as_json: Json = False) -> None:
     """List every model that a provider serves, in waterfall order."""
     if context.invoked_subcommand:

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 _ENTER, _LEAVE = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"  # the other screen, without a cursor; and back
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(top)
-
-
 def top(
     once: Annotated[bool, typer.Option("--once", help="Print once; so it is in a pipe.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a web page instead.")] = None,

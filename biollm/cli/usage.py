@@ -17,11 +17,6 @@ _BAR = 40  # columns
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(usage)
-
-
 def usage(
     since: Annotated[str, typer.Option(metavar="WHEN", help="7d, 12h, 30min ago, or a date.")] = "7d",
     until: Annotated[str | None, typer.Option(metavar="WHEN", help="Likewise; by default now.")] = None,
