@@ -10,6 +10,7 @@ import typer
 
 from biollm import __version__, _lean
 from biollm.cli import alerts, ask, cluster, drill, serve, show, top, usage
+from biollm.errors import BiollmError
 
 _EPILOG = (
     "Exit codes: 0 ok, 2 usage, 69 nobody can answer, 75 all limited (retry later), 77 keys refused or missing, "
@@ -77,8 +78,6 @@ def main() -> None:
 
 
 def _run() -> int:
-    from biollm.errors import BiollmError
-
     try:
         app()
     except SystemExit as end:  # Typer has said what is wrong with the command line

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from biollm.cli import _print
 from biollm.cli._options import Json
 
 
@@ -21,7 +22,6 @@ def alerts(
     from biollm import alerts as rules
     from biollm._resources import state_dir
     from biollm._shared import ledger
-    from biollm.cli import _print
     from biollm.config import load_config
     from biollm.top import Top
 

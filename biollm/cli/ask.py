@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biollm.cli import _print
 from biollm.cli._options import Json
+from biollm.cli._print import Progress
+from biollm.errors import CompletionError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from biollm._gateway_client import Line
-    from biollm.cli._print import Progress
     from biollm.client import Client, Piece
-    from biollm.errors import CompletionError
     from biollm.tickets import Job
     from biollm.types import Completion
 
@@ -71,9 +72,6 @@ def complete(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
 ) -> None:
     """Answer a question by the first provider that can."""
-    from biollm.cli._print import Progress
-    from biollm.errors import CompletionError
-
     progress = Progress(quiet=quiet)
     text, shape = _prompt(prompt, file or []), _schema(schema) if schema else None
     live = not (shape or as_json) and (sys.stdout.isatty() if stream is None else stream)
@@ -170,8 +168,6 @@ def _client(
 
 def _prompt(prompt: str | None, files: list[Path]) -> str:
     """Return the files, what was piped in, and last the question, where models heed it best; `-` is stdin."""
-    from biollm.errors import UsageError
-
     named = prompt == "-" or Path("-") in files
     mode = _stdin_mode()
     piped = sys.stdin.read() if named or stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
@@ -200,8 +196,6 @@ def _stdin_mode() -> int:
 
 
 def _tags(pairs: list[str]) -> dict[str, str]:
-    from biollm.errors import UsageError
-
     for pair in pairs:
         if "=" not in pair:
             raise UsageError(f"--tag {pair!r} is not key=value.")
@@ -209,8 +203,6 @@ def _tags(pairs: list[str]) -> dict[str, str]:
 
 
 def _schema(file: Path) -> dict[str, Any]:
-    from biollm.errors import UsageError
-
     try:
         schema = json.loads(file.read_text())
     except OSError as error:
@@ -260,8 +252,6 @@ def _live(pieces: Any, progress: Progress) -> Completion:
 
 
 def _show(answer: Completion, *, as_json: bool, live: bool, structured: bool) -> None:
-    from biollm.cli import _print
-
     if as_json:
         facts = {name: value for name, value in vars(answer).items() if name != "raw"}
         _print.as_json(facts)
@@ -278,8 +268,6 @@ def _show(answer: Completion, *, as_json: bool, live: bool, structured: bool) ->
 
 def _failed(error: CompletionError) -> None:
     """Print a failure for a program; for people it is on stderr in any case."""
-    from biollm.cli import _print
-
     facts = {"error": str(error).split("\n")[0], "hint": error.hint, "exit_code": error.exit_code}
     _print.as_json({**facts, "retry_after": getattr(error, "retry_after", None), "attempts": error.attempts})
 
@@ -315,7 +303,6 @@ def explain(
 
     Sends nothing; only where servers share a rung, it asks them how busy they are.
     """
-    from biollm.cli import _print
     from biollm.client import Client
 
     client = Client(provider, model, local_only=local_only, allow_degraded=True)
@@ -340,8 +327,6 @@ def explain(
 
 
 def _rung(rung: Any) -> dict[str, Any]:
-    from biollm.cli import _print
-
     deployment = rung.deployment
     return {
         "deployment": deployment.id,
@@ -379,7 +364,6 @@ def login(
     from biollm import copilot
     from biollm._resources import state_dir
     from biollm.config import load_config
-    from biollm.errors import UnknownNameError, UsageError
 
     if provider != "github_copilot":
         raise UsageError(
@@ -403,9 +387,7 @@ def embedded_pull(
     """Fetch the weights of the embedded model, once."""
     from biollm import embedded
     from biollm._resources import state_dir
-    from biollm.cli._print import Progress
     from biollm.config import load_config
-    from biollm.errors import UnknownNameError
 
     models = {key: each for key, each in load_config().models.items() if each.type == "embedded"}
     chosen = model or next(iter(models), "")

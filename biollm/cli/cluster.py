@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biollm.cli import _print
 from biollm.cli._options import Json
+from biollm.cli._print import Progress
+from biollm.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from biollm.config import Config, Model
@@ -65,7 +68,6 @@ def render_slurm(
 
 def _options(*, time: str | None, **rest: Any) -> Options:
     from biollm._forms import walltime
-    from biollm.errors import UsageError
     from biollm.launch import Options
 
     try:
@@ -76,7 +78,6 @@ def _options(*, time: str | None, **rest: Any) -> Options:
 
 def _chosen(config: Config, names: list[str], changes: list[str] | None = None) -> list[Model]:
     """Return the local models of these names, with `--set` applied to each."""
-    from biollm.errors import UnknownNameError
     from biollm.launch import override
 
     local = {key: model for key, model in config.models.items() if model.type == "local"}
@@ -111,7 +112,6 @@ def fit(
 
     With how many tokens, and what would make it fit. Exit 78 when one does not.
     """
-    from biollm.cli import _print
     from biollm.config import load_config
     from biollm.fit import fit as compute
     from biollm.registry import unregistered
@@ -161,7 +161,6 @@ def pull(models: Models) -> None:
     Goes on where it was interrupted; looks for free space first.
     """
     from biollm import weights
-    from biollm.cli._print import Progress
     from biollm.config import load_config
 
     config, progress = load_config(), Progress()
@@ -193,7 +192,6 @@ def up(
 ) -> None:
     """Start model servers and wait until they answer."""
     from biollm import slurm
-    from biollm.cli import _print
     from biollm.config import load_config
 
     config, progress = load_config(), _print.Progress(quiet=as_json)
@@ -227,8 +225,6 @@ def state_line(job: Job) -> str:
 
 
 def _show(jobs: list[Job], *, as_json: bool) -> None:
-    from biollm.cli import _print
-
     if as_json:
         _print.as_json([_fact(job) for job in jobs])
         return
@@ -309,9 +305,7 @@ def down(
 ) -> None:
     """Stop servers, once they have finished what runs."""
     from biollm import slurm
-    from biollm.cli import _print
     from biollm.config import load_config
-    from biollm.errors import UsageError
 
     if (target is None) == (not every):
         raise UsageError("Name a model or a job, or say --all.")
@@ -331,7 +325,6 @@ def doctor(as_json: Json = False) -> None:
     Exit 1 when something is wrong.
     """
     from biollm import doctor as checks
-    from biollm.cli import _print
     from biollm.config import load_config
 
     found = checks.check(load_config())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from biollm.cli import _print
 from biollm.cli._options import Json
 from biollm.errors import UsageError
 
@@ -29,7 +30,6 @@ def drill(
     a known price are not asked. Exit 1 when a rung that should have answered did not.
     """
     from biollm import drill as drills
-    from biollm.cli import _print
     from biollm.config import load_config
 
     if spend_limit is not None and not live:
@@ -68,7 +68,6 @@ def _verdict(cell: Cell) -> str:
 def _live(config: Config, limit: float | None, as_json: bool) -> bool:
     """Drill the real rungs, print what came of it, and return whether it is good."""
     from biollm import live_drill as drills
-    from biollm.cli import _print
 
     def say(sentence: str) -> None:
         typer.echo(sentence, err=True)

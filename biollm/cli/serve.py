@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from biollm.cli import _print
 from biollm.cli._options import Json
 
 
@@ -42,7 +43,6 @@ def status(as_json: Json = False) -> None:
     """Say whether the gateway runs; exit 1 if not."""
     from biollm import _serve
     from biollm._gateway_client import identity
-    from biollm.cli import _print
 
     told = _serve.running()
     if told is None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from biollm.cli import _print
 from biollm.cli._options import Json
+from biollm.errors import Problem
 
 if TYPE_CHECKING:
     from biollm.config import Config, Limit
-    from biollm.errors import Problem
 
 
 def models_list(context: typer.Context, as_json: Json = False) -> None:
@@ -19,7 +20,6 @@ def models_list(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand:
         return
     from biollm import routing
-    from biollm.cli import _print
     from biollm.config import load_config
 
     settings = load_config()
@@ -61,7 +61,6 @@ def providers(as_json: Json = False) -> None:
     Sends nothing.
     """
     from biollm._forms import short
-    from biollm.cli import _print
     from biollm.client import Client
 
     seen: dict[str, dict[str, Any]] = {}
@@ -101,8 +100,6 @@ def providers(as_json: Json = False) -> None:
 
 
 def _limit(limit: Limit, used: float, resets: float | None) -> dict[str, Any]:
-    from biollm.cli import _print
-
     facts = {"limit": str(limit), "kind": limit.kind, "amount": limit.amount, "per": limit.unit}
     return {**facts, "used": used, "resets": _print.moment(resets)}
 
@@ -116,7 +113,6 @@ def health(
     All at once, by their lists of models: no billable tokens. Exit 69 when none is there.
     """
     from biollm import health as checks
-    from biollm.cli import _print
     from biollm.config import load_config
 
     progress = _print.Progress(quiet=as_json)
@@ -159,7 +155,6 @@ def config(
 ) -> None:
     """Print the configuration in force and its sources."""
     from biollm import config as configuration
-    from biollm.cli import _print
 
     if schema:
         _print.as_json(configuration.json_schema(schema))

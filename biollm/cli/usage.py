@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biollm.cli import _print
 from biollm.cli._options import Json
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ def usage(
     from biollm import _rollup, metrics
     from biollm import usage as reports
     from biollm._resources import state_dir
-    from biollm.cli import _print
     from biollm.config import load_config
     from biollm.ledger import Ledger
 
@@ -84,8 +84,6 @@ def _told(counts: Mapping[str, int]) -> str:
 
 
 def _show(report: Report) -> None:
-    from biollm.cli import _print
-
     span = " to ".join(str(_print.moment(at))[:16].replace("T", " ") for at in (report.since, report.until))
     said = "exact" if report.exact else "within 2%"
     print(f"{span} UTC; percentiles are {said}.\n")
@@ -126,7 +124,6 @@ def _plot(rows: Sequence[Row]) -> None:
 
 def _quotas(report: Report) -> None:
     from biollm._forms import short
-    from biollm.cli import _print
 
     def at(epoch: float | None) -> str:
         return (_print.moment(epoch) or "-")[:16].replace("T", " ")
@@ -148,8 +145,6 @@ def _usd(value: float | None) -> str:
 
 
 def _section(head: Sequence[str], rows: Iterable[Any]) -> None:
-    from biollm.cli import _print
-
     if rows := list(rows):
         print()
         _print.table(head, rows)
