@@ -8,7 +8,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]  # of the commands that can
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biollm.cli import _print
-from biollm.cli._options import Json
-from biollm.cli._print import Progress
+from biollm.cli._print import Json, Progress
 from biollm.errors import CompletionError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:

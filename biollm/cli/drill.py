@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from biollm.cli import _print
-from biollm.cli._options import Json
+from biollm.cli._print import Json
 from biollm.errors import UsageError
 
 if TYPE_CHECKING:

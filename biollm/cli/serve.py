@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from biollm.cli import _print
-from biollm.cli._options import Json
+from biollm.cli._print import Json
 
 
 def serve(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from biollm.cli import _print
-from biollm.cli._options import Json
+from biollm.cli._print import Json
 from biollm.errors import Problem
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biollm.cli import _print
-from biollm.cli._options import Json
+from biollm.cli._print import Json
 
 if TYPE_CHECKING:
     from biollm.usage import Report, Row

@@ -1,9 +1,0 @@
-"""Options that many commands share."""
-
-from __future__ import annotations
-
-from typing import Annotated
-
-import typer
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
