@@ -8,6 +8,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,11 +17,12 @@ import typer
 
 from biollm.cli import _print
 from biollm.cli._print import Json, Progress
+from biollm.cli.cluster import state_line
 from biollm.errors import CompletionError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from biollm._gateway_client import Line
-    from biollm.client import Client, Piece
+    from biollm.client import Piece
     from biollm.tickets import Job
     from biollm.types import Completion
 
@@ -92,6 +94,9 @@ def complete(
         waited = waited or time.monotonic() - begun
         progress.say(f"asking {deployment}")
 
+    def waiting(job: Job) -> None:
+        progress.say(state_line(job))
+
     # A server's start is told of step by step, which a gateway does not do.
     line = None if start else _line(text, provider, model, shape, said, options, live=live)
     try:
@@ -99,8 +104,11 @@ def complete(
             progress.say("asking the gateway")
             answer = _stream(line.stream(), progress) if live else line.complete()
         else:
-            more = {"response_model": shape, "start_local": start, "wait": wait}
-            client, told = _client(provider, model, progress, sending, start=start)
+            from biollm._gateway_client import named
+            from biollm.client import Client
+
+            client, more = Client(provider, model), {"response_model": shape, "start_local": start, "wait": wait}
+            told = {} if named() and not start else {"on_send": sending, "on_state": waiting}
             options = {**said, **options, **more, **told}
             pieces = client.stream(text, **options, on_interrupt="restart") if live else iter(())
             answer = _stream(pieces, progress) if live else client.complete(text, **options)
@@ -150,25 +158,12 @@ def _line(
     return reach(body([*system, {"role": "user", "content": text}], model, {**params, **wanted}, **ours))
 
 
-def _client(
-    provider: str | None, model: str | None, progress: Progress, sending: Any, *, start: bool
-) -> tuple[Client, dict[str, Any]]:
-    """Return who answers in this process, or asks the gateway of BIOLLM_GATEWAY, and what tells of its progress."""
-    from biollm._gateway_client import named
-    from biollm.cli.cluster import state_line
-    from biollm.client import Client
-
-    def waiting(job: Job) -> None:
-        progress.say(state_line(job))
-
-    told = {"on_send": sending, "on_state": waiting}
-    return Client(provider, model), {} if named() and not start else told
-
-
 def _prompt(prompt: str | None, files: list[Path]) -> str:
     """Return the files, what was piped in, and last the question, where models heed it best; `-` is stdin."""
     named = prompt == "-" or Path("-") in files
-    mode = _stdin_mode()
+    mode = 0
+    with suppress(OSError):  # it may be closed; a terminal, a socket and /dev/null are not read unasked
+        mode = os.fstat(0).st_mode
     piped = sys.stdin.read() if named or stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
     parts: list[str] = []
     for file in files:
@@ -184,14 +179,6 @@ def _prompt(prompt: str | None, files: list[Path]) -> str:
             "There is nothing to ask.", hint='Write biollm complete "question", add -f FILE, or pipe text in.'
         )
     return text
-
-
-def _stdin_mode() -> int:
-    """Return the kind of stdin; 0 when it is closed. A terminal, a socket and /dev/null are not read unasked."""
-    try:
-        return os.fstat(0).st_mode
-    except OSError:
-        return 0
 
 
 def _tags(pairs: list[str]) -> dict[str, str]:
