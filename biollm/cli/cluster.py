@@ -248,15 +248,8 @@ def _fact(job: Job) -> dict[str, Any]:
         {"model": e.model, "url": e.base_url, "start": e.start, "requests": job.requests.get(e.start)}
         for e in job.endpoints
     ]
-    facts: dict[str, Any] = {"job": ticket.job, "models": list(ticket.models), "gpus": ticket.gpus, "phase": job.phase}
-    return {
-        **facts,
-        "reason": job.reason,
-        "start": job.start,
-        "node": job.node,
-        "left_s": job.left_s,
-        "servers": servers,
-    }
+    facts = {name: getattr(job, name) for name in ("phase", "reason", "start", "node", "left_s")}
+    return {"job": ticket.job, "models": ticket.models, "gpus": ticket.gpus, **facts, "servers": servers}
 
 
 def _span(seconds: float | None) -> str:
