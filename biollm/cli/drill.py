@@ -39,8 +39,7 @@ def drill(
         raise typer.Exit(not _live(config, spend_limit, as_json))
     found = drills.drill(config)
     if as_json:
-        _print.as_json({"ok": found.ok, "rungs": found.rungs, "absent": found.absent, "odd": found.odd,
-                        "cells": found.cells})  # fmt: skip
+        _print.as_json({"ok": found.ok, **vars(found)})
     else:
         if found.cells:
             rows = [
@@ -74,8 +73,7 @@ def _live(config: Config, limit: float | None, as_json: bool) -> bool:
 
     found = drills.live_drill(config, drills.LIMIT if limit is None else limit, say)
     if as_json:
-        _print.as_json({"ok": found.ok, "answers": found.answers, "absent": found.absent,
-                        "spent_usd": found.spent_usd, "limit_usd": found.limit_usd})  # fmt: skip
+        _print.as_json({"ok": found.ok, **vars(found)})
         return found.ok
     if found.answers:
         rows = [
