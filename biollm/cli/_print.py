@@ -6,8 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -38,12 +37,8 @@ def as_json(value: Any) -> None:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return dataclasses.asdict(value)  # type: ignore[arg-type]
-    if isinstance(value, Mapping):
-        return dict(value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    if isinstance(value, set | frozenset | tuple):
-        return sorted(value) if isinstance(value, set | frozenset) else list(value)  # pyright: ignore
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)  # pyright: ignore
     return value.model_dump() if hasattr(value, "model_dump") else str(value)
 
 
