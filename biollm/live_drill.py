@@ -75,35 +75,29 @@ class LiveDrill:
 
 
 class _Books(Ledger):
-    """The user's ledger, but for what is played: that goes to a ledger of its own."""
+    """The user's ledger, but for what is played: that goes to its own folder."""
 
     def __init__(self, folder: Path, real: Ledger) -> None:
         super().__init__(folder)
-        self._real, self._own = real, Ledger(folder)
+        self._real = real
         self.played: set[str] = set()  # scopes, and keys that rest
 
-    def _of(self, key: str) -> Ledger:
-        return self._own if key in self.played else self._real
-
     async def reserve(self, need: Need) -> int | Refused:
-        return await self._of(need.scope).reserve(need)
+        return await (super() if need.scope in self.played else self._real).reserve(need)
 
     def finish(self, reservation: int | None, scope: str, record: Record) -> None:
         if record.outcome == "ok":  # that rungs above it were broken on purpose is no fallback of the user's
             record = replace(record, reason="")
-        self._of(scope).finish(reservation, scope, record)
+        (super() if scope in self.played else self._real).finish(reservation, scope, record)
 
     def cool(self, key: str, seconds: float, reason: str) -> None:
-        self._of(key).cool(key, seconds, reason)
+        (super() if key in self.played else self._real).cool(key, seconds, reason)
 
     def blocked(self) -> Mapping[str, tuple[float, str]]:
-        return {**self._real.blocked(), **self._own.blocked()}
+        return {**self._real.blocked(), **super().blocked()}
 
     def refresh(self) -> None:
         self._real.refresh()
-
-    def close(self) -> None:
-        self._own.close()
 
 
 class _Purse:
