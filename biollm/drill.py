@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,13 +211,10 @@ class Theatre:
             for stage in self.stages.values():
                 stage.close()
 
-    def breaks(self, rungs: Sequence[Deployment], fault: str) -> None:
-        """Break these rungs in one way, the others in none, or in the way they are already in."""
-        self._faults |= {_key(rung): fault for rung in rungs}
-
-    def mend(self) -> None:
-        """Break nobody any more."""
+    def breaks(self, faults: Iterable[tuple[Deployment, str]]) -> None:
+        """Break these rungs, each in its way, and mend all others."""
         self._faults.clear()
+        self._faults |= {_key(rung): fault for rung, fault in faults}
 
 
 async def _play(real: Rungs, rungs: Sequence[Deployment], folder: Path) -> list[Cell]:
@@ -225,9 +222,7 @@ async def _play(real: Rungs, rungs: Sequence[Deployment], folder: Path) -> list[
     async with theatre.opened(Ledger(folder / "first")) as waterfall:
         for at, rung in enumerate(rungs):
             for fault in IN_PROCESS if rung.embedded else FAULTS:
-                theatre.mend()
-                theatre.breaks(rungs[:at], "http_404")
-                theatre.breaks([rung], fault)
+                theatre.breaks([*((above, "http_404") for above in rungs[:at]), (rung, fault)])
                 if fault == "refused":
                     theatre.stages[rung.endpoint].close()
                 waterfall.ledger = waterfall.rungs.ledger = ledger = Ledger(folder / f"{at}-{fault}")

@@ -167,7 +167,7 @@ async def _ask_all(
 ) -> list[Answer]:
     theatre, answers = Theatre(real, rungs), list[Answer]()
     async with theatre.opened(Ledger(folder / "first")):
-        theatre.breaks(rungs, "http_503")
+        theatre.breaks((rung, "http_503") for rung in rungs)
         for at, rung in enumerate(rungs):
             if why := resting.get(rung.id) or purse.objection(rung):
                 answers.append(Answer(rung.id, "not asked", why=why))
