@@ -73,16 +73,12 @@ def add(
         UnavailableError: Hugging Face does not give its config.json.
     """
     model = entry(hf_id, published_config(hf_id, config), cluster, name)
-    append(model, folder / "models.yaml")
+    _append(model, folder / "models.yaml")
     return model.key, folder / "models.yaml"
 
 
-def append(model: Model, file: Path) -> str:
-    """Append `model` to the `models:` of `file`, which is made where there is none; return the text added.
-
-    Raises:
-        UsageError: The file holds this key already, or is not of a shape that can be appended to.
-    """
+def _append(model: Model, file: Path) -> None:
+    """Append `model` to the `models:` of `file`, which is made where there is none."""
     file = file.resolve()  # a link into a folder of dotfiles stays one
     old = file.read_text() if file.exists() else ""
     try:
@@ -101,14 +97,12 @@ def append(model: Model, file: Path) -> str:
     if model.key in [key.value for key, _ in entries]:
         raise UsageError(f"{file} has a model named {model.key!r} already.", hint="Give it another name.")
     indent = entries[0][0].start_mark.column if entries else 2
-    added = _text(model, " " * indent)
     lines = [line if line.endswith("\n") else f"{line}\n" for line in old.splitlines(keepends=True)]
     starts = [key.start_mark.line for key, _ in sections.values()]
     after = len(lines) if section is None else section.start_mark.line  # the next section begins below it
     at = min([line for line in starts if line > after], default=len(lines))
     new = [] if section else ["models:\n"]
-    write_private(file, "".join([*lines[:at], *new, added, *lines[at:]]))
-    return added
+    write_private(file, "".join([*lines[:at], *new, _text(model, " " * indent), *lines[at:]]))
 
 
 def _text(model: Model, indent: str) -> str:
