@@ -113,12 +113,9 @@ def check(
 
 def firing(state: Path, window: float) -> list[str]:
     """Return what held when somebody last looked; nothing where that is over two hours ago."""
-    try:
-        looked = (state / "alerts.json").stat().st_mtime
-    except OSError:
-        return []
+    looked, _, kept = _load(state)
     fresh = time.time() - looked < _FRESH
-    return [alert.text for alert in _load(state)[2] if fresh and _holds(alert, window, looked)]
+    return [alert.text for alert in kept if fresh and _holds(alert, window, looked)]
 
 
 def holding(rules: Alerts, usage: Report, snapshot: Snapshot, down: Mapping[str, float]) -> Iterator[Alert]:
