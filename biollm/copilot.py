@@ -148,9 +148,8 @@ def _exchange(folder: Path, account: str, at: Endpoints, kept: Token) -> Token |
     except httpx.HTTPError as error:
         status, problem = 0, f"GitHub cannot be reached for a Copilot token: {str(error) or type(error).__name__}"
     else:
-        body = _json(answer)
-        if fresh := _token(body, at):
-            write_private(folder / "api-key.json", json.dumps(body))
+        if fresh := _token(answer.text, at):
+            write_private(folder / "api-key.json", answer.text)
             return fresh
         status, problem = answer.status_code, _refusal(answer.status_code, account)
     return kept if kept.expires_at > time.time() and status not in _REFUSED else problem
@@ -166,15 +165,12 @@ def _refusal(status: int, account: str) -> str:
 
 def _kept(folder: Path, at: Endpoints) -> Token:
     """Return the token of the last exchange; where there is none, one that has expired."""
-    try:
-        found = _token(json.loads(_read(folder / "api-key.json")), at)
-    except ValueError:
-        found = None
-    return found or Token("", 0.0, at.api)
+    return _token(_read(folder / "api-key.json"), at) or Token("", 0.0, at.api)
 
 
-def _token(body: Any, at: Endpoints) -> Token | None:
+def _token(text: str, at: Endpoints) -> Token | None:
     try:
+        body: Any = json.loads(text)
         return Token(str(body["token"]), float(body["expires_at"]), body.get("endpoints", {}).get("api") or at.api)
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
