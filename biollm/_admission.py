@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import secrets
 import socket
 import stat
@@ -37,6 +38,7 @@ from biollm.owners import is_private
 MAX_BODY, MAX_LOGIN = 32 << 20, 4096  # bytes
 KEYS = "gateway_keys.yaml"
 _PAGES = ("/", "/events", "/metrics")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:]+))(?::[0-9]+)?")
 _LOGIN = (
     '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>biollm</title>'
     '<body style="font:16px system-ui;margin:4em auto;max-width:20em"><form method="post" action="/login">'
@@ -123,22 +125,23 @@ class Admission:
 
     async def _judge(self, request: Request, scope: Scope) -> Response | None:
         """Return why a request goes no further; None lets it through."""
+        path: str = scope["path"]  # that of request.url is read out of the Host header too (CVE-2026-48710)
         if not self._knows(request.headers.get("host", "")):  # else a page elsewhere could rebind its name to us
             return _refusal(421, "This gateway does not go by that host's name.", "wrong_host")
         length = request.headers.get("content-length", "0")
         if request.headers.get("transfer-encoding") or not length.isdecimal():
             return _refusal(411, "Send the body's length.", "length_required")
-        if int(length) > (MAX_LOGIN if request.url.path == "/login" else MAX_BODY):
+        if int(length) > (MAX_LOGIN if path == "/login" else MAX_BODY):
             return _refusal(413, "The body is too large.", "too_large")
-        if request.url.path == "/health":
+        if path == "/health":
             return None
-        if request.url.path == "/login" and request.method == "POST":
+        if path == "/login" and request.method == "POST":
             return self._login(await request.body())
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if (key := self._key(given.strip() if scheme.lower() == "bearer" else "")) is not None:
             scope["biollm.tags"] = {"key": key.name, **key.tags}
-            return await _limited(key) if request.url.path.startswith("/v1/") and request.method == "POST" else None
-        if request.method == "GET" and request.url.path in _PAGES:
+            return await _limited(key) if path.startswith("/v1/") and request.method == "POST" else None
+        if request.method == "GET" and path in _PAGES:
             if self._logged_in(request.headers.get("cookie", "")):
                 return None
             if "text/html" in request.headers.get("accept", ""):
@@ -146,13 +149,13 @@ class Admission:
         return _refusal(401, "A key of this gateway is needed.", "invalid_api_key", {"www-authenticate": "Bearer"})
 
     def _knows(self, host: str) -> bool:
-        name = (
-            host.lower().removeprefix("[").partition("]")[0] if host.startswith("[") else host.lower().partition(":")[0]
-        )
+        """Return whether a Host header is an address or one of our names, with an optional port and nothing else."""
+        if (found := _HOST.fullmatch(host.lower())) is None:
+            return False
         try:
-            return bool(ip_address(name))
+            return bool(ip_address(found[1] or found[2]))
         except ValueError:
-            return name.rstrip(".") in self._hosts
+            return found[2] is not None and found[2].rstrip(".") in self._hosts
 
     def _key(self, given: str) -> Key | None:
         """Return the key that was given, in a time that does not tell how near it comes to one."""

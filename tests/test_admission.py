@@ -65,10 +65,21 @@ def test_every_route_but_health_needs_a_key(url: str) -> None:
             ("127.0.0.1.evil.example", 421),
             ("localhost:1", 200),
             ("[::1]", 200),
+            ("[::1]:1", 200),
             ("", 421),
+            ("localhost:80/health?", 421),  # an old Starlette read the path out of it (CVE-2026-48710)
+            ("localhost/health?", 421),
+            ("localhost:80#", 421),
+            ("localhost:", 421),
+            ("localhost:x", 421),
+            ("ann@localhost", 421),
+            ("[::1]/health?", 421),
+            ("[::1%/health?]", 421),
+            ("[localhost]", 421),
         ):
             assert client.get("/health", headers={"host": host}).status_code == status, host
             assert client.get("/v1/models", headers={**ann, "host": host}).status_code == status, host
+            assert client.post(CHAT, json=HI, headers={"host": host}).status_code == max(status, 401), host
         assert announced(url, CHAT, _admission.MAX_BODY + 1, ann) == 413
         assert client.post(CHAT, headers=ann, content=iter([b"{}"])).status_code == 411
 
