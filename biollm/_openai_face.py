@@ -87,7 +87,7 @@ def read(given: object, headers: Mapping[str, str], config: Config, tags: Mappin
         raise errors.UsageError("The body must be a JSON object.")
     body: Json = {key: value for key, value in cast("Json", given).items() if value is not None}
     _check(body, _TYPES, "")
-    ours: Json = body.get("biollm", {})
+    ours: Json = {key: value for key, value in body.get("biollm", {}).items() if value is not None}
     _check(ours, _EXTENSION, "biollm.", closed=True)
     stream, wanted = body.get("stream", False), _format(body)
     if stream and body.get("n", 1) != 1:
@@ -250,7 +250,7 @@ def _check(
         if (kind := types.get(name)) is None:
             if closed:
                 raise errors.UsageError(f"There is no option {prefix}{name}.", hint=f"Known: {', '.join(types)}.")
-        elif value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise errors.UsageError(f"{prefix}{name} has the wrong type: {type(value).__name__}.")
 
 

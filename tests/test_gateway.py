@@ -19,6 +19,7 @@ from conftest import until
 from provider import Loopback
 from starlette.types import ASGIApp
 
+from biollm import _openai_face as face
 from biollm import gateway
 from biollm._shared import ledger
 from biollm.client import Client
@@ -317,6 +318,15 @@ def test_model_and_policy_choose_who_may_answer(
     answer = client.post(CHAT, json={**HI, "model": model, "biollm": extension}, headers=headers)
     assert answer.status_code == 200, answer.text
     assert (answer.headers["x-biollm-policy"], answer.headers["x-biollm-deployment"]) == (policy, who)
+
+
+@pytest.mark.parametrize("name", face._EXTENSION)
+def test_a_null_is_an_option_that_was_not_given(net: Loopback, waterfall: Callable[..., Path], name: str) -> None:
+    waterfall(first=net.serve())
+    body = {**HI, "model": "first/small", "stream": True, "temperature": None}
+    for headers in ({}, {"x-biollm-policy": "no_training", "x-biollm-tags": "a=1", "x-biollm-on-interrupt": "restart"}):
+        bare, null = (face.read({**body, "biollm": ours}, headers, Client().config, {}) for ours in ({}, {name: None}))
+        assert null == bare
 
 
 def test_tags_are_stored(net: Loopback, serve: Any) -> None:
