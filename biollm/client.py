@@ -13,7 +13,7 @@ import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
 from biollm import balance
 from biollm._background import background
@@ -299,7 +299,7 @@ class Client:
         wanted = chosen.get("response_model")
         degraded = options.get("allow_degraded", False if wanted else chosen.get("allow_degraded", False))
         params = {key: value for key, value in chosen.items() if key in _SENT_ON and value is not None}
-        letters = sum(len(str(message.get("content") or "")) for message in messages)
+        letters = sum(_letters(message.get("content")) for message in messages)
         wants = Wants(
             provider=provider,
             model=model,
@@ -474,6 +474,14 @@ def _forced(defaults: Options, options: Options) -> tuple[str | None, str | None
 def _messages(prompt: Prompt, system: str | None) -> list[Message]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _letters(content: object) -> int:
+    """Return how much text a message holds; an image's base64 costs tokens by its pixels, which nobody knows here."""
+    if not isinstance(content, list):
+        return len(str(content or ""))
+    parts = [cast("Message", part) for part in cast("list[object]", content) if isinstance(part, dict)]
+    return sum(len(str(part.get("text") or "")) for part in parts)
 
 
 def _positive(name: str, seconds: float | None) -> float | None:

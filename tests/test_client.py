@@ -157,6 +157,33 @@ def test_messages_system_and_parameters_reach_the_provider(net: Loopback, waterf
     assert (body["temperature"], body["max_tokens"], body["seed"]) == (0.1, 7, 3)
 
 
+def text(letters: int) -> dict[str, str]:
+    return {"type": "text", "text": "x" * letters}
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' * 1_000_000}"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "standing"),
+    [
+        ("x" * 5004, "ready"),
+        ("x" * 5005, "unfit"),
+        ([text(3000), text(2004)], "ready"),
+        ([text(3000), text(2005)], "unfit"),
+        ([text(5004), IMAGE], "ready"),
+        ([text(5005), IMAGE], "unfit"),
+        ([{"type": "text", "text": None}], "ready"),
+        (None, "ready"),
+    ],
+)
+def test_a_prompt_is_as_long_as_its_text(net: Loopback, waterfall: Write, content: Any, standing: str) -> None:
+    """An image's base64 is no text: a model that could answer must not be skipped for it."""
+    waterfall({"models": {"small": {"type": "api", "context_length": 1000}}}, first=net.serve())
+    [rung] = get_model_client().explain([{"role": "user", "content": content}])
+    assert rung.standing == standing
+
+
 # --- what rests, what repeats, what ends ---------------------------------------------------------------------------
 
 
