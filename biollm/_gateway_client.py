@@ -272,7 +272,10 @@ class Line:
         self._connection.request("POST", "/v1/chat/completions", text, headers)
         response = self._connection.getresponse()
         if response.status != 200:
-            raise _error(_problem(response), status=response.status)
+            told: Any = None
+            with suppress(ValueError, KeyError, TypeError):
+                told = json.loads(response.read())["error"]
+            raise _error(told, status=response.status)
         asked, honoured = self._asked["biollm"].get("data_policy", "any"), response.headers.get("x-biollm-policy")
         if honoured not in _POLICIES[_POLICIES.index(asked) :]:
             raise errors.CompletionError(f"The gateway does not confirm the data policy {asked}.", hint=_OFF)
@@ -311,26 +314,20 @@ def _events(response: HTTPResponse) -> Iterator[Json | None]:
             yield None if line.strip() == b"data: [DONE]" else json.loads(line[6:])
 
 
-def _problem(response: HTTPResponse) -> Json:
-    try:
-        return json.loads(response.read())["error"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-
-
-def _error(told: Json, *, status: int = 0, partial: str = "") -> errors.BiollmError:
-    """Return the exception that the gateway met."""
+def _error(error: object, *, status: int = 0, partial: str = "") -> errors.BiollmError:
+    """Return the exception that the gateway met; `error` may be anything where BIOLLM_GATEWAY names another server."""
     if status == 401:
         return errors.UnavailableError(
             "The gateway refuses the key.", hint="Set BIOLLM_GATEWAY_KEY to one of its keys."
         )
+    told = cast("Json", error) if isinstance(error, dict) else {}
     ours: Json = told.get("biollm") or {}
     kind: Any = getattr(errors, str(ours.get("class")), None)
     if not (isinstance(kind, type) and issubclass(kind, errors.BiollmError)):
         kind = errors.CompletionError
-    error = kind.__new__(kind)  # each has arguments of its own, which the message already holds
+    met = kind.__new__(kind)  # each has arguments of its own, which the message already holds
     text = ours.get("message") or told.get("message") or f"The gateway answered HTTP {status}."
-    errors.BiollmError.__init__(error, text, hint=ours.get("hint"))
+    errors.BiollmError.__init__(met, text, hint=ours.get("hint"))
     attempts = tuple(Attempt(**each) for each in ours.get("attempts", ()))
-    vars(error).update(attempts=attempts, retry_after=ours.get("retry_after"), partial=partial)
-    return error
+    vars(met).update(attempts=attempts, retry_after=ours.get("retry_after"), partial=partial)
+    return met

@@ -335,7 +335,8 @@ def test_the_policy_is_confirmed_or_the_call_fails(runtime: Path, asked: str, co
     ("answer", "error"),
     [(b"", "The gateway broke off"), (b"HTTP/1.1 200 OK\r\n", "does not confirm the data policy"), (b"rubbish\r\n\r\n", "The gateway broke off"),
      (http(500, "<html>"), "The gateway answered HTTP 500."), (http(200, "{", "any"), "The gateway broke off"),
-     (http(503, {"error": {"message": "down"}}), "down"),
+     (http(503, {"error": {"message": "down"}}), "down"), (http(404, {"error": "no such model"}), "The gateway answered HTTP 404."),
+     (http(404, {"detail": "Not Found"}), "The gateway answered HTTP 404."), (http(404, ["error"]), "The gateway answered HTTP 404."),
      (http(503, {"error": {"message": "x", "biollm": {"class": "Sequence", "message": "odd"}}}), "odd")],
 )  # fmt: skip
 def test_one_that_breaks_off_is_an_error(runtime: Path, answer: bytes, error: str) -> None:
@@ -345,6 +346,15 @@ def test_one_that_breaks_off_is_an_error(runtime: Path, answer: bytes, error: st
             assert line
             with pytest.raises(CompletionError, match=re.escape(error)):
                 way(line)
+
+
+@pytest.mark.parametrize("told", ["overloaded", None, ["overloaded"]])
+def test_a_stream_may_end_with_any_error(runtime: Path, told: Any) -> None:
+    with closing(Fake(runtime, http(200, f"data: {json.dumps({'error': told})}\n\n", "any", "text/event-stream"))):
+        line = gate.reach(body())
+        assert line
+        with pytest.raises(CompletionError):
+            list(line.stream())
 
 
 def test_a_stream_without_its_end_is_an_interrupted_one(runtime: Path) -> None:
