@@ -373,13 +373,15 @@ class Client:
 
     async def _start(self, request: Request, error: CompletionError) -> None:
         """Start a server on the cluster after `error`; raise why not, unless the embedded model may still answer."""
-        from biollm import on_demand
+        from biollm import on_demand, slurm
 
         if isinstance(error, RequestRejectedError | DeadlineError):
             raise error
+        cluster, wait = self.config.cluster, request.wait
         try:
-            await asyncio.to_thread(on_demand.start, self.config, request.wants, request.wait, request.on_state)
-            await asyncio.to_thread(watch(self.config.cluster).refresh)
+            model = await asyncio.to_thread(on_demand.startable, self.config, request.wants)
+            await asyncio.to_thread(slurm.ensure, model, cluster, timeout=wait, on_state=request.on_state)
+            await asyncio.to_thread(watch(cluster).refresh)
         except BiollmError:
             if not request.wants.allow_degraded:
                 raise

@@ -35,6 +35,7 @@ from pydantic import BaseModel
 
 from biollm.client import (
     AllLimitedError,
+    BiollmError,
     Client,
     Completion,
     CompletionError,
@@ -182,6 +183,36 @@ def test_a_prompt_is_as_long_as_its_text(net: Loopback, waterfall: Write, conten
     waterfall({"models": {"small": {"type": "api", "context_length": 1000}}}, first=net.serve())
     [rung] = get_model_client().explain([{"role": "user", "content": content}])
     assert rung.standing == standing
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "degraded", "told"),
+    [
+        (False, False, "No model can be started on the cluster"),
+        (True, False, "There is no scontrol on this machine"),
+        (True, True, "Nobody could answer"),  # the embedded model might have
+    ],
+)
+def test_a_server_that_cannot_be_started_is_why_nobody_answers(
+    waterfall: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: bool,
+    degraded: bool,
+    told: str,
+    stream: bool,
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("bin/vllm", *(("config.json", "model.safetensors") if weights else ())):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("PATH", "/nowhere")
+    own = {"type": "local", "path": str(tmp_path), "gpus_required": 1}
+    cluster = {"run_dir": str(tmp_path / "run"), "environment": {"venv": str(tmp_path)}}
+    waterfall({"models": {"own": own}, "cluster": cluster}, mine={"type": "local", "models": ["own"]})
+    client = get_model_client(start_local=True, allow_degraded=degraded)
+    with pytest.raises(BiollmError, match=told):
+        list(client.stream("hi")) if stream else client.complete("hi")
 
 
 # --- what rests, what repeats, what ends ---------------------------------------------------------------------------
