@@ -84,9 +84,9 @@ def classify(error: BaseException, now: float, *, shortened: bool = False) -> Ve
         return Verdict(f"the proxy refused{f' (HTTP {status})' if status else ''}", cools="endpoint", seconds=BROKEN)
     if "Empty or invalid response" in str(error):  # LiteLLM, of HTML that OpenAI's client let pass
         names += " JSONDecodeError"
-    for signs, verdict in _NETWORK:
+    for signs, seconds, reason in _NETWORK:
         if any(sign in names for sign in signs):
-            return verdict
+            return Verdict(reason, cools="endpoint" if seconds else "", seconds=seconds)
     if "Timeout" in names:
         return Verdict("no answer in time", cools="" if shortened else "endpoint", seconds=BROKEN)
     if "RequestError" in names or "ReadError" in names or "ClientError" in names:
@@ -94,30 +94,23 @@ def classify(error: BaseException, now: float, *, shortened: bool = False) -> Ve
     return Verdict(f"failed: {_message(str(error))}", cools="endpoint", seconds=BROKEN)
 
 
-# Class names in an exception's chain -> what happened; the first match counts. Transport texts are never quoted:
+# Class names in an exception's chain -> how long the endpoint rests, what happened; the first match counts. Transport texts are never quoted:
 # they can hold a proxy's password.
-_NETWORK: tuple[tuple[tuple[str, ...], Verdict], ...] = (
-    (("JSONDecodeError",), Verdict("answered with something that is not JSON", cools="endpoint", seconds=BROKEN)),
-    (("gaierror", "DNSError"), Verdict("the host's name does not resolve", cools="endpoint", seconds=UNREACHABLE)),
+_NETWORK: tuple[tuple[tuple[str, ...], float, str], ...] = (
+    (("JSONDecodeError",), BROKEN, "answered with something that is not JSON"),
+    (("gaierror", "DNSError"), UNREACHABLE, "the host's name does not resolve"),
     (
         ("CertificateError", "CertVerificationError"),
-        Verdict(
-            "its certificate is not trusted (a private CA? set SSL_CERT_FILE)", cools="endpoint", seconds=UNREACHABLE
-        ),
+        UNREACHABLE,
+        "its certificate is not trusted (a private CA? set SSL_CERT_FILE)",
     ),
-    (("SSLError", "SSLZero"), Verdict("no TLS connection came about", cools="endpoint", seconds=UNREACHABLE)),
-    (
-        ("ConnectTimeout", "ConnectionTimeoutError"),
-        Verdict("no connection came about in time", cools="endpoint", seconds=UNREACHABLE),
-    ),
-    (("ConnectionRefusedError",), Verdict("the connection was refused", cools="endpoint", seconds=BROKEN)),
+    (("SSLError", "SSLZero"), UNREACHABLE, "no TLS connection came about"),
+    (("ConnectTimeout", "ConnectionTimeoutError"), UNREACHABLE, "no connection came about in time"),
+    (("ConnectionRefusedError",), BROKEN, "the connection was refused"),
     # A kept connection that the server closed at this very moment looks the same, so nothing cools.
-    (("ServerDisconnectedError",), Verdict("the server hung up without an answer")),
-    (
-        ("PayloadError", "ProtocolError"),
-        Verdict("the connection broke in the middle of the answer", cools="endpoint", seconds=BROKEN),
-    ),
-    (("ConnectError",), Verdict("the host cannot be reached", cools="endpoint", seconds=UNREACHABLE)),
+    (("ServerDisconnectedError",), 0.0, "the server hung up without an answer"),
+    (("PayloadError", "ProtocolError"), BROKEN, "the connection broke in the middle of the answer"),
+    (("ConnectError",), UNREACHABLE, "the host cannot be reached"),
 )
 
 
