@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
-from zoneinfo import ZoneInfo
+
+from biollm._forms import Limit
+from biollm._quotas import period
 
 Cooled = Literal["", "account", "key", "endpoint", "deployment"]
 
@@ -23,6 +24,7 @@ BROKEN = 15.0
 UNREACHABLE = 600.0
 NOT_SERVED = 600.0
 KEY_REFUSED = 365 * 86400.0  # until the key changes: what cools is the key's fingerprint
+_GEMINI_DAY = Limit("requests", 1, "day", "00:00 America/Los_Angeles")  # ai.google.dev/gemini-api/docs/rate-limits
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ def classify(error: BaseException, now: float, *, shortened: bool = False) -> Ve
     return Verdict(f"failed: {_message(str(error))}", cools="endpoint", seconds=BROKEN)
 
 
-# Class names in an exception's chain -> how long the endpoint rests, what happened; the first match counts. Transport texts are never quoted:
-# they can hold a proxy's password.
+# Class names in an exception's chain -> how long the endpoint rests, and what happened; the first match counts.
+# Transport texts are never quoted: they can hold a proxy's password.
 _NETWORK: tuple[tuple[tuple[str, ...], float, str], ...] = (
     (("JSONDecodeError",), BROKEN, "answered with something that is not JSON"),
     (("gaierror", "DNSError"), UNREACHABLE, "the host's name does not resolve"),
@@ -153,7 +155,7 @@ def _answered(names: str, status: int, headers: Mapping[str, str], body: str, no
 def _rests(body: str, headers: Mapping[str, str], now: float) -> float:
     """Return how long a 429 asks to wait: until Gemini's day ends, its header, Gemini's body, or a minute."""
     if re.search(r"quotaId\W+\w*PerDay", body):
-        return seconds_to_midnight(now, "America/Los_Angeles")  # ai.google.dev/gemini-api/docs/rate-limits
+        return period(_GEMINI_DAY, now)[1] - now
     header = retry_after(headers.get("retry-after"), now)
     if header is not None:
         return header
@@ -173,13 +175,6 @@ def retry_after(value: str | None, now: float) -> float | None:
         return max(0.0, parsedate_to_datetime(value).timestamp() - now)
     except ValueError:
         return None
-
-
-def seconds_to_midnight(now: float, zone: str) -> float:
-    """Return the seconds from `now` (epoch) to the next midnight in `zone`."""
-    here = datetime.fromtimestamp(now, ZoneInfo(zone))
-    midnight = (here + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-    return midnight.astimezone(UTC).timestamp() - now
 
 
 def _message(text: str) -> str:
