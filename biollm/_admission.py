@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.cookies import CookieError, SimpleCookie
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -142,7 +141,7 @@ class Admission:
             scope["biollm.tags"] = {"key": key.name, **key.tags}
             return await _limited(key) if path.startswith("/v1/") and request.method == "POST" else None
         if request.method == "GET" and path in _PAGES:
-            if self._logged_in(request.headers.get("cookie", "")):
+            if hmac.compare_digest(request.cookies.get("biollm", "").encode(), self._cookie.encode()):
                 return None
             if "text/html" in request.headers.get("accept", ""):
                 return HTMLResponse(_LOGIN, 401, _HEADERS)
@@ -169,13 +168,6 @@ class Admission:
         answer = RedirectResponse("/", 303)
         answer.set_cookie("biollm", self._cookie, httponly=True, samesite="strict")
         return answer
-
-    def _logged_in(self, cookies: str) -> bool:
-        try:
-            found = SimpleCookie(cookies).get("biollm")
-        except CookieError:
-            return False
-        return found is not None and hmac.compare_digest(found.value.encode(), self._cookie.encode())
 
 
 async def _limited(key: Key) -> Response | None:

@@ -110,6 +110,10 @@ def test_a_browser_logs_in_to_see_the_page_and_no_more(url: str) -> None:
             assert events.status_code == 200
         assert client.get("/metrics").status_code == 200
         assert [client.post(CHAT, json=HI).status_code, client.get("/v1/models").status_code] == [401, 401]
+        ours = cookie.partition(";")[0]
+        for beside in ("a=1", "a[b]=1", "odd name=1", "{}", '"', "ä=ä"):  # of other programs on this host
+            cookies = [(b"cookie", f"{beside}; {ours}".encode())]
+            assert httpx.get(f"{url}/", headers=cookies).status_code == 200, beside
         client.cookies.set("biollm", "forged")
         assert httpx.get(f"{url}/", headers={"cookie": "biollm=forged"}).status_code == 401
 
