@@ -77,15 +77,19 @@ class Asked:
     held: bool = False
 
 
-def read(given: object, headers: Mapping[str, str], config: Config, tags: Mapping[str, str]) -> Asked:
-    """Return what the body of a chat completion, or of a completion, asks for.
+def read(given: bytes, headers: Mapping[str, str], config: Config, tags: Mapping[str, str], *, chat: bool) -> Asked:
+    """Return what the body of a chat completion, or else of a completion, asks for.
 
     Raises:
         UsageError: Something in it has the wrong type, or is not served.
     """
-    if not isinstance(given, dict):
+    try:
+        found = json.loads(given)
+    except (ValueError, RecursionError):
+        raise errors.UsageError("The body is not JSON.") from None
+    if not isinstance(found, dict):
         raise errors.UsageError("The body must be a JSON object.")
-    body: Json = {key: value for key, value in cast("Json", given).items() if value is not None}
+    body: Json = {key: value for key, value in cast("Json", found).items() if value is not None}
     _check(body, _TYPES, "")
     ours: Json = {key: value for key, value in body.get("biollm", {}).items() if value is not None}
     _check(ours, _EXTENSION, "biollm.", closed=True)
@@ -111,8 +115,11 @@ def read(given: object, headers: Mapping[str, str], config: Config, tags: Mappin
     if held:
         options["on_interrupt"] = "restart"
     whole = not stream or schema is not None or bool(body.get("logprobs")) or "messages" not in body
+    prompt = _prompt(body)
+    if chat is isinstance(prompt, str):
+        raise errors.UsageError("Messages belong to /v1/chat/completions, a prompt to /v1/completions.")
     return Asked(
-        prompt=_prompt(body),
+        prompt=prompt,
         options=cast("Options", options),
         stream=stream,
         suffix=body.get("suffix"),

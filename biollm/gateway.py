@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -48,8 +49,8 @@ def app(client: Client, *, touched: Callable[[int], None] | None = None) -> Star
     """
     gateway = _Gateway(client)
     routes = [
-        Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
-        Route("/v1/completions", gateway.fill_in, methods=["POST"]),
+        Route("/v1/chat/completions", partial(gateway.answer, chat=True), methods=["POST"]),
+        Route("/v1/completions", partial(gateway.answer, chat=False), methods=["POST"]),
         Route("/v1/responses", gateway.responses, methods=["POST"]),
         Route("/v1/models", gateway.models),
         Route("/v1/models/{name:path}", gateway.model),
@@ -70,11 +71,21 @@ class _Gateway:
         self._client = client
         self._top: Top | None = None
 
-    async def chat(self, request: Request) -> Response:
-        return await self._answer(request, chat=True)
-
-    async def fill_in(self, request: Request) -> Response:
-        return await self._answer(request, chat=False)
+    async def answer(self, request: Request, *, chat: bool) -> Response:
+        try:
+            tags = request.scope.get("biollm.tags", {})
+            asked = face.read(await request.body(), request.headers, self._client.config, tags, chat=chat)
+            headers = {"x-biollm-policy": self._client.policy(asked.options)}
+        except BiollmError as error:
+            return _refused(error)
+        try:
+            async with _while_there(request.receive):
+                if asked.whole or asked.held:
+                    return self._sent(asked, await self._whole(asked), headers, chat=chat)
+                return await self._live(asked, headers)
+        except BiollmError as error:
+            return _refused(error, headers=headers)
+        return Response(status_code=499)  # nobody reads it
 
     async def responses(self, request: Request) -> Response:
         return _refused(UsageError("There is no /v1/responses here.", hint="Use /v1/chat/completions."), 404)
@@ -115,21 +126,6 @@ class _Gateway:
     def _picture(self) -> Top:
         self._top = self._top or Top.of_process(self._client.config)
         return self._top
-
-    async def _answer(self, request: Request, *, chat: bool) -> Response:
-        try:
-            asked = await _read(request, self._client, chat=chat)
-            headers = {"x-biollm-policy": self._client.policy(asked.options)}
-        except BiollmError as error:
-            return _refused(error)
-        try:
-            async with _while_there(request.receive):
-                if asked.whole or asked.held:
-                    return self._sent(asked, await self._whole(asked), headers, chat=chat)
-                return await self._live(asked, headers)
-        except BiollmError as error:
-            return _refused(error, headers=headers)
-        return Response(status_code=499)  # nobody reads it
 
     async def _whole(self, asked: face.Asked) -> Completion:
         """Return the whole answer."""
@@ -183,29 +179,14 @@ class _Gateway:
         return _Events(_frames(first, pieces, face.Line(name), asked.usage), headers)
 
 
-async def _read(request: Request, client: Client, *, chat: bool) -> face.Asked:
-    """Return what a request asks for.
-
-    Raises:
-        UsageError: It makes no sense.
-    """
-    try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError):
-        raise UsageError("The body is not JSON.") from None
-    asked = face.read(body, request.headers, client.config, request.scope.get("biollm.tags", {}))
-    if chat is isinstance(asked.prompt, str):
-        raise UsageError("Messages belong to /v1/chat/completions, a prompt to /v1/completions.")
-    return asked
-
-
 async def _frames(
     first: Piece, rest: AsyncGenerator[Piece, None], line: face.Line, usage: bool
 ) -> AsyncGenerator[str, None]:
     """Yield the events of a stream; an error is the last one, without [DONE]."""
     try:
-        async with aclosing(_chain(first, rest)) as pieces:
-            async for piece in pieces:
+        async with aclosing(rest):
+            piece: Piece | None = first
+            while piece is not None:
                 if isinstance(piece, StreamRestarted):
                     yield line.restarted(piece.attempt)
                 elif piece.completion is None:
@@ -213,17 +194,11 @@ async def _frames(
                 else:
                     for frame in line.end(piece.completion, usage=usage):
                         yield frame
+                piece = await anext(rest, None)
     except Exception as error:
         if not isinstance(error, BiollmError):
             _log.exception("A stream failed.")
         yield face.event(face.refusal(error)[1])
-
-
-async def _chain(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-    async with aclosing(rest):
-        yield first
-        async for piece in rest:
-            yield piece
 
 
 class _Events(Response):

@@ -325,7 +325,8 @@ def test_a_null_is_an_option_that_was_not_given(net: Loopback, waterfall: Callab
     waterfall(first=net.serve())
     body = {**HI, "model": "first/small", "stream": True, "temperature": None}
     for headers in ({}, {"x-biollm-policy": "no_training", "x-biollm-tags": "a=1", "x-biollm-on-interrupt": "restart"}):
-        bare, null = (face.read({**body, "biollm": ours}, headers, Client().config, {}) for ours in ({}, {name: None}))
+        texts = (json.dumps({**body, "biollm": ours}).encode() for ours in ({}, {name: None}))
+        bare, null = (face.read(text, headers, Client().config, {}, chat=True) for text in texts)
         assert null == bare
 
 
