@@ -225,18 +225,12 @@ class Line:
 
     async def acomplete(self) -> Completion:
         """Like `complete`; cancelling it leaves."""
-
-        def once() -> Iterator[Completion]:
-            yield self.complete()
-
-        async with aclosing(self._apart(once)) as answers:
+        async with aclosing(self._apart(lambda: iter([self.complete()]))) as answers:
             return await anext(answers)
 
-    async def astream(self) -> AsyncGenerator[Piece, None]:
+    def astream(self) -> AsyncGenerator[Piece, None]:
         """Like `stream`."""
-        async with aclosing(self._apart(self.stream)) as pieces:
-            async for piece in pieces:
-                yield piece
+        return self._apart(self.stream)
 
     async def _apart(self, items: Callable[[], Iterator[Any]]) -> AsyncGenerator[Any, None]:
         """Yield from an iterator that runs in a thread of its own, as a pool would hold up the seventh caller."""
