@@ -293,7 +293,9 @@ class Client:
     def _request(self, prompt: Prompt, options: Options) -> Request:
         _check_options(options)
         chosen: Options = {**self._defaults, **options}
-        provider, model = _forced(self._defaults, options)
+        # Naming only a provider drops the client's own model too.
+        named = options if (options.get("provider"), options.get("model")) != (None, None) else self._defaults
+        provider, model = named.get("provider"), named.get("model")
         check_names(self.config, provider, model)
         messages = _messages(prompt, chosen.get("system"))
         wanted = chosen.get("response_model")
@@ -463,14 +465,6 @@ def _check_options(options: Options) -> None:
             raise UsageError(f"There is no option {name!r}.", hint=hint)
     if (policy := options.get("data_policy", "any")) not in _STRICTNESS:
         raise UsageError(f"data_policy is {policy!r}; it must be one of {', '.join(_STRICTNESS)}.")
-
-
-def _forced(defaults: Options, options: Options) -> tuple[str | None, str | None]:
-    """Return the provider and model to insist on; naming only a provider drops the client's default model."""
-    provider, model = options.get("provider"), options.get("model")
-    if provider is None and model is None:
-        return defaults.get("provider"), defaults.get("model")
-    return provider, model
 
 
 def _messages(prompt: Prompt, system: str | None) -> list[Message]:
