@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from biollm import errors
+from biollm._resources import tags_of
 from biollm.routing import GROUP, LOCAL_GROUP, models_of
 from biollm.types import Attempt, Completion
 
@@ -110,7 +111,8 @@ def read(given: bytes, headers: Mapping[str, str], config: Config, tags: Mapping
         key=_POLICIES.index,
     )
     _one_of(("raise", "restart"), ours.get("on_interrupt"))
-    options["tags"] = {**_texts(body.get("metadata", {})), **_pairs(headers), **_texts(ours.get("tags", {})), **tags}
+    in_header = tags_of(headers.get("x-biollm-tags", ""))
+    options["tags"] = {**_texts(body.get("metadata", {})), **in_header, **_texts(ours.get("tags", {})), **tags}
     held = stream and headers.get("x-biollm-on-interrupt") == "restart"
     if held:
         options["on_interrupt"] = "restart"
@@ -358,9 +360,3 @@ def _ident(chat: bool) -> str:
 
 def _texts(given: Mapping[str, Any]) -> dict[str, str]:
     return {str(key): str(value) for key, value in given.items()}
-
-
-def _pairs(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the tags of "x-biollm-tags: agent=ErrorDiagnosis,user=ann"."""
-    parts = (part.partition("=") for part in headers.get("x-biollm-tags", "").split(",") if "=" in part)
-    return {key.strip(): value.strip() for key, _, value in parts}

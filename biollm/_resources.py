@@ -44,6 +44,11 @@ def wants_local_only() -> bool:
 
 
 def environment_tags() -> dict[str, str]:
-    """Return BIOLLM_TAGS, written as "agent=ErrorDiagnosis,user=ann"."""
-    pairs = (part.partition("=") for part in os.environ.get("BIOLLM_TAGS", "").split(",") if "=" in part)
+    """Return the tags that BIOLLM_TAGS holds."""
+    return tags_of(os.environ.get("BIOLLM_TAGS", ""))
+
+
+def tags_of(written: str) -> dict[str, str]:
+    """Return the tags of "agent=ErrorDiagnosis,user=ann"."""
+    pairs = (part.partition("=") for part in written.split(",") if "=" in part)
     return {key.strip(): value.strip() for key, _, value in pairs}
