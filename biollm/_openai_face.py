@@ -244,7 +244,8 @@ class Line:
             delta = {"role": "assistant", "content": None, "tool_calls": calls}
             yield event({**self._common, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
         last: Json = {"delta": {}} if self._chat else {"text": ""}
-        choices = [{"index": 0, **last, "finish_reason": _finish(completion)}]
+        finish = completion.finish_reason or ("tool_calls" if completion.tool_calls else "stop")
+        choices = [{"index": 0, **last, "finish_reason": finish}]
         ours = {"biollm": story(completion)}
         yield event({**self._common, "choices": choices, **({} if usage else ours)})
         if usage:
@@ -340,14 +341,8 @@ def _call(call: Json) -> Json:
     return {"id": call["id"], "type": "function", "function": function}
 
 
-def _finish(completion: Completion) -> str:
-    return completion.finish_reason or ("tool_calls" if completion.tool_calls else "stop")
-
-
 def _usage(completion: Completion) -> Json:
-    usage = completion.usage
-    tokens = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
-    return dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), tokens, strict=True))
+    return {**vars(completion.usage), "total_tokens": completion.usage.total_tokens}
 
 
 def _attempts(attempts: Iterable[Attempt]) -> Sequence[Json]:
