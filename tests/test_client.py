@@ -125,7 +125,9 @@ def test_a_forced_provider_or_model_is_the_only_one_asked(net: Loopback, waterfa
     client = get_model_client()
     assert client.complete("hi", provider="second").text == "2"
     assert client.complete("hi", model="large").text == "2"
-    assert get_model_client(provider="second", model="large").complete("hi").text == "2"
+    mine = get_model_client(provider="second", model="large")
+    assert mine.complete("hi").text == "2"
+    assert mine.complete("hi", provider="first").text == "1", "the client's own model is not asked for too"
 
 
 def test_an_unknown_name_lists_those_that_exist(net: Loopback, waterfall: Write) -> None:
