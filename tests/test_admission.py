@@ -44,6 +44,7 @@ def announced(url: str, path: str, size: int, headers: dict[str, str]) -> int:
     return status
 
 
+@pytest.mark.slow
 def test_every_route_but_health_needs_a_key(url: str) -> None:
     with httpx.Client(base_url=url, timeout=60) as client:
         assert client.get("/health").status_code == 200

@@ -174,6 +174,7 @@ def test_everybody_is_told_once_of_the_beginning_and_once_of_the_end(
     assert "planted" not in (state / "alerts.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_command_that_hangs_is_ended_and_sees_no_key(
     net: Loopback, waterfall: Waterfall, state: Path, tmp_path: Path
 ) -> None:
@@ -322,6 +323,7 @@ def test_a_webhook_without_its_url_or_with_one_that_others_can_read(
     assert "planted" not in ran.err
 
 
+@pytest.mark.slow
 def test_the_gateway_looks_too(net: Loopback, waterfall: Waterfall, state: Path, gateway: Callable[..., Any]) -> None:
     waterfall({"alerts": {"error_rate": 0.4}}, first=net.serve())
     sent("failed")

@@ -85,6 +85,7 @@ def test_an_answer_says_who_gave_it_and_what_it_took(net: Loopback, waterfall: W
     assert answer.raw.choices[0].message.content == "out of memory"
 
 
+@pytest.mark.slow
 def test_what_rests_rests_for_every_process(net: Loopback, waterfall: Write) -> None:
     waterfall(first=net.serve(limited("300")), second=net.serve())
     assert trail(get_model_client().complete("hi")) == [("first", "failed"), ("second", "ok")]
@@ -329,6 +330,7 @@ def test_a_deadline_bounds_the_whole_call(net: Loopback, waterfall: Write) -> No
         get_model_client().complete("hi", deadline=0.3)
 
 
+@pytest.mark.slow
 def test_a_host_that_drops_packets_costs_three_seconds_once(net: Loopback, waterfall: Write) -> None:
     dropping = {"base_url": net.dropping(), "litellm_provider": "hosted_vllm"}
     waterfall(first=dropping, second=net.serve())
@@ -629,6 +631,7 @@ def test_as_a_context_manager_what_was_done_is_on_disk_at_the_end(net: Loopback,
     assert (record.provider, record.outcome, record.tags) == ("first", "ok", {"step": "1"})
 
 
+@pytest.mark.slow
 def test_the_host_programs_litellm_notices_nothing(net: Loopback, waterfall: Write) -> None:
     server = net.serve(text="ours")
     waterfall(first=server)

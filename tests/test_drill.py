@@ -16,6 +16,8 @@ from biollm._lean import OWN_HANDLER
 from biollm.config import load_config
 from biollm.drill import FAULTS, IN_PROCESS, drill
 
+pytestmark = pytest.mark.slow  # each takes seconds
+
 
 @pytest.mark.parametrize("own", ["", "True"], ids=["OpenAI's SDK", "LiteLLM's own handler"])
 def test_the_next_rung_answers_whatever_breaks_and_no_provider_is_asked(

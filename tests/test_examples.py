@@ -171,6 +171,7 @@ def test_many_logs_goes_on_where_one_fails(net: Loopback, waterfall: Waterfall, 
     assert sorted(answers) == ["All is well."] * 5 + ["no answer: Nobody could answer."]
 
 
+@pytest.mark.slow
 def test_pipe(net: Loopback, waterfall: Waterfall) -> None:
     server = net.serve(text="It ran out of memory.")
     waterfall(first=server)
@@ -182,6 +183,7 @@ def test_pipe(net: Loopback, waterfall: Waterfall) -> None:
     assert prompts(server) == [f"{LOG.read_text()}\n\nwhy did this fail?"]
 
 
+@pytest.mark.slow
 def test_gateway(net: Loopback, waterfall: Waterfall, runtime: Path, run: Run) -> None:
     server = net.serve(text="It ran out of memory.")
     waterfall(first=server)

@@ -158,7 +158,8 @@ class Told:
     error: CompletionError | None = None
 
 
-HANDLERS = [pytest.param("", id="OpenAI's SDK"), pytest.param("True", id="LiteLLM's own", marks=pytest.mark.slow)]
+pytestmark = pytest.mark.slow  # each takes seconds
+HANDLERS = [pytest.param("", id="OpenAI's SDK"), pytest.param("True", id="LiteLLM's own")]
 
 
 @pytest.fixture(scope="module", autouse=True, params=HANDLERS)

@@ -37,6 +37,8 @@ from biollm.client import (
 )
 from biollm.errors import UnavailableError
 
+pytestmark = pytest.mark.slow  # each takes seconds
+
 Biollm = Callable[..., Ran]
 Waterfall = Callable[..., Path]
 Gateway = Callable[..., dict[str, Any]]

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from provider import Loopback
 
+pytestmark = pytest.mark.slow  # each takes seconds
+
 Write = Callable[..., Path]
 
 

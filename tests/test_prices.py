@@ -171,6 +171,7 @@ def test_a_policy_that_does_not_exist_is_refused(waterfall: Write) -> None:
         load_config()
 
 
+@pytest.mark.slow
 def test_a_drill_plays_the_order_of_prices(net: Loopback, waterfall: Write, biollm: Callable[..., Any]) -> None:
     last, first = net.serve(), net.serve()
     waterfall(

@@ -180,6 +180,7 @@ except errors.BiollmError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_proxys_password_shows_nowhere(
     net: Loopback, waterfall: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +214,7 @@ def test_no_command_prints_a_key(planted: dict[str, Server], state: Path) -> Non
     assert search(written(state)) == []
 
 
+@pytest.mark.slow
 def test_no_list_of_processes_shows_a_key_or_a_prompt_from_a_pipe(planted: dict[str, Server]) -> None:
     planted["env"].behaviour = b.HANG
     command = subprocess.Popen([BIOLLM, "complete", "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)

@@ -26,6 +26,8 @@ from biollm.client import StreamChunk, get_model_client
 from biollm.errors import UsageError
 from biollm.owners import is_private
 
+pytestmark = pytest.mark.slow  # each takes seconds
+
 Biollm = Callable[..., Ran]
 Waterfall = Callable[..., Path]
 Gateway = Callable[..., dict[str, Any]]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from provider import Loopback
 
+pytestmark = pytest.mark.slow  # each takes seconds
+
 TOOL = {"type": "function", "function": {"name": "blast", "parameters": {"type": "object", "properties": {}}}}
 NO_MCP = f"import json, sys; sys.modules['mcp'] = None; TOOL = {TOOL!r}\n"
 BARE = """
