@@ -120,7 +120,10 @@ class Rungs:
             return f"no server is up: biollm up {deployment.model}"
         if deployment.start:
             server = next(server for server in self._servers or () if server.start == deployment.start)
-            return credentials.of_secret(endpoints.read_key(server))
+            try:
+                return credentials.of_secret(endpoints.read_key(server))
+            except (OSError, ValueError) as error:  # its record still counts for some seconds after the key has gone
+                return f"the key of the server on {server.host} cannot be read: {error}"
         return credentials.find(deployment.provider, deployment.account, self.state, exchange=exchange)
 
     def missing(self, deployment: Deployment) -> str:
