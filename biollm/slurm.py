@@ -248,8 +248,9 @@ def _submit_all(
     links, asked = cluster.max_chain if handover else 1, script.request
     count = replicas * links
     hours = count * script.gpus * asked.walltime / 3600
-    check_limits(cluster, status(cluster), jobs=count, gpus=replicas * script.gpus * min(links, 2), hours=hours)
-    _prepare(cluster, share)
+    known = status(cluster)
+    check_limits(cluster, known, jobs=count, gpus=replicas * script.gpus * min(links, 2), hours=hours)
+    _prepare(cluster, share, known)
     lead = asked.drain + 2 * _start_time(models, cluster, asked.walltime)
     minutes = int(asked.walltime - lead) // 60
     new: list[Ticket] = []
@@ -301,7 +302,7 @@ def _start_time(models: Sequence[Model], cluster: Cluster, walltime: float) -> f
     return max(times.get(model.key, min(model.start_timeout, walltime / 8)) for model in models)
 
 
-def _prepare(cluster: Cluster, share: str) -> None:
+def _prepare(cluster: Cluster, share: str, known: Sequence[Job]) -> None:
     """Make the run directory, its node files and the map of the nodes; open them to a group."""
     folder = private_folder(run_dir(cluster))
     mode = folder.stat().st_mode & 0o7777  # a lab's common folder stays common
@@ -310,7 +311,7 @@ def _prepare(cluster: Cluster, share: str) -> None:
             (folder / name).mkdir()
             (folder / name).chmod(mode)
     private_folder(log_dir(cluster))
-    sweep(cluster)
+    sweep(cluster, known)
     for path, text in node_files(cluster).items():
         if not path.exists():
             write_private(path, text)

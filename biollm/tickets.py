@@ -178,12 +178,18 @@ def find(cluster: Cluster, target: str) -> list[Ticket]:
     raise UsageError(f"No job here is {target!r} or serves it.", hint=f"Known: {', '.join(known) or 'none'}.")
 
 
-def sweep(cluster: Cluster) -> None:
-    """Remove this user's files of jobs that ended, or were killed, more than a week ago."""
-    for path in run_dir(cluster).glob("[jrs][oet][bca]*/*"):  # jobs, records, starts
+def sweep(cluster: Cluster, jobs: Iterable[Job] = ()) -> None:
+    """Remove this user's files of a week ago, but for those of `jobs` that go on, and of servers that run."""
+    folder = run_dir(cluster)
+    kept = {name for job in jobs if not job.over for name in (job.ticket.id, job.ticket.chain) if name}
+    for record in (folder / "records").glob("*.json"):  # another cluster's too, whose jobs nobody here knows
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if time.time() - record.stat().st_mtime < _KEPT_S:
+                kept |= {record.stem, json.loads(record.read_text())["ticket"]}
+    for path in folder.glob("[jrs][oet][bca]*/*"):  # jobs, records, starts
         with suppress(OSError):
-            seen = path.lstat()
-            if seen.st_uid == os.getuid() and time.time() - seen.st_mtime > _KEPT_S:
+            seen, name = path.lstat(), re.split("[.-]", path.name)[0]  # TICKET.json, TICKET-RESTART.master, START
+            if seen.st_uid == os.getuid() and time.time() - seen.st_mtime > _KEPT_S and name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

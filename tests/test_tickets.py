@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,6 @@ def test_a_job_is_found_by_its_id_or_a_model(cluster: Cluster) -> None:
 
 
 def test_old_files_are_swept_and_young_ones_stay(cluster: Cluster, tmp_path: Path) -> None:
-    import os
-
     for name in ("jobs/old.json", "records/old.json", "starts/old/key", "lib/old.py", "jobs/young.json"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,3 +178,23 @@ def test_old_files_are_swept_and_young_ones_stay(cluster: Cluster, tmp_path: Pat
     sweep(cluster)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert [name for name in left if "old" in name or "young" in name] == ["jobs/young.json", "lib/old.py"]
+
+
+def test_what_runs_or_waits_for_longer_than_a_week_keeps_its_files(cluster: Cluster, tmp_path: Path) -> None:
+    files = ("jobs/runs.json", "jobs/runs.events", "jobs/runs-0.master", "starts/aa/key", "jobs/waits.json",
+             "jobs/chain.stop", "jobs/ended.json", "jobs/ended.events", "starts/bb/key", "jobs/.hidden")  # fmt: skip
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (1e9, 1e9))
+        os.utime(path.parent, (1e9, 1e9))
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "aa.json").write_text(json.dumps({"ticket": "runs"}))  # renewed just now
+    waits = judge(replace(TICKET, id="waits", chain="chain"), queue("PENDING", "Resources"), [], 150)
+    ended = judge(replace(TICKET, id="ended"), queue("COMPLETED"), [], 150)
+    alone = judge(replace(TICKET, id="alone"), queue("PENDING"), [], 150)
+    sweep(cluster, [waits, ended, alone])
+    assert {name for name in files if not (tmp_path / name).exists()} == {
+        "jobs/ended.json", "jobs/ended.events", "starts/bb/key", "jobs/.hidden",
+    }  # fmt: skip
