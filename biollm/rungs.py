@@ -57,6 +57,7 @@ class Rungs:
         state: The folder of tokens and weights.
         policy: Overrides the configuration's data policy.
         discover: Returns the running servers; called before every request, so it must only look at memory.
+        interval: Seconds between two looks for what a rung lacks.
     """
 
     def __init__(
@@ -66,23 +67,25 @@ class Rungs:
         state: Path,
         policy: Policy,
         discover: Callable[[], Iterable[Endpoint]] = tuple,
+        interval: float = 5.0,
     ) -> None:
         self.config, self.ledger, self.state = config, ledger, state
         self.policy: Policy = policy
-        self._discover = discover
+        self._discover, self._interval = discover, interval
         self._servers: tuple[Endpoint, ...] | None = None
+        self._looked = 0.0
         self.deployments: list[Deployment] = []
         self.credentials: dict[str, Credential] = {}
         self.needs: dict[str, Need] = {}
         self._missing: dict[str, tuple[Standing, str]] = {}
 
     def refresh(self) -> bool:
-        """Follow the running servers; return whether the deployments changed."""
+        """Follow the running servers and, every few seconds, what was missing; return whether anything changed."""
         servers = tuple(sorted(self._discover(), key=lambda server: server.start))
         starts = [server.start for server in servers]
         if self._servers is not None and starts == [server.start for server in self._servers]:
-            return False
-        self._servers = servers
+            return self._look_again()
+        self._servers, self._looked = servers, time.monotonic()
         self.deployments = routing.deployments(self.config, servers, self.policy)
         alive = {deployment.id for deployment in self.deployments}
         for known in (self.credentials, self.needs, self._missing):
@@ -93,12 +96,26 @@ class Rungs:
                 self.admit(deployment, exchange=False)
         return True
 
+    def _look_again(self) -> bool:
+        """Look for keys, tokens and weights that have come since; return whether there are any."""
+        if not self._missing or time.monotonic() - self._looked < self._interval:
+            return False
+        self._looked, came = time.monotonic(), False
+        for deployment in [deployment for deployment in self.deployments if deployment.id in self._missing]:
+            found = self._look(deployment, exchange=False)
+            # One that has expired is the one that could not be exchanged; every further try would block a request.
+            if isinstance(found, str) or found.expires_at is None or found.expires_at > time.time():
+                came |= self._note(deployment, found) is not None
+        return came
+
     def admit(self, deployment: Deployment, *, exchange: bool = True) -> Credential | None:
         """Look for what the deployment needs to be asked (again); return its credential, or None and note why.
 
         With `exchange`, a short-lived token may be fetched, which blocks.
         """
-        found = self._look(deployment, exchange)
+        return self._note(deployment, self._look(deployment, exchange))
+
+    def _note(self, deployment: Deployment, found: Credential | str) -> Credential | None:
         if isinstance(found, str):
             self.credentials.pop(deployment.id, None)
             self._missing[deployment.id] = (

@@ -55,3 +55,64 @@ def test_a_server_whose_key_cannot_be_read_is_passed_over(
     ledger.cool("account:elsewhere/default", 60, "so that every rung's needs are looked at")
     assert standings(rungs) == {"gpu/mine#bad": "absent", "gpu/mine#good": "ready", "after/small": "ready"}
     assert "the key of the server on node1 cannot be read" in rungs.missing(rungs.deployments[0])
+
+
+def api_key(folder: Path) -> None:
+    (folder / "api.key").write_text("sk-planted-later-0123456789")
+    (folder / "api.key").chmod(0o600)
+
+
+def server_key(folder: Path) -> None:
+    (folder / "server.key").write_text("key")
+
+
+def weights(folder: Path) -> None:
+    (folder / "x.gguf").touch()
+
+
+def copilot_login(folder: Path) -> None:
+    """What is there when the token of a login could not be exchanged: the rung waits for another one."""
+    (folder / "github_copilot" / "default").mkdir(parents=True)
+    (folder / "github_copilot" / "default" / "access-token").write_text("ghu-planted")
+
+
+@pytest.mark.parametrize(
+    ("comes", "rung", "stands"),
+    [
+        (api_key, "filed/small", "ready"),
+        (server_key, "gpu/mine#late", "ready"),
+        (weights, "last/tiny", "ready"),
+        (copilot_login, "github_copilot/small", "keyless"),
+        (lambda _folder: None, "filed/small", "keyless"),
+    ],
+)
+def test_what_comes_while_the_process_runs_is_noticed(
+    waterfall: Write, ledger: Ledger, tmp_path: Path, comes: Callable[[Path], None], rung: str, stands: str
+) -> None:
+    models = {
+        "mine": {"type": "local", "hf_id": "lab/mine"},
+        "tiny": {"type": "embedded", "gguf": str(tmp_path / "x.gguf")},
+    }
+    waterfall(
+        {"models": models},
+        filed={"key_file": str(tmp_path / "api.key"), "base_url": "http://localhost:1/v1"},
+        github_copilot={"accounts": [{"name": "default"}]},
+        gpu={"type": "local", "models": ["mine"]},
+        last={"type": "embedded", "models": ["tiny"]},
+    )
+    servers = [server("late", tmp_path / "server.key")]
+    rungs = Rungs(load_config(), ledger, tmp_path, "any", lambda: servers, interval=0)
+    before = standings(rungs)
+    assert set(before.values()) == {"keyless", "absent"}
+    comes(tmp_path)
+    assert rungs.refresh() is (stands == "ready"), "the Router follows when it is told of a change"
+    assert standings(rungs) == before | {rung: stands}
+    assert not rungs.refresh()
+
+
+def test_what_is_missing_is_not_looked_for_at_each_request(waterfall: Write, ledger: Ledger, tmp_path: Path) -> None:
+    waterfall(filed={"key_file": str(tmp_path / "api.key"), "base_url": "http://localhost:1/v1"})
+    rungs = Rungs(load_config(), ledger, tmp_path, "any")
+    rungs.refresh()
+    api_key(tmp_path)
+    assert not rungs.refresh()
