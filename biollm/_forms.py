@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from biollm.errors import UsageError
+
 Kind = Literal["requests", "tokens", "usd"]
 Unit = Literal["s", "min", "hour", "day", "month"]
 _SECONDS = {"s": 1, "min": 60, "hour": 3600, "day": 86400, "month": 30 * 86400}
@@ -37,6 +39,7 @@ _EXAMPLES = {"requests": "15/min", "tokens": "120k/min or 30M/month", "usd": "10
 _SPAN = re.compile(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)|(\d+(?:\.\d+)?)\s*([a-z]*))")
 _KEY = re.compile(r"(?:sk-|pk-|rk-|gsk_|gh[opsu]_|github_pat_|hf_|xai-|AIza|nvapi-|r8_|pplx-)[\w-]{12,}")
 _RANDOM = re.compile(r"(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{20,}|[0-9a-fA-F-]{24,}")
+_TOKENS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # as vLLM reads them
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -195,6 +198,13 @@ def _share(value: object) -> object:
     return float(percent[1]) / 100 if (percent := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)) else value
 
 
+def _flags(value: object) -> object:
+    """Write vLLM's flags in one way: --max-model-len is max_model_len."""
+    if not isinstance(value, dict):
+        return value
+    return {key.lstrip("-").replace("-", "_"): item for key, item in cast("dict[str, object]", value).items()}
+
+
 def _typed(value: object) -> object:
     """Read the texts of vllm_args as YAML means them: truth values, numbers, JSON, or themselves."""
     if isinstance(value, dict):
@@ -207,6 +217,22 @@ def _typed(value: object) -> object:
         return json.loads(value)
     except ValueError:
         return value
+
+
+def token_count(value: object) -> int | None:
+    """Return the tokens of 16384, "16k" (16000) or "16K" (16384); None stays None, "auto" and -1 become 0.
+
+    Raises:
+        UsageError: It is no such number.
+    """
+    if value is None:
+        return None
+    if value in ("auto", -1, "-1"):
+        return 0
+    match = re.fullmatch(r"(\d+(?:\.\d+(?=[kmg]))?)([kmgKMG]?)", str(value))
+    if not match or not float(match[1]):
+        raise UsageError(f"{value!r} is no number of tokens.", hint="Write 16384, 16k (16000) or 16K (16384).")
+    return int(float(match[1]) * _TOKENS[match[2]])
 
 
 def _no_key(value: object) -> object:
@@ -242,6 +268,7 @@ EnvKey = Annotated[str | None, _if_set(_env_key)]
 Url = Annotated[str | None, _if_set(_url)]
 Resets = Annotated[str | None, _if_set(_resets)]
 Typed = Annotated[object, BeforeValidator(_typed)]
+Flags = Annotated[dict[str, Typed], BeforeValidator(_flags)]
 EnvValue = Annotated[str | None, BeforeValidator(_no_key)]
 Capability = Annotated[str, BeforeValidator(_capability)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]

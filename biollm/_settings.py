@@ -6,6 +6,7 @@ misspelt key in silence.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from biollm import _forms as forms
 from biollm._forms import Limit
+from biollm.errors import UsageError
 
 Policy = Literal["any", "no_training", "local_only"]
 # LiteLLM's prefix for providers it knows by the name people give them; others need a base_url or litellm_provider
@@ -164,7 +166,7 @@ class Model(_Value):
     context_length: forms.Positive | None = None
     capabilities: frozenset[forms.Capability] | None = None
     priority: forms.Count | None = None
-    vllm_args: dict[str, forms.Typed] = {}
+    vllm_args: forms.Flags = {}
     json_schema: bool | None = None
     tools: bool | None = None
     fim: tuple[str, str, str] | None = None
@@ -176,8 +178,10 @@ class Model(_Value):
     @property
     def served_context(self) -> int | None:
         """Return how many tokens a server of ours takes: the model's context, cut by `max_model_len`."""
-        known = (self.context_length, self.vllm_args.get("max_model_len"))
-        return min((size for size in known if isinstance(size, int)), default=None)
+        known = [self.context_length]
+        with suppress(UsageError):  # `biollm up` tells
+            known.append(forms.token_count(self.vllm_args.get("max_model_len")))
+        return min((size for size in known if size), default=None)
 
 
 class Environment(_Value):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from biollm._forms import token_count as token_count
 from biollm.config import Architecture, Cluster, Model
 from biollm.errors import DoesNotFitError, UsageError, nearest
 
@@ -24,7 +25,6 @@ GPUS = {
     "t4": 14.6, "rtx4090": 23.6, "rtx3090": 23.6,
 }  # fmt: skip
 _BITS = {"fp8": 8, "int8": 8, "awq": 4.16, "gptq": 4.16, "mxfp4": 4.25}  # per weight, with scales; named so or within
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # as vLLM reads them
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def fit(
             f"The size of {model.key} is unknown: it has no `architecture:` in models.yaml.",
             hint=f"`biollm models add {model.hf_id} --config config.json` writes the numbers.",
         )
-    args: dict[str, Any] = {key.replace("-", "_"): value for key, value in model.vllm_args.items()}
+    args: dict[str, Any] = model.vllm_args
     setup = Setup(
         gpu_gib=gpu_gib(gpu) if gpu else cluster.gpu_memory_gib,
         tp=gpus or args.get("tensor_parallel_size") or model.gpus_required or 1,
@@ -213,22 +213,6 @@ def _suggest(arch: Architecture, setup: Setup, report: FitReport) -> Iterator[st
         yield "FP8 weights (quantization: fp8), or an INT8 checkpoint"
     elif works(quantization="awq"):
         yield "a 4-bit AWQ checkpoint (another hf_id)"
-
-
-def token_count(value: object) -> int | None:
-    """Return the tokens of 16384, "16k" (16000) or "16K" (16384); None stays None, "auto" and -1 become 0.
-
-    Raises:
-        UsageError: It is no such number.
-    """
-    if value is None:
-        return None
-    if value in ("auto", -1, "-1"):
-        return 0
-    match = re.fullmatch(r"(\d+(?:\.\d+(?=[kmg]))?)([kmgKMG]?)", str(value))
-    if not match or not float(match[1]):
-        raise UsageError(f"{value!r} is no number of tokens.", hint="Write 16384, 16k (16000) or 16K (16384).")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def gpu_gib(name: str) -> float:

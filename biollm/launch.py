@@ -134,7 +134,7 @@ def override(model: Model, assignment: str) -> Model:
     except yaml.YAMLError:
         value = text
     if dot:
-        args: dict[str, Any] = _plain(model.vllm_args) | {flag.replace("-", "_"): value}
+        args: dict[str, Any] = model.vllm_args | {flag.replace("-", "_"): value}
         value = {name: each for name, each in args.items() if each is not None}
     try:
         return type(model).model_validate({**model.model_dump(exclude_unset=True), first: value})
@@ -161,13 +161,9 @@ def _quoted(value: object) -> str:
     return "".join(text + name for text, name in zip(texts, [*names, ""], strict=True)) or "''"
 
 
-def _plain(args: dict[str, object]) -> dict[str, object]:
-    return {key.replace("-", "_"): value for key, value in args.items()}
-
-
 def _sized(model: Model, options: Options) -> Model:
     """Return `model` with checked flags, and a tensor-parallel size that matches its GPUs."""
-    args = _plain(model.vllm_args)
+    args = dict(model.vllm_args)
     found = list(vllm_args.problems(args))
     published, quantization = model.architecture and model.architecture.dtype, args.get("quantization")
     if quantization in _CHECKPOINTS and published in ("bfloat16", "float16", "float32"):

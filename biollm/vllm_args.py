@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, cast
 
+from biollm._forms import token_count
 from biollm._resources import data_dir
 from biollm.errors import UsageError, nearest
-from biollm.fit import token_count
 
 # Set for each start by the launch script or on the node
 _OURS = {

@@ -229,6 +229,12 @@ class TestWhatPeopleWrite:
         assert (site.idle_timeout, site.drain) == (900, 90)
         assert site.environment.env == {"OMP": "010", "DEBUG": "no", "GONE": None, "RATIO": "1.10"}
 
+    def test_a_flag_of_vllm_is_the_same_flag_however_it_is_written(self, layer: Write) -> None:
+        text = "models: {qwen-coder-32b: {vllm_args: {max-model-len: 16k, --hf-overrides: {a-b: 1}}}}"
+        args = load_config(layer(models=text)).models["qwen-coder-32b"].vllm_args
+        assert (args["max_model_len"], args["hf_overrides"]) == ("16k", {"a-b": 1})
+        assert not any("-" in flag for flag in args)
+
     @pytest.mark.parametrize(
         ("span", "seconds"), [("1-12:00:00", 129600), ("90 min", 5400), ("2h", 7200), ("1 day", 86400)]
     )

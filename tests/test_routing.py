@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from biollm import routing
-from biollm.config import Config, Limit, load_config
+from biollm.config import Config, Limit, Model, load_config
 from biollm.routing import Wants
 
 GOLDEN = Path(__file__).parent / "golden" / "shipped_waterfall.json"
@@ -182,6 +182,29 @@ def test_what_a_request_needs_rules_deployments_out(
     (deployment,) = [d for d in routing.deployments(config, [server("1")]) if d.id == ident]
     said = routing.obstacle(deployment, wants)
     assert said is None if reason is None else said and reason in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "context", "tools"),
+    [
+        ({}, 32768, False),
+        ({"max_model_len": 2048, "tool_call_parser": "hermes"}, 2048, True),
+        ({"max-model-len": 2048, "tool-call-parser": "hermes"}, 2048, True),
+        ({"--max-model-len": "2k"}, 2000, False),
+        ({"max_model_len": "2K"}, 2048, False),
+        ({"max_model_len": "64k"}, 32768, False),
+        ({"max_model_len": "auto"}, 32768, False),
+        ({"max_model_len": -1}, 32768, False),
+        ({"max_model_len": "many"}, 32768, False),  # which no server starts with
+        ({"max_model_len": True}, 32768, False),
+    ],
+)
+def test_a_server_takes_what_the_flags_of_vllm_say(
+    config: Config, flags: dict[str, Any], context: int, tools: bool
+) -> None:
+    model = Model(key="mine", hf_id="lab/mine", context_length=32768, vllm_args=flags)
+    (mine,) = [d for d in routing.deployments(replace(config, models={"mine": model})) if d.model == "mine"]
+    assert (mine.context_length, mine.tools) == (context, tools)
 
 
 def test_an_openai_deployment_has_its_own_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
