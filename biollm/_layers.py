@@ -64,6 +64,7 @@ SYNONYMS: dict[str, dict[str, str | Form]] = {
     "models": {"huggingface_id": "hf_id", "context_window": "context_length"},
 }
 _ADDED_UP = ("rate_limit", "token_limit", "token_budget", "budget")
+_NO_MAPPING = "must be a mapping, its keys indented below it."
 _NO_EFFECT = {
     "startup_command": "`biollm up` starts the servers.",
     "slurm_partition": "cluster.yaml holds the partition.",
@@ -128,7 +129,7 @@ class Layers:
     def _entry(self, document: Document, section: str, value: object, at: KeyPath) -> Tree | None:
         """Return a mapping with its keys translated to ours; unknown ones are reported and left out."""
         if (tree := _mapping(value)) is None:
-            self.problems.append(document.problem(at, "must be a mapping, its keys indented below it."))
+            self.problems.append(document.problem(at, _NO_MAPPING))
             return None
         out: Tree = {}
         for key, part in tree.items():
@@ -137,7 +138,7 @@ class Layers:
                 self._translate(document, out, new, str(part), here)
             elif new in self.known[section]:
                 _put(out, new, self._part(document, section, new, part, here))
-                document.lines[*at, new] = document.lines.get(here, 0)
+                document.lines[*at, new] = document.line(here)
             elif key in _NO_EFFECT:
                 self.warnings.append(document.problem(here, f"has no effect here: {_NO_EFFECT[key]}"))
             else:
@@ -148,8 +149,10 @@ class Layers:
 
     def _part(self, document: Document, section: str, key: str, part: Any, at: KeyPath) -> Any:
         """Translate what lies below a key, where that has known keys too."""
-        if section == "" and key in _ENTRIES and isinstance(part, dict):
-            entries = {name: self._entry(document, key, each, (*at, name)) for name, each in cast("Tree", part).items()}
+        if section == "" and key in _ENTRIES and part is not None:
+            if (named := _mapping(part)) is None:
+                self.problems.append(document.problem(at, _NO_MAPPING))
+            entries = {name: self._entry(document, key, each, (*at, name)) for name, each in (named or {}).items()}
             return {name: entry for name, entry in entries.items() if entry is not None}
         if key == "accounts" and isinstance(part, list):
             accounts = enumerate(cast("list[Any]", part))
@@ -162,7 +165,7 @@ class Layers:
         try:
             for key, value in form(text).items():
                 _put(out, key, value)
-                document.lines[*at[:-1], key] = document.lines.get(at, 0)
+                document.lines[*at[:-1], key] = document.line(at)
         except ValueError as error:
             self.problems.append(document.problem(at, str(error)))
 
@@ -172,7 +175,7 @@ class Layers:
         budgets = _mapping(costs.pop("monthly_budget", None)) or {}
         for name, amount in budgets.items():
             top.setdefault("providers", {}).setdefault(name, {}).setdefault("budget", f"{amount} USD/month")
-            line = document.lines[*at, "costs", "monthly_budget", name]
+            line = document.line((*at, "costs", "monthly_budget", name))
             document.lines[*at, "providers", name, "budget"] = document.lines.setdefault((*at, "providers", name), line)
 
     def _unknown(self, document: Document, section: str, at: KeyPath) -> None:
@@ -198,7 +201,7 @@ class Layers:
                 self.origin[there] = (document, source)
                 self._merge(cast("Tree", value), document, there, source)
             elif isinstance(old, dict):
-                self.problems.append(document.problem(source, "must be a mapping, its keys indented below it."))
+                self.problems.append(document.problem(source, _NO_MAPPING))
             elif there in self.locked and value != old and key != "data_policy":
                 self.problems.append(document.problem(source, f"is locked by {self.where(there)}.", "Take it out."))
             elif key != "data_policy" or _strictness(part) >= _strictness(old):  # which no later layer loosens

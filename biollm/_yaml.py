@@ -42,10 +42,13 @@ class Document:
     lines: dict[KeyPath, int] = field(default_factory=dict[KeyPath, int])
     problems: list[Problem] = field(default_factory=list[Problem])
 
+    def line(self, path: KeyPath) -> int:
+        """Return the line of `path`, or of the nearest key above it: what an alias or `<<` brings has none."""
+        return next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), 0)
+
     def problem(self, path: KeyPath, message: str, hint: str | None = None) -> Problem:
-        """Return a problem at `path`, or at the nearest key above it whose line is known."""
-        at = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in self.lines), ())
-        return Problem(self.file, self.lines.get(at, 0), dotted(path), message, hint)
+        """Return a problem at the line of `path`."""
+        return Problem(self.file, self.line(path), dotted(path), message, hint)
 
 
 def dotted(path: KeyPath) -> str:

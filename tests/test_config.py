@@ -256,6 +256,20 @@ class TestWhatPeopleWrite:
         config = load_config(layer(models=text))
         assert (config.model("b").gpus_required, config.model("b").hf_id) == (2, "o/b")
 
+    @pytest.mark.parametrize(
+        "costs",
+        [
+            "{monthly_budget: {openai: 5}}",
+            "{per_million_tokens: &five {openai: 5}, monthly_budget: *five}",
+            "{<<: {monthly_budget: {openai: 5}}}",
+            "{monthly_budget: {<<: {openai: 5}}}",
+        ],
+    )
+    def test_a_budget_beside_the_prices_is_the_providers(self, layer: Write, costs: str) -> None:
+        config = load_config(layer(providers=f"costs: {costs}"))
+        assert limits(config, "openai")[-1] == "5 USD/month"
+        assert config.sources["providers.openai.budget"].endswith("/mine/providers.yaml:1")
+
     @pytest.mark.parametrize("key", ["os.environ/MY_KEY", "${MY_KEY}", "$MY_KEY"])
     def test_a_reference_to_a_variable_is_taken_as_env_key(self, layer: Write, key: str) -> None:
         config = load_config(layer(providers=f"providers: {{groq: {{type: api, models: [m], api_key: '{key}'}}}}"))
@@ -331,6 +345,11 @@ WRONG_VALUES: list[tuple[str, int, str]] = [
     ("providers:\n  groq:", 2, "must be a mapping"),
     ("providers:\n  groq: [1]", 2, "must be a mapping"),
     ("providers: [groq]", 1, "must be a mapping"),
+    ("inherit: false\nproviders: [groq]", 2, "providers: must be a mapping"),
+    ("inherit: false\nproviders: {}\nmodels: qwen", 3, "models: must be a mapping"),
+    ("costs: {monthly_budget: {openai: 5}}\nproviders: [groq]", 2, "providers: must be a mapping"),
+    ("costs: {reference_model: x,\n  monthly_budget: &b {openai: much}}\nlocked: {costs: {\n  monthly_budget: *b}}", 4,
+     "budget: 'much USD/month' is not a limit"),
     ("providers:\n  a/b: {type: api, base_url: 'http://h', models: [m]}", 2, "cannot be 'a/b'"),
     ("providers:\n  vllm:\n    models:\n      - qwen-coder-32b\n      - qwen-coder-33b", 5,
      "qwen-coder-33b is not defined in models.yaml. Did you mean qwen-coder-32b?"),
