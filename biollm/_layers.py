@@ -236,9 +236,16 @@ class Layers:
                 hint = f"Did you mean {near}?" if near else None
                 self.warnings.append(self.problem((section, name), "switches off what nothing defines.", hint))
             if section == "models":
-                for provider in self.data.get("providers", {}).values():
+                for name, provider in self.data.get("providers", {}).items():
                     if isinstance(provider.get("models"), list):
-                        provider["models"] = [model for model in provider["models"] if model not in off]
+                        self._leave_out([*off], provider, ("providers", name, "models"))
+
+    def _leave_out(self, off: list[str], provider: Tree, at: KeyPath) -> None:
+        """Take disabled models out of a provider's list; what stays keeps the line that wrote it."""
+        document, source = self.origin[at]
+        kept = [(place, model) for place, model in enumerate(provider["models"]) if model not in off]
+        provider["models"] = [model for _, model in kept]
+        self.origin |= {(*at, new): (document, (*source, old)) for new, (old, _) in enumerate(kept)}
 
 
 def _put(out: Tree, key: str, value: Any) -> None:

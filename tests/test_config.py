@@ -341,6 +341,7 @@ WRONG_VALUES: list[tuple[str, int, str]] = [
     ("providers:\n  groq: {models: [m]}", 2, "providers.groq.type: is missing."),
     ("providers:\n  groq: {type: cloud, models: [m]}", 2, "must be 'api', 'local' or 'embedded', not 'cloud'."),
     ("providers:\n  groq: {type: api, models: m}", 2, "must be a list."),
+    ("providers:\n  groq: {type: api, models: [[m]]}", 2, r"models\[0\]: must be a text"),
     ("providers:\n  groq: {type: api, models: [m, m]}", 2, "lists m twice"),
     ("providers:\n  groq:", 2, "must be a mapping"),
     ("providers:\n  groq: [1]", 2, "must be a mapping"),
@@ -387,6 +388,13 @@ class TestWhatPeopleAreTold:
         assert SECRET not in found
         assert "0123456789abcdef" not in found
         assert len(found.splitlines()) == 1
+
+    def test_a_list_names_the_right_line_when_a_model_before_is_switched_off(self, layer: Write) -> None:
+        listed = (
+            "providers:\n  vllm:\n    models:\n      - codellama-34b\n      - qwen-coder-32b\n      - qwen-coder-33b\n"
+        )
+        off = "models: {codellama-34b: {enabled: false}}"
+        assert "/mine/providers.yaml:6: " in complaint(layer(providers=listed, models=off))
 
     def test_everything_that_is_wrong_is_told_at_once_on_one_screen(self, layer: Write) -> None:
         many = "".join(f"  p{i}: {{type: api, base_url: nowhere, models: [m]}}\n" for i in range(40))
