@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import pwd
 import socket
@@ -11,8 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:
     """Does whatever listens at a loopback URL belong to this user, a trusted owner or root?
@@ -21,7 +20,7 @@ def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:
     judged: True.
     """
     host, port = address(base_url)
-    if host not in _LOOPBACK:
+    if not is_loopback(host):
         return True
     trusted = uids(trusted_owners) | {0}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -51,7 +50,15 @@ def is_private(path: Path, kind: Callable[[int], bool] = stat.S_ISDIR) -> bool:
 
 def is_this_host(address: str) -> bool:
     """Is the address loopback, or this host's own name?"""
-    return address in _LOOPBACK or address == socket.gethostname()
+    return is_loopback(address) or address == socket.gethostname()
+
+
+def is_loopback(host: str) -> bool:
+    """Does the host name this machine alone? All of 127.0.0.0/8 does."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def uids(trusted_owners: Iterable[str]) -> frozenset[int]:

@@ -7,11 +7,12 @@ Deployment carries those facts beside LiteLLM's own.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
+
+from biollm.owners import is_loopback
 
 if TYPE_CHECKING:
     from biollm.config import Account, Cluster, Config, Limit, Model, Provider
@@ -209,14 +210,7 @@ def _takes_tools(provider: Provider, model: Model | None) -> bool:
 def is_local(base_url: str | None, local_hosts: Sequence[str]) -> bool:
     """Return whether `base_url` is loopback or a host that the site calls its own."""
     host = urlsplit(base_url).hostname if base_url else None
-    if not host:
-        return False
-    if host == "localhost" or host in local_hosts:
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return bool(host) and (is_loopback(host) or host in local_hosts)
 
 
 def obstacle(deployment: Deployment, wants: Wants) -> str | None:

@@ -222,14 +222,15 @@ def test_an_answer_of_another_server_is_an_error(cluster: Cluster, server: Serve
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can listen as somebody else")
-def test_a_fixed_url_is_trusted_by_who_listens_there() -> None:
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.2", "127.9.9.9", "[::1]"])
+def test_a_fixed_url_is_trusted_by_who_listens_there(host: str) -> None:
     os.seteuid(65534)
     try:
         other = socket.create_server(("127.0.0.1", 0))
     finally:
         os.seteuid(0)
     with other:
-        url = f"http://localhost:{other.getsockname()[1]}/v1"
+        url = f"http://{host}:{other.getsockname()[1]}/v1"
         assert not listener_trusted(url, ())
         assert listener_trusted(url, ("65534",))
 
