@@ -210,7 +210,7 @@ def _takes_tools(provider: Provider, model: Model | None) -> bool:
 def is_local(base_url: str | None, local_hosts: Sequence[str]) -> bool:
     """Return whether `base_url` is loopback or a host that the site calls its own."""
     host = urlsplit(base_url).hostname if base_url else None
-    return bool(host) and (is_loopback(host) or host in local_hosts)
+    return bool(host) and (is_loopback(host) or host in {each.lower() for each in local_hosts})
 
 
 def obstacle(deployment: Deployment, wants: Wants) -> str | None:

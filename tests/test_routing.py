@@ -114,6 +114,8 @@ def test_local_only_keeps_what_never_leaves_whatever_its_type(config: Config) ->
         ("https://localhost.evil.example/v1", (), False),
         ("http://10.0.0.7:8000/v1", (), False),
         ("http://llm.lab.example/v1", ("llm.lab.example",), True),
+        ("http://GPU01:8000/v1", ("gpu01",), True),
+        ("http://gpu01:8000/v1", ("GPU01",), True),
         (None, (), False),
     ],
 )
