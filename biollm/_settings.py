@@ -119,9 +119,9 @@ class Architecture:
     """
 
     parameters: forms.Count
-    layers: forms.Count
-    heads: forms.Count
-    hidden: forms.Count
+    layers: forms.Positive
+    heads: forms.Positive
+    hidden: forms.Positive
     dtype: str = "bfloat16"
     weight_bytes: forms.Count = 0
     kv_heads: forms.Count = 0
