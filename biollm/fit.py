@@ -141,7 +141,8 @@ def compute(arch: Architecture, setup: Setup) -> FitReport:
         per_layer = 2 * heads * width * setup.kv_bytes
         shard = per_layer / min(setup.tp, heads)
     tokens = int(room * GIB / (shard * -(-arch.layers // setup.pp)))
-    length = arch.context or tokens if setup.max_model_len is None else setup.max_model_len or min(tokens, arch.context)
+    own = arch.context or tokens
+    length = own if setup.max_model_len is None else setup.max_model_len or min(tokens, own)
     reasons = tuple(_reasons(arch, setup, share, budget, tokens, length))
     return FitReport(
         gpu_gib=setup.gpu_gib,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -134,6 +134,15 @@ def test_sizes_are_those_of_the_published_models(
 def test_room_for_the_kv_cache(name: str, gpus: int, args: dict[str, object], expected: dict[str, float]) -> None:
     got = asdict(report(name, gpus, **args))
     assert {key: got[key] for key in expected} == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("length", [None, "auto", -1])
+def test_where_the_context_is_unknown_a_sequence_may_fill_the_cache(length: object) -> None:
+    architecture = replace(architecture_from_config(PUBLISHED["qwen-coder-32b"]), context=0)
+    got = fit(Model(key="m", hf_id="o/m", architecture=architecture, vllm_args={"max_model_len": length}), Cluster())
+    assert got.fits
+    assert got.max_model_len == got.tokens > 0
+    assert got.sequences == 1
 
 
 def test_a_full_sequence_of_qwen_takes_8_gib() -> None:
