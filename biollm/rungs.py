@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from biollm import credentials, embedded, endpoints, routing
+from biollm import _quotas, credentials, embedded, endpoints, routing
 from biollm.config import Config
 from biollm.credentials import Credential
 from biollm.errors import UnknownNameError
@@ -208,7 +208,7 @@ def explain(rungs: Rungs, wants: Wants) -> Sequence[Rung]:
     for rung in found:
         if rung.standing == "ready":
             used = rungs.ledger.used(rung.deployment.scope, rung.deployment.limits)
-            full = [(limit, resets) for limit, count, resets in used if count >= limit.amount]
+            full = [(limit, resets) for limit, count, resets in used if _quotas.excess(limit, count) > 0]
             if full:
                 rung = replace(rung, standing="limited", reason=f"{full[0][0]} is used up", until=full[0][1] or 0.0)
         fresh.append(rung)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 
 from biollm.config import load_config
 from biollm.endpoints import Endpoint
-from biollm.ledger import Ledger
+from biollm.ledger import Ledger, Need, Refused
 from biollm.routing import Wants
-from biollm.rungs import Rungs
+from biollm.rungs import Rungs, explain
 
 Write = Callable[..., Path]
 
@@ -116,3 +117,31 @@ def test_what_is_missing_is_not_looked_for_at_each_request(waterfall: Write, led
     rungs.refresh()
     api_key(tmp_path)
     assert not rungs.refresh()
+
+
+@pytest.mark.parametrize(
+    ("limit", "sent", "stands"),
+    [
+        ({"rate_limit": "2/min"}, 1, "ready"),
+        ({"rate_limit": "2/min"}, 2, "limited"),
+        ({"rate_limit": "15/min", "share": "1/2"}, 6, "ready"),
+        ({"rate_limit": "15/min", "share": "1/2"}, 7, "limited"),  # an eighth would be more than 7.5
+        ({"rate_limit": "15/day", "share": "1/2"}, 7, "limited"),
+    ],
+)
+def test_a_limit_is_full_to_explain_when_it_is_to_the_ledger(
+    waterfall: Write, ledger: Ledger, tmp_path: Path, limit: dict[str, str], sent: int, stands: str
+) -> None:
+    waterfall(first={"base_url": "http://localhost:1/v1", **limit})
+    rungs = Rungs(load_config(), ledger, tmp_path, "any")
+    rungs.refresh()
+    need = Need(rungs.deployments[0].scope, rungs.deployments[0].limits)
+
+    async def send(count: int) -> list[int | Refused]:
+        return [await ledger.reserve(need) for _ in range(count)]
+
+    assert not any(isinstance(answer, Refused) for answer in asyncio.run(send(sent)))
+    (rung,) = explain(rungs, Wants())
+    assert rung.standing == stands
+    (answer,) = asyncio.run(send(1))
+    assert isinstance(answer, Refused) == (stands == "limited")
