@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from biollm.owners import is_loopback
 
 if TYPE_CHECKING:
-    from biollm.config import Account, Cluster, Config, Limit, Model, Provider
+    from biollm.config import Account, Config, Limit, Model, Provider
     from biollm.endpoints import Endpoint
 
 GROUP, LOCAL_GROUP = "biollm", "biollm-local"
@@ -132,62 +132,42 @@ def models_of(config: Config, provider: Provider) -> list[str]:
 def _of_model(
     config: Config, provider: Provider, name: str, order: int, endpoints: Sequence[Endpoint]
 ) -> Iterable[Deployment]:
-    model = config.models.get(name)
-    several = len(provider.accounts) > 1
-    if provider.type != "local" or provider.base_url or not endpoints:
+    model, several, vllm = config.models.get(name), len(provider.accounts) > 1, provider.type == "local"
+    places: list[tuple[str, Account, Endpoint | None]] = []
+    if not vllm or provider.base_url or not endpoints:
         for account in provider.accounts:
             who = f"{provider.name}.{account.name}" if several else provider.name
-            yield _deployment(config.cluster, provider, account, model, name, order, f"{who}/{name}")
-    if provider.type == "local":
-        for endpoint in endpoints:
-            ident = f"{provider.name}/{name}#{endpoint.start[:8]}"
-            yield _deployment(config.cluster, provider, provider.accounts[0], model, name, order, ident, endpoint)
-
-
-def _deployment(
-    cluster: Cluster,
-    provider: Provider,
-    account: Account,
-    model: Model | None,
-    name: str,
-    order: int,
-    ident: str,
-    endpoint: Endpoint | None = None,
-) -> Deployment:
-    scope = f"{provider.name}/{account.name}"
-    base_url = endpoint.base_url if endpoint else provider.base_url or _DEFAULT_URL.get(provider.litellm_provider)
-    own = provider.type == "embedded" or endpoint is not None or (provider.type == "local" and not base_url)
-    local = own or is_local(base_url, cluster.local_hosts)
+            places.append((f"{who}/{name}", account, None))
+    if vllm:
+        places += [(f"{provider.name}/{name}#{e.start[:8]}", provider.accounts[0], e) for e in endpoints]
     # LiteLLM's github_copilot keeps one login for all; its API is OpenAI's, so each account goes there with its own.
     prefix = "openai" if provider.litellm_provider == "github_copilot" else provider.litellm_provider
-    remote_name = endpoint.served_model_name if endpoint else provider.model_ids.get(name, name)
-    return Deployment(
-        id=ident,
-        provider=provider,
-        account=account,
-        model=name,
-        order=order,
-        litellm_model=f"{prefix}/{remote_name}",
-        base_url=base_url,
-        scope=f"{scope}:{name}" if provider.limits_per == "model" else scope,
-        limits=account.limits,
-        local=local,
-        free=provider.free_tier or local,
-        trains=provider.trains_on_prompts,
-        json_schema=_first(model and model.json_schema, provider.json_schema, _takes_schema(provider)),
-        tools=_first(model and model.tools, provider.tools, _takes_tools(provider, model)),
-        context_length=_context(provider, model),
-        capabilities=model.capabilities if model else None,
-        fim=model.fim if model and provider.type == "local" else None,
-        start=endpoint.start if endpoint else "",
-    )
-
-
-def _context(provider: Provider, model: Model | None) -> int | None:
-    """Return the tokens a deployment takes; a server of ours may be started with fewer than its model can."""
-    if model is None:
-        return None
-    return model.served_context if provider.type == "local" else model.context_length
+    context = model and (model.served_context if vllm else model.context_length)
+    for ident, account, endpoint in places:
+        base_url = endpoint.base_url if endpoint else provider.base_url or _DEFAULT_URL.get(provider.litellm_provider)
+        own = provider.type == "embedded" or endpoint is not None or (vllm and not base_url)
+        local = own or is_local(base_url, config.cluster.local_hosts)
+        scope = f"{provider.name}/{account.name}"
+        yield Deployment(
+            id=ident,
+            provider=provider,
+            account=account,
+            model=name,
+            order=order,
+            litellm_model=f"{prefix}/{name if endpoint else provider.model_ids.get(name, name)}",
+            base_url=base_url,
+            scope=f"{scope}:{name}" if provider.limits_per == "model" else scope,
+            limits=account.limits,
+            local=local,
+            free=provider.free_tier or local,
+            trains=provider.trains_on_prompts,
+            json_schema=_first(model and model.json_schema, provider.json_schema, _takes_schema(provider)),
+            tools=_first(model and model.tools, provider.tools, _takes_tools(provider, model)),
+            context_length=context,
+            capabilities=model.capabilities if model else None,
+            fim=model.fim if model and vllm else None,
+            start=endpoint.start if endpoint else "",
+        )
 
 
 def _first(*choices: bool | None) -> bool:
@@ -288,11 +268,8 @@ def _entry(deployment: Deployment, key: Mapping[str, Any]) -> dict[str, Any]:
 
 def requests_per_minute(limits: Iterable[Limit]) -> int | None:
     """Return the requests of the tightest limit per second or minute, as LiteLLM's `rpm`, or None."""
-    per_minute = {"s": 60.0, "min": 1.0}
     rates = [
-        limit.amount * per_minute[limit.unit]
-        for limit in limits
-        if limit.kind == "requests" and limit.unit in per_minute
+        limit.amount * (60 / limit.seconds) for limit in limits if limit.kind == "requests" and limit.seconds <= 60
     ]
     return max(1, int(min(rates))) if rates else None
 
