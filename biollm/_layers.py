@@ -180,8 +180,7 @@ class Layers:
 
     def _unknown(self, document: Document, section: str, at: KeyPath) -> None:
         choices = {*self.known[section], *SYNONYMS.get(section, ())}
-        near = nearest(str(at[-1]), choices)
-        hint = f"Did you mean {near}?" if near else f"Known: {', '.join(sorted(choices))}."
+        hint = nearest(str(at[-1]), choices) or f"Known: {', '.join(sorted(choices))}."
         (self.warnings if self.lenient else self.problems).append(document.problem(at, "is not a known key.", hint))
 
     def _merge(self, tree: Tree, document: Document, path: KeyPath, at: KeyPath) -> None:
@@ -232,8 +231,7 @@ class Layers:
             entries: dict[str, Tree] = self.data.setdefault(section, {})
             off = {name: entries.pop(name) for name in list(entries) if _off(entries[name].get("enabled"))}
             for name in [name for name, entry in off.items() if entry.keys() == {"enabled"}]:
-                near = nearest(name, [*entries, *(off.keys() - {name})])
-                hint = f"Did you mean {near}?" if near else None
+                hint = nearest(name, [*entries, *(off.keys() - {name})]) or None
                 self.warnings.append(self.problem((section, name), "switches off what nothing defines.", hint))
             if section == "models":
                 for name, provider in self.data.get("providers", {}).items():

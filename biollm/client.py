@@ -460,8 +460,7 @@ def _check_options(options: Options) -> None:
     known = Options.__optional_keys__
     for name in options:
         if name not in known:
-            near = nearest(name, known)
-            hint = f"Did you mean {near}?" if near else "Further arguments of the API go into extra={...}."
+            hint = nearest(name, known) or "Further arguments of the API go into extra={...}."
             raise UsageError(f"There is no option {name!r}.", hint=hint)
     if (policy := options.get("data_policy", "any")) not in _STRICTNESS:
         raise UsageError(f"data_policy is {policy!r}; it must be one of {', '.join(_STRICTNESS)}.")

@@ -188,10 +188,8 @@ def _faults(
 ) -> Iterable[tuple[KeyPath, str, str | None]]:
     """Yield what is wrong between the parts of a provider, and between it and models.yaml."""
     if not provider.litellm_provider:
-        near = nearest(provider.name, LITELLM_PROVIDERS)
-        hint = (
-            f"Did you mean {near}?" if near else "An OpenAI-compatible API needs a base_url, others litellm_provider."
-        )
+        need = "An OpenAI-compatible API needs a base_url, others litellm_provider."
+        hint = nearest(provider.name, LITELLM_PROVIDERS) or need
         yield (), "is no provider that LiteLLM knows by name, and has no base_url.", hint
     keys = [account.env_key or account.key_file for account in provider.accounts if account.env_key or account.key_file]
     for what, found in (("name", [account.name for account in provider.accounts]), ("key", keys)):
@@ -202,8 +200,7 @@ def _faults(
         if provider.models.index(name) < place:
             yield at, f"lists {name} twice.", None
         elif provider.type != "api" and name not in named:
-            near = nearest(name, named)
-            yield at, f"{name} is not defined in models.yaml.", f"Did you mean {near}?" if near else None
+            yield at, f"{name} is not defined in models.yaml.", nearest(name, named) or None
         elif provider.type != "api" and name in models and models[name].type != provider.type:
             yield (
                 at,

@@ -18,7 +18,7 @@ BiollmError                      1
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -59,8 +59,7 @@ class UnknownNameError(UsageError):
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
         self.kind, self.name, self.choices = kind, name, tuple(choices)
-        near = nearest(name, self.choices)
-        hint = (f"Did you mean {near!r}? " if near else "") + f"Known: {', '.join(self.choices) or 'none'}."
+        hint = f"{nearest(name, self.choices, repr)} Known: {', '.join(self.choices) or 'none'}.".lstrip()
         super().__init__(f"There is no {kind} named {name!r}.", hint=hint)
 
 
@@ -159,7 +158,6 @@ class UnavailableError(BiollmError):
     exit_code = 69
 
 
-def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """Return the one of `choices` that looks most like `name`, or None."""
-    found = get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return found[0] if found else None
+def nearest(name: str, choices: Iterable[str], show: Callable[[str], str] = str) -> str:
+    """Return "Did you mean X?" with the one of `choices` that looks most like `name`; "" where none does."""
+    return "".join(f"Did you mean {show(near)}?" for near in get_close_matches(name, list(choices), n=1))

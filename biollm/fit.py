@@ -227,9 +227,8 @@ def gpu_gib(name: str) -> float:
         return GPUS[plain]
     if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:gib|gb|g)?", plain):
         return float(match[1])
-    near = nearest(plain, GPUS)
-    hint = f"Did you mean {near!r}? " if near else ""
-    raise UsageError(f"Unknown GPU {name!r}.", hint=f"{hint}Known: {', '.join(GPUS)}, or its GiB as a number.")
+    hint = f"{nearest(plain, GPUS, repr)} Known: {', '.join(GPUS)}, or its GiB as a number.".lstrip()
+    raise UsageError(f"Unknown GPU {name!r}.", hint=hint)
 
 
 def _kv_bytes(dtype: str) -> float:

@@ -127,8 +127,8 @@ def override(model: Model, assignment: str) -> Model:
     if not equals or bool(dot) != (first == "vllm_args") or (dot and not flag):
         raise UsageError(f"--set {assignment!r} is no assignment.", hint="Write --set vllm_args.max_model_len=16384.")
     if first not in type(model).model_fields:
-        near = nearest(first, type(model).model_fields)
-        raise UsageError(f"--set: a model has no {first!r}.", hint=f"Did you mean {near!r}?" if near else None)
+        hint = nearest(first, type(model).model_fields, repr) or None
+        raise UsageError(f"--set: a model has no {first!r}.", hint=hint)
     try:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError:

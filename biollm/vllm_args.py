@@ -46,9 +46,7 @@ def problems(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
         elif name in _OURS:
             yield key, "is set by biollm itself. Take it out."
         elif name not in flags:
-            near = nearest(name, flags)
-            hint = f" Did you mean {near!r}?" if near else ""
-            yield key, f"is no flag of vLLM {snapshot()['vllm']}.{hint}"
+            yield key, f"is no flag of vLLM {snapshot()['vllm']}. {nearest(name, flags, repr)}".rstrip()
         elif message := _wrong(name, flags[name], value, free=_PLUGINS.get(name) in given):
             yield key, message
     if args.get("enable_auto_tool_choice") and "tool_call_parser" not in given:
@@ -65,9 +63,8 @@ def _wrong(name: str, kind: Any, value: Any, *, free: bool) -> str | None:
     if isinstance(kind, list):
         choices = [str(choice) for choice in kind]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         unknown = None if free else next((item for item in items if item not in choices), None)
-        near = nearest(unknown or "", choices)
-        hint = f" Did you mean {near!r}?" if near else ""
-        return f"is {unknown!r}.{hint} Known: {', '.join(choices)}." if unknown else None
+        hint = f"{nearest(unknown or '', choices, repr)} Known: {', '.join(choices)}.".lstrip()
+        return f"is {unknown!r}. {hint}" if unknown else None
     if kind == "json":
         return None if isinstance(value, dict | list) or _is_json(value) else f"is {value!r}, not JSON."
     if isinstance(value, dict) or (isinstance(value, list) and kind != "list"):
