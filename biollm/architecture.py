@@ -43,14 +43,14 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], kind: str) -> Arch
     published = text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "bfloat16"
     dtype, bits = _dtype(quantization, str(published))
     block = quantization.get("weight_block_size") or [0]
-    mla = int(text.get("kv_lora_rank") or 0)
+    mla = _first(text, "kv_lora_rank")
     return Architecture(
         parameters=parameters,
         weight_bytes=round((parameters - kept) * bits / 8 + kept * _BITS.get(dtype, 16) / 8),
         dtype=dtype,
         layers=int(text["num_hidden_layers"]),
         heads=heads,
-        kv_heads=0 if mla else int(text.get("num_key_value_heads") or heads),
+        kv_heads=0 if mla else _first(text, "num_key_value_heads", "num_attention_heads"),
         head_dim=0 if mla else _head_dim(text),
         kv_lora_rank=mla,
         rope_dim=int(text["qk_rope_head_dim"]) if mla else 0,
@@ -59,7 +59,7 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], kind: str) -> Arch
         vocab=int(text["vocab_size"]),
         experts=experts,
         quant_block=int(block[0]),
-        context=int(text.get("max_position_embeddings") or 0),
+        context=_first(text, "max_position_embeddings"),
     )
 
 
@@ -68,16 +68,10 @@ def _count(text: Mapping[str, Any], kind: str, experts: int) -> tuple[int, int]:
     hidden, layers, vocab = int(text["hidden_size"]), int(text["num_hidden_layers"]), int(text["vocab_size"])
     embeddings = vocab * hidden * (1 if text.get("tie_word_embeddings") else 2)
     dense = 3 * hidden * int(text["intermediate_size"])
-    moe_layers, router = 0, 0
-    if experts:
-        moe_layers = len(
-            range(int(text.get("first_k_dense_replace") or 0), layers, int(text.get("decoder_sparse_step") or 1))
-        )
-        router = experts * hidden
-    expert = 3 * hidden * _expert_size(text) if experts else 0
-    shared = int(text.get("n_shared_experts") or 0) * expert + 3 * hidden * int(
-        text.get("shared_expert_intermediate_size") or 0
-    )
+    first, step = _first(text, "first_k_dense_replace"), _first(text, "decoder_sparse_step") or 1
+    moe_layers = len(range(first, layers, step)) if experts else 0
+    router, expert = experts * hidden, 3 * hidden * _expert_size(text) if experts else 0
+    shared = _first(text, "n_shared_experts") * expert + 3 * hidden * _first(text, "shared_expert_intermediate_size")
     feed_forward = (layers - moe_layers) * dense + moe_layers * (router + shared + experts * expert)
     parameters = embeddings + hidden + layers * (2 * hidden + _attention(text, kind)) + feed_forward
     # gpt-oss keeps everything but its experts in bfloat16
@@ -88,15 +82,11 @@ def _count(text: Mapping[str, Any], kind: str, experts: int) -> tuple[int, int]:
 def _attention(text: Mapping[str, Any], kind: str) -> int:
     hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
     if text.get("kv_lora_rank"):  # multi-head latent attention
-        latent, rope, value = (
-            int(text["kv_lora_rank"]),
-            int(text["qk_rope_head_dim"]),
-            int(text["v_head_dim"]),
-        )
-        nope, query = int(text["qk_nope_head_dim"]), int(text.get("q_lora_rank") or 0)
+        latent, rope, value = (int(text[key]) for key in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim"))
+        nope, query = int(text["qk_nope_head_dim"]), _first(text, "q_lora_rank")
         queries = (hidden + 1 + heads * (nope + rope)) * query if query else hidden * heads * (nope + rope)
         return queries + hidden * (latent + rope) + latent + latent * heads * (nope + value) + heads * value * hidden
-    q, kv = heads * _head_dim(text), int(text.get("num_key_value_heads") or heads) * _head_dim(text)
+    q, kv = heads * _head_dim(text), _first(text, "num_key_value_heads", "num_attention_heads") * _head_dim(text)
     size = 2 * hidden * q + 2 * hidden * kv
     if kind.startswith("qwen2") or text.get("attention_bias"):
         size += q + 2 * kv + (hidden if text.get("attention_bias") else 0)
@@ -119,7 +109,7 @@ def _dtype(quantization: Mapping[str, Any], published: str) -> tuple[str, float]
 
 
 def _head_dim(text: Mapping[str, Any]) -> int:
-    return int(text.get("head_dim") or int(text["hidden_size"]) // int(text["num_attention_heads"]))
+    return _first(text, "head_dim") or int(text["hidden_size"]) // int(text["num_attention_heads"])
 
 
 def _expert_size(text: Mapping[str, Any]) -> int:
