@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from biollm import credentials, slurm, weights
+from biollm import _scheduler, credentials, slurm, weights
 from biollm._resources import state_dir
 from biollm._sqlite import on_network
 from biollm.config import Config
@@ -97,7 +97,7 @@ def _run_dir(config: Config) -> Check:
 def _all_here() -> bool:
     """Is every node of the cluster this very host?"""
     with suppress(BiollmError):
-        return all(map(is_this_host, slurm.node_addresses().values()))
+        return all(map(is_this_host, _scheduler.nodes().values()))
     return True
 
 

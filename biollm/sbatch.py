@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from biollm.config import Cluster
@@ -74,17 +74,13 @@ def header(cluster: Cluster, job: Request) -> Iterator[str]:
     # B: to the supervisor alone; with several nodes it runs in a step, and only without B: do steps get it
     options["signal"] = f"{'B:' if job.nodes == 1 else ''}USR1@{job.drain}"
     options |= {"open-mode": "append", "output": job.log}
-    yield from (f"--{key}={_quoted(key, value)}" for key, value in _given(options))
+    yield from (f"--{key}={_quoted(key, value)}" for key, value in options.items() if value is not None)
     yield "--no-requeue"  # a requeued server would find its clients gone elsewhere; `up` starts another
     if cluster.exclusive:
         yield "--exclusive"
     for option in cluster.sbatch_options:
         key, equals, value = option.partition("=")
         yield _quoted("sbatch_options", key) + equals + _quoted("sbatch_options", value)
-
-
-def _given(options: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    return ((key, value) for key, value in options.items() if value is not None)
 
 
 def _quoted(key: str, value: object) -> str:

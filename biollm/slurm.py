@@ -225,11 +225,6 @@ def try_one_gpu(cluster: Cluster) -> None:
         _scheduler.run("sbatch", "--test-only", script.name)
 
 
-def node_addresses() -> dict[str, str]:
-    """Return the name and address of each node; raises `SlurmError`."""
-    return _scheduler.nodes()
-
-
 def _ready_to_submit(
     models: Sequence[Model], cluster: Cluster, options: Options | None, whole_nodes: bool
 ) -> LaunchScript:
