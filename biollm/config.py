@@ -63,12 +63,6 @@ class Config:
     sources: dict[str, str] = field(default_factory=dict[str, str], repr=False)
     written: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
 
-    def model(self, name: str) -> Model:
-        """Return a model of models.yaml, or raise UnknownNameError."""
-        if name not in self.models:
-            raise UnknownNameError("model", name, self.models)
-        return self.models[name]
-
     def provider(self, name: str) -> Provider:
         """Return a provider that is switched on, or raise UnknownNameError."""
         by_name = {provider.name: provider for provider in self.providers}

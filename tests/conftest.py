@@ -99,7 +99,7 @@ def _entry(name: str, place: int, rung: Rung) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def weights() -> Path:
     """The embedded model's weights, kept in the user's cache folder between runs."""
-    model = load_config().model("smollm2-135m")
+    model = load_config().models["smollm2-135m"]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm" / "tests"
     try:
         return embedded.pull(model, cache, lambda done, total: None)

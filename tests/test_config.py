@@ -149,8 +149,8 @@ class TestWhatPeopleWrite:
         assert config.provider("lightning").models == ("llama-3.1-8b", "mistral-7b")
         assert limits(config, "lightning") == ["100/min", "120k tokens/min", "30M tokens/month"]
         assert config.provider("vllm").base_url == "http://localhost:8000/v1"
-        assert config.model("deepseek-coder-v2").vllm_args["max_model_len"] == 65536
-        assert config.model("qwen-coder-32b").capabilities == {"code", "chat", "fill-in-middle"}
+        assert config.models["deepseek-coder-v2"].vllm_args["max_model_len"] == 65536
+        assert config.models["qwen-coder-32b"].capabilities == {"code", "chat", "fill-in-middle"}
         assert not config.warnings
 
     def test_keys_of_other_peoples_files_are_understood(self, layer: Write) -> None:
@@ -164,7 +164,7 @@ class TestWhatPeopleWrite:
         assert limits(config, "openai")[-1] == "50 USD/month"
         assert config.costs.per_million_tokens == {"lightning": 0.0, "openai": 2.5}
         assert (config.timeout, config.provider("vllm").timeout, config.provider("openai").timeout) == (45, 200, None)
-        assert config.model("codellama-34b").priority == 1
+        assert config.models["codellama-34b"].priority == 1
         assert [warning.key for warning in config.warnings] == [
             "providers.vllm.startup_command", "providers.vllm.slurm_partition", "routing.strategy",
             "routing.max_retries", "routing.failure_threshold", "routing.failure_reset_seconds",
@@ -219,7 +219,7 @@ class TestWhatPeopleWrite:
             cluster: {walltime: 8:00:00, account: 0042, idle_timeout: 15 min, drain: 90, partition: no,
                       environment: {env: {OMP: 010, DEBUG: no, GONE: null, RATIO: 1.10}}}"""
         config = load_config(layer(models=models, cluster=cluster))
-        model, site = config.model("no"), config.cluster
+        model, site = config.models["no"], config.cluster
         assert (model.revision, model.name, model.size_gb) == ("0123456", "1.10", 100)
         assert model.vllm_args == {
             "max_model_len": 16384, "gpu_memory_utilization": ".9", "enforce_eager": True, "seed": "010",
@@ -254,7 +254,7 @@ class TestWhatPeopleWrite:
     def test_anchors_and_merge_keys_work(self, layer: Write) -> None:
         text = "models:\n  a: &a {hf_id: o/a, gpus_required: 2}\n  b: {<<: *a, hf_id: o/b}\n"
         config = load_config(layer(models=text))
-        assert (config.model("b").gpus_required, config.model("b").hf_id) == (2, "o/b")
+        assert (config.models["b"].gpus_required, config.models["b"].hf_id) == (2, "o/b")
 
     @pytest.mark.parametrize(
         "costs",
@@ -458,7 +458,7 @@ class TestLayers:
         )
         models = "models: {qwen-coder-32b: {vllm_args: {max_model_len: 8192}}}"
         config = load_config(layer(models=models, providers="providers: {lightning: {priority: 7}}"))
-        lightning, qwen = config.provider("lightning"), config.model("qwen-coder-32b")
+        lightning, qwen = config.provider("lightning"), config.models["qwen-coder-32b"]
         assert (lightning.priority, limits(config, "lightning")[0]) == (7, "20/min")
         assert (qwen.vllm_args["max_model_len"], qwen.vllm_args["dtype"]) == (8192, "bfloat16")
         assert config.sources["providers.lightning.rate_limit"].endswith("/site/providers.yaml:1")
@@ -594,7 +594,7 @@ class TestShipped:
                 known = prices[name if provider.name == "openai" else f"{provider.litellm_provider}/{name}"]
                 assert known["mode"] == "chat"
                 assert "deprecation_date" not in known or known["deprecation_date"] > "2027"
-                assert config.model(name).context_length == known["max_input_tokens"]
+                assert config.models[name].context_length == known["max_input_tokens"]
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_each_file_names_its_schema_first_and_the_schema_is_current(self, kind: str) -> None:

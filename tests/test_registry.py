@@ -96,7 +96,7 @@ def test_what_stood_in_the_file_stays(
 def test_what_is_written_is_read_again(tmp_path: Path, published: Path) -> None:
     (tmp_path / "models.yaml").write_text(MINE)
     key, _ = add("org/Llama-Test", tmp_path, A3, config=published / "config.json", name="my-llama")
-    model = load_config(tmp_path).model(key)
+    model = load_config(tmp_path).models[key]
     assert model.architecture == entry("org/Llama-Test", PUBLISHED["llama-3.3-70b"], A3).architecture
     assert (model.hf_id, model.context_length, model.size_gb) == ("org/Llama-Test", 131072, 141.1)
     assert render([model], A3).gpus == 4
