@@ -50,26 +50,18 @@ class Endpoint:
         key_file: Holds the key of this start; see `read_key`.
         owner: User id of the record's owner.
         left_s: Seconds of walltime left when it was read.
-        age_s: Seconds since the record was renewed.
-        up_s: Seconds since the start, at that renewal.
-        chain: Id of the chain of successors, or "".
         link: Place in the chain, from 1.
     """
 
     start: str
-    cluster: str
     job: str
     ticket: str
     model: str
-    served_model_name: str
     host: str
     base_url: str
     key_file: Path
     owner: int
     left_s: float
-    age_s: float
-    up_s: float
-    chain: str
     link: int
 
 
@@ -136,11 +128,9 @@ class Records:
         if self._node_map().get(host) != address and not is_this_host(address):
             return f"{host} ({address}) is not known as a node of the cluster"
         return Endpoint(
-            start=name, cluster=record["cluster"], job=str(record["job"]), ticket=str(record["ticket"]),
-            model=str(record["model"]), served_model_name=str(record["model"]), host=host,
+            start=name, job=str(record["job"]), ticket=str(record["ticket"]), model=str(record["model"]), host=host,
             base_url=f"http://{address}:{int(record['port'])}/v1", key_file=self._run / "starts" / name / "key",
-            owner=owner, left_s=left, age_s=max(age, 0.0), up_s=float(record["up_s"]),
-            chain=str(record["chain"]), link=int(record["link"]),
+            owner=owner, left_s=left, link=int(record["link"]),
         )  # fmt: skip
 
     def _node_map(self) -> Mapping[str, str]:
@@ -193,11 +183,6 @@ class Watch:
             self.refresh()
             took = time.monotonic() - began
             time.sleep(max(self._interval, 20 * took))  # a slow file system is read more rarely
-
-
-def scan(cluster: Cluster) -> tuple[Endpoint, ...]:
-    """Return the servers that are alive now; reads and asks once."""
-    return Watch(cluster).refresh()
 
 
 def read_key(endpoint: Endpoint) -> str:

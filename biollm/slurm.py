@@ -351,7 +351,7 @@ def _alike(job: Job, shown: Job | None) -> bool:
 
 
 def _completes(endpoint: Endpoint) -> bool:
-    body = {"model": endpoint.served_model_name, "prompt": "Hello", "max_tokens": 1}
+    body = {"model": endpoint.model, "prompt": "Hello", "max_tokens": 1}
     with suppress(OSError):
         return ask(endpoint, "POST", "/v1/completions", body, timeout=60)[0] == 200
     return False

@@ -41,8 +41,8 @@ def group(waterfall: Callable[..., Path], tmp_path: Path) -> Top:
     ledger = Ledger(tmp_path / "group", clock=lambda: at[0], network=False)
     key = tmp_path / "key"
     key.write_text("sk-planted-server-0123456789")
-    server = Endpoint("a" * 32, "lab", "4711", "t1", "qwen-coder-32b", "qwen-coder-32b", "gpu01", "http://gpu01:8000/v1",
-                      key, key.stat().st_uid, 18000.0, 1.0, 3600.0, "", 1)  # fmt: skip
+    server = Endpoint("a" * 32, "4711", "t1", "qwen-coder-32b", "gpu01", "http://gpu01:8000/v1", key, key.stat().st_uid,
+                      18000.0, 1)  # fmt: skip
     rungs = Rungs(config, ledger, tmp_path, "any", lambda: [server])
     rungs.refresh()
     used = {"lightning": 15, "gemini": 4, "github_copilot": 11}

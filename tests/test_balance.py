@@ -73,9 +73,8 @@ def replicas(waterfall: Callable[..., Path], tmp_path: Path) -> Replicas:
         key.write_text("the-key-of-the-start")
         found = tuple(
             Endpoint(
-                start=f"{number}{os.urandom(15).hex()}", cluster="c", job="1", ticket="t", model="mine",
-                served_model_name="mine", host="localhost", base_url=server.url, key_file=key, owner=os.getuid(),
-                left_s=3600.0, age_s=0.0, up_s=60.0, chain="", link=1,
+                start=f"{number}{os.urandom(15).hex()}", job="1", ticket="t", model="mine", host="localhost",
+                base_url=server.url, key_file=key, owner=os.getuid(), left_s=3600.0, link=1,
             )
             for number, server in enumerate(servers)
         )  # fmt: skip

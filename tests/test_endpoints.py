@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from biollm.config import Cluster
-from biollm.endpoints import Records, Watch, ask, load, read_key, scan
+from biollm.endpoints import Records, Watch, ask, load, read_key
 from biollm.owners import listener_trusted, uids
 
 START = "0123456789abcdef0123456789abcdef"
@@ -81,8 +81,8 @@ def publish(site: Cluster, port: int = 1, *, age: float = 0, start: str = START,
 
 def test_a_live_record_becomes_an_endpoint(cluster: Cluster, server: Server) -> None:
     publish(cluster, server.server_port)
-    (endpoint,) = scan(cluster)
-    assert (endpoint.model, endpoint.served_model_name, endpoint.job, endpoint.host) == ("qwen", "qwen", "7", "node1")
+    (endpoint,) = Watch(cluster).refresh()
+    assert (endpoint.model, endpoint.job, endpoint.host) == ("qwen", "7", "node1")
     assert endpoint.base_url == f"http://127.0.0.1:{server.server_port}/v1"
     assert endpoint.owner == os.getuid()
     assert 3590 < endpoint.left_s <= 3600
@@ -139,7 +139,7 @@ def test_the_owner_must_be_the_user_or_trusted(cluster: Cluster, trusted: tuple[
 
 
 def test_no_run_directory_means_no_servers(tmp_path: Path) -> None:
-    assert scan(Cluster(name="lab", run_dir=tmp_path / "none")) == ()
+    assert Watch(Cluster(name="lab", run_dir=tmp_path / "none")).refresh() == ()
     assert not (tmp_path / "none").exists()
 
 
@@ -152,14 +152,14 @@ def test_a_clock_that_is_wrong_by_minutes_changes_nothing(cluster: Cluster) -> N
 def test_another_server_on_the_port_is_not_used(cluster: Cluster, server: Server) -> None:
     publish(cluster, server.server_port)
     server.start = "f" * 32
-    assert scan(cluster) == ()
+    assert Watch(cluster).refresh() == ()
 
 
 def test_a_server_that_is_gone_is_not_used(cluster: Cluster) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         publish(cluster, held.getsockname()[1])
-        assert scan(cluster) == ()
+        assert Watch(cluster).refresh() == ()
 
 
 def test_a_watch_sees_what_comes_and_goes(cluster: Cluster, server: Server) -> None:
@@ -209,13 +209,13 @@ def test_200_servers_are_asked_for_without_file_access(cluster: Cluster) -> None
 
 def test_load_reads_the_servers_own_metrics(cluster: Cluster, server: Server) -> None:
     publish(cluster, server.server_port)
-    (endpoint,) = scan(cluster)
+    (endpoint,) = Watch(cluster).refresh()
     assert load(endpoint) == (2, 1)
 
 
 def test_an_answer_of_another_server_is_an_error(cluster: Cluster, server: Server) -> None:
     publish(cluster, server.server_port)
-    (endpoint,) = scan(cluster)
+    (endpoint,) = Watch(cluster).refresh()
     server.start = "f" * 32
     with pytest.raises(ConnectionError, match="Another server"):
         ask(endpoint, "GET", "/metrics", timeout=5)

@@ -266,8 +266,8 @@ def replicas(net: Net, place: str, some: Mapping[str, tuple[str, str]], folder: 
 def running_server(start: str, model: str, url: str, key: Path) -> Endpoint:
     """Return what a live record says."""
     return Endpoint(
-        start=start, cluster="c", job="1", ticket="t", model=model, served_model_name=model, host="localhost",
-        base_url=url, key_file=key, owner=os.getuid(), left_s=3600.0, age_s=0.0, up_s=60.0, chain="", link=1,
+        start=start, job="1", ticket="t", model=model, host="localhost", base_url=url, key_file=key, owner=os.getuid(),
+        left_s=3600.0, link=1,
     )  # fmt: skip
 
 

@@ -28,9 +28,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def server(start: str, key: Path) -> Endpoint:
     """A running server of the model `mine`."""
     return Endpoint(
-        start=start, cluster="c", job="1", ticket="t", model="mine", served_model_name="mine", host="node1",
-        base_url="http://node1:8000/v1", key_file=key, owner=os.getuid(), left_s=3600.0, age_s=0.0, up_s=60.0, chain="",
-        link=1,
+        start=start, job="1", ticket="t", model="mine", host="node1", base_url="http://node1:8000/v1", key_file=key,
+        owner=os.getuid(), left_s=3600.0, link=1,
     )  # fmt: skip
 
 

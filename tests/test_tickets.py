@@ -37,7 +37,7 @@ def queue(state: str = "", reason: str = "", at: float = 130.0, error: str = "",
 
 
 def server(model: str = "a") -> Endpoint:
-    return Endpoint("0" * 32, "lab", "7", "t", model, model, "node1", "http://n/v1", Path("/k"), 0, 60, 1, 5, "", 1)
+    return Endpoint("0" * 32, "7", "t", model, "node1", "http://n/v1", Path("/k"), 0, 60, 1)
 
 
 DIED = "a failed the server ended by exit code 3"
