@@ -83,7 +83,7 @@ def render(models: Sequence[Model], cluster: Cluster, options: Options | None = 
         UsageError: The models and options do not go together.
     """
     options = options or Options()
-    changes = {key: getattr(options, key) for key in ("partition", "account", "qos", "walltime", "drain", "handover")}
+    changes = {key: getattr(options, key) for key in ("partition", "account", "qos", "walltime", "drain")}
     cluster = cluster.model_copy(update={key: value for key, value in changes.items() if value is not None})
     _check_site(cluster)
     if not models or len({model.key for model in models}) < len(models) or (options.gpus and len(models) > 1):
@@ -266,6 +266,5 @@ def _spec(models: Sequence[Model], cluster: Cluster, job: Request, options: Opti
         servers.append(server | {"start_timeout": model.start_timeout})
     return {
         "v": 1, "cluster": cluster.name, "run_dir": str(run_dir(cluster)), "log_dir": str(log_dir(cluster)),
-        "walltime": job.walltime, "drain": job.drain, "idle_timeout": idle, "handover": cluster.handover,
-        "nodes": job.nodes, "models": servers,
+        "walltime": job.walltime, "drain": job.drain, "idle_timeout": idle, "nodes": job.nodes, "models": servers,
     }  # fmt: skip

@@ -39,7 +39,6 @@ exec apptainer exec --nv --bind=/scratch/lab/biollm --bind=/scratch/lab/biollm/l
  "walltime": 93600,
  "drain": 120,
  "idle_timeout": 0,
- "handover": true,
  "nodes": 1,
  "models": [
   {

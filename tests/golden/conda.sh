@@ -40,7 +40,6 @@ exec python3 /scratch/lab/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
  "walltime": 93600,
  "drain": 120,
  "idle_timeout": 1800,
- "handover": false,
  "nodes": 1,
  "models": [
   {

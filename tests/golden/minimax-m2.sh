@@ -35,7 +35,6 @@ exec python3 /scratch/lab/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
  "walltime": 28800,
  "drain": 120,
  "idle_timeout": 1800,
- "handover": false,
  "nodes": 1,
  "models": [
   {

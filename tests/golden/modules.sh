@@ -42,7 +42,6 @@ exec python3 /scratch/lab/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
  "walltime": 3600,
  "drain": 120,
  "idle_timeout": 1800,
- "handover": false,
  "nodes": 1,
  "models": [
   {

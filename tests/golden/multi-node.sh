@@ -35,7 +35,6 @@ exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-p
  "walltime": 28800,
  "drain": 120,
  "idle_timeout": 1800,
- "handover": false,
  "nodes": 2,
  "models": [
   {
