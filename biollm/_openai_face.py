@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 _POLICIES = ("any", "no_training", "local_only")  # from loose to strict
+_INTERRUPTED = ("raise", "restart")
 _NUMBER, _TEXTS = (int, float), (str, list)
 # What a body may hold besides what becomes an option, and goes on as it is.
 _KNOWN = {
@@ -106,14 +107,13 @@ def read(given: bytes, headers: Mapping[str, str], config: Config, tags: Mapping
         options["max_tokens"] = tokens
     if schema is not None:
         options["response_model"] = schema
-    options["data_policy"] = max(
-        (_one_of(_POLICIES, each) for each in (ours.get("data_policy"), headers.get("x-biollm-policy"))),
-        key=_POLICIES.index,
-    )
-    _one_of(("raise", "restart"), ours.get("on_interrupt"))
+    said = (("biollm.data_policy", ours.get("data_policy")), ("x-biollm-policy", headers.get("x-biollm-policy")))
+    options["data_policy"] = max((_one_of(_POLICIES, *each) for each in said), key=_POLICIES.index)
+    _one_of(_INTERRUPTED, "biollm.on_interrupt", ours.get("on_interrupt"))
     in_header = tags_of(headers.get("x-biollm-tags", ""))
     options["tags"] = {**_texts(body.get("metadata", {})), **in_header, **_texts(ours.get("tags", {})), **tags}
-    held = stream and headers.get("x-biollm-on-interrupt") == "restart"
+    in_head = _one_of(_INTERRUPTED, "x-biollm-on-interrupt", headers.get("x-biollm-on-interrupt"))
+    held = stream and in_head == "restart"
     if held:
         options["on_interrupt"] = "restart"
     whole = not stream or schema is not None or bool(body.get("logprobs")) or "messages" not in body
@@ -264,11 +264,11 @@ def _check(
             raise errors.UsageError(f"{prefix}{name} has the wrong type: {type(value).__name__}.")
 
 
-def _one_of(choices: Sequence[str], name: str | None) -> str:
-    """Return `name`, the first choice where there is none."""
-    if (name := name or choices[0]) not in choices:
-        raise errors.UsageError(f"There is no {name!r}; it must be one of {', '.join(choices)}.")
-    return name
+def _one_of(choices: Sequence[str], what: str, said: str | None) -> str:
+    """Return what was said of `what`, the first choice where nothing was."""
+    if (said := said or choices[0]) not in choices:
+        raise errors.UsageError(f"{what} is {said!r}; it must be one of {', '.join(choices)}.")
+    return said
 
 
 def _prompt(body: Json) -> Any:

@@ -203,7 +203,12 @@ def test_who_gets_no_answer_gets_openais_error(net: Loopback, serve: Any, case: 
         (CHAT, {**HI, "response_format": {"type": "json_schema"}}, 400, "must be a JSON Schema"),
         (CHAT, {**HI, "response_format": {**WANTED, "json_schema": {"schema": {"type": 1}}}}, 400, "is no JSON Schema"),
         (CHAT, {**HI, "biollm": {"fallbak": True}}, 400, "no option biollm.fallbak"),
-        (CHAT, {**HI, "biollm": {"data_policy": "all"}}, 400, "must be one of any, no_training, local_only"),
+        (
+            CHAT,
+            {**HI, "biollm": {"data_policy": "all"}},
+            400,
+            "biollm.data_policy is 'all'; it must be one of any, no_training, local_only",
+        ),
         (CHAT, {"prompt": "once"}, 400, "/v1/completions"),
         ("/v1/completions", HI, 400, "/v1/chat/completions"),
         ("/v1/completions", {"prompt": ["a", "b"]}, 400, "one text"),
@@ -216,6 +221,14 @@ def test_what_makes_no_sense_is_told(net: Loopback, serve: Any, path: str, body:
     answer = serve(first=server).post(path, content=body if isinstance(body, str) else json.dumps(body))
     assert (answer.status_code, server.requests) == (status, [])
     assert told in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["x-biollm-policy", "x-biollm-on-interrupt"])
+def test_a_header_that_makes_no_sense_is_told(net: Loopback, serve: Any, name: str) -> None:
+    server = net.serve()
+    answer = serve(first=server).post(CHAT, json=HI, headers={name: "odd"})
+    assert (answer.status_code, server.requests) == (400, [])
+    assert f"{name} is 'odd'; it must be one of " in answer.json()["error"]["message"]
 
 
 def test_code_is_filled_in_where_a_local_model_can(net: Loopback, serve: Any) -> None:
