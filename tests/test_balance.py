@@ -166,6 +166,7 @@ def test_twenty_at_once_fill_the_idle_one_first(net: Loopback, replicas: Replica
     assert shares(told(replicas(one, two), 2), 20, one, two) == [7, 13]
 
 
+@pytest.mark.slow
 def test_what_a_server_says_of_our_own_requests_is_not_counted_twice(net: Loopback, replicas: Replicas) -> None:
     def counts(server: Server, others: int) -> None:
         def how(request: Request) -> Behaviour:

@@ -104,6 +104,7 @@ def test_bash_and_shellcheck_accept_models_by_sites_by_environments(tmp_path: Pa
     check([render([model], site(each, env)) for model, each, env in matrix], tmp_path)
 
 
+@pytest.mark.slow
 def test_hostile_values_end_as_text(tmp_path: Path) -> None:
     """The rendered scripts are run, with programs that only write down what they got."""
     fakes = tmp_path / "bin"

@@ -133,6 +133,7 @@ def test_limits_and_rests_of_the_user_hold(
     assert (len(one.requests), len(two.requests)) == (1, 1)
 
 
+@pytest.mark.slow
 def test_found_servers_and_the_embedded_model_answer(
     lab: Callable[..., list[str]], net: Loopback, weights: Path, biollm: Callable[..., Any]
 ) -> None:

@@ -22,6 +22,7 @@ import pytest
 
 from biollm import _node
 
+pytestmark = pytest.mark.slow  # each takes seconds
 PACKAGE = Path(_node.__file__).parent
 FAKE = Path(__file__).with_name("fake_vllm.py")
 

@@ -94,6 +94,7 @@ def test_only_what_is_allowed_reaches_slurm(answer: Answer, monkeypatch: pytest.
     assert call.endswith("job.sh --ticket t\n")
 
 
+@pytest.mark.slow
 def test_many_waiting_processes_ask_the_controller_once(answer: Answer, tmp_path: Path) -> None:
     answer("squeue", "sleep 2; echo '7|PENDING|Resources|N/A|'")
     ask = (

@@ -141,6 +141,7 @@ def test_a_new_history_file_is_followed(quiet: tuple[Top, Ledger], tmp_path: Pat
     assert top.snapshot().minutes[-1].requests == 1
 
 
+@pytest.mark.slow
 def test_a_controller_that_hangs_holds_up_nothing(waterfall: Write, tmp_path: Path) -> None:
     waterfall(first="http://localhost:1/v1")
     release = threading.Event()
