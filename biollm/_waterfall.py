@@ -405,6 +405,7 @@ class Waterfall:
     async def _relay(self, run: Run, sent: Sent) -> AsyncGenerator[str | Verdict, None]:
         """Yield the text of a stream; at last a Verdict if it broke."""
         limit, shortened = self._limit(run.request, sent.deployment, stream=True)
+        due = _KEPT
         try:
             for chunk in sent.head:
                 if text := delta(chunk):
@@ -416,8 +417,9 @@ class Waterfall:
                     break
                 if text := delta(chunk):
                     yield text
-                if len(sent.response.chunks) >= _KEPT:
+                if len(sent.response.chunks) >= due:
                     fold(sent.response.chunks)
+                    due = 2 * len(sent.response.chunks) + _KEPT  # what cannot be joined is not tried at every chunk
         except (asyncio.CancelledError, GeneratorExit):
             self._cancelled(run, sent)
             raise
