@@ -110,10 +110,10 @@ def read(given: bytes, headers: Mapping[str, str], config: Config, tags: Mapping
     said = (("biollm.data_policy", ours.get("data_policy")), ("x-biollm-policy", headers.get("x-biollm-policy")))
     options["data_policy"] = max((_one_of(_POLICIES, *each) for each in said), key=_POLICIES.index)
     _one_of(_INTERRUPTED, "biollm.on_interrupt", ours.get("on_interrupt"))
-    in_header = tags_of(headers.get("x-biollm-tags", ""))
-    options["tags"] = {**_texts(body.get("metadata", {})), **in_header, **_texts(ours.get("tags", {})), **tags}
-    in_head = _one_of(_INTERRUPTED, "x-biollm-on-interrupt", headers.get("x-biollm-on-interrupt"))
-    held = stream and in_head == "restart"
+    written = tags_of(headers.get("x-biollm-tags", ""))
+    options["tags"] = {**_texts(body.get("metadata", {})), **written, **_texts(ours.get("tags", {})), **tags}
+    unseen = _one_of(_INTERRUPTED, "x-biollm-on-interrupt", headers.get("x-biollm-on-interrupt")) == "restart"
+    held = stream and unseen
     if held:
         options["on_interrupt"] = "restart"
     whole = not stream or schema is not None or bool(body.get("logprobs")) or "messages" not in body

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from biollm._forms import token_count as token_count
+from biollm._forms import token_count
 from biollm.config import Architecture, Cluster, Model
 from biollm.errors import DoesNotFitError, UsageError, nearest
 

@@ -90,7 +90,8 @@ class Guard(CustomLogger):
         self, request_data: dict[str, Any], response: Any, call_type: Any
     ) -> None:
         if current.get() is not None:
-            # LiteLLM prices no answer that has a price: it takes 0.4 ms, where most are free. The waterfall does it.
+            # What has a price already is not priced by LiteLLM, which takes 0.4 ms and mostly for what is free; the
+            # waterfall does it where there is something to pay.
             response._hidden_params["response_cost"] = 0.0
 
 

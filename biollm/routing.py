@@ -132,20 +132,20 @@ def models_of(config: Config, provider: Provider) -> list[str]:
 def _of_model(
     config: Config, provider: Provider, name: str, order: int, endpoints: Sequence[Endpoint]
 ) -> Iterable[Deployment]:
-    model, several, vllm = config.models.get(name), len(provider.accounts) > 1, provider.type == "local"
+    model, several, served = config.models.get(name), len(provider.accounts) > 1, provider.type == "local"
     places: list[tuple[str, Account, Endpoint | None]] = []
-    if not vllm or provider.base_url or not endpoints:
+    if not served or provider.base_url or not endpoints:
         for account in provider.accounts:
             who = f"{provider.name}.{account.name}" if several else provider.name
             places.append((f"{who}/{name}", account, None))
-    if vllm:
+    if served:
         places += [(f"{provider.name}/{name}#{e.start[:8]}", provider.accounts[0], e) for e in endpoints]
     # LiteLLM's github_copilot keeps one login for all; its API is OpenAI's, so each account goes there with its own.
     prefix = "openai" if provider.litellm_provider == "github_copilot" else provider.litellm_provider
-    context = model and (model.served_context if vllm else model.context_length)
+    context = model and (model.served_context if served else model.context_length)
     for ident, account, endpoint in places:
         base_url = endpoint.base_url if endpoint else provider.base_url or _DEFAULT_URL.get(provider.litellm_provider)
-        own = provider.type == "embedded" or endpoint is not None or (vllm and not base_url)
+        own = provider.type == "embedded" or endpoint is not None or (served and not base_url)
         local = own or is_local(base_url, config.cluster.local_hosts)
         scope = f"{provider.name}/{account.name}"
         yield Deployment(
@@ -165,7 +165,7 @@ def _of_model(
             tools=_first(model and model.tools, provider.tools, _takes_tools(provider, model)),
             context_length=context,
             capabilities=model.capabilities if model else None,
-            fim=model.fim if model and vllm else None,
+            fim=model.fim if model and served else None,
             start=endpoint.start if endpoint else "",
         )
 
