@@ -268,7 +268,7 @@ class Waterfall:
             reason: str | None = None
             if (known := self.rungs.credentials.get(deployment.id)) is None:
                 continue  # its server left
-            if known.expires_at is not None and known.expires_at < time.time() + _FRESH:
+            if known.ends_within(_FRESH):
                 if found := await asyncio.to_thread(self.rungs.admit, deployment):
                     self._renew(deployment, found)
                 else:

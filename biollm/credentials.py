@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shlex
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,10 @@ class Credential:
     headers: dict[str, str] = field(default_factory=dict[str, str])
     base_url: str | None = None
     expires_at: float | None = None
+
+    def ends_within(self, seconds: float) -> bool:
+        """Return whether it is short-lived and good for no more than `seconds`; 0: whether it has ended."""
+        return self.expires_at is not None and self.expires_at <= time.time() + seconds
 
 
 def of_secret(secret: str) -> Credential:

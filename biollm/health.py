@@ -105,7 +105,7 @@ async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClien
     started = time.perf_counter()
     try:
         async with asyncio.timeout(timeout):
-            if known.expires_at is not None and known.expires_at <= time.time():  # `refresh` renews none
+            if known.ends_within(0):  # `refresh` renews none
                 renewed = await asyncio.to_thread(rungs.admit, first)
                 if renewed is None:
                     return Health(first.provider.name, who, False, error=rungs.missing(first))

@@ -104,7 +104,7 @@ class Rungs:
         for deployment in [deployment for deployment in self.deployments if deployment.id in self._missing]:
             found = self._look(deployment, exchange=False)
             # One that has expired is the one that could not be exchanged; every further try would block a request.
-            if isinstance(found, str) or found.expires_at is None or found.expires_at > time.time():
+            if isinstance(found, str) or not found.ends_within(0):
                 came |= self._note(deployment, found) is not None
         return came
 
