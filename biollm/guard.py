@@ -35,6 +35,8 @@ class Turn:
         on_send: Called with the chosen deployment's id just before the request is sent.
         reservation: The ledger's row, once reserved.
         refused: The ledger's refusal, if it refused.
+        handed: Whether LiteLLM has translated the request and handed it to its HTTP client. What is raised before that,
+            without a network error among its causes, was raised before anything was sent.
     """
 
     ledger: Ledger
@@ -43,6 +45,7 @@ class Turn:
     on_send: Callable[[str], None] | None = None
     reservation: int | None = None
     refused: Refused | None = None
+    handed: bool = False
 
 
 current: ContextVar[Turn | None] = ContextVar("biollm_turn", default=None)
@@ -55,7 +58,7 @@ def deployment_id(entry: Mapping[str, Any]) -> str:
 
 
 class Guard(CustomLogger):
-    """Three of LiteLLM's hooks; see the module's docstring. The signatures are LiteLLM's."""
+    """Four of LiteLLM's hooks; see the module's docstring. The signatures are LiteLLM's."""
 
     async def async_filter_deployments(  # noqa: D102
         self,
@@ -85,6 +88,10 @@ class Guard(CustomLogger):
         if turn.on_send:
             turn.on_send(chosen)
         return deployment
+
+    def log_pre_api_call(self, model: Any, messages: Any, kwargs: Any) -> None:  # noqa: D102
+        if (turn := current.get()) is not None:
+            turn.handed = True
 
     async def async_post_call_success_deployment_hook(  # noqa: D102
         self, request_data: dict[str, Any], response: Any, call_type: Any
