@@ -32,6 +32,7 @@ _ENDED = (
     "DEADLINE",
 )
 _AWAY = re.compile(r"Unable to contact slurm controller|Connection refused|Socket timed out|Zero Bytes", re.IGNORECASE)
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}")
 _MENDS = (
     ("Invalid partition", "has no such partition.", "`sinfo -s` lists them; set `partition` or --partition."),
     ("Invalid account", "does not know this account here.", "`sacctmgr show assoc user=$USER` lists yours; set `account`."),
@@ -54,7 +55,7 @@ class ControllerAwayError(SlurmError):
 
 @dataclass(frozen=True)
 class Row:
-    """A job as the queue shows it. `start` is Slurm's time or, for a pending job, its estimate; "" is unknown."""
+    """A job as the queue shows it. `start` (ISO 8601, UTC) is Slurm's, for a pending job its estimate; "" is unknown."""
 
     job: str
     state: str
@@ -78,14 +79,14 @@ class Queue:
     interval: float = ASK_S
 
 
-def run(*command: str, timeout: float = 20) -> str:
-    """Return what one of Slurm's commands prints.
+def run(*command: str, timeout: float = 20, **more: str) -> str:
+    """Return what one of Slurm's commands prints; `more` are further variables of its environment.
 
     Raises:
         ControllerAwayError: It did not answer within `timeout` seconds.
         SlurmError: It refused, or is not installed here.
     """
-    env = {name: os.environ[name] for name in _KEPT if name in os.environ} | {"SLURM_TIME_FORMAT": "standard"}
+    env = {name: os.environ[name] for name in _KEPT if name in os.environ} | {"SLURM_TIME_FORMAT": "standard", **more}
     try:
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
@@ -149,11 +150,14 @@ def _ask(old: Queue) -> dict[str, object]:
     """Ask the controller; return the next snapshot."""
     rest = min(REST_S, old.interval * 1.5)
     try:
-        text = run("squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%r|%S|%N")
+        text = run("squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%r|%S|%N", TZ="UTC")
     except SlurmError as error:
         return {"rows": [list(vars(row).values()) for row in old.rows.values()], "error": str(error), "interval": rest}
     rows = [
-        ["" if word in ("N/A", "None") else word for word in line.split("|")]
+        [
+            "" if word in ("N/A", "None") else f"{word}+00:00" if _TIME.fullmatch(word) else word
+            for word in line.split("|")
+        ]
         for line in text.splitlines()
         if line.count("|") == 4
     ]

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ class Alert:
     @property
     def facts(self) -> dict[str, Any]:
         """Return what others are told of it."""
-        return {"rule": self.rule, "about": self.about, "text": self.text, "since": self.since}
+        since = datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds")
+        return {"rule": self.rule, "about": self.about, "text": self.text, "since": since}
 
     def __str__(self) -> str:
         return f"resolved: {self.text}" if self.over else self.text

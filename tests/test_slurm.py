@@ -133,6 +133,13 @@ def test_a_long_queue_is_asked_more_rarely_and_a_change_or_a_submission_wakes_it
     assert queue(6) == 10  # a change: 5 s again, and for as long as something runs
 
 
+def test_an_estimated_start_is_in_iso_8601_utc_whatever_the_clusters_time_zone(answer: Answer, tmp_path: Path) -> None:
+    start = "TZ=${TZ:-America/Chicago} date -d @1795003200 +%FT%T"
+    answer("squeue", f"echo \"7|PENDING|Resources|$({start})|\"; echo '8|PENDING|Priority|N/A|'")
+    rows = _scheduler.queue(tmp_path, "lab").rows
+    assert (rows["7"].start, rows["8"].start) == ("2026-11-18T12:00:00+00:00", "")
+
+
 def test_an_unreachable_controller_is_an_error_in_the_queue_with_what_was_seen_last(
     answer: Answer, tmp_path: Path
 ) -> None:

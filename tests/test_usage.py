@@ -338,6 +338,18 @@ def test_json_and_csv_hold_the_same(used: Path, biollm: Callable[..., Any]) -> N
     assert [float(row["p50_ms"]) for row in table] == [row["p50_ms"] for row in rows] == [100, 100]
 
 
+def test_json_gives_times_in_iso_8601_utc(
+    net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any]
+) -> None:
+    waterfall(first={"base_url": net.serve().url, "rate_limit": "9/day", "budget": "1 USD/month"})
+    Client().complete("why?")
+    told = biollm("usage", "--json", "--since", "2026-11-17", "--until", "2026-11-18T12:00+01:00").json
+    assert (told["since"], told["until"]) == ("2026-11-17T00:00:00+00:00", "2026-11-18T11:00:00+00:00")
+    (day, _), (month,) = told["quotas"], told["budgets"]
+    assert day["exhausted_at"] is None or day["exhausted_at"][10] == "T"
+    assert [each["resets_at"][10:] for each in (day, month)] == ["T00:00:00+00:00"] * 2
+
+
 @pytest.mark.parametrize(
     "argv", [("--since", "yesterday"), ("--by", "colour"), ("--prune", "old"), ("--merge", "/nowhere.db")]
 )

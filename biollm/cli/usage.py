@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from biollm.usage import Report, Row
 
 _BAR = 40  # columns
+_TIMES = ("since", "until", "resets_at", "exhausted_at")
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -61,11 +63,18 @@ def usage(
     begin, end = reports.moment(since, now), reports.moment(until, now) if until else now
     report = reports.report(config, ledger, begin, end, by)  # type: ignore[arg-type] # it refuses any other
     if as_json:
-        _print.as_json(report)
+        _print.as_json(_facts(report))
     elif as_csv:
         _csv(report)
     else:
         _show(report)
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    facts = asdict(report)
+    for each in (facts, *facts["quotas"], *facts["budgets"]):
+        each.update({name: _print.moment(at) for name, at in each.items() if name in _TIMES})
+    return facts
 
 
 def _csv(report: Report) -> None:
