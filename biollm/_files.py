@@ -1,10 +1,10 @@
-"""Files that only their owner may read: written whole or not at all, guarded by a lock between processes."""
+"""Writes files whole or not at all, private ones and those of the user, and locks them between processes."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
+import secrets
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,14 +20,43 @@ def private_folder(path: Path) -> Path:
 
 def write_private(path: Path, text: str) -> None:
     """Put `text` in the file `path` (0600) by renaming: readers see the old text or the new, whole."""
-    handle, name = tempfile.mkstemp(dir=private_folder(path.parent), prefix=f".{path.name}.")
+    private_folder(path.parent)
+    _replace(path, text, 0o600)
+
+
+def write_for_user(path: Path, text: str) -> None:
+    """Put `text` in a file that the user named, whole. It keeps its mode; a new one gets what the umask says.
+
+    A link stays one, and what is no file, such as /dev/stdout, is written to.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+    else:
+        _replace(path, text, 0o666, path.stat().st_mode & 0o7777 if path.exists() else None)
+
+
+def _replace(path: Path, text: str, new: int, keep: int | None = None) -> None:
+    """Rename a file with `text` to `path`, once it is on disk. Its mode is `keep`, else `new` less the umask."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, new), "w") as file:
+            if keep is not None:
+                os.fchmod(file.fileno(), keep)
             file.write(text)
-        Path(name).replace(path)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash may leave the new name with no text
+        beside.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
+    with suppress(OSError):  # a file system that cannot
+        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import yaml
 
-from biollm._files import write_private
+from biollm._files import write_for_user
 from biollm.architecture import architecture_from_config
 from biollm.config import Architecture, Cluster, Model
 from biollm.errors import UsageError
@@ -102,7 +102,7 @@ def _append(model: Model, file: Path) -> None:
     after = len(lines) if section is None else section.start_mark.line  # the next section begins below it
     at = min([line for line in starts if line > after], default=len(lines))
     new = [] if section else ["models:\n"]
-    write_private(file, "".join([*lines[:at], *new, _text(model, " " * indent), *lines[at:]]))
+    write_for_user(file, "".join([*lines[:at], *new, _text(model, " " * indent), *lines[at:]]))
 
 
 def _text(model: Model, indent: str) -> str:

@@ -40,19 +40,19 @@ cluster:
 
 
 def write_starter(directory: Path) -> list[str]:
-    """Write models.yaml, providers.yaml and cluster.yaml, each 0600 and only where none is; return what was done.
+    """Write models.yaml, providers.yaml and cluster.yaml, each only where none is; return what was done.
 
     One line per file, then one per key that a shipped provider would use: its name, never its value.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     done: list[str] = []
     for name, text in _FILES.items():
         path = directory / f"{name}.yaml"
         try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            with path.open("x") as file:
                 file.write(_HEAD.format(name=name) + text)
             done.append(f"wrote {path}")
         except FileExistsError:

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import random
 import re
-import stat
 import subprocess
 import sys
 import time
@@ -669,11 +668,10 @@ class TestValues:
 
 
 class TestStarter:
-    def test_it_writes_private_files_that_load_and_change_nothing(self, tmp_path: Path) -> None:
+    def test_it_writes_files_that_load_and_change_nothing(self, tmp_path: Path) -> None:
         folder = tmp_path / "new" / "biollm"
         write_starter(folder)
         assert [path.name for path in sorted(folder.iterdir())] == ["cluster.yaml", "models.yaml", "providers.yaml"]
-        assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
         assert load_config(folder).providers == load_config().providers
         assert not load_config(folder).warnings
 

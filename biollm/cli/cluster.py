@@ -50,7 +50,7 @@ def render_slurm(
 
     Of several models: one job. Submits nothing.
     """
-    from biollm._files import write_private
+    from biollm._files import write_for_user
     from biollm.config import load_config
     from biollm.launch import render
 
@@ -60,7 +60,7 @@ def render_slurm(
     for warning in script.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if output:
-        write_private(output, script.text)
+        write_for_user(output, script.text)
     else:
         print(script.text, end="")
 

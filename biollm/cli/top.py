@@ -32,9 +32,9 @@ def top(
     view = Top.of_process(load_config())
     if html:
         from biollm import page
-        from biollm._files import write_private
+        from biollm._files import write_for_user
 
-        write_private(html, page.html(view.snapshot()))
+        write_for_user(html, page.html(view.snapshot()))
     elif once or not (sys.stdin.isatty() and sys.stdout.isatty()):
         _legible()
         print(render(view.snapshot(), shutil.get_terminal_size((200, 24)).columns))
