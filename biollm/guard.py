@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import litellm
 from litellm._internal_context import is_internal_call
 from litellm.integrations.custom_logger import CustomLogger
@@ -37,6 +38,7 @@ class Turn:
         refused: The ledger's refusal, if it refused.
         handed: Whether LiteLLM has translated the request and handed it to its HTTP client. What is raised before that,
             without a network error among its causes, was raised before anything was sent.
+        posted: URL -> what came of the one request to it.
     """
 
     ledger: Ledger
@@ -46,6 +48,7 @@ class Turn:
     reservation: int | None = None
     refused: Refused | None = None
     handed: bool = False
+    posted: dict[httpx.URL, Exception] = field(default_factory=dict[httpx.URL, Exception])
 
 
 current: ContextVar[Turn | None] = ContextVar("biollm_turn", default=None)
@@ -102,6 +105,30 @@ class Guard(CustomLogger):
             response._hidden_params["response_cost"] = 0.0
 
 
+_send = httpx.AsyncClient.send
+
+
+async def _send_once(self: httpx.AsyncClient, request: httpx.Request, **options: Any) -> httpx.Response:
+    """Send a request of ours once, and follow no redirect: the ledger counts requests, and knows where they go.
+
+    LiteLLM's handler posts again after a reset, OpenAI's SDK after a 422, and neither has a switch for it. They
+    get what came of the first request instead.
+    """
+    turn = current.get()
+    if turn is None or request.method != "POST":
+        return await _send(self, request, **options)
+    if before := turn.posted.get(request.url):
+        raise before
+    options["follow_redirects"] = False
+    try:
+        response = await _send(self, request, **options)
+    except Exception as error:
+        turn.posted[request.url] = error
+        raise
+    turn.posted[request.url] = httpx.HTTPStatusError(f"HTTP {response.status_code}", request=request, response=response)
+    return response
+
+
 class _Hush(logging.Filter):
     """Drops what LiteLLM logs of our calls: failures are in the list of attempts, and a log could hold a key."""
 
@@ -114,6 +141,8 @@ def install() -> None:
     _ours.set(True)
     # Else LiteLLM prices and dumps each answer once more, for callbacks that see nothing of it.
     is_internal_call.set(True)
+    if httpx.AsyncClient.send is not _send_once:
+        setattr(httpx.AsyncClient, "send", _send_once)  # noqa: B010 # other requests pass through untouched
     if any(isinstance(callback, Guard) for callback in litellm.callbacks):
         return
     litellm.callbacks.append(Guard())

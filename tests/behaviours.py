@@ -15,6 +15,7 @@ class Behaviour:
     `hang`, `cut`, `tear` and `fail` count what still goes out: 0 is nothing, 1 the headers, n the headers and
     n-1 pieces (events of a stream, thirds of a body). `cut` ends the answer as if it were complete, `tear`
     closes in the middle of the next piece, `fail` sends an error event as vLLM does (not streaming: a 500).
+    `reset` ends with a TCP reset instead, and may be a fraction: 0.5 is half of the headers.
     """
 
     status: int = 200
@@ -26,6 +27,7 @@ class Behaviour:
     hang: int | None = None
     cut: int | None = None
     tear: int | None = None
+    reset: float | None = None
     fail: int | None = None
     failure: str = "EngineCore died."
     drip: bool = False  # white space or SSE comments, for ever

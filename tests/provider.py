@@ -15,6 +15,7 @@ import errno
 import json
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Coroutine
@@ -51,6 +52,7 @@ class Server:
     script: list[Behaviour]
     behaviour: Choice
     answer: Callable[[Json], Json] | None  # request body -> assistant message, instead of `text`
+    greets: bool = True  # False resets every connection before a request is read
     metrics: str = ""  # what /metrics says
     url: str = ""
     requests: list[Request] = field(default_factory=list[Request])
@@ -86,7 +88,7 @@ class Server:
         self.tasks.add(task)
         self.connections += 1
         try:
-            keep = True
+            keep = self.greets or _reset(writer)
             while keep and (request := await _read(reader, writer)) is not None:
                 self.requests.append(request)
                 how = self.script.pop(0) if self.script else self.behaviour
@@ -110,6 +112,11 @@ class Server:
         for at, piece in enumerate(self._pieces(request, how, streamed)):
             if how.hang == at:
                 await reader.read(1)  # until the client goes away
+                return False
+            if how.reset is not None and int(how.reset) == at:
+                writer.write(piece[: int(len(piece) * (how.reset - at))])
+                await writer.drain()
+                _reset(writer)
                 return False
             writer.write(piece[: len(piece) // 2] if how.tear == at else piece)
             await writer.drain()
@@ -225,9 +232,10 @@ class Loopback:
         models: tuple[str, ...] = ("small",),
         answer: Callable[[Json], Json] | None = None,
         tls: Certificates | None = None,
+        greets: bool = True,
     ) -> Server:
         """Start a server: the first requests follow `script`, later ones `then`."""
-        server = Server(text, models, list(script), then, answer)
+        server = Server(text, models, list(script), then, answer, greets)
         self._run(server.start(tls))
         self._servers.append(server)
         return server
@@ -321,6 +329,11 @@ async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> R
     body = await reader.readexactly(int(headers.get("content-length", 0)))
     method, path, _ = start.split(" ")
     return Request(method, path, headers, json.loads(body) if body else {})
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Let the connection end with a reset, once it is closed."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 async def _drip(writer: asyncio.StreamWriter, streamed: bool) -> None:

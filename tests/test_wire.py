@@ -1,0 +1,125 @@
+"""One attempt is one request on the wire: what the providers saw is what the ledger counted, and nothing more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import behaviours as b
+import httpx
+import pytest
+from behaviours import Behaviour
+from provider import Loopback
+
+from biollm._lean import OWN_HANDLER
+from biollm._shared import ledger
+from biollm.client import Client, get_model_client
+
+pytestmark = pytest.mark.timeout(60)
+
+SENDERS = {  # how LiteLLM sends -> (litellm_provider, whether by its own handler and not OpenAI's SDK)
+    "OpenAI's SDK": ("openai", ""),
+    "LiteLLM's handler": ("openai", "True"),
+    "vLLM's dialect": ("hosted_vllm", "True"),
+    "Gemini's dialect": ("gemini", "True"),
+}
+RESETS = {
+    "after the request": 0,
+    "in the headers": 0.5,
+    "before the body": 1,
+    "in the body": 2.5,
+}
+FAULTS = {
+    **{f"reset {place}": Behaviour(reset=at) for place, at in RESETS.items()},
+    "hung up in the headers": Behaviour(tear=0),
+    "a redirect": Behaviour(307, headers=(("Location", "/v1/elsewhere"),), body="over there"),
+    "an unknown parameter": b.error(422, "Extra inputs are not permitted: parallel_tool_calls", "extra_forbidden"),
+}
+PROBES = 1  # connections that carry no request: a look whether the host takes any
+
+
+def ask(client: Client, stream: bool) -> str:
+    """Return the answer's text."""
+    if stream:
+        completion = list(client.stream("hi", on_interrupt="restart"))[-1].completion
+        assert completion
+        return completion.text
+    return client.complete("hi").text
+
+
+def counted(deployment: str) -> int:
+    """Return how many requests to a deployment are in the ledger."""
+    ledger().flush()
+    return sum(record.deployment == deployment for record in ledger().history())
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("sender", SENDERS)
+def test_a_fault_is_one_request(
+    net: Loopback,
+    waterfall: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    sender: str,
+    fault: str,
+    stream: bool,
+) -> None:
+    dialect, own = SENDERS[sender]
+    monkeypatch.setenv(OWN_HANDLER, own)
+    first, second = net.serve(then=FAULTS[fault]), net.serve(text="from second")
+    waterfall(first={"base_url": first.url, "litellm_provider": dialect}, second=second)
+    assert ask(get_model_client(), stream) == "from second"
+    assert 1 <= len(first.requests) == counted("first/small")
+    assert len(second.requests) == counted("second/small") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("sender", SENDERS)
+def test_a_kept_connection_that_is_reset_is_one_request(
+    net: Loopback, waterfall: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sender: str, stream: bool
+) -> None:
+    dialect, own = SENDERS[sender]
+    monkeypatch.setenv(OWN_HANDLER, own)
+    first, second = net.serve(b.HTTP_400, then=Behaviour(reset=0)), net.serve(text="from second")
+    waterfall(first={"base_url": first.url, "litellm_provider": dialect}, second=second)
+    client = get_model_client()
+    assert [ask(client, stream), ask(client, stream)] == ["from second"] * 2
+    assert first.connections == 1 + 2 * PROBES
+    assert len(first.requests) == counted("first/small")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("sender", SENDERS)
+def test_a_connection_that_is_reset_before_the_request_is_one_connection(
+    net: Loopback, waterfall: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sender: str, stream: bool
+) -> None:
+    dialect, own = SENDERS[sender]
+    monkeypatch.setenv(OWN_HANDLER, own)
+    first, second = net.serve(greets=False), net.serve(text="from second")
+    waterfall(first={"base_url": first.url, "litellm_provider": dialect}, second=second)
+    assert ask(get_model_client(), stream) == "from second"
+    assert first.connections == counted("first/small") + PROBES
+
+
+def test_a_redirect_carries_no_prompt_elsewhere(net: Loopback, waterfall: Callable[..., Path]) -> None:
+    elsewhere = net.serve()
+    there = Behaviour(308, headers=(("Location", f"{elsewhere.url}/chat/completions"),), body="moved")
+    waterfall(first=net.serve(then=there), second=net.serve(text="from second"))
+    completion = get_model_client().complete("hi")
+    assert (completion.text, completion.attempts[0].status, elsewhere.requests) == ("from second", 308, [])
+
+
+def test_requests_of_the_host_program_are_sent_as_ever(net: Loopback, waterfall: Callable[..., Path]) -> None:
+    elsewhere = net.serve()
+    there = Behaviour(307, headers=(("Location", f"{elsewhere.url}/chat/completions"),), body="moved")
+    first = net.serve(then=there)
+    waterfall(first=net.serve())
+    get_model_client().complete("hi")  # from here on biollm has its hand on the sending
+
+    async def post() -> httpx.Response:
+        async with httpx.AsyncClient(follow_redirects=True) as client:
+            return await client.post(first.url + "/chat/completions", json={"messages": []})
+
+    assert asyncio.run(post()).status_code == 200
+    assert len(elsewhere.requests) == 1
