@@ -15,10 +15,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from concurrent.futures import CancelledError as FutureCancelled
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+from biollm.errors import UsageError
 
 T = TypeVar("T")
 THREAD = "biollm"
+_SELF = "A callback of the client (on_send, progress) called one of its blocking methods, which would wait for itself."
+_SELF_HINT = "Let the callback only take notes, or call the client from another thread."
 
 
 class Background:
@@ -33,7 +37,14 @@ class Background:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the loop and wait for it; an interrupt of the caller cancels it."""
+        """Run `work` on the loop and wait for it; an interrupt of the caller cancels it.
+
+        Raises:
+            UsageError: This is the loop's own thread, which would wait for itself.
+        """
+        if self.here():
+            work.close()
+            raise UsageError(_SELF, hint=_SELF_HINT)
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
@@ -48,7 +59,9 @@ class Background:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
-        """Yield from an async generator that runs on the loop; leaving early cancels it."""
+        """Yield from an async generator that runs on the loop; leaving early cancels it. Raises as `run` does."""
+        if self.here():
+            raise UsageError(_SELF, hint=_SELF_HINT)
         inbox: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         pump = asyncio.run_coroutine_threadsafe(_pump(items, inbox.put), self.loop)
         try:
@@ -79,6 +92,10 @@ class Background:
                 raise item.error
         finally:
             pump.cancel()
+
+    def here(self) -> bool:
+        """Return whether the caller is in the loop's thread."""
+        return threading.current_thread() is self._thread
 
     def stop_first(self) -> None:
         """Stop, at interpreter exit, before whatever was registered until now."""
@@ -123,6 +140,36 @@ async def _pump(items: AsyncGenerator[T, None], put: Callable[[T | _End], None])
         put(_End())
     finally:
         await items.aclose()
+
+
+async def apart(work: Callable[..., T], *arguments: Any) -> T:
+    """Run blocking `work` in a daemon thread of its own and return its result.
+
+    `asyncio.to_thread` shares a few threads with every other caller and keeps the process alive until they are done; a
+    StopIteration in one of them leaves the caller waiting for ever.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(cast("T", result))
+        else:
+            done.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+
+    def run() -> None:
+        result, failed = None, None
+        try:
+            result = work(*arguments)
+        except BaseException as error:
+            failed = error
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, result, failed)
+
+    threading.Thread(target=run, name="biollm-apart", daemon=True).start()
+    return await done
 
 
 _current: list[Background] = []

@@ -167,7 +167,11 @@ def _told(attempts: Sequence[Attempt]) -> str:
 
 @dataclass(eq=False)
 class Sent:
-    """One attempt that LiteLLM was asked for. Times are epoch seconds and milliseconds."""
+    """One attempt that LiteLLM was asked for. Times are epoch seconds and milliseconds.
+
+    Attributes:
+        broken: What the caller's `on_send` raised; nothing was sent then.
+    """
 
     deployment: Deployment
     reservation: int | None
@@ -175,6 +179,7 @@ class Sent:
     started: float
     response: Any = None
     ttft_ms: float | None = None
+    broken: Exception | None = None
     head: list[Any] = field(default_factory=list[Any])
 
     @property

@@ -195,7 +195,11 @@ class Waterfall:
             nonlocal watch
             sent.reservation, sent.at, sent.started = turn.reservation, time.time(), time.perf_counter()
             if run.request.on_send:
-                run.request.on_send(ident)
+                try:
+                    run.request.on_send(ident)
+                except Exception as error:
+                    sent.broken = error
+                    raise
             watch = self._reach.watch(sent.deployment, scope)
 
         turn.on_choice, turn.on_send = on_choice, on_send
@@ -215,6 +219,9 @@ class Waterfall:
             late = watch is not None and watch.done() and not watch.cancelled() and not watch.result()
             verdict = unreachable(CONNECT) if late else timed_out(limit, shortened=shortened)
         except Exception as error:
+            if sent.broken:
+                self._cancelled(run, sent)
+                raise sent.broken from None
             verdict = classify(error, time.time(), shortened=shortened)
         finally:
             guard.current.reset(token)

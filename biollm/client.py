@@ -412,7 +412,12 @@ class Client:
                 progress(done, len(requests))
             return answer
 
-        return list(await asyncio.gather(*map(one, requests)))
+        tasks = [asyncio.ensure_future(one(request)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:  # an error of `progress` or `on_send`, or an interrupt, ends the others too
+            for task in tasks:
+                task.cancel()
 
     def _waterfall(self) -> Waterfall:
         """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""

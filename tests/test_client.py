@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +28,11 @@ from behaviours import (
     HTTP_500,
     HTTP_503,
     SSE_ERROR,
+    Behaviour,
     gemini_limited,
     limited,
 )
+from conftest import until
 from provider import Json, Loopback
 from pydantic import BaseModel
 
@@ -564,6 +567,48 @@ def test_many_return_errors_in_their_place(net: Loopback, waterfall: Write) -> N
     first, second = get_model_client().complete_many(["a", "b"], concurrency=1)
     assert isinstance(first, Completion)
     assert isinstance(second, AllLimitedError)
+
+
+def bounded(call: Callable[[], Any], seconds: float = 10) -> Any:
+    """Return what a call returns or raises; one that hangs is a failure."""
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result(seconds)
+
+
+@pytest.mark.parametrize("method", [Client.complete, lambda client, text: list(client.stream(text)), Client.explain])
+@pytest.mark.parametrize("callback", ["on_send", "progress"])
+def test_a_callback_that_calls_a_blocking_method_is_told_so(
+    net: Loopback, waterfall: Write, callback: str, method: Callable[[Client, str], Any]
+) -> None:
+    waterfall(first=net.serve())
+    client = get_model_client()
+    with pytest.raises(UsageError, match="would wait for itself"):
+        bounded(lambda: client.complete_many(["a"], **{callback: lambda *_: method(client, "b")}))
+    assert client.complete("hi").provider == "first", "what a callback raises is no fault of the provider"
+
+
+@pytest.mark.parametrize("callback", ["on_send", "progress"])
+def test_many_are_cancelled_when_a_callback_raises(net: Loopback, waterfall: Write, callback: str) -> None:
+    server = net.serve(Behaviour(), then=HANG)
+    waterfall(first=server)
+    calls: list[object] = []
+
+    def fails(*_: object) -> None:
+        calls.append(_)
+        if callback == "progress" or len(calls) == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        bounded(lambda: get_model_client().complete_many("abc", concurrency=3, **{callback: fails}))
+    until(lambda: len(server.tasks) < 2)  # the connection of the answer is kept, those of the other requests are closed
 
 
 def test_threads_share_one_router(net: Loopback, waterfall: Write) -> None:
