@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from biollm import __version__, errors
 from biollm._resources import FALSE, config_dirs, state_dir
-from biollm.owners import is_private, listener_trusted
+from biollm.owners import is_local, is_private, objection
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
 
 if TYPE_CHECKING:
     from biollm._run import Request
     from biollm.client import Piece
+    from biollm.config import Cluster
 
 Json = dict[str, Any]
 _OFF = "BIOLLM_GATEWAY=off does without a gateway."
@@ -93,17 +94,22 @@ def named() -> str | None:
     return where.rstrip("/").removesuffix("/v1")
 
 
-def reach(body: Json | None, mine: Json | None = None) -> Line | None:
+def reach(body: Json | None, mine: Json | None = None, cluster: Cluster | None = None) -> Line | None:
     """Return a connection for one request, or None where it must be answered in this process.
 
     Args:
         body: As `body` makes it; None travels nowhere.
         mine: The caller's `identity`, if it was taken when its configuration was read.
+        cluster: Says which hosts are local, and whose servers are trusted; without it, loopback and the user's own.
+
+    Raises:
+        UsageError: BIOLLM_GATEWAY holds something else than a URL.
+        UnavailableError: The gateway that it names may not be sent the prompt or the key. Nothing was sent.
     """
     if body is None or os.environ.get("BIOLLM_GATEWAY", "").lower() in FALSE:
         return None
     if url := named():
-        connection, headers = _by_url(url)
+        connection, headers = _by_url(url, body["biollm"].get("data_policy"), cluster)
     elif connection := _nearby(mine):
         headers = {}
     else:
@@ -126,13 +132,17 @@ def _nearby(mine: Json | None) -> HTTPConnection | None:
     return None
 
 
-def _by_url(url: str) -> tuple[HTTPConnection, dict[str, str]]:
+def _by_url(url: str, policy: str | None, cluster: Cluster | None) -> tuple[HTTPConnection, dict[str, str]]:
     from http.client import HTTPSConnection
     from urllib.parse import urlsplit
 
     parts, key = urlsplit(url), os.environ.get("BIOLLM_GATEWAY_KEY")
-    if not listener_trusted(url, ()):
-        raise errors.UnavailableError(f"Another user listens at {url}.", hint=_OFF)
+    hosts, owners = (cluster.local_hosts, cluster.trusted_owners) if cluster else ((), ())
+    if policy == "local_only" and not is_local(url, hosts):
+        why = f"the data policy is local_only, and {parts.hostname} is neither this machine nor in local_hosts of cluster.yaml"
+        raise errors.UnavailableError(f"BIOLLM_GATEWAY is not asked: {why}.", hint=_OFF)
+    if why := objection(url, key=bool(key), local_hosts=hosts, trusted_owners=owners):
+        raise errors.UnavailableError(f"BIOLLM_GATEWAY is not asked: {why}.", hint=_OFF)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     return kind(parts.hostname or "", parts.port, timeout=10), {"Authorization": f"Bearer {key}"} if key else {}
 

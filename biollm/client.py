@@ -331,7 +331,7 @@ class Client:
 
     def _line(self, request: Request) -> Line | None:
         """Return a connection to a gateway with this configuration; it saves the import of LiteLLM."""
-        return reach(body_of(request), self._identity) if self._dir is None else None
+        return reach(body_of(request), self._identity, self.config.cluster) if self._dir is None else None
 
     def _streamable(self, prompt: Prompt, options: Options) -> Request:
         request = self._request(prompt, options)

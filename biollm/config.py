@@ -34,6 +34,7 @@ from biollm._settings import Provider as Provider
 from biollm._settings import Routing as Routing
 from biollm._yaml import KeyPath, dotted
 from biollm.errors import ConfigError, Problem, UnknownNameError, nearest
+from biollm.owners import in_the_clear
 
 Value = TypeVar("Value", bound=BaseModel)
 
@@ -102,6 +103,10 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
     routing = _value(layers, Routing, "routing") or Routing()
     cluster, costs = _value(layers, Cluster, "cluster"), _value(layers, Costs, "costs")
     alerts = _value(layers, Alerts, "alerts")
+    for provider in providers:
+        keyed = any(account.env_key or account.key_file for account in provider.accounts)
+        if keyed and (why := in_the_clear(provider.base_url or "", cluster.local_hosts if cluster else ())):
+            layers.warnings.append(layers.problem(("providers", provider.name, "base_url"), f"is never asked: {why}."))
     policy = layers.data.get("data_policy", "any")
     if policy not in get_args(Policy):
         layers.problems.append(

@@ -1,4 +1,7 @@
-"""Says whose a process or a file is: on a shared host, another user's server must not get a prompt or a key."""
+"""Says whose a process or a file is, and whether an address may be sent a key or a prompt.
+
+On a shared host anybody can listen on loopback, and what travels over plain http:// can be read on the way.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,37 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
+
+
+def objection(url: str, *, key: bool, local_hosts: Iterable[str], trusted_owners: Sequence[str]) -> str | None:
+    """Return why nothing may be sent to an address, one sentence, or None.
+
+    Every sender asks this first, but for servers found by their record, which prove their start instead.
+
+    Args:
+        url: Where the request goes.
+        key: Whether a key goes with it.
+        local_hosts, trusted_owners: As in cluster.yaml.
+    """
+    if key and (reason := in_the_clear(url, local_hosts)):
+        return reason
+    if not listener_trusted(url, trusted_owners):
+        return f"what listens at {url} belongs to another user (trusted_owners in cluster.yaml)"
+    return None
+
+
+def in_the_clear(url: str, local_hosts: Iterable[str]) -> str | None:
+    """Return why no key may be sent to an address, one sentence, or None: others could read it on the way."""
+    if urlsplit(url).scheme != "http" or is_local(url, local_hosts):
+        return None
+    host = address(url)[0]
+    return f"no key is sent over plain http:// to {host}: use https://, or name {host} in local_hosts of cluster.yaml"
+
+
+def is_local(url: str | None, local_hosts: Iterable[str]) -> bool:
+    """Return whether `url` is loopback or a host that the site calls its own."""
+    host = urlsplit(url).hostname if url else None
+    return bool(host) and (is_loopback(host) or host in {each.lower() for each in local_hosts})
 
 
 def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:

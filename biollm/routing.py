@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
-from biollm.owners import is_loopback
+from biollm.owners import in_the_clear, is_local
 
 if TYPE_CHECKING:
     from biollm.config import Account, Config, Limit, Model, Provider
@@ -187,12 +186,6 @@ def _takes_tools(provider: Provider, model: Model | None) -> bool:
     return provider.type == "api"
 
 
-def is_local(base_url: str | None, local_hosts: Sequence[str]) -> bool:
-    """Return whether `base_url` is loopback or a host that the site calls its own."""
-    host = urlsplit(base_url).hostname if base_url else None
-    return bool(host) and (is_loopback(host) or host in {each.lower() for each in local_hosts})
-
-
 def obstacle(deployment: Deployment, wants: Wants) -> str | None:
     """Return why `deployment` may not serve such a request, as one sentence, or None."""
     if wants.policy == "local_only" and not deployment.local:
@@ -290,6 +283,10 @@ def proxy_config(config: Config) -> tuple[dict[str, Any], list[str]]:
             left_out.append(f"{deployment.id}: its key lies in a file, which the proxy does not read")
         elif deployment.provider.type == "local" and not deployment.base_url:
             left_out.append(f"{deployment.id}: its servers come and go with their jobs and keys of their own")
+        elif deployment.account.env_key and (
+            why := in_the_clear(deployment.base_url or "", config.cluster.local_hosts)
+        ):
+            left_out.append(f"{deployment.id}: {why}")
         elif deployment.account.env_key:
             keys[deployment.id] = {"api_key": f"os.environ/{deployment.account.env_key}"}
         else:

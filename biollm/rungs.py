@@ -17,6 +17,7 @@ from biollm.config import Config
 from biollm.credentials import Credential
 from biollm.errors import UnknownNameError
 from biollm.ledger import Ledger, Need
+from biollm.owners import in_the_clear
 from biollm.routing import Deployment, Policy, Wants
 
 if TYPE_CHECKING:
@@ -141,7 +142,9 @@ class Rungs:
                 return credentials.of_secret(endpoints.read_key(server))
             except (OSError, ValueError) as error:  # its record still counts for some seconds after the key has gone
                 return f"the key of the server on {server.host} cannot be read: {error}"
-        return credentials.find(deployment.provider, deployment.account, self.state, exchange=exchange)
+        found = credentials.find(deployment.provider, deployment.account, self.state, exchange=exchange)
+        url = "" if isinstance(found, str) or not found.secret else found.base_url or deployment.base_url or ""
+        return in_the_clear(url, self.config.cluster.local_hosts) or found
 
     def missing(self, deployment: Deployment) -> str:
         """Return what the deployment lacks to be asked at all, one sentence; empty when nothing."""

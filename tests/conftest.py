@@ -96,6 +96,25 @@ def _entry(name: str, place: int, rung: Rung) -> dict[str, Any]:
     return entry
 
 
+@pytest.fixture
+def paid(state: Path) -> Callable[..., dict[str, Any]]:
+    """Make a provider beyond this machine, as prices go: what stands in the file as loopback is local, and free.
+
+    It is an account of GitHub Copilot's, whose token says where requests go; its key is sk-planted-NAME-...
+    """
+
+    def make(server: Server | str, name: str, model: str = "gpt-4o-mini", **more: Any) -> dict[str, Any]:
+        folder = state / "github_copilot" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        api = server if isinstance(server, str) else server.url
+        token = {"token": f"sk-planted-{name}-0123456789", "expires_at": time.time() + 3600, "endpoints": {"api": api}}
+        (folder / "api-key.json").write_text(json.dumps(token))
+        (folder / "access-token").write_text("ghu-planted")
+        return {"litellm_provider": "github_copilot", "accounts": [{"name": name}], "models": [model], **more}
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def weights() -> Path:
     """The embedded model's weights, kept in the user's cache folder between runs."""

@@ -196,7 +196,7 @@ def servers(state: Path, net: Loopback, tmp_path_factory: pytest.TempPathFactory
     urls = {
         "refused": net.refusing(),
         "dropped": net.dropping(),
-        "dns": "http://nobody.invalid/v1",
+        "dns": "https://nobody.invalid/v1",
         "tls": net.serve().url.replace("http:", "https:"),
         "private-ca": net.serve(tls=Certificates.make(tmp_path_factory.mktemp("tls"))).url,
         "proxy": "https://CASE.invalid/v1",

@@ -59,13 +59,14 @@ def test_the_tokenizer_is_loaded_by_who_counts() -> None:
 
 
 def test_a_free_rung_leaves_the_price_of_its_model_alone(
-    net: Loopback, waterfall: Write, monkeypatch: pytest.MonkeyPatch
+    net: Loopback, waterfall: Write, paid: Callable[..., dict[str, Any]]
 ) -> None:
-    beyond = net.serve()  # what is on this machine is free
-    monkeypatch.setenv("HTTP_PROXY", beyond.url.removesuffix("/v1"))
-    free = {"base_url": "http://free.invalid/v1", "free_tier": True}
+    beyond = net.serve()
     # The first rung's id, openai/gpt-4o, is LiteLLM's name of the model.
-    waterfall(openai={**free, "models": ["gpt-4o"]}, paid={"base_url": "http://paid.invalid/v1", "models": ["gpt-4o"]})
+    waterfall(
+        openai=paid(beyond, "openai", "gpt-4o", free_tier=True),
+        paid=paid(beyond, "paid", "gpt-4o"),
+    )
     code = """
         import json
         from biollm.client import get_model_client

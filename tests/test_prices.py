@@ -23,10 +23,15 @@ CHEAPEST: dict[str, Any] = {"routing": {"policy": "cheapest"}}
 LONG = "word " * 1334
 
 
-def paid(model: str, priority: int = 1, host: str = "api", **more: Any) -> dict[str, Any]:
+def paid(model: str, priority: int = 1, **more: Any) -> dict[str, Any]:
     """Return a provider in the cloud, whose tokens have a price."""
-    url = f"http://{host}.invalid/v1"
-    return {"base_url": url, "litellm_provider": "openai", "models": [model], "priority": priority, **more}
+    return {
+        "base_url": "https://api.invalid/v1",
+        "litellm_provider": "openai",
+        "models": [model],
+        "priority": priority,
+        **more,
+    }
 
 
 def order(**options: Any) -> list[str]:
@@ -94,27 +99,27 @@ def test_prices_of_ones_own_are_believed(waterfall: Write, own: dict[str, float]
 
 
 def test_the_cheapest_is_asked_and_then_the_next_cheapest(
-    net: Loopback, waterfall: Write, monkeypatch: pytest.MonkeyPatch
+    net: Loopback, waterfall: Write, paid: Callable[..., dict[str, Any]]
 ) -> None:
-    cloud = net.serve(then=lambda request: HTTP_500 if "broken" in request.headers["host"] else OK)
-    for name in ("HTTP_PROXY", "http_proxy"):
-        monkeypatch.setenv(name, cloud.url.removesuffix("/v1"))
-    own = cloud.url.split(":")[2].removesuffix("/v1")  # a client of an earlier test may still be connected
+    cloud = net.serve(then=lambda request: HTTP_500 if "broken" in request.headers["authorization"] else OK)
 
     def asked() -> list[str]:
-        return [request.headers["host"].split(".")[0] for request in cloud.completions]
+        return [request.headers["authorization"].split("-")[2] for request in cloud.completions]
+
+    def beyond(name: str, model: str) -> dict[str, Any]:
+        return paid(cloud, name, model, priority=1)
 
     def fallback_rate() -> float:
         ledger().flush()
         return report(load_config(), ledger()).total.fallback_rate
 
-    dear, cheap = paid("gpt-4.1", host=f"dear.{own}"), paid("gpt-4o-mini", host=f"cheap.{own}")
-    waterfall(CHEAPEST, dear=dear, unknown=paid("odd"), cheap=cheap)
+    dear, cheap = beyond("dear", "gpt-4.1"), beyond("cheap", "gpt-4o-mini")
+    waterfall(CHEAPEST, dear=dear, unknown=beyond("unknown", "odd"), cheap=cheap)
     answer = get_model_client().complete("hi")
     assert [attempt.deployment for attempt in answer.attempts] == ["cheap/gpt-4o-mini"]
     assert asked() == ["cheap"]
     assert fallback_rate() == 0.0, "the first in its order is no fallback"
-    waterfall(CHEAPEST, dear=dear, cheap=cheap, broken=paid("gpt-5-nano", host=f"broken.{own}"))
+    waterfall(CHEAPEST, dear=dear, cheap=cheap, broken=beyond("broken", "gpt-5-nano"))
     answer = get_model_client().complete("hi")
     assert [(attempt.deployment, attempt.outcome) for attempt in answer.attempts] == [
         ("broken/gpt-5-nano", "failed"),
