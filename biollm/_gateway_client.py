@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from biollm import __version__, errors
 from biollm._resources import FALSE, config_dirs, state_dir
 from biollm.owners import is_local, is_private, objection
-from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
+from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage, known
 
 if TYPE_CHECKING:
     from biollm._run import Request
@@ -56,9 +56,10 @@ def identity() -> Json:
 def record(folder: Path) -> Json | None:
     """Return what the gateway in this folder says of itself; None where none has."""
     try:
-        return json.loads((folder / RECORD).read_text()) if is_private(folder) else None
+        told = json.loads((folder / RECORD).read_text()) if is_private(folder) else None
     except (OSError, ValueError):
         return None
+    return cast("Json", told) if isinstance(told, dict) else None
 
 
 def connect(path: Path) -> socket.socket:
@@ -124,7 +125,7 @@ def reach(body: Json | None, mine: Json | None = None, cluster: Cluster | None =
 def _nearby(mine: Json | None) -> HTTPConnection | None:
     """Return a connection to the gateway of this user on this host, if it has this configuration."""
     for folder in folders():
-        if (told := record(folder)) and told["identity"] == (mine or identity()):
+        if (told := record(folder)) and told.get("identity") == (mine or identity()):
             with suppress(OSError):
                 connection = HTTPConnection("localhost")
                 connection.sock = connect(folder / SOCKET)
@@ -218,14 +219,15 @@ class Line:
                     raise _error(told["error"], partial=text)
                 if again := told.get("biollm", {}).get("restarted"):
                     text = ""
-                    yield StreamRestarted(Attempt(**again["attempt"]))
-                for choice in told["choices"]:
-                    finish = choice["finish_reason"] or finish
+                    yield StreamRestarted(known(Attempt, again["attempt"]))
+                for choice in told.get("choices", ()):
+                    finish = choice.get("finish_reason") or finish
                     calls += choice["delta"].get("tool_calls") or []
                     if new := choice["delta"].get("content"):
                         text += new
                         yield StreamChunk(new)
-                end = told
+                if told.get("usage"):
+                    end = told
         except (OSError, HTTPException, ValueError) as error:
             why = str(error)
         finally:
@@ -297,18 +299,17 @@ class Line:
             raise ConnectionAbortedError("left")
 
     def _completion(self, told: Json, text: str, finish: str, calls: Sequence[Json], raw: Any = None) -> Completion:
-        usage, story = told["usage"], dict(told["biollm"])
-        attempts = tuple(Attempt(**each) for each in story.pop("attempts"))
-        return Completion(
-            text=text,
-            usage=Usage(usage["prompt_tokens"], usage["completion_tokens"]),
-            attempts=attempts,
-            parsed=json.loads(text) if "response_format" in self._asked else None,
-            tool_calls=tuple({name: call[name] for name in ("id", "type", "function")} for call in calls),
-            finish_reason=finish,
-            raw=raw,
-            **story,
-        )
+        story: Json = told["biollm"]
+        ours = {
+            "text": text,
+            "usage": known(Usage, told["usage"]),
+            "attempts": tuple(known(Attempt, each) for each in story["attempts"]),
+            "parsed": json.loads(text) if "response_format" in self._asked else None,
+            "tool_calls": tuple({name: call[name] for name in ("id", "type", "function")} for call in calls),
+            "finish_reason": finish,
+            "raw": raw,
+        }
+        return known(Completion, story | ours)
 
 
 def _events(response: HTTPResponse) -> Iterator[Json | None]:
@@ -332,6 +333,6 @@ def _error(error: object, *, status: int = 0, partial: str = "") -> errors.Bioll
     met = kind.__new__(kind)  # each has arguments of its own, which the message already holds
     text = ours.get("message") or told.get("message") or f"The gateway answered HTTP {status}."
     errors.BiollmError.__init__(met, text, hint=ours.get("hint"))
-    attempts = tuple(Attempt(**each) for each in ours.get("attempts", ()))
+    attempts = tuple(known(Attempt, each) for each in ours.get("attempts", ()))
     vars(met).update(attempts=attempts, retry_after=ours.get("retry_after"), partial=partial)
     return met

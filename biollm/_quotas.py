@@ -25,9 +25,10 @@ CREATE TABLE IF NOT EXISTS total (
 CREATE TABLE IF NOT EXISTS cooling (
     key TEXT PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
 """
+BEGIN = "INSERT INTO total (scope, start, until, requests, tokens, usd) VALUES (?, ?, ?, ?, ?, ?)"
 COOLING = "SELECT key, until, reason FROM cooling WHERE until > ?"
 COOL = (
-    "INSERT INTO cooling VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE"
+    "INSERT INTO cooling (key, until, reason) VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE"
     " SET until = excluded.until, reason = excluded.reason WHERE excluded.until > until"
 )
 _CLAIM = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # the least that must still fit

@@ -36,8 +36,9 @@ CREATE TABLE IF NOT EXISTS rollup (
     requests INTEGER, prompt INTEGER, completion INTEGER, cost REAL, ms BLOB, ttft BLOB,
     PRIMARY KEY (hour, provider, account, model, tags, outcome, why)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rolled (one INTEGER PRIMARY KEY CHECK (one = 1), last INTEGER, pruned REAL);
-INSERT OR IGNORE INTO rolled VALUES (1, 0, 0);
+INSERT OR IGNORE INTO rolled (one, last, pruned) VALUES (1, 0, 0);
 """
+_CELL = "hour, provider, account, model, tags, outcome, why, attempts, requests, prompt, completion, cost, ms, ttft"
 _READ = (
     'SELECT at, request, provider, account, model, outcome, "order", reason, status, ms, ttft_ms, prompt_tokens,'
     " completion_tokens, cost_usd, tags FROM attempt WHERE "
@@ -229,7 +230,7 @@ def _roll_some(db: sqlite3.Connection) -> bool:
         sums = (cell.attempts, cell.requests, cell.prompt, cell.completion, cell.cost)
         blobs = (bytes(cell.ms), bytes(cell.ttft))  # type: ignore[arg-type]
         if not db.execute(_ADD, (*sums, *blobs, *key)).rowcount:
-            db.execute(f"INSERT INTO rollup VALUES ({', '.join('?' * 14)})", (*key, *sums, *blobs))  # noqa: S608
+            db.execute(f"INSERT INTO rollup ({_CELL}) VALUES ({', '.join('?' * 14)})", (*key, *sums, *blobs))  # noqa: S608
     db.execute("UPDATE rolled SET last = ?", (until[0],))
     return until[1] == _CHUNK
 

@@ -169,6 +169,6 @@ def _ask(old: Queue) -> dict[str, object]:
 def _read(path: Path) -> Queue:
     try:
         at, found = path.stat().st_mtime, json.loads(path.read_text())
-        return Queue({row[0]: Row(*row) for row in found["rows"]}, at, found["error"], found["interval"])
+        return Queue({row[0]: Row(*row[:5]) for row in found["rows"]}, at, found["error"], found["interval"])
     except (OSError, ValueError, KeyError, TypeError):
         return Queue({})

@@ -238,7 +238,7 @@ def running() -> Record | None:
     for folder in folders():
         with suppress(OSError):
             connect(folder / SOCKET).close()
-            if told := record(folder):
+            if (told := record(folder)) and "pid" in told:
                 return {**told, "socket": str(folder / SOCKET)}
     return None
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from biollm._files import locked, write_private
 from biollm.errors import Problem
 from biollm.owners import is_private
+from biollm.types import known
 
 if TYPE_CHECKING:
     from biollm.config import Alerts, Config
@@ -208,7 +209,7 @@ def _load(state: Path) -> tuple[float, dict[str, float], list[Alert]]:
     """Return when somebody looked, since when which rungs are down, and what was known."""
     try:
         told = json.loads((state / "alerts.json").read_text())
-        return told["at"], told["down"], [Alert(**each) for each in told["alerts"]]
+        return told["at"], told["down"], [known(Alert, each) for each in told["alerts"]]
     except (OSError, ValueError, TypeError, KeyError):
         return 0.0, {}, []
 

@@ -294,7 +294,7 @@ class Ledger:
             if not db.execute("SELECT 1 FROM total WHERE scope = ? AND start = ? AND until = ?", key).fetchone():
                 with suppress(sqlite3.Error):  # others wait: at midnight there is nothing to know anyway
                     past = read(self._history, _PAST, (*period, need.scope), patience=0.05) or past
-                db.execute("INSERT INTO total VALUES (?, ?, ?, ?, ?, ?)", (*key, *past[0]))
+                db.execute(_quotas.BEGIN, (*key, *past[0]))
 
     def _settle_quotas(self, jobs: Sequence[_Ask | _Write], error: Exception | None) -> None:
         self._alone_since = self._clock() if error else None

@@ -23,6 +23,7 @@ from biollm.config import Cluster
 from biollm.endpoints import Endpoint
 from biollm.errors import JobFailedError, UsageError
 from biollm.site import run_dir
+from biollm.types import known
 
 Phase = Literal["pending", "starting", "ready", "draining", "ended", "failed", "unknown"]
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
@@ -140,10 +141,10 @@ def _load(name: str, cluster: Cluster) -> Ticket | None:
     path = run_dir(cluster) / "jobs" / f"{name}.json"
     try:
         seen, kept = path.stat(), json.loads(path.read_text())
-        if kept.pop("cluster") != cluster.name or seen.st_uid != os.getuid():
+        if kept["cluster"] != cluster.name or seen.st_uid != os.getuid():
             return None
-        models, log = tuple(kept.pop("models")), Path(kept.pop("log"))
-        ticket = Ticket(id=name, models=models, log=log, submitted=seen.st_mtime, **kept)
+        ours = {"id": name, "models": tuple(kept["models"]), "log": Path(kept["log"]), "submitted": seen.st_mtime}
+        ticket = known(Ticket, kept | ours)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     events = path.with_suffix(".events")
@@ -155,8 +156,10 @@ def _load(name: str, cluster: Cluster) -> Ticket | None:
 
 def _events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
-        with suppress(ValueError):  # half a line, from a full disk
-            yield json.loads(line)
+        with suppress(ValueError, AttributeError):  # half a line, from a full disk
+            event = json.loads(line)
+            if event.keys() >= {"model", "state", "reason", "restart"}:
+                yield event
 
 
 def tickets(cluster: Cluster) -> list[Ticket]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
+Kind = TypeVar("Kind")
 Outcome = Literal["ok", "skipped", "limited", "failed", "cancelled"]
+
+
+def known(kind: type[Kind], facts: Mapping[str, Any]) -> Kind:
+    """Make a dataclass of facts that another version may have written: fields that it does not have are left out."""
+    return kind(**{each.name: facts[each.name] for each in fields(kind) if each.name in facts})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

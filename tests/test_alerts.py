@@ -174,6 +174,17 @@ def test_everybody_is_told_once_of_the_beginning_and_once_of_the_end(
     assert "planted" not in (state / "alerts.json").read_text()
 
 
+def test_what_a_newer_version_has_told_is_not_told_again(net: Loopback, waterfall: Waterfall, state: Path) -> None:
+    said = list[str]()
+    waterfall({"alerts": {"error_rate": 0.4}}, first=net.serve())
+    sent("failed")
+    look(state, said)
+    kept = json.loads((state / "alerts.json").read_text())
+    newer = {**kept, "more": 1, "alerts": [{**each, "severity": "high"} for each in kept["alerts"]]}
+    (state / "alerts.json").write_text(json.dumps(newer))
+    assert look(state, said) == ["error_rate"] and len(said) == 1
+
+
 @pytest.mark.slow
 def test_a_command_that_hangs_is_ended_and_sees_no_key(
     net: Loopback, waterfall: Waterfall, state: Path, tmp_path: Path

@@ -36,6 +36,7 @@ from biollm.client import (
     get_model_client,
 )
 from biollm.errors import UnavailableError
+from biollm.types import Attempt
 
 pytestmark = pytest.mark.slow  # each takes seconds
 
@@ -348,6 +349,58 @@ def test_one_that_breaks_off_is_an_error(runtime: Path, answer: bytes, error: st
             assert line
             with pytest.raises(CompletionError, match=re.escape(error)):
                 way(line)
+
+
+NEWER = {"deployment": "p/m", "outcome": "failed", "reason": "HTTP 500", "kind": "broken", "rests_s": 15}
+STORY = {"provider": "p", "account": "a", "model": "m", "deployment": "p/m", "cost_usd": 0, "latency_ms": 1,
+         "degraded": False, "attempts": [NEWER], "estimated": False}  # fmt: skip
+
+
+def test_what_a_newer_gateway_says_besides_is_passed_over(runtime: Path) -> None:
+    told = {"choices": [{"message": {"content": "hello", "audio": {}}, "finish_reason": "stop", "index": 0}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "details": {}}, "biollm": STORY}  # fmt: skip
+    with closing(Fake(runtime, http(200, told, "any"))):
+        line = gate.reach(body())
+        assert line
+        answer = line.complete()
+    assert (str(answer), answer.attempts) == ("hello", (Attempt("p/m", "failed", "HTTP 500"),))
+
+
+def test_a_stream_passes_over_events_and_fields_that_it_does_not_know(runtime: Path) -> None:
+    events: list[dict[str, Any]] = [
+        {"choices": [{"delta": {"content": "lost"}}]},
+        {"choices": [], "biollm": {"restarted": {"attempt": NEWER, "why": "broken"}}},
+        {"type": "ping"},
+        {"choices": [{"delta": {"content": "hello"}, "index": 0}], "usage": None},
+        {"choices": [{"delta": {}, "finish_reason": "stop"}], "biollm": {"progress": 1}},
+        {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}, "biollm": STORY},
+        {"biollm": {"cost": "later"}},
+    ]
+    text = ": a comment\n\n" + "".join(f"event: x\ndata: {json.dumps(each)}\n\n" for each in events)
+    with closing(Fake(runtime, http(200, text + "data: [DONE]\n\n", "any", "text/event-stream"))):
+        line = gate.reach(body())
+        assert line
+        *_, end = line.stream()
+    answer = getattr(end, "completion", None)
+    assert answer and (answer.text, answer.finish_reason, len(answer.attempts)) == ("hello", "stop", 1)
+
+
+def test_an_error_of_a_newer_gateway_keeps_its_attempts(runtime: Path) -> None:
+    told = {"error": {"message": "x", "biollm": {"class": "LaterError", "message": "nobody", "attempts": [NEWER]}}}
+    with closing(Fake(runtime, http(503, told))):
+        line = gate.reach(body())
+        assert line
+        with pytest.raises(CompletionError, match="nobody") as error:
+            line.complete()
+    assert error.value.attempts == (Attempt("p/m", "failed", "HTTP 500"),)
+
+
+@pytest.mark.parametrize("told", [{"identities": []}, ["x"], 7, None])
+def test_a_record_of_another_version_is_no_reason_to_fail(runtime: Path, biollm: Biollm, told: Any) -> None:
+    with closing(Fake(runtime)):
+        (runtime / gate.RECORD).write_text(json.dumps(told))
+        assert gate.reach(HI) is None
+        assert biollm("serve", "status").out == biollm("serve", "stop").out == "No gateway runs.\n"
 
 
 @pytest.mark.parametrize("told", ["overloaded", None, ["overloaded"]])

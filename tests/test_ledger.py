@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from biollm import _rollup
 from biollm._sqlite import Database, on_network
 from biollm.config import Limit
 from biollm.ledger import Ledger, Need, Record, Refused
@@ -766,3 +767,27 @@ def test_network_file_systems_are_known_by_the_type_of_their_mount(tmp_path: Pat
 
 def test_where_mounts_cannot_be_read_a_folder_counts_as_local(tmp_path: Path) -> None:
     assert on_network(tmp_path, tmp_path / "missing") is False
+
+
+def test_columns_that_a_newer_version_added_are_left_alone(tmp_path: Path, clock: Clock) -> None:
+    def use() -> Ledger:
+        ledger = Ledger(tmp_path, clock=clock)
+        ledger.cool("key:1", 9, "401")
+        ledger.finish(reserve(ledger, per(9, "day")), SCOPE, record(clock.now))
+        ledger.flush()
+        _rollup.roll(ledger)
+        return ledger
+
+    use().close()
+    for file in ("quotas.db", "history.db"):
+        with contextlib.closing(sqlite3.connect(tmp_path / file)) as db:
+            names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            for name in names:
+                db.execute(f"ALTER TABLE {name} ADD COLUMN newer DEFAULT 0")
+    clock.now += 86400
+    again = use()
+    assert "key:1" in rows(tmp_path, "SELECT key FROM cooling WHERE until > 0")[0]
+    assert again.used(SCOPE, [per(9, "day")])[0][1] == 1
+    assert len(rows(tmp_path, "SELECT * FROM attempt", "history.db")) == 2
+    assert len(rows(tmp_path, "SELECT * FROM rollup", "history.db")) == 2
+    again.close()

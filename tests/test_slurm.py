@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -138,6 +139,14 @@ def test_an_estimated_start_is_in_iso_8601_utc_whatever_the_clusters_time_zone(a
     answer("squeue", f"echo \"7|PENDING|Resources|$({start})|\"; echo '8|PENDING|Priority|N/A|'")
     rows = _scheduler.queue(tmp_path, "lab").rows
     assert (rows["7"].start, rows["8"].start) == ("2026-11-18T12:00:00+00:00", "")
+
+
+def test_a_look_at_the_queue_by_a_newer_version_is_read(answer: Answer, tmp_path: Path) -> None:
+    answer("squeue", "exit 1")
+    rows = [["7", "RUNNING", "", "", "node1", "one more column"]]
+    told = {"rows": rows, "error": "", "interval": 5.0, "more": 1}
+    (tmp_path / f"queue-lab-{os.getuid()}.json").write_text(json.dumps(told))
+    assert _scheduler.queue(tmp_path, "lab").rows["7"].node == "node1"
 
 
 def test_an_unreachable_controller_is_an_error_in_the_queue_with_what_was_seen_last(

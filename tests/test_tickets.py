@@ -149,6 +149,17 @@ def test_a_ticket_comes_back_with_its_events(cluster: Cluster, tmp_path: Path) -
     assert (tmp_path / "jobs" / "t.json").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_ticket_of_a_newer_version_is_found(cluster: Cluster, tmp_path: Path) -> None:
+    ticket = save(TICKET, cluster)
+    path = tmp_path / "jobs" / "t.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"region": "east"}))
+    lines = [event("a warming"), {"at": 9.0, "restart": 0, "note": "of no model"}, 7]
+    path.with_suffix(".events").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    (again,) = tickets(cluster)
+    assert again.job == ticket.job
+    assert judge(again, queue("RUNNING"), [], 150).phase == "starting"
+
+
 def test_two_clusters_in_one_home_do_not_see_each_others_tickets(cluster: Cluster) -> None:
     save(TICKET, cluster)
     assert tickets(cluster.model_copy(update={"name": "other"})) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,15 +48,16 @@ def status(as_json: Json = False) -> None:
     if told is None:
         _print.as_json({"running": False}) if as_json else typer.echo("No gateway runs.")
         raise typer.Exit(1)
-    same = told["identity"] == identity()
+    mine: dict[str, Any] = told.get("identity") or {}
+    same = mine == identity()
     facts = {
         "pid": told["pid"],
-        "started": _print.moment(told["started"]),
+        "started": _print.moment(told.get("started")),
         "socket": told["socket"],
-        "url": told["url"],
+        "url": told.get("url"),
     }
     if as_json:
-        _print.as_json({"running": True, **facts, "same_configuration": same, **told["identity"]})
+        _print.as_json({"running": True, **facts, "same_configuration": same, **mine})
         return
     for name, value in facts.items():
         if value:
