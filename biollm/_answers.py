@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from biollm._plain import text
 from biollm._run import Sent
 from biollm.outcomes import CUT, EMPTY, NO_CHOICES, Verdict
 from biollm.types import Usage
@@ -23,7 +24,7 @@ def usage_of(usage: Any) -> Usage:
 def content(response: Any) -> str:
     """Return the text of an answer, chat or plain completion."""
     choice = response.choices[0]
-    return (choice.message.content if hasattr(choice, "message") else choice.text) or ""
+    return text((choice.message.content if hasattr(choice, "message") else choice.text) or "")
 
 
 def tool_calls(choice: Any) -> Sequence[Any]:
@@ -40,7 +41,7 @@ def emptiness(response: Any) -> Verdict | None:
 
 def delta(chunk: Any) -> str:
     """Return the text that a chunk of a stream adds."""
-    return (chunk.choices[0].delta.content or "") if chunk.choices else ""
+    return text(chunk.choices[0].delta.content or "") if chunk.choices else ""
 
 
 def fold(chunks: list[Any]) -> None:

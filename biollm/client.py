@@ -13,11 +13,12 @@ import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from biollm import balance
 from biollm._background import background
 from biollm._gateway_client import Line, body_of, identity, reach
+from biollm._plain import Reader, text, texts
 from biollm._resources import environment_tags, state_dir, wants_local_only
 from biollm._run import Request
 from biollm._shared import ledger, watch
@@ -74,7 +75,8 @@ __all__ = [
 Prompt = str | Sequence[Message]
 Piece = StreamChunk | StreamRestarted
 _STRICTNESS: tuple[Policy, ...] = ("any", "no_training", "local_only")
-_CHARS_PER_TOKEN = 5  # more than any usual text has, so that what is skipped as too long surely is
+# A token of text has more than 3 bytes in UTF-8 and fewer than 5 characters; a chat template adds some per message.
+_CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE = 5, 3, 16
 _SENT_ON = ("temperature", "max_tokens", "tools", "tool_choice")
 
 
@@ -297,31 +299,37 @@ class Client:
         named = options if (options.get("provider"), options.get("model")) != (None, None) else self._defaults
         provider, model = named.get("provider"), named.get("model")
         check_names(self.config, provider, model)
-        messages = _messages(prompt, chosen.get("system"))
+        read = Reader()
+        messages = read.messages(prompt, chosen.get("system"))
+        params = read.params(chosen.get("extra", {}), "extra.")
+        params |= read.params({key: value for key, value in chosen.items() if key in _SENT_ON})
         wanted = chosen.get("response_model")
+        if isinstance(wanted, Mapping):
+            wanted = read.value(wanted, "response_model")
         degraded = options.get("allow_degraded", False if wanted else chosen.get("allow_degraded", False))
-        params = {key: value for key, value in chosen.items() if key in _SENT_ON and value is not None}
-        letters = sum(_letters(message.get("content")) for message in messages)
+        answer = [params[name] for name in ("max_tokens", "max_completion_tokens") if name in params]
         wants = Wants(
             provider=provider,
             model=model,
             policy=self.policy(options),
-            tools=bool(chosen.get("tools")),
+            tools="tools" in params,
             capability=chosen.get("capability"),
-            tokens=letters // _CHARS_PER_TOKEN + (chosen.get("max_tokens") or 0),
-            answer=chosen.get("max_tokens"),
+            prompt=read.letters // _CHARS_PER_TOKEN,
+            prompt_most=read.size // _BYTES_PER_TOKEN + _PER_MESSAGE * len(messages),
+            answer=min(answer, default=None),
+            media=frozenset(read.media),
             allow_degraded=degraded,
         )
         return Request(
             messages=messages,
-            params={**chosen.get("extra", {}), **params},
+            params=params,
             wants=wants,
             timeout=_positive("timeout", chosen.get("timeout")),
             deadline=_positive("deadline", chosen.get("deadline")),
             fallback=chosen.get("fallback", True),
-            max_retries=chosen.get("max_retries", 0),
+            max_retries=_number("max_retries", chosen.get("max_retries")) or 0,
             shape=Shape(wanted) if wanted is not None else None,
-            tags={**environment_tags(), **chosen.get("tags", {})},
+            tags=texts({**environment_tags(), **chosen.get("tags", {})}),
             on_interrupt=chosen.get("on_interrupt", "raise"),
             on_send=chosen.get("on_send"),
             start=chosen.get("start_local", False),
@@ -345,9 +353,8 @@ class Client:
         request = self._request(prefix + (suffix or ""), options)
         if request.shape or request.wants.tools:
             raise UsageError("Filling in code takes no response_model and no tools.")
-        return replace(
-            request, middle=(prefix, suffix), wants=replace(request.wants, fim=suffix is not None, raw=suffix is None)
-        )
+        middle = (text(prefix), suffix and text(suffix))
+        return replace(request, middle=middle, wants=replace(request.wants, fim=suffix is not None, raw=suffix is None))
 
     async def _complete(self, request: Request) -> Completion:
         if request.start:
@@ -471,20 +478,16 @@ def _check_options(options: Options) -> None:
         raise UsageError(f"data_policy is {policy!r}; it must be one of {', '.join(_STRICTNESS)}.")
 
 
-def _messages(prompt: Prompt, system: str | None) -> list[Message]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+def _number(name: str, given: Any) -> Any:
+    """Return a number, numpy's as Python's."""
+    number = Reader().value(given, name)
+    if isinstance(number, str | list | dict | bool):
+        raise UsageError(f"{name} is {given!r}; it must be a number.")
+    return number
 
 
-def _letters(content: object) -> int:
-    """Return how much text a message holds; an image's base64 costs tokens by its pixels, which nobody knows here."""
-    if not isinstance(content, list):
-        return len(str(content or ""))
-    parts = [cast("Message", part) for part in cast("list[object]", content) if isinstance(part, dict)]
-    return sum(len(str(part.get("text") or "")) for part in parts)
-
-
-def _positive(name: str, seconds: float | None) -> float | None:
+def _positive(name: str, given: float | None) -> float | None:
+    seconds = _number(name, given)
     if seconds is not None and seconds <= 0:
         raise UsageError(f"{name} is {seconds:g}; it must be more than 0 seconds.")
     return seconds

@@ -69,7 +69,7 @@ def _of_map(asked: frozenset[tuple[str, str, str]]) -> dict[tuple[str, str, str]
 
 def cheapest(found: Sequence[Deployment], wants: Wants, config: Config) -> list[tuple[Deployment, Cost | None]]:
     """Return deployments and costs by priority, then cost, unknown ones last, then as they stood; `order` follows."""
-    prompt, answer, known = wants.tokens - (wants.answer or 0), wants.answer or ANSWER, prices(found, config)
+    prompt, answer, known = wants.prompt, wants.answer or ANSWER, prices(found, config)
     expected = {each.id: Cost(prompt, answer, known[each.id]) for each in found}
 
     def rank(each: Deployment) -> tuple[int, float, int]:

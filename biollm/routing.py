@@ -78,8 +78,9 @@ class Wants:
     """What a request asks of the deployment that serves it.
 
     Attributes:
-        tokens: A lower bound of prompt plus answer.
-        answer: The most tokens that the answer may have; in `tokens` too.
+        prompt: The prompt's tokens, a lower bound; `prompt_most`: an upper one.
+        answer: The most tokens that the answer may have; None where the request does not say.
+        media: What the prompt holds besides text: "images", "audio", "files", "videos".
     """
 
     provider: str | None = None
@@ -87,8 +88,10 @@ class Wants:
     policy: Policy = "any"
     tools: bool = False
     capability: str | None = None
-    tokens: int = 0
+    prompt: int = 0
+    prompt_most: int = 0
     answer: int | None = None
+    media: frozenset[str] = frozenset()
     allow_degraded: bool = True
     fim: bool = False
     raw: bool = False
@@ -202,8 +205,9 @@ def obstacle(deployment: Deployment, wants: Wants) -> str | None:
         return "answers messages, and continues no text"
     if wants.capability and wants.capability not in (deployment.capabilities or ()):
         return f"lacks the capability {wants.capability!r}"
-    if deployment.context_length and wants.tokens > deployment.context_length:
-        return f"needs about {wants.tokens} tokens, its context is {deployment.context_length}"
+    tokens = wants.prompt + (wants.answer or 0)
+    if deployment.context_length and tokens > deployment.context_length:
+        return f"needs about {tokens} tokens, its context is {deployment.context_length}"
     return None
 
 

@@ -223,14 +223,23 @@ def test_files_and_stdin_come_before_the_question(
     assert asked(server) == prompt
 
 
-def test_a_file_that_is_not_utf8_is_read_all_the_same(
-    net: Loopback, waterfall: Waterfall, biollm: Biollm, tmp_path: Path
+@pytest.mark.parametrize("place", ["file", "stdin", "argument", "system", "tag"])
+def test_what_is_not_utf8_is_read_all_the_same_and_in_one_way(
+    place: str, net: Loopback, waterfall: Waterfall, tmp_path: Path
 ) -> None:
     server = net.serve()
     waterfall(first=server)
-    (tmp_path / "odd.log").write_bytes(b"caf\xe9")
-    assert biollm("complete", "why?", "-f", tmp_path / "odd.log").code == 0
-    assert "caf\ufffd" in asked(server)
+    odd = b"caf\xe9 \xe2\x82!"  # Latin-1, and half a character
+    (tmp_path / "odd.log").write_bytes(odd)
+    options: dict[str, list[str | bytes]] = {
+        "file": ["-f", str(tmp_path / "odd.log")], "argument": [odd], "system": ["--system", odd],
+        "tag": ["--tag", b"agent=" + odd],
+    }  # fmt: skip
+    command = [PROGRAM, "complete", *options.get(place, []), *(["why?"] * (place != "argument"))]
+    run = subprocess.run(command, input=odd if place == "stdin" else b"", capture_output=True, check=False)
+    assert (run.returncode, run.stdout) == (0, b"All is well.\n"), run.stderr.decode()
+    if place != "tag":
+        assert "caf\ufffd \ufffd\ufffd!" in json.dumps(server.completions[0].body["messages"], ensure_ascii=False)
 
 
 # --- Exit codes --------------------------------------------------------------------------------------------------

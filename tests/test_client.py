@@ -191,6 +191,102 @@ def test_a_prompt_is_as_long_as_its_text(net: Loopback, waterfall: Write, conten
     assert rung.standing == standing
 
 
+# --- What cannot be sent -----------------------------------------------------------------------------------------
+
+ODD, READ = "bad \udcff", "bad \ufffd"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_lone_surrogates_are_replaced_and_the_request_is_answered(
+    net: Loopback, waterfall: Write, state: Path, stream: bool
+) -> None:
+    server = net.serve()
+    waterfall(first=server)
+    client = get_model_client(system=ODD, tags={"agent": ODD})
+    parts = [{"type": "text", "text": ODD}]
+    messages = [
+        {"role": "user", "name": ODD, "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [_call("c", ODD)]},
+        {"role": "tool", "tool_call_id": "c", "content": ODD},
+    ]
+    assert "".join(map(str, client.stream(messages) if stream else [client.complete(messages)])) == "All is well."
+    body = server.requests[0].body
+    assert [message.get("content") for message in body["messages"]] == [READ, [{**parts[0], "text": READ}], None, READ]
+    assert (body["messages"][1]["name"], body["messages"][2]["tool_calls"]) == (READ, [_call("c", READ)])
+    assert get_model_client().complete("hi").attempts[0].outcome == "ok"
+
+
+def _call(ident: str, arguments: str) -> dict[str, Any]:
+    return {"id": ident, "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def test_code_to_fill_in_may_hold_lone_surrogates(net: Loopback, waterfall: Write) -> None:
+    model = {"type": "local", "hf_id": "x/coder", "capabilities": ["fill-in-middle"], "fim": ["<P>", "<S>", "<M>"]}
+    server = net.serve(models=("coder",))
+    waterfall({"models": {"coder": model}}, gpu={"type": "local", "base_url": server.url, "models": ["coder"]})
+    assert str(get_model_client().fill_in_middle(ODD, ODD)) == "All is well."
+    assert server.requests[-1].body["prompt"] == f"<P>{READ}<S>{READ}<M>"
+
+
+def test_a_log_that_is_not_utf8_is_answered_like_the_other_nineteen(net: Loopback, waterfall: Write) -> None:
+    server = net.serve()
+    waterfall(first=server)
+    logs = ["fine"] * 4 + [b"caf\xe9".decode(errors="surrogateescape")] + ["fine"] * 15
+    assert [str(answer) for answer in get_model_client().complete_many(logs)] == ["All is well."] * 20
+    assert sorted(request.body["messages"][0]["content"] for request in server.completions)[0] == "caf\ufffd"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_holds_no_lone_surrogate(net: Loopback, waterfall: Write, stream: bool) -> None:
+    waterfall(first=net.serve(text=ODD))
+    client = get_model_client()
+    assert "".join(map(str, client.stream("hi") if stream else [client.complete("hi")])) == READ
+
+
+def test_numbers_of_numpy_are_numbers(net: Loopback, waterfall: Write) -> None:
+    import numpy as np
+
+    server = net.serve()
+    waterfall(first=server)
+    options = {"max_tokens": np.int64(100), "temperature": np.float32(0.5), "timeout": np.float64(9)}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"maximum": np.int8(3)}}}]
+    get_model_client().complete("hi", tools=tools, extra={"seed": np.int32(7)}, max_retries=np.int64(1), **options)
+    body = server.requests[0].body
+    assert (body["max_tokens"], body["temperature"], body["seed"]) == (100, 0.5, 7)
+    assert body["tools"][0]["function"]["parameters"]["maximum"] == 3
+
+
+UNSENDABLE: list[tuple[Any, dict[str, Any], str]] = [
+    ([{"content": "hi"}], {}, "messages[0] has no role"),
+    ([{"role": 3, "content": "hi"}], {}, "messages[0] has a role that is an int"),
+    ([{"role": "user", "content": b"hi"}], {}, "messages[0].content is a bytes"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], {}, "content[0].image_url is no"),
+    ("hi", {"tools": [{"function": {"required": {"a"}}}]}, "tools[0].function.required is a set"),
+    ("hi", {"tools": ["f"]}, "tools[0] is a str"),
+    ("hi", {"temperature": float("nan")}, "temperature is nan"),
+    ("hi", {"deadline": float("nan")}, "deadline is nan"),
+    ("hi", {"max_tokens": "many"}, "max_tokens is 'many'"),
+    ("hi", {"extra": {"stop": object()}}, "extra.stop is an object"),
+    ("hi", {"extra": {"stream": True}}, "extra.stream cannot be set"),
+    ("hi", {"response_model": {"type": "object", "required": {"a"}}}, "response_model.required is a set"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(("prompt", "options", "told"), UNSENDABLE)
+def test_what_cannot_be_sent_is_the_callers_error_and_rests_nobody(
+    net: Loopback, waterfall: Write, prompt: Any, options: Any, told: str, many: bool
+) -> None:
+    first, second = net.serve(text="from first"), net.serve()
+    waterfall(first=first, second=second)
+    client = get_model_client()
+    with pytest.raises(UsageError) as caught:
+        _ = client.complete_many([prompt], **options) if many else client.complete(prompt, **options)
+    assert told in str(caught.value)
+    assert (first.requests, second.requests) == ([], [])
+    assert str(client.complete("hi")) == "from first"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("weights", "degraded", "told"),

@@ -223,6 +223,42 @@ def test_what_makes_no_sense_is_told(net: Loopback, serve: Any, path: str, body:
     assert told in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"messages": [{"role": 3, "content": "hi"}]}, "messages[0] has a role that is an int"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content is an int"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].image_url is no http(s) URL",
+        ),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"tools": ["f"]}, "tools[0] is a str"),
+        ({"top_k": float("inf")}, "extra.extra_body.top_k is inf"),
+        ({"biollm": {"deadline": float("nan")}}, "deadline is nan"),
+        ({"model": "bad \udcff"}, "There is no model named 'bad "),
+    ],
+)
+def test_what_cannot_be_sent_is_the_callers_error_and_rests_nobody(
+    net: Loopback, serve: Any, more: Any, told: str, stream: bool
+) -> None:
+    server = net.serve()
+    client = serve(first=server)
+    answer = client.post(CHAT, content=json.dumps({**HI, "stream": stream, **more}))
+    error = answer.json()["error"]
+    assert (answer.status_code // 100, error["type"], server.requests) == (4, "invalid_request_error", [])
+    assert told in error["message"]
+    assert client.post(CHAT, json=HI).json()["biollm"]["attempts"][0]["outcome"] == "ok"
+
+
+def test_lone_surrogates_are_replaced_and_the_request_is_answered(net: Loopback, serve: Any) -> None:
+    server = net.serve()
+    body = {**HI, "messages": [{"role": "user", "content": "bad \udcff"}], "metadata": {"agent": "bad \udcff"}}
+    assert serve(first=server).post(CHAT, content=json.dumps(body)).status_code == 200
+    assert server.requests[0].body["messages"][0]["content"] == "bad \ufffd"
+
+
 @pytest.mark.parametrize("name", ["x-biollm-policy", "x-biollm-on-interrupt"])
 def test_a_header_that_makes_no_sense_is_told(net: Loopback, serve: Any, name: str) -> None:
     server = net.serve()

@@ -172,8 +172,8 @@ def test_both_groups_and_only_deployments_with_a_key(config: Config) -> None:
         ("two.lab/big", Wants(tools=True), None),
         ("gpu/mine#1", Wants(capability="reasoning"), None),
         ("two.lab/big", Wants(capability="reasoning"), "lacks the capability"),
-        ("gpu/mine#1", Wants(tokens=2048), None),
-        ("gpu/mine#1", Wants(tokens=2049), "its context is 2048"),
+        ("gpu/mine#1", Wants(prompt=2048), None),
+        ("gpu/mine#1", Wants(prompt=2049), "its context is 2048"),
     ],
 )
 def test_what_a_request_needs_rules_deployments_out(

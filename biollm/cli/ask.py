@@ -164,16 +164,18 @@ def _prompt(prompt: str | None, files: list[Path]) -> str:
     mode = 0
     with suppress(OSError):  # it may be closed; a terminal, a socket and /dev/null are not read unasked
         mode = os.fstat(0).st_mode
-    piped = sys.stdin.read() if named or stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
     parts: list[str] = []
     for file in files:
         if file != Path("-"):
             try:
-                parts.append(f"--- {file.name} ---\n{file.read_text(errors='replace')}")
+                parts.append(f"--- {file.name} ---\n{file.read_text('utf-8', 'surrogateescape')}")
             except OSError as error:
                 raise UsageError(f"{file}: {error.strerror}.") from None
+    if named or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+        with open(0, encoding="utf-8", errors="surrogateescape", closefd=False) as piped:
+            parts.append(piped.read())
     question = "" if prompt in (None, "-") else prompt
-    text = "\n\n".join(part for part in (*parts, piped, question) if part and part.strip())
+    text = "\n\n".join(part for part in (*parts, question) if part and part.strip())
     if not text.strip():
         raise UsageError(
             "There is nothing to ask.", hint='Write biollm complete "question", add -f FILE, or pipe text in.'

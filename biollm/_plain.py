@@ -1,0 +1,205 @@
+"""Makes a caller's request plain JSON before anything is reserved for it, or says what in it cannot be sent. Pure.
+
+LiteLLM notices only after it has chosen a deployment, with another exception for each provider, which then looks like
+the provider's failure.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any, cast
+
+from biollm.errors import UsageError
+
+Message = dict[str, Any]
+_MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files", "video_url": "videos"}
+_MEDIUM = 3000  # bytes of text that a part of another kind is counted as, about 1,000 tokens
+_URL = re.compile(r"https?://\S|gs://\S|data:[\w.+-]+/[\w.+-]+(;[\w.+=-]+)*;base64,\S", re.IGNORECASE)
+_SEPARATE = {"messages", "model", "prompt", "stream"}  # arguments of LiteLLM's that the call itself gives
+
+
+def text(given: str) -> str:
+    """Return `given` with U+FFFD for each lone surrogate, which stands for a byte that is not UTF-8."""
+    if given.isascii():
+        return given
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return given.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return given
+
+
+def texts(given: Mapping[Any, Any]) -> dict[str, str]:
+    """Return keys and values as texts without lone surrogates."""
+    return {text(str(key)): text(str(value)) for key, value in given.items()}
+
+
+class Reader:
+    """One pass over a request.
+
+    Attributes:
+        letters: Characters of the messages' texts.
+        size: Bytes, in UTF-8, of every text of the request.
+        media: What the messages hold besides text: "images", "audio", "files", "videos".
+    """
+
+    def __init__(self) -> None:
+        self.letters = self.size = 0
+        self.media: set[str] = set()
+
+    def value(self, given: Any, path: str) -> Any:
+        """Return `given` as JSON holds it: texts without lone surrogates, numpy's scalars as numbers.
+
+        Raises:
+            UsageError: JSON has no such value; the sentence names its path.
+        """
+        try:
+            return self._value(given, path)
+        except RecursionError:
+            raise UsageError(f"{path} contains itself, or is nested too deeply.") from None
+
+    def messages(self, prompt: Any, system: Any = None) -> list[Message]:
+        """Return the messages of a prompt, which is a text or messages already.
+
+        Raises:
+            UsageError: It is neither, or a message cannot be sent.
+        """
+        given: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
+            raise UsageError(f"The prompt is {_kind(prompt)}; it must be a text or a list of messages.")
+        if system is not None and not isinstance(system, str):
+            raise UsageError(f"system is {_kind(system)}; it must be a text.")
+        first = [{"role": "system", "content": system}] if system else []
+        found = [
+            *(self._message(each, "system") for each in first),
+            *(self._message(each, f"messages[{at}]") for at, each in enumerate(cast("Iterable[Any]", given))),
+        ]
+        if len(found) == len(first):
+            raise UsageError("There are no messages.")
+        return found
+
+    def params(self, given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Return further arguments of OpenAI's API, those that say nothing left out.
+
+        Raises:
+            UsageError: One of them cannot be sent.
+        """
+        found = {text(name): self.value(value, prefix + name) for name, value in given.items() if value is not None}
+        for name in sorted(_SEPARATE & found.keys()):
+            raise UsageError(f"{prefix}{name} cannot be set: it is part of the call itself.")
+        for name in ("max_tokens", "max_completion_tokens") & found.keys():
+            if not isinstance(tokens := found[name], int | float) or tokens < 1 or tokens != int(tokens):
+                raise UsageError(f"{prefix}{name} is {tokens!r}; it must be a whole number of at least 1.")
+            found[name] = int(tokens)
+        if isinstance(found.get("temperature", 0), str | list | dict | bool):
+            raise UsageError(f"{prefix}temperature is {_kind(given['temperature'])}; it must be a number.")
+        tools: Any = found.get("tools", [])
+        if not isinstance(tools, list):
+            raise UsageError(f"{prefix}tools is {_kind(given['tools'])}; it must be a list.")
+        for at, tool in enumerate(cast("list[Any]", tools)):
+            if not isinstance(tool, dict):
+                raise UsageError(f"{prefix}tools[{at}] is {_kind(tool)}; it must be an object.")
+        if tools == []:  # providers refuse an empty list
+            found.pop("tools", None)
+        return found
+
+    def _message(self, given: Any, path: str) -> Message:
+        given = _dumped(given)
+        if not isinstance(given, Mapping):
+            raise UsageError(f"{path} is {_kind(given)}; it must be an object with a role and content.")
+        message = dict(cast("Mapping[str, Any]", given))
+        if not (isinstance(role := message.get("role"), str) and role):
+            said = "has no role" if role in (None, "") else f"has a role that is {_kind(role)}"
+            raise UsageError(f'{path} {said}; it must be a text such as "user".')
+        content: Any = message.pop("content", None)
+        made: Message = {"role": role, **({"content": None} if "content" in given else {})}
+        made |= self.value(message, path)
+        if isinstance(content, list | tuple):
+            parts = cast("Iterable[Any]", content)
+            made["content"] = [self._part(part, f"{path}.content[{at}]") for at, part in enumerate(parts)]
+        elif isinstance(content, str):
+            made["content"] = self._value(content, path)
+            self.letters += len(content)
+        elif content is not None:
+            raise UsageError(f"{path}.content is {_kind(content)}; it must be a text or a list of parts.")
+        return made
+
+    def _part(self, given: Any, path: str) -> Any:
+        given = _dumped(given)
+        if not isinstance(given, Mapping) or not isinstance(kind := cast("Message", given).get("type"), str):
+            said = "has no type" if isinstance(given, Mapping) else f"is {_kind(given)}"
+            raise UsageError(f'{path} {said}; it must be an object such as {{"type": "text", "text": "..."}}.')
+        part = cast("Message", given)
+        if kind == "text":
+            if not isinstance(said := part.get("text") or "", str):
+                raise UsageError(f"{path}.text is {_kind(said)}; it must be a text.")
+            self.letters += len(said)
+        size = self.size + _MEDIUM  # an image's base64 costs tokens by pixels, which nobody knows here
+        made = self.value(part, path)
+        if kind not in _MEDIA:
+            return made
+        self.size = size
+        self.media.add(_MEDIA[kind])
+        if kind == "image_url":
+            image: Any = made.get("image_url")
+            url: Any = cast("Message", image).get("url") if isinstance(image, dict) else image
+            if not (isinstance(url, str) and _URL.match(url)):
+                raise UsageError(f"{path}.image_url is no http(s) URL and no data URL in base64.")
+        return made
+
+    def _value(self, given: Any, path: str) -> Any:
+        if isinstance(given, str):
+            if given.isascii():
+                self.size += len(given)
+                return given
+            given = text(given)
+            self.size += len(given.encode())
+            return given
+        if given is None or isinstance(given, bool):
+            return given
+        if isinstance(given, int | float):
+            with suppress(OverflowError):
+                if math.isfinite(given):
+                    return given
+            raise UsageError(
+                f"{path} is {given if isinstance(given, float) else 'too large'}; JSON has no such number."
+            )
+        if isinstance(given, Mapping):
+            pairs = cast("Mapping[Any, Any]", given).items()
+            return {
+                key if type(key) is str and key.isascii() else self._key(key, path): self._value(value, f"{path}.{key}")
+                for key, value in pairs
+            }
+        if isinstance(given, list | tuple):
+            return [self._value(value, f"{path}[{at}]") for at, value in enumerate(cast("Iterable[Any]", given))]
+        if (dumped := _dumped(given)) is not given:
+            return self._value(dumped, path)
+        for name in ("item", "__index__", "__float__"):  # numpy's scalars, and other libraries', without an import
+            number: Any = None
+            with suppress(Exception):
+                number = getattr(given, name)()
+            if isinstance(number, int | float | str):
+                return self._value(number, path)
+        raise UsageError(f"{path} is {_kind(given)}, which JSON cannot hold.")
+
+    def _key(self, given: Any, path: str) -> str:
+        if isinstance(given, str):
+            return text(given)
+        if isinstance(key := self._value(given, path), int | float) and not isinstance(key, bool):
+            return str(key)
+        raise UsageError(f"{path} has a key that is {_kind(given)}; it must be a text.")
+
+
+def _dumped(given: Any) -> Any:
+    """Return the fields of a pydantic object, such as an answer's message; anything else as it is."""
+    return given.model_dump() if hasattr(given, "model_dump") and not isinstance(given, type) else given
+
+
+def _kind(given: object) -> str:
+    if given is None:
+        return "missing"
+    name = type(given).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
