@@ -202,7 +202,7 @@ def problem(message: str, kind: str, code: str) -> Json:
 
 def brief(attempts: Iterable[Attempt]) -> str:
     """Return attempts as a header holds them."""
-    return ", ".join(f"{each.deployment}={each.outcome}" for each in attempts)[:2000]
+    return ", ".join(f"{each.deployment}={each.outcome}" for each in attempts)[:2000].rstrip(", ")
 
 
 def event(data: Json) -> str:

@@ -267,6 +267,18 @@ def test_a_header_that_makes_no_sense_is_told(net: Loopback, serve: Any, name: s
     assert f"{name} is 'odd'; it must be one of " in answer.json()["error"]["message"]
 
 
+def test_a_long_list_of_attempts_is_cut_where_a_header_may_end(net: Loopback, serve: Any) -> None:
+    many = {
+        "base_url": net.refusing(),
+        "models": [f"m{number:07}" for number in range(101)],
+    }  # cut after 100 and a space
+    models = {name: {"type": "api", "capabilities": ["chat"]} for name in many["models"]}
+    answer = serve({"models": models}, p=many).post(CHAT, json={**HI, "biollm": {"capability": "vision"}})
+    assert answer.status_code == 503
+    attempts = answer.headers["x-biollm-attempts"].split(", ")
+    assert (len(attempts), attempts[-1]) == (100, "p/m0000099=skipped")
+
+
 def test_code_is_filled_in_where_a_local_model_can(net: Loopback, serve: Any) -> None:
     model = {"type": "local", "hf_id": "x/coder", "capabilities": ["fill-in-middle"], "fim": ["<P>", "<S>", "<M>"]}
     server = net.serve(text="return a", models=("coder",))
