@@ -1,4 +1,4 @@
-"""Looks beside or before a request whether its host is there at all, and whose it is.
+"""Looks beside or before a request whether its host is there at all, and whether it may be sent a key or a prompt.
 
 A firewall that drops packets shall cost 3 s, not the whole request timeout; LiteLLM honours a separate connect
 timeout for OpenAI's client only, not for the others (vLLM, Gemini). The watch runs beside the request and delays nothing.
@@ -9,19 +9,23 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from biollm.owners import address, listener_trusted
+from biollm._background import background
+from biollm.owners import address, is_this_host, objection
 from biollm.routing import Deployment
 
 if TYPE_CHECKING:
     from biollm.config import Cluster
     from biollm.credentials import Credential
 
+_Place = tuple[str, bool, tuple[str, ...], tuple[str, ...]]
 _STEPS = 12
 _KNOWN = 60.0  # seconds for which a host that answered needs no watching
+TRUSTED, RENEWED = 5.0, 2.5  # seconds for which a check of an address holds; after which it is renewed beside a request
 _HOSTS = {"gemini": "https://generativelanguage.googleapis.com"}  # where LiteLLM sends without an api_base
 
 
@@ -63,21 +67,60 @@ class Reach:
             opening.cancel()
 
 
+class Trust:
+    """Whether addresses may be sent a key or a prompt, as was found a moment ago. For the background loop only.
+
+    Who listens on loopback is looked up in a table of the kernel's, which takes milliseconds, so what was found holds
+    for `TRUSTED` seconds. In use it is renewed before that, beside the requests.
+    """
+
+    def __init__(self) -> None:
+        self._good: dict[_Place, float] = {}
+        self._looks: dict[_Place, asyncio.Task[str | None]] = {}
+
+    async def objection(self, deployment: Deployment, known: Credential, cluster: Cluster) -> str | None:
+        """Return why the deployment may not be sent a request, one sentence, or None. Every sender asks this first."""
+        url = known.base_url or deployment.base_url
+        if not url or deployment.embedded:
+            return None
+        key = bool(known.secret) and not deployment.start
+        place = (url, key, cluster.local_hosts, cluster.trusted_owners)
+        age = time.monotonic() - self._good.get(place, -TRUSTED)
+        if age >= RENEWED and place not in self._looks:
+            self._looks[place] = asyncio.create_task(self._look(place))
+        return await asyncio.shield(self._looks[place]) if age >= TRUSTED else None
+
+    async def _look(self, place: _Place) -> str | None:
+        url, key, local_hosts, trusted_owners = place
+        now = time.monotonic()
+        try:
+            ask = partial(objection, url, key=key, local_hosts=local_hosts, trusted_owners=trusted_owners)
+            found = await asyncio.to_thread(ask) if is_this_host(address(url)[0]) else ask()
+            if not found:
+                self._good = {each: at for each, at in self._good.items() if now - at < TRUSTED} | {place: now}
+            return found
+        finally:
+            del self._looks[place]
+
+
+def trust() -> Trust:
+    """Return what the process knows of addresses."""
+    return background().kept.setdefault("trust", Trust())
+
+
 class FixedServers:
-    """Looks at servers of our own whose address stands in the configuration: whose they are, and what they serve."""
+    """Looks at servers of our own whose address stands in the configuration: what they serve."""
 
     _PATIENCE = 3.0  # seconds
 
     def __init__(self) -> None:
         self._listed: dict[str, tuple[float, set[str]]] = {}
 
-    async def objection(self, deployment: Deployment, known: Credential, cluster: Cluster) -> str | None:
+    async def objection(self, deployment: Deployment, known: Credential) -> str | None:
         """Return why the server should not be asked, one sentence, or None; a dead one shows when it is asked."""
         import httpx
 
         url = deployment.base_url or ""
-        if not listener_trusted(url, cluster.trusted_owners):
-            return f"what listens at {url} belongs to another user (trusted_owners in cluster.yaml)"
         at, listed = self._listed.get(url, (-_KNOWN, set[str]()))
         if time.monotonic() - at >= _KNOWN:
             headers = {"Authorization": f"Bearer {known.secret}"} if known.secret else {}

@@ -269,7 +269,7 @@ class Waterfall:
         return need
 
     async def _fresh(self, run: Run, rungs: Sequence[Deployment]) -> list[Deployment]:
-        """Return those that may be asked after a closer look: short-lived tokens renewed, fixed servers verified."""
+        """Return those that may be asked after a closer look: tokens renewed, addresses and fixed servers checked."""
         good: list[Deployment] = []
         for deployment in rungs:
             reason: str | None = None
@@ -280,8 +280,10 @@ class Waterfall:
                     self._renew(deployment, found)
                 else:
                     reason = self.rungs.missing(deployment)
-            elif deployment.provider.type == "local" and not deployment.start:
-                reason = await self._servers.objection(deployment, known, self.rungs.config.cluster)
+                known = found or known
+            reason = reason or await _reach.trust().objection(deployment, known, self.rungs.config.cluster)
+            if not reason and deployment.provider.type == "local" and not deployment.start:
+                reason = await self._servers.objection(deployment, known)
             if reason:
                 run.tried.add(deployment.id)
                 run.pass_over(Rung(deployment, "absent", reason))

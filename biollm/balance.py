@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from biollm._background import background
+from biollm._reach import trust
+from biollm.credentials import Credential
 from biollm.endpoints import Figures, figures
-from biollm.owners import listener_trusted
 
 if TYPE_CHECKING:
     from biollm.routing import Deployment
@@ -133,13 +134,13 @@ class Balance:
         if self._client is None:
             self._client = httpx.AsyncClient(trust_env=False, timeout=PATIENCE)
             background().closing.append(self._client.aclose)
-        url, key = (replica.base_url or "").removesuffix("/v1"), known.credentials.get(replica.id)
-        headers = {"Authorization": f"Bearer {key.secret}"} if key and key.secret else {}
+        url = (replica.base_url or "").removesuffix("/v1")
+        key = known.credentials.get(replica.id) or Credential("", "")
+        headers = {"Authorization": f"Bearer {key.secret}"} if key.secret else {}
         told: Figures | None = None
         try:
-            # At a fixed address another user's server may listen, which shall not get the key.
-            if replica.start or listener_trusted(url, known.config.cluster.trusted_owners):
-                async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(PATIENCE):
+                if not await trust().objection(replica, key, known.config.cluster):
                     told = figures((await self._client.get(f"{url}/metrics", headers=headers)).text)
         except (TimeoutError, httpx.HTTPError, ValueError):
             pass

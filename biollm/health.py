@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from biollm import _reach
 from biollm._background import background
 from biollm._resources import state_dir
 from biollm._shared import ledger, watch
@@ -102,14 +103,16 @@ async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClien
         return Health(first.provider.name, who, True, 0.0)
     if not (_address(first) or known.base_url):
         return Health(first.provider.name, who, None, error="its address is known to LiteLLM alone; not asked")
-    started = time.perf_counter()
     try:
         async with asyncio.timeout(timeout):
             if known.ends_within(0):  # `refresh` renews none
                 renewed = await asyncio.to_thread(rungs.admit, first)
                 if renewed is None:
                     return Health(first.provider.name, who, False, error=rungs.missing(first))
-                known, started = renewed, time.perf_counter()
+                known = renewed
+            if why := await _reach.trust().objection(first, known, rungs.config.cluster):
+                return Health(first.provider.name, who, False, error=why)
+            started = time.perf_counter()
             listed = await _models(client, first, known)
     except TimeoutError:
         return Health(first.provider.name, who, False, error=f"no answer within {timeout:g} s")

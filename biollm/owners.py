@@ -48,13 +48,13 @@ def is_local(url: str | None, local_hosts: Iterable[str]) -> bool:
 
 
 def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:
-    """Does whatever listens at a loopback URL belong to this user, a trusted owner or root?
+    """Does whatever listens at a URL of this host belong to this user, a trusted owner or root?
 
     On a shared host anybody can take port 8000 first. Other hosts, and a port where nobody listens, are not
     judged: True.
     """
     host, port = address(base_url)
-    if not is_loopback(host):
+    if not is_this_host(host):
         return True
     trusted = uids(trusted_owners) | {0}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):

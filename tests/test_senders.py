@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,14 @@ import pytest
 from conftest import Ran
 from provider import Loopback
 
+from biollm._background import background
+from biollm._reach import TRUSTED, trust
 from biollm.client import Client, CompletionError, get_model_client
 from biollm.config import load_config
+from biollm.credentials import of_secret
 from biollm.errors import UnavailableError
 from biollm.health import check
+from biollm.routing import deployments
 
 Write = Callable[..., Path]
 Biollm = Callable[..., Ran]
@@ -47,34 +53,31 @@ class Ear:
 
 
 @contextmanager
-def listening(port: int = 0) -> Iterator[Ear]:
-    """Listen on loopback, on a thread of its own."""
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        ear = Ear(listener.getsockname()[1])
+def hearing(listener: socket.socket) -> Iterator[Ear]:
+    """Take what connects to a listener, on a thread of its own."""
+    ear = Ear(listener.getsockname()[1])
 
-        def serve() -> None:
-            while True:
-                try:
-                    line, _ = listener.accept()
-                except OSError:
-                    return
-                ear.heard.append(b"")
-                with line:
-                    line.settimeout(0.5)
-                    try:
-                        while more := line.recv(65536):
-                            ear.heard[-1] += more
-                    except OSError:
-                        pass
+    def serve() -> None:
+        while True:
+            try:
+                line, _ = listener.accept()
+            except OSError:
+                return
+            ear.heard.append(b"")
+            with line:
+                line.settimeout(0.5)
+                with suppress(OSError):
+                    while more := line.recv(65536):
+                        ear.heard[-1] += more
 
-        threading.Thread(target=serve, daemon=True).start()
-        yield ear
-        listener.shutdown(socket.SHUT_RDWR)
+    threading.Thread(target=serve, daemon=True).start()
+    yield ear
+    listener.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
 def ear() -> Iterator[Ear]:
-    with listening() as ear:
+    with socket.create_server(("127.0.0.1", 0)) as listener, hearing(listener) as ear:
         yield ear
 
 
@@ -193,3 +196,80 @@ def test_a_host_of_the_site_gets_its_key_over_plain_http(ear: Ear, waterfall: Wr
     with pytest.raises(CompletionError):
         Client(timeout=0.3).complete("hi")
     assert any(b"sk-planted-clear" in heard for heard in ear.heard)
+
+
+# --- Whose listener it is ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def others() -> Iterator[Ear]:
+    """A listener of another user's."""
+    os.seteuid(65534)
+    try:
+        listener = socket.create_server(("127.0.0.1", 0))
+    finally:
+        os.seteuid(0)
+    with listener, hearing(listener) as ear:
+        yield ear
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can listen as somebody else")
+@pytest.mark.parametrize(("kind", "key"), [("api", True), ("local", True), ("local", False)])
+def test_another_users_listener_on_loopback_gets_no_byte_whatever_the_type(
+    others: Ear, net: Loopback, waterfall: Write, biollm: Biollm, monkeypatch: pytest.MonkeyPatch, kind: str, key: bool
+) -> None:
+    monkeypatch.setenv("THEIR_KEY", "sk-planted-their-0123456789")
+    entry = {
+        "type": kind,
+        "base_url": f"{others.url}/v1",
+        "models": ["small"],
+        **({"env_key": "THEIR_KEY"} if key else {}),
+    }
+    models = {"models": {"small": {"type": "local", "hf_id": "lab/small"}}} if kind == "local" else {}
+    folder = waterfall(models, theirs=entry, fine=net.serve(text="from fine"))
+    answer = get_model_client().complete("hi", local_only=True)
+    said = f"what listens at {others.url}/v1 belongs to another user (trusted_owners in cluster.yaml)"
+    assert (answer.text, answer.attempts[0].reason) == ("from fine", said)
+    assert "".join(map(str, get_model_client().stream("hi"))) == "from fine"
+    health = {each.provider: each for each in check(load_config())}
+    assert (health["theirs"].available, health["theirs"].error) == (False, said)
+    live = biollm("drill", "--live", "--json").json["answers"][0]
+    assert (live["state"], live["why"]) == ("not asked", said)
+    assert "".join(map(bytes.decode, others.heard)) == ""
+    (folder / "cluster.yaml").write_text("cluster: {trusted_owners: ['65534']}\n")
+    check(load_config(), timeout=0.5)
+    assert others.heard[-1].startswith(b"GET /v1/models")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can listen as somebody else")
+def test_a_listener_is_looked_up_again_after_five_seconds(net: Loopback, waterfall: Write) -> None:
+    """The window in which another user's listener could take the place of one that ended, and be sent a request."""
+    server = net.serve()
+    waterfall(first=server, last=net.serve(text="from last"))
+    client = get_model_client()
+    client.complete("hi")
+    net.stop(server)
+    os.seteuid(65534)
+    try:
+        listener = socket.create_server(("127.0.0.1", int(server.url.split(":")[2].removesuffix("/v1"))))
+    finally:
+        os.seteuid(0)
+    with listener, hearing(listener) as ear:
+        time.sleep(TRUSTED)
+        assert client.complete("hi").text == "from last"
+        assert "".join(map(bytes.decode, ear.heard)) == ""
+
+
+def test_what_was_looked_up_a_moment_ago_costs_microseconds(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve())
+    client = get_model_client()
+    client.complete("hi")
+    (deployment,) = deployments(client.config)
+
+    async def ask(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            assert await trust().objection(deployment, of_secret("sk-planted"), client.config.cluster) is None
+        return (time.perf_counter() - began) / times
+
+    assert background().run(ask(1000)) < 1e-3
