@@ -15,6 +15,7 @@ from typing import Any, cast
 from biollm.errors import UsageError
 
 Message = dict[str, Any]
+ANSWER_SIZES = {"max_tokens", "max_completion_tokens"}  # two names of OpenAI's for one thing
 _MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files", "video_url": "videos"}
 _MEDIUM = 3000  # bytes of text that a part of another kind is counted as, about 1,000 tokens
 _URL = re.compile(r"https?://\S|gs://\S|data:[\w.+-]+/[\w.+-]+(;[\w.+=-]+)*;base64,\S", re.IGNORECASE)
@@ -90,7 +91,7 @@ class Reader:
         found = {text(name): self.value(value, prefix + name) for name, value in given.items() if value is not None}
         for name in sorted(_SEPARATE & found.keys()):
             raise UsageError(f"{prefix}{name} cannot be set: it is part of the call itself.")
-        for name in ("max_tokens", "max_completion_tokens") & found.keys():
+        for name in ANSWER_SIZES & found.keys():
             if not isinstance(tokens := found[name], int | float) or tokens < 1 or tokens != int(tokens):
                 raise UsageError(f"{prefix}{name} is {tokens!r}; it must be a whole number of at least 1.")
             found[name] = int(tokens)

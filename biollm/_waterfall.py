@@ -21,6 +21,7 @@ import litellm
 from biollm import _reach, balance, embedded, guard, routing
 from biollm._answers import content, delta, emptiness, finished, first_content, fold, tool_calls, usage_of
 from biollm._background import background
+from biollm._plain import ANSWER_SIZES
 from biollm._run import BREATH, Request, Run, Sent
 from biollm.credentials import Credential, hide
 from biollm.errors import CompletionError, InterruptedStreamError
@@ -244,6 +245,8 @@ class Waterfall:
     def _call(self, run: Run, first: Deployment, messages: Sequence[Message], limit: float, stream: bool) -> Any:
         request = run.request
         params: dict[str, Any] = {**request.params, "timeout": limit}
+        if (tokens := routing.allowance(first, request.wants)) is not None:
+            params |= {name: min(tokens, params[name]) for name in ANSWER_SIZES & params.keys()}
         if stream:
             # LiteLLM ignores `timeout` for streams.
             params |= {"stream": True, "stream_timeout": limit, "stream_options": {"include_usage": True}}

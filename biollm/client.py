@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 from biollm import balance
 from biollm._background import background
 from biollm._gateway_client import Line, body_of, identity, reach
-from biollm._plain import Reader, text, texts
+from biollm._plain import ANSWER_SIZES, Reader, text, texts
 from biollm._resources import environment_tags, state_dir, wants_local_only
 from biollm._run import Request
 from biollm._shared import ledger, watch
@@ -75,8 +75,8 @@ __all__ = [
 Prompt = str | Sequence[Message]
 Piece = StreamChunk | StreamRestarted
 _STRICTNESS: tuple[Policy, ...] = ("any", "no_training", "local_only")
-# A token of text has more than 3 bytes in UTF-8 and fewer than 5 characters; a chat template adds some per message.
-_CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE = 5, 3, 16
+# Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
+_CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256
 _SENT_ON = ("temperature", "max_tokens", "tools", "tool_choice")
 
 
@@ -307,7 +307,6 @@ class Client:
         if isinstance(wanted, Mapping):
             wanted = read.value(wanted, "response_model")
         degraded = options.get("allow_degraded", False if wanted else chosen.get("allow_degraded", False))
-        answer = [params[name] for name in ("max_tokens", "max_completion_tokens") if name in params]
         wants = Wants(
             provider=provider,
             model=model,
@@ -315,8 +314,8 @@ class Client:
             tools="tools" in params,
             capability=chosen.get("capability"),
             prompt=read.letters // _CHARS_PER_TOKEN,
-            prompt_most=read.size // _BYTES_PER_TOKEN + _PER_MESSAGE * len(messages),
-            answer=min(answer, default=None),
+            prompt_most=read.size // _BYTES_PER_TOKEN + _PER_MESSAGE * len(messages) + _TEMPLATE,
+            answer=min((params[name] for name in ANSWER_SIZES & params.keys()), default=None),
             media=frozenset(read.media),
             allow_degraded=degraded,
         )

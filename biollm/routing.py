@@ -8,7 +8,7 @@ Deployment carries those facts beside LiteLLM's own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from biollm.owners import in_the_clear, is_local
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from biollm.endpoints import Endpoint
 
 GROUP, LOCAL_GROUP = "biollm", "biollm-local"
+LEAST_ANSWER = 2048  # tokens; where fewer can be had, and more were wanted, the next deployment is asked
 Policy = Literal["any", "no_training", "local_only"]
 
 # Providers whose API takes a JSON Schema (`response_format: json_schema`); elsewhere the schema goes into the prompt.
@@ -39,6 +40,7 @@ class Deployment:
         free: True when a token costs nothing (free tier, local, embedded).
         trains: True when the provider may train on prompts.
         context_length: Tokens of prompt and answer together, or None when unknown.
+        max_output: Tokens of the longest answer, or None when unknown.
         fim: The model's tokens around the prefix, suffix and middle of code to fill in.
         start: The running server's start id, or "" for a configured address.
     """
@@ -58,6 +60,7 @@ class Deployment:
     json_schema: bool = False
     tools: bool = True
     context_length: int | None = None
+    max_output: int | None = None
     capabilities: frozenset[str] | None = None
     fim: tuple[str, str, str] | None = None
     start: str = ""
@@ -205,10 +208,29 @@ def obstacle(deployment: Deployment, wants: Wants) -> str | None:
         return "answers messages, and continues no text"
     if wants.capability and wants.capability not in (deployment.capabilities or ()):
         return f"lacks the capability {wants.capability!r}"
-    tokens = wants.prompt + (wants.answer or 0)
-    if deployment.context_length and tokens > deployment.context_length:
-        return f"needs about {tokens} tokens, its context is {deployment.context_length}"
+    least = min(wants.answer or 0, LEAST_ANSWER)
+    if deployment.context_length and wants.prompt + least > deployment.context_length:
+        return f"needs about {wants.prompt + least} tokens, its context is {deployment.context_length}"
+    if deployment.max_output and least > deployment.max_output:
+        return f"answers with at most {deployment.max_output} tokens"
     return None
+
+
+def allowance(deployment: Deployment, wants: Wants) -> int | None:
+    """Return how many tokens of an answer to ask for: as many as wanted and possible; None where nothing is said.
+
+    What is left beside the prompt is an estimate, so it is never fewer than `LEAST_ANSWER`, or what was wanted.
+    """
+    if wants.answer is None:
+        return None
+    left = deployment.context_length and max(LEAST_ANSWER, deployment.context_length - wants.prompt_most)
+    return min(size for size in (wants.answer, left, deployment.max_output) if size)
+
+
+def informed(deployment: Deployment, facts: Mapping[str, object]) -> Deployment:
+    """Return `deployment` with what LiteLLM's map of models says of it."""
+    most = facts.get("max_output_tokens")
+    return replace(deployment, max_output=most if isinstance(most, int) else None)
 
 
 def asked_for(deployment: Deployment, wants: Wants) -> bool:

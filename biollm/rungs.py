@@ -7,8 +7,9 @@ waterfall routes by it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,6 +79,7 @@ class Rungs:
         self.deployments: list[Deployment] = []
         self.credentials: dict[str, Credential] = {}
         self.needs: dict[str, Need] = {}
+        self._informed = False
         self._missing: dict[str, tuple[Standing, str]] = {}
 
     def refresh(self) -> bool:
@@ -87,7 +89,7 @@ class Rungs:
         if self._servers is not None and starts == [server.start for server in self._servers]:
             return self._look_again()
         self._servers, self._looked = servers, time.monotonic()
-        self.deployments = routing.deployments(self.config, servers, self.policy)
+        self.deployments, self._informed = routing.deployments(self.config, servers, self.policy), False
         alive = {deployment.id for deployment in self.deployments}
         for known in (self.credentials, self.needs, self._missing):
             for gone in set(known) - alive:
@@ -152,6 +154,8 @@ class Rungs:
 
     def standing(self, wants: Wants, *, skip: Iterable[str] = ()) -> list[Rung]:
         """Return how each deployment asked for stands, in waterfall order, but those in `skip`."""
+        if (wants.answer or 0) > routing.LEAST_ANSWER and not self._informed:  # reading the map takes 50 ms
+            self.deployments, self._informed = _informed(self.deployments), True
         blocked, now = self.ledger.blocked(), time.time()
         found: list[tuple[Deployment, Cost | None]] = [(deployment, None) for deployment in self.deployments]
         if self.config.policy == "cheapest":
@@ -177,6 +181,27 @@ class Rungs:
                 if until > now:
                     return Rung(deployment, "refused" if key.startswith("key:") else "limited", why, until)
         return Rung(deployment, "ready")
+
+
+def _informed(found: Iterable[Deployment]) -> list[Deployment]:
+    """Return the deployments with what LiteLLM's map says of them."""
+    # Copilot's deployments go to LiteLLM as OpenAI's; the map may list a model under either.
+    asked: dict[str, tuple[str, str, str]] = {}
+    for each in found:
+        if each.provider.type == "api":
+            prefix, _, model = each.litellm_model.partition("/")
+            asked[each.id] = (each.provider.litellm_provider, prefix, model)
+    facts = _facts(frozenset(asked.values()))
+    return [routing.informed(each, facts[asked[each.id]] if each.id in asked else {}) for each in found]
+
+
+@cache
+def _facts(asked: frozenset[tuple[str, str, str]]) -> dict[tuple[str, str, str], Mapping[str, object]]:
+    """Return what LiteLLM's map says of (provider, prefix, model); the map is large, so only that is kept."""
+    from biollm.usage import listed, price_map
+
+    known = price_map()
+    return {key: listed(known, key[0], key[2])[1] or listed(known, key[1], key[2])[1] for key in asked}
 
 
 def cooling_keys(deployment: Deployment, credential: Credential) -> tuple[str, ...]:

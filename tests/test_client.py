@@ -191,6 +191,31 @@ def test_a_prompt_is_as_long_as_its_text(net: Loopback, waterfall: Write, conten
     assert rung.standing == standing
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_longer_than_fits_is_asked_for_shorter(
+    net: Loopback, waterfall: Write, stream: bool, name: str
+) -> None:
+    """Agents ask every model for 32,000 tokens; vLLM refuses what its context cannot hold beside the prompt."""
+    tight, small, listed, roomy = (net.serve(then=HTTP_500) for _ in range(4))
+    models = {"tight": {"type": "api", "context_length": 1000}, "small": {"type": "api", "context_length": 8192}}
+    waterfall(
+        {"models": models},
+        tight={"base_url": tight.url, "models": ["tight"]},
+        small=small,
+        listed={"base_url": listed.url, "models": ["gpt-4o"]},  # LiteLLM's map knows the length of its answers
+        roomy={"base_url": roomy.url, "models": ["roomy"]},
+    )
+    extra, client = {"extra": {name: 32_000}}, get_model_client()
+    with pytest.raises(CompletionError) as caught:
+        _ = list(client.stream("x" * 300, **extra)) if stream else client.complete("x" * 300, **extra)
+    assert caught.value.attempts[0].reason == "needs about 2108 tokens, its context is 1000"
+    assert tight.requests == []
+    fits, *rest = (each.requests[0].body[name] for each in (small, listed, roomy))
+    assert 7500 < fits < 8100
+    assert rest == [16_384, 32_000]
+
+
 # --- What cannot be sent -----------------------------------------------------------------------------------------
 
 ODD, READ = "bad \udcff", "bad \ufffd"

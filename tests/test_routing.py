@@ -185,6 +185,37 @@ def test_what_a_request_needs_rules_deployments_out(
 
 
 @pytest.mark.parametrize(
+    ("context", "most", "prompt", "wanted", "asked", "reason"),
+    [
+        (None, None, 100, None, None, None),
+        (None, None, 100, 32000, 32000, None),
+        (8192, None, 100, None, None, None),
+        (8192, None, 100, 4000, 4000, None),
+        (8192, None, 100, 32000, 7992, None),  # beside a prompt that may have 200 tokens
+        (8192, None, 3500, 32000, 2048, None),
+        (8192, None, 6144, 32000, 2048, None),
+        (8192, None, 6145, 32000, 2048, "needs about 8193 tokens, its context is 8192"),
+        (8192, None, 8000, 192, 192, None),
+        (8192, None, 8000, 193, 193, "needs about 8193 tokens, its context is 8192"),
+        (1024, None, 100, 32000, 2048, "needs about 2148 tokens, its context is 1024"),
+        (8192, 4096, 100, 32000, 4096, None),
+        (8192, 4096, 100, 4000, 4000, None),
+        (8192, 4096, 100, None, None, None),
+        (None, 1000, 100, 1000, 1000, None),
+        (None, 1000, 100, 1001, 1000, "answers with at most 1000 tokens"),
+    ],
+)
+def test_a_long_answer_is_shortened_to_what_fits(
+    config: Config, context: int | None, most: int | None, prompt: int, wanted: int | None, asked: int | None,
+    reason: str | None,
+) -> None:  # fmt: skip
+    deployment = replace(routing.deployments(config)[0], context_length=context, max_output=most)
+    wants = Wants(prompt=prompt, prompt_most=2 * prompt, answer=wanted)
+    assert routing.obstacle(deployment, wants) == reason
+    assert routing.allowance(deployment, wants) == asked
+
+
+@pytest.mark.parametrize(
     ("flags", "context", "tools"),
     [
         ({}, 32768, False),
