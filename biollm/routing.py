@@ -41,6 +41,7 @@ class Deployment:
         trains: True when the provider may train on prompts.
         context_length: Tokens of prompt and answer together, or None when unknown.
         max_output: Tokens of the longest answer, or None when unknown.
+        vision: Whether it takes images, or None when unknown.
         fim: The model's tokens around the prefix, suffix and middle of code to fill in.
         start: The running server's start id, or "" for a configured address.
     """
@@ -61,6 +62,7 @@ class Deployment:
     tools: bool = True
     context_length: int | None = None
     max_output: int | None = None
+    vision: bool | None = None
     capabilities: frozenset[str] | None = None
     fim: tuple[str, str, str] | None = None
     start: str = ""
@@ -169,6 +171,7 @@ def _of_model(
             json_schema=_first(model and model.json_schema, provider.json_schema, _takes_schema(provider)),
             tools=_first(model and model.tools, provider.tools, _takes_tools(provider, model)),
             context_length=context,
+            vision=model.vision if model else None,
             capabilities=model.capabilities if model else None,
             fim=model.fim if model and served else None,
             start=endpoint.start if endpoint else "",
@@ -202,6 +205,10 @@ def obstacle(deployment: Deployment, wants: Wants) -> str | None:
         return "the embedded model is a degraded answer, which this request does not allow"
     if wants.tools and not deployment.tools:
         return "takes no tools"
+    if "images" in wants.media and deployment.vision is False:
+        return "takes no images"
+    if wants.media and deployment.embedded:
+        return "takes nothing but text"
     if wants.fim and not deployment.fim:
         return "has no tokens for filling in code"
     if wants.raw and deployment.provider.type != "local":
@@ -229,8 +236,9 @@ def allowance(deployment: Deployment, wants: Wants) -> int | None:
 
 def informed(deployment: Deployment, facts: Mapping[str, object]) -> Deployment:
     """Return `deployment` with what LiteLLM's map of models says of it."""
-    most = facts.get("max_output_tokens")
-    return replace(deployment, max_output=most if isinstance(most, int) else None)
+    most, sees = facts.get("max_output_tokens"), facts.get("supports_vision")
+    vision = sees if deployment.vision is None and isinstance(sees, bool) else deployment.vision
+    return replace(deployment, max_output=most if isinstance(most, int) else None, vision=vision)
 
 
 def asked_for(deployment: Deployment, wants: Wants) -> bool:

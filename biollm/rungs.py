@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from biollm.endpoints import Endpoint
     from biollm.prices import Cost
 
+_REMEMBERED = 3600.0  # seconds for which a model's refusal of images is remembered in this process
+_refused: dict[tuple[str, str, frozenset[str]], float] = {}
+
 Standing = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
 
 
@@ -154,7 +157,8 @@ class Rungs:
 
     def standing(self, wants: Wants, *, skip: Iterable[str] = ()) -> list[Rung]:
         """Return how each deployment asked for stands, in waterfall order, but those in `skip`."""
-        if (wants.answer or 0) > routing.LEAST_ANSWER and not self._informed:  # reading the map takes 50 ms
+        asks = wants.media or (wants.answer or 0) > routing.LEAST_ANSWER
+        if asks and not self._informed:  # reading the map takes 50 ms
             self.deployments, self._informed = _informed(self.deployments), True
         blocked, now = self.ledger.blocked(), time.time()
         found: list[tuple[Deployment, Cost | None]] = [(deployment, None) for deployment in self.deployments]
@@ -174,6 +178,8 @@ class Rungs:
             return Rung(deployment, *missing)
         if reason := routing.obstacle(deployment, wants):
             return Rung(deployment, "unfit", reason)
+        if wants.media and refuses(deployment, wants.media):
+            return Rung(deployment, "unfit", f"refused {' and '.join(sorted(wants.media))} before")
         if blocked:
             need = self.needs[deployment.id]
             for key in (*need.cooling, f"scope:{need.scope}"):
@@ -202,6 +208,17 @@ def _facts(asked: frozenset[tuple[str, str, str]]) -> dict[tuple[str, str, str],
 
     known = price_map()
     return {key: listed(known, key[0], key[2])[1] or listed(known, key[1], key[2])[1] for key in asked}
+
+
+def note_refusal(deployment: Deployment, media: frozenset[str]) -> None:
+    """Remember that this model refused a request for holding such media."""
+    _refused[deployment.provider.name, deployment.model, media] = time.monotonic()
+
+
+def refuses(deployment: Deployment, media: frozenset[str]) -> bool:
+    """Return whether this model refused a request with these media, or fewer, within the last hour."""
+    since, place = time.monotonic() - _REMEMBERED, (deployment.provider.name, deployment.model)
+    return any(at > since and known[:2] == place and known[2] <= media for known, at in _refused.items())
 
 
 def cooling_keys(deployment: Deployment, credential: Credential) -> tuple[str, ...]:

@@ -216,6 +216,23 @@ def test_an_answer_longer_than_fits_is_asked_for_shorter(
     assert rest == [16_384, 32_000]
 
 
+SEES = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]}]
+
+
+def test_an_image_passes_over_who_takes_none(net: Loopback, waterfall: Write) -> None:
+    blind, listed, unknown = net.serve(), net.serve(), net.serve(text="a cat")
+    waterfall(
+        {"models": {"small": {"type": "api", "vision": False}}},
+        blind=blind,
+        listed={"base_url": listed.url, "models": ["o3-mini"]},  # LiteLLM's map says that it is blind
+        unknown={"base_url": unknown.url, "models": ["unheard-of"]},
+    )
+    answer = get_model_client().complete(SEES)
+    assert [attempt.reason for attempt in answer.attempts] == ["takes no images", "takes no images", ""]
+    assert (str(answer), blind.requests, listed.requests) == ("a cat", [], [])
+    assert get_model_client().complete("hi").provider == "blind"
+
+
 # --- What cannot be sent -----------------------------------------------------------------------------------------
 
 ODD, READ = "bad \udcff", "bad \ufffd"

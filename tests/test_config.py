@@ -594,6 +594,12 @@ class TestShipped:
                 assert known["mode"] == "chat"
                 assert "deprecation_date" not in known or known["deprecation_date"] > "2027"
                 assert config.models[name].context_length == known["max_input_tokens"]
+                assert config.models[name].vision is known["supports_vision"]
+        for model in config.models.values():
+            named = [
+                facts for name, facts in prices.items() if model.key in name or (model.hf_id and model.hf_id in name)
+            ]
+            assert model.vision is any(facts.get("supports_vision") for facts in named), model.key
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_each_file_names_its_schema_first_and_the_schema_is_current(self, kind: str) -> None:

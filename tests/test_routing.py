@@ -184,6 +184,46 @@ def test_what_a_request_needs_rules_deployments_out(
     assert said is None if reason is None else said and reason in said
 
 
+SMALL = "embedded/smollm2-135m"
+
+
+@pytest.mark.parametrize(
+    ("ident", "vision", "media", "reason"),
+    [
+        ("one/big", False, (), None),
+        ("one/big", False, ("images",), "takes no images"),
+        ("one/big", None, ("images",), None),  # unknown: tried
+        ("one/big", True, ("images",), None),
+        ("one/big", False, ("audio",), None),
+        (SMALL, None, (), None),
+        (SMALL, None, ("images",), "takes nothing but text"),
+        (SMALL, None, ("files",), "takes nothing but text"),
+    ],
+)
+def test_images_go_to_who_may_take_them(
+    tmp_path: Path, ident: str, vision: bool | None, media: tuple[str, ...], reason: str | None
+) -> None:
+    [found] = [d for d in routing.deployments(_config(tmp_path, shipped=True)) if d.id == ident]
+    assert routing.obstacle(replace(found, vision=vision), Wants(media=frozenset(media))) == reason
+
+
+@pytest.mark.parametrize(
+    ("said", "facts", "vision"),
+    [
+        (None, {}, None),
+        (None, {"supports_vision": None}, None),
+        (None, {"supports_vision": True}, True),
+        (None, {"supports_vision": False}, False),
+        (True, {"supports_vision": False}, True),
+        (False, {"supports_vision": True}, False),
+    ],
+)
+def test_models_yaml_comes_before_litellms_map(
+    config: Config, said: bool | None, facts: dict[str, Any], vision: bool | None
+) -> None:
+    assert routing.informed(replace(routing.deployments(config)[0], vision=said), facts).vision is vision
+
+
 @pytest.mark.parametrize(
     ("context", "most", "prompt", "wanted", "asked", "reason"),
     [

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from provider import Loopback
 
 from biollm.config import load_config
 from biollm.endpoints import Endpoint
 from biollm.ledger import Ledger, Need, Refused
 from biollm.routing import Wants
-from biollm.rungs import Rungs, explain
+from biollm.rungs import Rungs, explain, note_refusal
 
 Write = Callable[..., Path]
 
@@ -144,3 +145,22 @@ def test_a_limit_is_full_to_explain_when_it_is_to_the_ledger(
     assert rung.standing == stands
     (answer,) = asyncio.run(send(1))
     assert isinstance(answer, Refused) == (stands == "limited")
+
+
+def test_a_refusal_of_images_is_remembered_for_requests_with_them(
+    net: Loopback, waterfall: Write, ledger: Ledger, tmp_path: Path
+) -> None:
+    waterfall(blind=net.refusing(), seeing=net.refusing())
+    rungs = Rungs(load_config(), ledger, tmp_path, "any")
+    rungs.refresh()
+
+    def standing(*media: str) -> list[str]:
+        return [rung.reason for rung in rungs.standing(Wants(media=frozenset(media)))]
+
+    assert standing("images") == ["", ""]
+    note_refusal(rungs.deployments[0], frozenset({"images"}))
+    assert standing() == standing("audio") == ["", ""]
+    assert standing("images") == ["refused images before", ""]
+    assert standing("images", "audio") == ["refused audio and images before", ""]
+    note_refusal(rungs.deployments[1], frozenset({"images", "audio"}))
+    assert standing("images") == ["refused images before", ""]  # it may have been for the audio
