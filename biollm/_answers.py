@@ -18,7 +18,23 @@ _CHOICE = {"index", "delta"}
 
 def usage_of(usage: Any) -> Usage:
     """Return the tokens of LiteLLM's usage; 0 where it has none."""
-    return Usage(getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
+
+    def count(name: str, part: str | None = None) -> int:
+        return getattr(getattr(usage, part, None) if part else usage, name, 0) or 0
+
+    return Usage(
+        count("prompt_tokens"),
+        count("completion_tokens"),
+        count("cached_tokens", "prompt_tokens_details"),
+        count("cache_creation_tokens", "prompt_tokens_details"),
+        count("reasoning_tokens", "completion_tokens_details"),
+    )
+
+
+def service_tier(response: Any) -> str | None:
+    """Return the tier at which an answer or a stream says that it was served."""
+    said = (getattr(each, "service_tier", None) for each in (response, *reversed(getattr(response, "chunks", ()))))
+    return next(filter(None, said), None)
 
 
 def content(response: Any) -> str:

@@ -300,9 +300,11 @@ class Line:
 
     def _completion(self, told: Json, text: str, finish: str, calls: Sequence[Json], raw: Any = None) -> Completion:
         story: Json = told["biollm"]
+        used: Json = told["usage"]
+        details: Json = used.get("prompt_tokens_details", {}) | used.get("completion_tokens_details", {})
         ours = {
             "text": text,
-            "usage": known(Usage, told["usage"]),
+            "usage": known(Usage, used | details),
             "attempts": tuple(known(Attempt, each) for each in story["attempts"]),
             "parsed": json.loads(text) if "response_format" in self._asked else None,
             "tool_calls": tuple({name: call[name] for name in ("id", "type", "function")} for call in calls),

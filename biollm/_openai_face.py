@@ -342,7 +342,16 @@ def _call(call: Json) -> Json:
 
 
 def _usage(completion: Completion) -> Json:
-    return {**vars(completion.usage), "total_tokens": completion.usage.total_tokens}
+    """Return OpenAI's usage; what it has no place for stands beside."""
+    used = completion.usage
+    told: Json = {
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "total_tokens": used.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": used.cached_tokens, "cache_write_tokens": used.cache_write_tokens},
+        "completion_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
+    }
+    return {**told, "estimated": True} if used.estimated else told
 
 
 def _attempts(attempts: Iterable[Attempt]) -> Sequence[Json]:

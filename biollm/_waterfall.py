@@ -18,8 +18,8 @@ from urllib.request import getproxies, proxy_bypass
 
 import litellm
 
-from biollm import _reach, balance, embedded, guard, routing
-from biollm._answers import content, delta, emptiness, finished, first_content, fold, tool_calls, usage_of
+from biollm import _reach, balance, embedded, guard, prices, routing
+from biollm._answers import content, delta, emptiness, finished, first_content, fold, service_tier, tool_calls, usage_of
 from biollm._background import background
 from biollm._plain import ANSWER_SIZES
 from biollm._run import BREATH, Request, Run, Sent
@@ -402,7 +402,7 @@ class Waterfall:
             model=deployment.model,
             deployment=deployment.id,
             usage=usage,
-            cost_usd=_price(whole, deployment),
+            cost_usd=self._usd(deployment, usage, sent.response),
             latency_ms=run.ms,
             attempts=run.attempts(),
             degraded=deployment.embedded,
@@ -413,6 +413,11 @@ class Waterfall:
         )
         self._record(run, sent, attempt, completion)
         return completion
+
+    def _usd(self, deployment: Deployment, usage: Usage, response: Any) -> float | None:
+        """Return the price of an answer in USD; None where it is unknown."""
+        price = prices.price(deployment, self.rungs.config)
+        return price and price.usd(usage, service_tier(response))
 
     async def _relay(self, run: Run, sent: Sent) -> AsyncGenerator[str | Verdict, None]:
         """Yield the text of a stream; at last a Verdict if it broke."""
@@ -481,13 +486,3 @@ def _params(found: Credential) -> dict[str, Any]:
     if found.base_url:
         params["api_base"] = found.base_url
     return params
-
-
-def _price(response: Any, deployment: Deployment) -> float | None:
-    """Return the price of an answer in USD by LiteLLM's map, or None where it knows none."""
-    if deployment.free:
-        return 0.0
-    try:
-        return _LITELLM.completion_cost(response, model=deployment.litellm_model)
-    except Exception:  # LiteLLM raises a bare Exception for a model without a price
-        return None

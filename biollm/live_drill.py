@@ -23,9 +23,10 @@ from biollm.config import Config
 from biollm.drill import Played, Theatre
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger, Need, Record, Refused
-from biollm.prices import prices
+from biollm.prices import price
 from biollm.routing import Deployment, Wants
 from biollm.rungs import Rung, Rungs, explain
+from biollm.types import Usage
 
 LIMIT = 0.05  # USD
 PROMPT = "Reply with the one word: ok"
@@ -106,14 +107,11 @@ class _Purse:
     def __init__(self, config: Config, limit: float) -> None:
         self._config, self.limit, self.spent = config, limit, 0.0
 
-    def price(self, rung: Deployment) -> tuple[float, float] | None:
-        """Return the price per token of prompt and of answer; None where unknown."""
-        return prices([rung], self._config)[rung.id]
-
     def most(self, rung: Deployment) -> float | None:
-        """Return what an answer may cost at most."""
-        price = self.price(rung)
-        return price and PROMPT_TOKENS * price[0] + MAX_TOKENS * price[1]
+        """Return what an answer may cost at most; None where its price is unknown."""
+        known = price(rung, self._config)
+        thoughts = (0, MAX_TOKENS)  # whichever is dearer
+        return known and max(known.usd(Usage(PROMPT_TOKENS, MAX_TOKENS, reasoning_tokens=each)) for each in thoughts)
 
     def objection(self, rung: Deployment) -> str:
         """Return why the rung shall not be asked, one sentence, or ""."""
@@ -196,7 +194,5 @@ async def _ask(played: Played, theatre: Theatre, rung: Deployment, purse: _Purse
             return Answer(rung.id, "not asked", why=mine.reason if mine else str(error))
         purse.spent += purse.most(rung) or 0.0
         return Answer(rung.id, "failed", mine.ms, why=mine.reason)
-    sent, got = purse.price(rung) or (0.0, 0.0)
-    cost = done.cost_usd or sent * done.usage.prompt_tokens + got * done.usage.completion_tokens
-    purse.spent += cost
-    return Answer(rung.id, "answered", done.latency_ms, cost, done.degraded)
+    purse.spent += done.cost_usd or 0.0
+    return Answer(rung.id, "answered", done.latency_ms, done.cost_usd, done.degraded)

@@ -37,10 +37,20 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one completion."""
+    """Tokens of one completion.
+
+    Attributes:
+        prompt_tokens: Those read from and written to the provider's cache are in it.
+        completion_tokens: The reasoning is in it.
+        estimated: Whether the provider stated none, and these were counted by the length of the text.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    estimated: bool = False
 
     @property
     def total_tokens(self) -> int:
@@ -59,7 +69,7 @@ class Completion:
         model: Name in models.yaml, or of the provider's `models`.
         deployment: The deployment's id.
         usage: Tokens as the provider counted them.
-        cost_usd: Price in USD by LiteLLM's map; None when the price is unknown.
+        cost_usd: In USD, by `costs.per_million_tokens`, else LiteLLM's map; None when the price is unknown.
         latency_ms: Milliseconds of the whole call, failed attempts included.
         attempts: Every deployment that was tried or passed over, in order.
         degraded: True when the embedded model answered.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Any
@@ -16,6 +17,7 @@ class Behaviour:
     n-1 pieces (events of a stream, thirds of a body). `cut` ends the answer as if it were complete, `tear`
     closes in the middle of the next piece, `fail` sends an error event as vLLM does (not streaming: a 500).
     `reset` ends with a TCP reset instead, and may be a fraction: 0.5 is half of the headers.
+    `usage` replaces the count of words; an empty one states nothing.
     """
 
     status: int = 200
@@ -32,6 +34,8 @@ class Behaviour:
     failure: str = "EngineCore died."
     drip: bool = False  # white space or SSE comments, for ever
     length: float | None = None  # times the true Content-Length
+    usage: Mapping[str, Any] | None = None
+    service_tier: str | None = None
 
 
 def error(

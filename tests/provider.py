@@ -155,8 +155,8 @@ class Server:
         if request.path.endswith("/chat/completions"):
             message = self._message(request.body, how)
             choices = [{"index": 0, "message": message, "finish_reason": _finish(message)}]
-            usage = _usage(request.body, message)
-            answer = _answer(request.body, "chat.completion", choices if how.choices else [], usage=usage)
+            answer = _answer(request.body, "chat.completion", choices if how.choices else [])
+            answer |= _counted(how, _usage(request.body, message))
         elif request.path.endswith("/completions"):
             choices = [{"index": 0, "text": self.text, "finish_reason": "stop"}]
             usage = _usage({"messages": [{"content": request.body["prompt"]}]}, {"content": self.text})
@@ -179,12 +179,13 @@ class Server:
         ends = [(delta, None) for delta in deltas] + [({}, _finish(message))]
         choices = [[{"index": 0, "delta": delta, "finish_reason": end}] for delta, end in ends]
         kind = "chat.completion.chunk"
-        events = [_answer(body, kind, choice) for choice in (choices if how.choices else [[]])]
+        tier = {"service_tier": how.service_tier} if how.service_tier else {}
+        events = [_answer(body, kind, choice, **tier) for choice in (choices if how.choices else [[]])]
         if how.fail is not None:
             failure = {"message": _echo(how.failure, request), "type": "InternalServerError", "code": 500}
             events = [*events[: how.fail - 1], {"error": failure}]
         elif body.get("stream_options", {}).get("include_usage"):
-            events.append(_answer(body, kind, [], usage=_usage(body, message)))
+            events.append(_answer(body, kind, []) | _counted(how, _usage(body, message)))
         return [*(json.dumps(event).encode() for event in events), b"[DONE]"]
 
     def _message(self, body: Json, how: Behaviour) -> Json:
@@ -355,6 +356,13 @@ def _echo(text: str, request: Request) -> str:
 def _answer(body: Json, kind: str, choices: list[Json], **more: Any) -> Json:
     start = {"id": "chatcmpl-1", "object": kind, "created": 1767225600, "model": body.get("model")}
     return {**start, "choices": choices, **more}
+
+
+def _counted(how: Behaviour, usage: Json) -> Json:
+    """Return what an answer states of its tokens."""
+    stated = usage if how.usage is None else how.usage
+    tier = {"service_tier": how.service_tier} if how.service_tier else {}
+    return tier | ({"usage": stated} if stated else {})
 
 
 def _finish(message: Json) -> str:

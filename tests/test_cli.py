@@ -153,13 +153,14 @@ def test_json_holds_the_whole_story(net: Loopback, waterfall: Waterfall, biollm:
         "account": "default",
         "model": "small",
         "deployment": "second/small",
-        "usage": {"prompt_tokens": 1, "completion_tokens": 3},
+        "usage": {"prompt_tokens": 1, "completion_tokens": 3, "cached_tokens": 0, "cache_write_tokens": 0,
+                  "reasoning_tokens": 0, "estimated": False},
         "cost_usd": 0.0,
         "degraded": False,
         "parsed": None,
         "tool_calls": [],
         "finish_reason": "stop",
-    }
+    }  # fmt: skip
 
 
 def test_json_holds_a_failure_too(net: Loopback, waterfall: Waterfall, biollm: Biollm) -> None:

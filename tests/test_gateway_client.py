@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from provider import Loopback
 from pydantic import BaseModel
 
 from biollm import _gateway_client as gate
+from biollm import _openai_face
 from biollm._shared import ledger
 from biollm.client import (
     AllLimitedError,
@@ -36,7 +38,7 @@ from biollm.client import (
     get_model_client,
 )
 from biollm.errors import UnavailableError
-from biollm.types import Attempt
+from biollm.types import Attempt, Completion, Usage
 
 pytestmark = pytest.mark.slow  # each takes seconds
 
@@ -364,6 +366,24 @@ def test_what_a_newer_gateway_says_besides_is_passed_over(runtime: Path) -> None
         assert line
         answer = line.complete()
     assert (str(answer), answer.attempts) == ("hello", (Attempt("p/m", "failed", "HTTP 500"),))
+
+
+def test_tokens_and_price_arrive_as_the_gateway_counted_them(runtime: Path) -> None:
+    choice = SimpleNamespace(message=SimpleNamespace(content="hello", tool_calls=None), finish_reason="stop")
+    usage = Usage(10, 5, cached_tokens=4, cache_write_tokens=1, reasoning_tokens=3, estimated=True)
+    raw = SimpleNamespace(choices=[choice])
+    sent = Completion("hello", "p", "a", "m", "p/m", usage, None, finish_reason="stop", raw=raw)
+    told = _openai_face.answer(sent)
+    assert told["usage"] == {
+        "prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15, "estimated": True,
+        "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 3},
+    }  # fmt: skip
+    with closing(Fake(runtime, http(200, told, "any"))):
+        line = gate.reach(body())
+        assert line
+        assert (answer := line.complete()).usage == usage
+    assert answer.cost_usd is None
 
 
 def test_a_stream_passes_over_events_and_fields_that_it_does_not_know(runtime: Path) -> None:

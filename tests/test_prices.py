@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from behaviours import HTTP_500, OK
+from behaviours import HTTP_500, OK, Behaviour
 from provider import Loopback
 
+from biollm import metrics
 from biollm._shared import ledger
-from biollm.client import get_model_client
+from biollm.client import get_model_client, import_waterfall
 from biollm.config import load_config
 from biollm.errors import ConfigError
-from biollm.usage import report
+from biollm.prices import price
+from biollm.routing import Deployment, deployments
+from biollm.types import Usage
+from biollm.usage import price_map, report
 
 Write = Callable[..., Path]
 CHEAPEST: dict[str, Any] = {"routing": {"policy": "cheapest"}}
@@ -190,3 +195,98 @@ def test_a_drill_plays_the_order_of_prices(net: Loopback, waterfall: Write, biol
         ("last/small", "answered"),
     ]
     assert biollm("drill").code == 0
+
+
+# --- What an answer costs -------------------------------------------------------------------------------------------
+
+
+def of_map(base: Deployment, provider: str, model: str) -> Deployment:
+    """Return the deployment of a model in LiteLLM's map."""
+    whose = base.provider.model_copy(update={"litellm_provider": provider})
+    return replace(base, provider=whose, litellm_model=f"{provider}/{model}")
+
+
+def test_a_price_is_litellms_with_cached_and_reasoning_tokens_and_tiers(waterfall: Write) -> None:
+    """One model of each provider and set of prices; left out are prices by the hour of the day, and by feature."""
+    import_waterfall()  # which keeps LiteLLM from fetching another map
+    import litellm
+    from litellm.types.utils import CompletionTokensDetailsWrapper, ModelResponse, PromptTokensDetailsWrapper
+    from litellm.types.utils import Usage as Theirs
+
+    among = ("openai", "anthropic", "gemini", "deepseek", "groq", "mistral", "xai", "dashscope", "openrouter")
+    kinds: dict[Any, tuple[str, str]] = {}
+    for name, facts in price_map().items():
+        provider = str(facts.get("litellm_provider"))
+        if facts.get("mode") == "chat" and provider in among and "off_peak_pricing" not in facts:
+            kind = provider, *(field for field in facts if "_cost" in field or field == "tiered_pricing")
+            kinds.setdefault(kind, (provider, name.removeprefix(f"{provider}/")))
+    asked = (
+        Usage(1000, 200),
+        Usage(1000, 200, cached_tokens=600, cache_write_tokens=100),
+        Usage(200_000, 200, cached_tokens=150_000),
+        Usage(200_001, 200),
+        Usage(300_000, 2000, 100_000, 0, 1500),
+    )
+    compared = 0
+    waterfall(one=paid("odd"))
+    config = load_config()
+    (base,) = deployments(config)[:1]
+    for provider, model in kinds.values():
+        known = price(of_map(base, provider, model), config)
+        for usage in asked if known else ():
+            for tier in (None, "priority"):
+                response = ModelResponse(model=f"{provider}/{model}", service_tier=tier)
+                prompt = PromptTokensDetailsWrapper(
+                    cached_tokens=usage.cached_tokens, cache_creation_tokens=usage.cache_write_tokens
+                )
+                thoughts = CompletionTokensDetailsWrapper(reasoning_tokens=usage.reasoning_tokens)
+                response.usage = Theirs(  # type: ignore[attr-defined] # a field that it declares nowhere
+                    prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens,
+                    total_tokens=usage.total_tokens, prompt_tokens_details=prompt, completion_tokens_details=thoughts,
+                )  # fmt: skip
+                theirs = litellm.completion_cost(response, model=f"{provider}/{model}")
+                assert known.usd(usage, tier) == pytest.approx(theirs), (provider, model, usage, tier)
+                compared += 1
+    assert compared > 500
+
+
+@pytest.mark.parametrize(
+    ("provider", "model"), [("openai", "gpt-nobody-knows"), ("openai", "container"), ("groq", "gpt-4o")]
+)
+def test_a_price_that_nobody_knows_is_none_and_not_zero(waterfall: Write, provider: str, model: str) -> None:
+    waterfall(one=paid("odd"))
+    config = load_config()
+    assert price(of_map(deployments(config)[0], provider, model), config) is None
+
+
+DETAILS = {
+    "prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100,
+    "prompt_tokens_details": {"cached_tokens": 800}, "completion_tokens_details": {"reasoning_tokens": 60},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("own", "tier", "usd"),
+    [
+        (None, None, (200 * 2.5 + 800 * 1.25 + 100 * 10) / 1e6),  # gpt-4o, cached prompts for half
+        (None, "priority", (200 * 4.25 + 800 * 2.125 + 100 * 17) / 1e6),
+        (7, None, 1100 * 7 / 1e6),
+    ],
+)
+def test_every_place_gives_an_answer_the_same_price(
+    net: Loopback, waterfall: Write, paid: Any, streamed: bool, own: float | None, tier: str | None, usd: float
+) -> None:
+    costs = {"costs": {"per_million_tokens": {"first": own}}} if own else {}
+    server = net.serve(then=Behaviour(usage=DETAILS, service_tier=tier))
+    waterfall(costs, first=paid(server, "first", "gpt-4o", budget="1 USD/month"))
+    client = get_model_client()
+    answer = list(client.stream("hi"))[-1].completion if streamed else client.complete("hi")
+    assert answer is not None
+    assert answer.usage == Usage(1000, 100, cached_tokens=800, reasoning_tokens=60)
+    assert answer.cost_usd == pytest.approx(usd)
+    ledger().flush()
+    told = report(load_config(), ledger())
+    assert (told.total.cost_usd, told.budgets[0].used) == (pytest.approx(usd), pytest.approx(usd))
+    (line,) = [each for each in metrics.text(load_config(), ledger()).splitlines() if each.startswith("biollm_cost")]
+    assert float(line.split()[-1]) == pytest.approx(usd)

@@ -331,7 +331,7 @@ def _rung(rung: Any) -> dict[str, Any]:
 
 
 def _cost(cost: Any) -> dict[str, Any]:
-    sent, got = (1e6 * each for each in cost.price) if cost.price else (None, None)
+    sent, got = (1e6 * each for each in cost.per_token) if cost.per_token else (None, None)
     million = {"prompt_usd_per_million": sent, "answer_usd_per_million": got}
     return {"prompt_tokens": cost.prompt_tokens, "answer_tokens": cost.answer_tokens, **million, "usd": cost.usd}
 
