@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from litellm import ModelResponse, Usage, exceptions
+from litellm.llms.base_llm.base_utils import map_developer_role_to_system_role
 from litellm.llms.custom_llm import CustomLLM
 
 PROVIDER = "biollm_embedded"
@@ -171,7 +172,10 @@ def _request(call: dict[str, Any]) -> dict[str, Any]:
     sent = {name: given[name] for name in _SENT if given.get(name) is not None}
     penalties = {} if "response_format" in sent else _AGAINST_LOOPS
     stream = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
-    return {**_DEFAULTS, **penalties, **sent, **stream, "messages": call["messages"]}
+    if longest := given.get("max_completion_tokens"):
+        sent["max_tokens"] = longest
+    messages = map_developer_role_to_system_role(call["messages"])
+    return {**_DEFAULTS, **penalties, **sent, **stream, "messages": messages}
 
 
 def _piece(text: str, finish: str = "", usage: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -39,8 +39,10 @@ class Shape:
     def in_prompt(self, messages: Sequence[Message]) -> list[Message]:
         """Return `messages` with the schema put into words, for deployments that take no schema."""
         asked = f"Answer with one JSON object only, valid against this JSON Schema:\n{json.dumps(self.schema)}"
-        if messages and messages[0]["role"] == "system":  # chat templates take one system message, first
-            return [{**messages[0], "content": f"{messages[0]['content']}\n\n{asked}"}, *messages[1:]]
+        if messages and messages[0]["role"] in ("system", "developer"):  # chat templates take one, first
+            said: Any = messages[0]["content"]
+            more: Any = [*said, {"type": "text", "text": asked}] if isinstance(said, list) else f"{said}\n\n{asked}"
+            return [{**messages[0], "content": more}, *messages[1:]]
         return [{"role": "system", "content": asked}, *messages]
 
     def parse(self, text: str) -> Any:

@@ -219,6 +219,33 @@ def test_an_answer_longer_than_fits_is_asked_for_shorter(
 SEES = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]}]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("more", [{}, {"litellm_provider": "openrouter"}, {"type": "local"}])
+def test_a_developer_message_is_sent_as_a_system_message(
+    net: Loopback, waterfall: Write, more: Any, stream: bool
+) -> None:
+    server = net.serve()
+    waterfall(
+        {"models": {"small": {"type": more.get("type", "api"), "hf_id": "x/y"}}}, first={"base_url": server.url, **more}
+    )
+    messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    client = get_model_client()
+    _ = list(client.stream(messages)) if stream else client.complete(messages)
+    assert server.completions[0].body["messages"] == [{"role": "system", "content": "be brief"}, messages[1]]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_schema_joins_the_first_message_whatever_its_form(net: Loopback, waterfall: Write, role: str) -> None:
+    server = net.serve(text='{"a": 1}')
+    waterfall(first=server)
+    parts = [{"type": "text", "text": "be brief"}]
+    messages = [{"role": role, "content": parts}, {"role": "user", "content": "hi"}]
+    assert get_model_client().complete(messages, response_model={"type": "object"}).parsed == {"a": 1}
+    first, second = server.requests[0].body["messages"]
+    assert (first["role"], first["content"][0], second["role"]) == ("system", parts[0], "user")
+    assert "JSON Schema" in first["content"][1]["text"]
+
+
 def test_an_image_passes_over_who_takes_none(net: Loopback, waterfall: Write) -> None:
     blind, listed, unknown = net.serve(), net.serve(), net.serve(text="a cat")
     waterfall(

@@ -166,6 +166,7 @@ def test_what_it_cannot_do_is_litellms_error(
             {"max_tokens": 9, "temperature": 0, "top_p": None},
             {"max_tokens": 9, "temperature": 0, "repeat_penalty": 1.1},
         ),
+        ({"max_completion_tokens": 9}, {"max_tokens": 9, "max_completion_tokens": None}),
         ({"response_format": {"type": "json_object"}}, {"max_tokens": 512, "temperature": 0.2, "repeat_penalty": None}),
         ({"max_retries": 0, "stream_options": None, "api_key": "sk"}, {"api_key": None, "max_retries": None}),
     ],
@@ -175,6 +176,12 @@ def test_the_request_wins_over_what_keeps_a_small_model_from_rambling(
 ) -> None:
     sent = _request({"optional_params": given, "messages": HELLO, "model": MODEL})
     assert {name: sent.get(name) for name in wanted} == wanted
+
+
+def test_a_developer_message_is_a_system_message() -> None:
+    messages = [{"role": "developer", "content": "be brief"}, *HELLO]
+    sent = _request({"optional_params": {}, "messages": messages, "model": MODEL})
+    assert sent["messages"] == [{"role": "system", "content": "be brief"}, *HELLO]
 
 
 @pytest.mark.parametrize("content", [None, b"hello", "part"], ids=["missing", "garbage", "truncated"])
