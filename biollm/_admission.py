@@ -6,6 +6,7 @@ LiteLLM's proxy answers everybody unless it is given a master key, and keeps fur
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -26,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from biollm import _forms as forms
 from biollm import _yaml
-from biollm._files import write_private
+from biollm._files import locked, write_private
 from biollm._openai_face import problem
 from biollm._resources import config_dirs, state_dir
 from biollm._shared import ledger
@@ -36,6 +37,8 @@ from biollm.owners import is_private
 
 MAX_BODY, MAX_LOGIN = 32 << 20, 4096  # bytes
 KEYS = "gateway_keys.yaml"
+SHORTEST = 16  # characters of a key
+_log = logging.getLogger("biollm")
 _PAGES = ("/", "/events", "/metrics")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:]+))(?::[0-9]+)?")
 _LOGIN = (
@@ -47,8 +50,8 @@ _HEADERS = {"cache-control": "no-store", "x-frame-options": "DENY", "content-sec
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    key: str = Field(min_length=16, repr=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+    key: str = Field(min_length=SHORTEST, repr=False)
     tags: dict[str, str] = {}
     rate_limit: forms.Requests = ()
 
@@ -67,10 +70,13 @@ def keys() -> tuple[tuple[Key, ...], str]:
     """Return the keys and where they are: BIOLLM_GATEWAY_KEY, gateway_keys.yaml, else a random one in a file of its own.
 
     Raises:
-        ConfigError: gateway_keys.yaml is wrong, or others can read it.
+        ConfigError: gateway_keys.yaml is wrong, or others can read it; or a key is too short.
     """
     found: list[Key] = []
     if key := os.environ.get("BIOLLM_GATEWAY_KEY"):
+        if len(key := key.strip()) < SHORTEST:
+            why, hint = f"has fewer than {SHORTEST} characters.", "Make one: openssl rand -hex 16."
+            raise ConfigError([Problem("BIOLLM_GATEWAY_KEY", 0, "", why, hint)])
         found.append(Key("environment", key))
     file = next((path for _, folder in reversed(config_dirs()) if (path := folder / KEYS).exists()), None)
     if file:
@@ -79,9 +85,14 @@ def keys() -> tuple[tuple[Key, ...], str]:
     if found:
         return tuple(found), "BIOLLM_GATEWAY_KEY"
     file = state_dir() / "gateway.key"
-    if not is_private(file, stat.S_ISREG):
-        write_private(file, secrets.token_urlsafe(32) + "\n")
-    return (Key("random", file.read_text().strip()),), str(file)
+    with locked(file.with_name("gateway.key.lock")):
+        key = file.read_text(errors="replace").strip() if is_private(file, stat.S_ISREG) else ""
+        if len(key) < SHORTEST or not re.fullmatch("[!-~]+", key):
+            if file.exists():  # a full disk or a crash can leave it empty
+                _log.warning("%s did not hold a whole, private key: it has a new one.", file)
+            key = secrets.token_urlsafe(32)
+            write_private(file, f"{key}\n")
+    return (Key("random", key),), str(file)
 
 
 def _read(file: Path) -> Iterable[Key]:
@@ -160,7 +171,7 @@ class Admission:
         """Return the key that was given, in a time that does not tell how near it comes to one."""
         digest = sha256(given.encode()).digest()
         same = [hmac.compare_digest(digest, sha256(each.secret.encode()).digest()) for each in self._known]
-        return next((key for key, fits in zip(self._known, same, strict=True) if fits), None)
+        return next((key for key, fits in zip(self._known, same, strict=True) if fits and given), None)
 
     def _login(self, body: bytes) -> Response:
         if self._key(parse_qs(body.decode(errors="replace")).get("key", [""])[0].strip()) is None:

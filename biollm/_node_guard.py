@@ -28,7 +28,9 @@ class Guard:
     def __init__(self, app: Any) -> None:
         self._app = app
         self._start = os.environ["BIOLLM_START"].encode()
-        self._key = _digest(b"Bearer " + Path(os.environ["BIOLLM_KEY_FILE"]).read_bytes().strip())
+        if not (key := Path(os.environ["BIOLLM_KEY_FILE"]).read_bytes().strip()):
+            raise ValueError(f"{os.environ['BIOLLM_KEY_FILE']} holds no key.")
+        self._key = _digest(b"Bearer " + key)
         self._flying = 0
         self._last = time.monotonic()
         lifeline = int(os.environ["BIOLLM_LIFELINE"])

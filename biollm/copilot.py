@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -169,11 +170,11 @@ def _kept(folder: Path, at: Endpoints) -> Token:
 
 
 def _token(text: str, at: Endpoints) -> Token | None:
-    try:
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
         body: Any = json.loads(text)
-        return Token(str(body["token"]), float(body["expires_at"]), body.get("endpoints", {}).get("api") or at.api)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
+        if secret := str(body["token"]):
+            return Token(secret, float(body["expires_at"]), body.get("endpoints", {}).get("api") or at.api)
+    return None
 
 
 def _folder(state: Path, account: str) -> Path:

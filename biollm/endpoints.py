@@ -189,12 +189,14 @@ def read_key(endpoint: Endpoint) -> str:
     """Return the key of an endpoint.
 
     Raises:
-        OSError: It is gone, not readable for this user, or not the record's owner's.
+        OSError: It is gone, empty, not readable for this user, or not the record's owner's.
     """
     with endpoint.key_file.open() as file:
         if os.fstat(file.fileno()).st_uid != endpoint.owner:
             raise PermissionError(f"{endpoint.key_file} does not belong to the owner of its record.")
-        return file.read().strip()
+        if not (key := file.read().strip()):
+            raise PermissionError(f"{endpoint.key_file} holds no key.")
+        return key
 
 
 def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout: float) -> tuple[int, str]:

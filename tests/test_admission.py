@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import httpx
 import pytest
 from conftest import until
 from provider import Loopback
+from starlette.responses import PlainTextResponse
 
 from biollm import _admission
 from biollm._shared import ledger
@@ -130,6 +133,65 @@ def test_a_random_key_is_made_once_in_a_private_file(state: Path) -> None:
     assert _admission.keys()[0] == (key,)
     file.chmod(0o644)  # others may have read it
     assert _admission.keys()[0] != (key,)
+
+
+MODELS = ("GET", "/v1/models")
+EMPTY: list[tuple[tuple[str, str], dict[str, Any]]] = [  # requests that name no key
+    (MODELS, {}),
+    (MODELS, {"headers": {"authorization": ""}}),
+    (MODELS, {"headers": {"authorization": "Bearer"}}),
+    (("POST", "/login"), {}),
+    (("POST", "/login"), {"data": {"key": ""}}),
+]
+
+
+@pytest.mark.parametrize("kept", [b"", b"\n", b"short-secret", b"\xff" * 43, b"two words, and more than 16"])
+def test_a_file_without_a_whole_key_gets_a_new_one_with_one_warning(
+    state: Path, caplog: pytest.LogCaptureFixture, kept: bytes
+) -> None:
+    state.mkdir(mode=0o700)
+    (state / "gateway.key").write_bytes(kept)
+    (state / "gateway.key").chmod(0o600)
+    with ThreadPoolExecutor(4) as pool:
+        made = {found[0].secret for found, _ in pool.map(lambda _: _admission.keys(), range(4))}
+    assert (len(made), len((state / "gateway.key").read_text().strip())) == (1, 43)
+    (warning,) = caplog.messages
+    assert str(state / "gateway.key") in warning and "short-secret" not in warning
+
+
+@pytest.mark.slow
+def test_an_emptied_key_file_admits_nobody(
+    net: Loopback, waterfall: Waterfall, state: Path, gateway: Callable[..., dict[str, Any]]
+) -> None:
+    waterfall(first=net.serve())
+    state.mkdir(mode=0o700)
+    (state / "gateway.key").touch(mode=0o600)
+    url = gateway("--port", "0")["url"]
+    assert {httpx.request(how[0], f"{url}{how[1]}", **more).status_code for how, more in EMPTY} == {401}
+    key = (state / "gateway.key").read_text().strip()
+    assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_a_key_that_is_empty_is_equal_to_none() -> None:
+    app = _admission.Admission(PlainTextResponse("in"), [_admission.Key("empty", "")], "gateway")
+
+    async def ask(*how: Any, **more: Any) -> int:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(base_url="http://gateway", transport=transport) as client:
+            return (await client.request(*how, **more)).status_code
+
+    assert {asyncio.run(ask(*how, **more)) for how, more in EMPTY} == {401}
+
+
+@pytest.mark.parametrize("short", ["x", "fifteen-letters", " " * 20])
+def test_a_variable_that_is_too_short_is_a_configuration_error(
+    waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch, runtime: Path, biollm: Callable[..., Any], short: str
+) -> None:
+    waterfall(first="http://localhost:1/v1")
+    monkeypatch.setenv("BIOLLM_GATEWAY_KEY", short)
+    ran = biollm("serve", "--port", "0", "--idle-timeout", "1")
+    assert (ran.code, ran.out) == (78, "")
+    assert "biollm: BIOLLM_GATEWAY_KEY: has fewer than 16 characters" in ran.err and "fifteen-letters" not in ran.err
 
 
 def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,12 @@ def test_login_shows_the_code_and_keeps_the_token_for_the_owner_alone(github: Gi
     assert {stat.S_IMODE(each.stat().st_mode) for each in (folder, folder.parent, state)} == {0o700}
 
 
+def test_a_kept_token_that_is_empty_is_none(github: GitHub, state: Path) -> None:
+    copilot.login("lab", state, show=lambda text: None, sleep=lambda seconds: None)
+    keep(state, 1500, "")
+    assert secret(copilot.token("lab", state))
+
+
 @pytest.mark.parametrize(
     ("polls", "waits"),
     [

@@ -90,6 +90,14 @@ def test_a_live_record_becomes_an_endpoint(cluster: Cluster, server: Server) -> 
     assert "secret" not in repr(endpoint)
 
 
+def test_an_empty_key_of_a_server_is_none(cluster: Cluster, server: Server) -> None:
+    publish(cluster, server.server_port)
+    (endpoint,) = Watch(cluster).refresh()
+    endpoint.key_file.write_text("\n")
+    with pytest.raises(OSError, match="holds no key"):
+        read_key(endpoint)
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

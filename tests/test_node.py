@@ -187,6 +187,18 @@ def test_every_route_needs_the_key(guarded: tuple[Job, dict[str, Any]], path: st
     assert ask(record, path, key=job.key(record), method=method).status != 401
 
 
+def test_a_server_does_not_start_with_an_empty_key(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("\n")
+    end, lifeline = os.pipe()
+    env = {"BIOLLM_START": "0", "BIOLLM_KEY_FILE": str(tmp_path / "key"), "BIOLLM_LIFELINE": str(end)}
+    make = [sys.executable, "-c", "from biollm._node_guard import Guard; Guard(None)"]
+    ran = subprocess.run(make, env={**os.environ, **env}, capture_output=True, pass_fds=[end, lifeline],
+                         start_new_session=True, text=True, timeout=30, check=False)  # fmt: skip
+    os.close(end)
+    os.close(lifeline)
+    assert ran.returncode == 1 and "holds no key" in ran.stderr
+
+
 def test_health_needs_no_key_and_tells_strangers_no_counts(guarded: tuple[Job, dict[str, Any]]) -> None:
     job, record = guarded
     assert ask(record, "/health").status == 200
