@@ -7,10 +7,13 @@ from rides in a context variable, so calls that the host program makes itself pa
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -106,6 +109,9 @@ class Guard(CustomLogger):
 
 
 _send = httpx.AsyncClient.send
+# JSON may hold these as they are, but httpx and LiteLLM take them for the ends of lines.
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+_CARRIES = re.compile(rb'"(choices|candidates|delta|content|text)"')
 
 
 async def _send_once(self: httpx.AsyncClient, request: httpx.Request, **options: Any) -> httpx.Response:
@@ -126,7 +132,38 @@ async def _send_once(self: httpx.AsyncClient, request: httpx.Request, **options:
         turn.posted[request.url] = error
         raise
     turn.posted[request.url] = httpx.HTTPStatusError(f"HTTP {response.status_code}", request=request, response=response)
+    if not response.is_closed and "text/event-stream" in response.headers.get("content-type", ""):
+        vars(response)["aiter_bytes"] = partial(_events, response.aiter_bytes())
     return response
+
+
+async def _events(pieces: AsyncIterator[bytes], chunk_size: int | None = None) -> AsyncIterator[bytes]:
+    """Yield a stream's lines. LiteLLM drops an event that it cannot read, and the answer would lack its text."""
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        if lines:
+            yield b"".join(_checked(line) + b"\n" for line in lines)
+    if rest:  # the stream broke here, and whoever reads it notices that it never ended
+        yield rest
+
+
+def _checked(line: bytes) -> bytes:
+    """Return a line of a stream; b"" for noise that is no JSON and carries no text.
+
+    Raises:
+        ValueError: It is no JSON, and did carry some.
+    """
+    data = line.removeprefix(b"data:").strip()
+    if not line.startswith(b"data:") or data in (b"", b"[DONE]"):
+        return line
+    try:
+        json.loads(data)
+    except ValueError:
+        if _CARRIES.search(data):
+            raise
+        return b""
+    return line if data.isascii() else line.decode().translate(_LINE_ENDS).encode()
 
 
 class _Hush(logging.Filter):

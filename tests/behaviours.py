@@ -16,7 +16,9 @@ class Behaviour:
     `hang`, `cut`, `tear` and `fail` count what still goes out: 0 is nothing, 1 the headers, n the headers and
     n-1 pieces (events of a stream, thirds of a body). `cut` ends the answer as if it were complete, `tear`
     closes in the middle of the next piece, `fail` sends an error event as vLLM does (not streaming: a 500).
-    `reset` ends with a TCP reset instead, and may be a fraction: 0.5 is half of the headers.
+    `reset` ends with a TCP reset instead, and may be a fraction: 0.5 is half of the headers. With `pause`, seconds,
+    the answer goes on after `hang`. `garble` is the number of an event of which the end is lost, `noise` of one more
+    that is no JSON and carries nothing.
     `usage` replaces the count of words; an empty one states nothing.
     """
 
@@ -30,6 +32,10 @@ class Behaviour:
     cut: int | None = None
     tear: int | None = None
     reset: float | None = None
+    pause: float | None = None
+    garble: int | None = None
+    noise: int | None = None
+    done: bool = True  # whether a stream ends with [DONE]
     fail: int | None = None
     failure: str = "EngineCore died."
     drip: bool = False  # white space or SSE comments, for ever

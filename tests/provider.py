@@ -18,7 +18,9 @@ import ssl
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +40,7 @@ class Request:
     path: str
     headers: dict[str, str]
     body: Json
+    at: float = field(default_factory=time.monotonic)
 
 
 Choice = Behaviour | Callable[[Request], Behaviour]
@@ -110,8 +113,7 @@ class Server:
         if how.drip:
             await _drip(writer, streamed)
         for at, piece in enumerate(self._pieces(request, how, streamed)):
-            if how.hang == at:
-                await reader.read(1)  # until the client goes away
+            if how.hang == at and await _leaves(reader, how.pause):
                 return False
             if how.reset is not None and int(how.reset) == at:
                 writer.write(piece[: int(len(piece) * (how.reset - at))])
@@ -186,7 +188,14 @@ class Server:
             events = [*events[: how.fail - 1], {"error": failure}]
         elif body.get("stream_options", {}).get("include_usage"):
             events.append(_answer(body, kind, []) | _counted(how, _usage(body, message)))
-        return [*(json.dumps(event).encode() for event in events), b"[DONE]"]
+        data = [json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") for event in events] + [
+            b"[DONE]"
+        ] * how.done
+        if how.garble is not None:
+            data[how.garble - 1] = data[how.garble - 1][:-10]
+        if how.noise is not None:
+            data.insert(how.noise - 1, b'{"id": "chatcmpl-1", "obj')
+        return data
 
     def _message(self, body: Json, how: Behaviour) -> Json:
         """Return the assistant's message: a text, a call of the first tool, or an object of the schema."""
@@ -330,6 +339,15 @@ async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> R
     body = await reader.readexactly(int(headers.get("content-length", 0)))
     method, path, _ = start.split(" ")
     return Request(method, path, headers, json.loads(body) if body else {})
+
+
+async def _leaves(reader: asyncio.StreamReader, within: float | None) -> bool:
+    """Wait until the client goes away, or until so many seconds are over; return whether it has gone."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(within):
+            await reader.read(1)
+            return True
+    return False
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

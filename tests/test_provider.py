@@ -6,6 +6,7 @@ import json
 import ssl
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,10 @@ def test_a_script_is_used_up_request_by_request(net: Loopback) -> None:
         (b.LENGTH_OVER, False, httpx.RemoteProtocolError),
         (b.LENGTH_OVER, True, httpx.RemoteProtocolError),
         (b.LENGTH_UNDER, False, json.JSONDecodeError),
+        (Behaviour(reset=0), False, httpx.ReadError),
+        (Behaviour(reset=0.5), False, httpx.ReadError),
+        (Behaviour(reset=2.5), True, httpx.ReadError),
+        (Behaviour(hang=2, pause=0.05, tear=2), True, httpx.RemoteProtocolError),
     ],
 )
 def test_a_broken_answer_breaks_as_it_should(
@@ -121,6 +126,22 @@ def test_a_clean_cut_has_content_and_no_finish(net: Loopback) -> None:
     assert '"content": "All "' in text
     assert '"stop"' not in text
     assert "[DONE]" not in text
+
+
+def test_one_event_is_no_json_and_the_others_are(net: Loopback) -> None:
+    answer = ask(net.serve(then=Behaviour(garble=3)).url, stream=True)
+    good: list[Any] = []
+    for line in answer.text.split("\n\n")[:-2]:
+        with suppress(json.JSONDecodeError):
+            good.append(json.loads(line.removeprefix("data: ")))
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in good] == ["", "All ", "well.", None]
+
+
+def test_a_stream_goes_on_after_a_pause_and_may_lack_its_end_marker(net: Loopback) -> None:
+    started = time.monotonic()
+    answer = ask(net.serve(then=Behaviour(hang=1, pause=0.2, done=False)).url, stream=True)
+    assert time.monotonic() - started > 0.2
+    assert '"stop"' in answer.text and "[DONE]" not in answer.text
 
 
 def test_an_error_event_comes_after_content_with_status_200(net: Loopback) -> None:

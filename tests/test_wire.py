@@ -14,7 +14,7 @@ from provider import Loopback
 
 from biollm._lean import OWN_HANDLER
 from biollm._shared import ledger
-from biollm.client import Client, get_model_client
+from biollm.client import Client, InterruptedStreamError, get_model_client
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -108,6 +108,34 @@ def test_a_redirect_carries_no_prompt_elsewhere(net: Loopback, waterfall: Callab
     waterfall(first=net.serve(then=there), second=net.serve(text="from second"))
     completion = get_model_client().complete("hi")
     assert (completion.text, completion.attempts[0].status, elsewhere.requests) == ("from second", 308, [])
+
+
+SSE = {name: SENDERS[name] for name in ("OpenAI's SDK", "LiteLLM's handler", "vLLM's dialect")}
+
+
+@pytest.mark.parametrize("sender", SSE)
+def test_an_event_that_lost_its_end_breaks_the_stream(
+    net: Loopback, waterfall: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sender: str
+) -> None:
+    dialect, own = SSE[sender]
+    monkeypatch.setenv(OWN_HANDLER, own)
+    first = net.serve(then=Behaviour(hang=3, pause=0.1, garble=3), text="all of these words")
+    waterfall(first={"base_url": first.url, "litellm_provider": dialect}, second=net.serve(text="from second"))
+    said: list[str] = []
+    with pytest.raises(InterruptedStreamError, match="not JSON"):
+        said += (str(piece) for piece in get_model_client().stream("hi"))
+    assert "".join(said) == "all "
+
+
+@pytest.mark.parametrize("sender", SSE)
+@pytest.mark.parametrize("text", ["all of these words", "one\u2028two and\u2029three\x85four \u00e9\U0001f600"])
+def test_a_stream_is_whole_beside_noise_and_with_any_character(
+    net: Loopback, waterfall: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sender: str, text: str
+) -> None:
+    dialect, own = SSE[sender]
+    monkeypatch.setenv(OWN_HANDLER, own)
+    waterfall(first={"base_url": net.serve(then=Behaviour(noise=3), text=text).url, "litellm_provider": dialect})
+    assert ask(get_model_client(), stream=True) == text
 
 
 def test_requests_of_the_host_program_are_sent_as_ever(net: Loopback, waterfall: Callable[..., Path]) -> None:
