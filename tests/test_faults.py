@@ -178,7 +178,7 @@ def state(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         patch.setenv("BIOLLM_SITE_CONFIG", str(folder / "none"))
         patch.setenv("XDG_CONFIG_HOME", str(folder / "none"))
         for name in ("NO_PROXY", "no_proxy"):  # a client adds its local hosts to both: taken back at the end
-            patch.setenv(name, "127.0.0.1")
+            patch.setenv(name, "127.0.0.1,nobody.invalid")
         patch.setenv("GOOD_KEY", "key-good")
         yield folder
 
