@@ -356,6 +356,8 @@ class Client:
         return replace(request, middle=middle, wants=replace(request.wants, fim=suffix is not None, raw=suffix is None))
 
     async def _complete(self, request: Request) -> Completion:
+        if request.shape:
+            request.shape.check()
         if request.start:
             first = replace(request, wants=replace(request.wants, allow_degraded=False))
             try:

@@ -10,7 +10,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from biollm.errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -23,6 +25,26 @@ class Shape:
     """The wanted shape of an answer: a pydantic class, or a JSON Schema as a mapping."""
 
     wanted: type[BaseModel] | Mapping[str, Any]
+
+    def check(self) -> None:
+        """Look whether it is a schema at all, before anybody is paid for an answer.
+
+        Raises:
+            UsageError: It is not.
+        """
+        if isinstance(self.wanted, Mapping):
+            from jsonschema import SchemaError
+            from jsonschema.validators import validator_for  # pyright: ignore[reportUnknownVariableType] # partly typed
+
+            try:
+                cast("Any", validator_for(self.schema)).check_schema(self.schema)
+            except SchemaError as error:
+                raise UsageError(f"response_model is no JSON Schema: {error.message}") from None
+            return
+        try:
+            json.dumps(self.schema, allow_nan=False)
+        except Exception as error:  # pydantic's, of a field without a schema
+            raise UsageError(f"response_model has no JSON Schema: {error}") from None
 
     @property
     def schema(self) -> dict[str, Any]:

@@ -325,6 +325,12 @@ def test_numbers_of_numpy_are_numbers(net: Loopback, waterfall: Write) -> None:
     assert body["tools"][0]["function"]["parameters"]["maximum"] == 3
 
 
+class Callback(BaseModel):
+    """A shape that JSON does not have."""
+
+    call: Callable[[], None]
+
+
 UNSENDABLE: list[tuple[Any, dict[str, Any], str]] = [
     ([{"content": "hi"}], {}, "messages[0] has no role"),
     ([{"role": 3, "content": "hi"}], {}, "messages[0] has a role that is an int"),
@@ -338,6 +344,9 @@ UNSENDABLE: list[tuple[Any, dict[str, Any], str]] = [
     ("hi", {"extra": {"stop": object()}}, "extra.stop is an object"),
     ("hi", {"extra": {"stream": True}}, "extra.stream cannot be set"),
     ("hi", {"response_model": {"type": "object", "required": {"a"}}}, "response_model.required is a set"),
+    ("hi", {"response_model": {"type": "odd"}}, "response_model is no JSON Schema: 'odd' is not valid"),
+    ("hi", {"response_model": "Diagnosis"}, "response_model has no JSON Schema: 'str' object has no attribute"),
+    ("hi", {"response_model": Callback}, "response_model has no JSON Schema: Cannot generate a JsonSchema for"),
 ]  # fmt: skip
 
 
