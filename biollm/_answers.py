@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +15,7 @@ from biollm.types import Usage
 # The fields of a chunk that may hold nothing but text, and of its one choice.
 _FRAME = {"id", "created", "model", "object", "choices", "system_fingerprint", "service_tier"}
 _CHOICE = {"index", "delta"}
+_CHARS_PER_TOKEN = 4
 
 
 def usage_of(usage: Any) -> Usage:
@@ -29,6 +31,33 @@ def usage_of(usage: Any) -> Usage:
         count("cache_creation_tokens", "prompt_tokens_details"),
         count("reasoning_tokens", "completion_tokens_details"),
     )
+
+
+def spent(sent: Sent, prompt: int) -> Usage:
+    """Return the tokens of what came, as the provider stated them; else an estimate by its length.
+
+    Where nothing came, nothing was paid. A broken stream may have stated the tokens of a part of its answer.
+    """
+    chunks = getattr(sent.response, "chunks", None)
+    pieces: Sequence[Any] = [sent.response] if chunks is None else chunks
+    if sent.response is None or not pieces:
+        return Usage()
+    stated = usage_of(next((each.usage for each in reversed(pieces) if getattr(each, "usage", None)), None))
+    if stated.total_tokens and (chunks is None or finished(chunks)):
+        return stated
+    came = sum(_length(choice) for piece in pieces for choice in piece.choices) // _CHARS_PER_TOKEN
+    answer = max(stated.completion_tokens, came)
+    return replace(
+        stated, prompt_tokens=stated.prompt_tokens or prompt, completion_tokens=max(answer, 1), estimated=True
+    )
+
+
+def _length(choice: Any) -> int:
+    """Return the characters of a choice's text, thoughts and tool calls."""
+    said = getattr(choice, "delta", None) or getattr(choice, "message", None) or choice
+    calls = (call.function.arguments for call in getattr(said, "tool_calls", None) or ())
+    texts = (getattr(said, name, None) for name in ("content", "reasoning_content", "text"))
+    return sum(len(text or "") for text in (*texts, *calls))
 
 
 def service_tier(response: Any) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from biollm._sqlite import read
 from biollm.errors import UsageError
-from biollm.ledger import Ledger, Record
+from biollm.ledger import Ledger, Record, fill_in
 
 EXACT = 200_000  # attempts up to which percentiles are taken from the attempts themselves
 _CHUNK = 50_000  # attempts rolled up in one transaction: writers wait some 0.3 s at most, callers never
@@ -33,28 +33,35 @@ _SMALLEST, _WIDTH = 0.01, math.log(1.02)  # ms; of a bucket, so that its middle 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rollup (
     hour INTEGER, provider TEXT, account TEXT, model TEXT, tags TEXT, outcome TEXT, why TEXT, attempts INTEGER,
-    requests INTEGER, prompt INTEGER, completion INTEGER, cost REAL, ms BLOB, ttft BLOB,
+    requests INTEGER, prompt INTEGER, completion INTEGER, cost REAL, ms BLOB, ttft BLOB, unpriced INTEGER DEFAULT 0,
+    unpriced_prompt INTEGER DEFAULT 0, unpriced_completion INTEGER DEFAULT 0, estimated INTEGER DEFAULT 0,
     PRIMARY KEY (hour, provider, account, model, tags, outcome, why)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rolled (one INTEGER PRIMARY KEY CHECK (one = 1), last INTEGER, pruned REAL);
 INSERT OR IGNORE INTO rolled (one, last, pruned) VALUES (1, 0, 0);
 """
-_CELL = "hour, provider, account, model, tags, outcome, why, attempts, requests, prompt, completion, cost, ms, ttft"
+_CELL = (
+    "hour, provider, account, model, tags, outcome, why, attempts, requests, prompt, completion, cost, ms, ttft,"
+    " unpriced, unpriced_prompt, unpriced_completion, estimated"
+)
 _READ = (
     'SELECT at, request, provider, account, model, outcome, "order", reason, status, ms, ttft_ms, prompt_tokens,'
-    " completion_tokens, cost_usd, tags FROM attempt WHERE "
+    " completion_tokens, cost_usd, tags, estimated FROM attempt WHERE "
 )
 
 
 _ADD = (
     "UPDATE rollup SET attempts = attempts + ?, requests = requests + ?, prompt = prompt + ?,"
-    " completion = completion + ?, cost = cost + ?, ms = CAST(ms || ? AS BLOB), ttft = CAST(ttft || ? AS BLOB)"
+    " completion = completion + ?, cost = cost + ?, ms = CAST(ms || ? AS BLOB), ttft = CAST(ttft || ? AS BLOB),"
+    " unpriced = unpriced + ?, unpriced_prompt = unpriced_prompt + ?, unpriced_completion = unpriced_completion + ?,"
+    " estimated = estimated + ?"
     " WHERE hour = ? AND provider = ? AND account = ? AND model = ? AND tags = ? AND outcome = ? AND why = ?"
 )
 
 
 _SUM = (  # blobs joined by SQLite: ten times faster than rows fetched and joined here
     "SELECT hour / ? * ?, provider, account, model, tags, outcome, why, sum(attempts), sum(requests), sum(prompt),"
-    " sum(completion), sum(cost), CAST(group_concat(ms, '') AS BLOB), CAST(group_concat(ttft, '') AS BLOB)"
+    " sum(completion), sum(cost), CAST(group_concat(ms, '') AS BLOB), CAST(group_concat(ttft, '') AS BLOB),"
+    " sum(unpriced), sum(unpriced_prompt), sum(unpriced_completion), sum(estimated)"
     " FROM rollup WHERE hour >= ? AND hour < ? GROUP BY 1, 2, 3, 4, 5, 6, 7"
 )
 
@@ -73,7 +80,10 @@ class Key(NamedTuple):
 
 @dataclass(slots=True)
 class Cell:
-    """Sums of attempts. `requests` began here; `ms` and `ttft` are of answers, in milliseconds or as buckets."""
+    """Sums of attempts. `requests` began here; `ms` and `ttft` are of answers, in milliseconds or as buckets.
+
+    Those in `unpriced` have tokens whose price is unknown; of those in `estimated` the provider stated no tokens.
+    """
 
     attempts: int = 0
     requests: int = 0
@@ -82,6 +92,10 @@ class Cell:
     cost: float = 0.0
     ms: Sequence[float] = ()
     ttft: Sequence[float] = ()
+    unpriced: int = 0
+    unpriced_prompt: int = 0
+    unpriced_completion: int = 0
+    estimated: int = 0
 
 
 def bucket(ms: float) -> int:
@@ -126,7 +140,9 @@ def fold(rows: Iterable[Any], seen: dict[str, str], *, exact: bool, grain: int =
     """
     cells: dict[Any, Cell] = {}
     code, span = "d" if exact else "H", 3600 * grain
-    for at, request, provider, account, model, outcome, order, reason, status, ms, ttft, sent, got, cost, tags in rows:
+    for row in rows:
+        at, request, provider, account, model, outcome, order, reason, status, ms, ttft, sent, got, cost = row[:14]
+        tags, estimated = row[14:]
         before, why = seen.get(request), _why(outcome, order > 1, status, reason)
         if before is None:
             seen[request] = "" if outcome == "ok" else why
@@ -139,7 +155,13 @@ def fold(rows: Iterable[Any], seen: dict[str, str], *, exact: bool, grain: int =
         cell.requests += before is None
         cell.prompt += sent
         cell.completion += got
-        cell.cost += cost or 0.0
+        if cost is not None:
+            cell.cost += cost
+        elif sent or got:
+            cell.unpriced += 1
+            cell.unpriced_prompt += sent
+            cell.unpriced_completion += got
+        cell.estimated += estimated
         if outcome == "ok":
             cell.ms.append(ms if exact else bucket(ms))  # type: ignore[attr-defined] # the array made above
             if ttft is not None:
@@ -194,7 +216,8 @@ def _summed(db: sqlite3.Connection, since: float, until: float, grain: int) -> I
         first = math.floor(since / 3600)
     if first < end and (last or pruned):
         for row in db.execute(_SUM, (grain, grain, first, end)):
-            yield Key(*row[:7]), Cell(*row[7:12], *(memoryview(blob).cast("H") for blob in row[12:]))
+            blobs = (memoryview(blob).cast("H") for blob in row[12:14])
+            yield Key(*row[:7]), Cell(*row[7:12], *blobs, *row[14:])
     if first >= end:
         first = end = math.ceil(until / 3600)
     tail = db.execute(f"{_READ} id > ? AND at >= ? AND at < ? ORDER BY id", (last, first * 3600, end * 3600))
@@ -229,8 +252,10 @@ def _roll_some(db: sqlite3.Connection) -> bool:
     for key, cell in fold(rows, _before(db, last), exact=False).items():
         sums = (cell.attempts, cell.requests, cell.prompt, cell.completion, cell.cost)
         blobs = (bytes(cell.ms), bytes(cell.ttft))  # type: ignore[arg-type]
-        if not db.execute(_ADD, (*sums, *blobs, *key)).rowcount:
-            db.execute(f"INSERT INTO rollup ({_CELL}) VALUES ({', '.join('?' * 14)})", (*key, *sums, *blobs))  # noqa: S608
+        more = (cell.unpriced, cell.unpriced_prompt, cell.unpriced_completion, cell.estimated)
+        if not db.execute(_ADD, (*sums, *blobs, *more, *key)).rowcount:
+            values = (*key, *sums, *blobs, *more)
+            db.execute(f"INSERT INTO rollup ({_CELL}) VALUES ({', '.join('?' * len(values))})", values)  # noqa: S608
     db.execute("UPDATE rolled SET last = ?", (until[0],))
     return until[1] == _CHUNK
 
@@ -270,7 +295,7 @@ def merge(ledger: Ledger, file: Path) -> int:
     names = [column.name for column in fields(Record)]
     columns = ", ".join(f'"{name}"' for name in names)
     try:
-        rows = read(file, f"SELECT {columns} FROM attempt ORDER BY at, id", patience=2)  # noqa: S608
+        rows = read(file, f"SELECT {columns} FROM attempt ORDER BY at, id", patience=2, prepare=fill_in)  # noqa: S608
     except sqlite3.Error as error:
         raise UsageError(f"{file}: {error}.", hint="Name the history.db of another host.") from error
     at, request, deployment = (names.index(name) for name in ("at", "request", "deployment"))

@@ -32,6 +32,8 @@ _OWED = 10_000  # jobs kept in memory while a file cannot be written
 _RETRY = 5.0  # seconds until they are tried again, if no other job comes
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
+Prepare = Callable[[sqlite3.Connection], None]
+
 _NETWORK = re.compile(
     r"nfs\d?|lustre|gpfs|beegfs\w*|cifs|smb\d?|ceph|glusterfs|afs|9p|pvfs2|orangefs|panfs|wekafs|virtiofs"
     r"|fuse\.(sshfs|ceph.*|glusterfs|gpfs|juicefs|s3fs|rclone|gcsfuse)"
@@ -51,8 +53,17 @@ def on_network(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
     return bool(_NETWORK.fullmatch(kind))
 
 
-def read(path: Path, sql: str, arguments: Sequence[object] = (), *, patience: float = BOUND) -> list[Any]:
+def read(
+    path: Path,
+    sql: str,
+    arguments: Sequence[object] = (),
+    *,
+    patience: float = BOUND,
+    prepare: Prepare | None = None,
+) -> list[Any]:
     """Return the rows of one query on a connection of its own; none while the file or its table is not made.
+
+    `prepare` is called with the connection before.
 
     Raises:
         sqlite3.Error: The file cannot be read within `patience` seconds.
@@ -61,6 +72,8 @@ def read(path: Path, sql: str, arguments: Sequence[object] = (), *, patience: fl
         return []
     with reading(path, patience) as db:
         try:
+            if prepare:
+                prepare(db)
             return db.execute(sql, arguments).fetchall()
         except sqlite3.OperationalError as error:
             if str(error).startswith("no such table"):
@@ -82,8 +95,17 @@ class Database:
     0660.
     """
 
-    def __init__(self, path: Path, schema: str, *, network: bool, synchronous: str, patience: float) -> None:
-        self.path, self._schema, self._patience = path, schema, patience
+    def __init__(
+        self,
+        path: Path,
+        schema: str,
+        *,
+        network: bool,
+        synchronous: str,
+        patience: float,
+        migrate: Prepare | None = None,
+    ) -> None:
+        self.path, self._schema, self._patience, self._migrate = path, schema, patience, migrate
         self._pragmas = (f"journal_mode={'PERSIST' if network else 'WAL'}", f"synchronous={synchronous}")
         self._db: sqlite3.Connection | None = None
         self._inode = self._queue = -1
@@ -143,6 +165,8 @@ class Database:
             for pragma in self._pragmas:
                 db.execute(f"PRAGMA {pragma}")
             db.executescript(self._schema)
+            if self._migrate:
+                self._migrate(db)
         except BaseException:
             db.close()
             raise

@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 import litellm
 
 from biollm import _reach, balance, embedded, guard, prices, routing
-from biollm._answers import content, delta, emptiness, finished, first_content, fold, service_tier, tool_calls, usage_of
+from biollm._answers import content, delta, emptiness, finished, first_content, fold, service_tier, spent, tool_calls
 from biollm._background import background
 from biollm._plain import ANSWER_SIZES
 from biollm._run import BREATH, Request, Run, Sent
@@ -349,7 +349,8 @@ class Waterfall:
         if sent.reservation is None:
             return
         deployment = sent.deployment
-        usage = completion.usage if completion else Usage()
+        usage = completion.usage if completion else self._spent(run, sent)
+        cost = completion.cost_usd if completion else self._usd(deployment, usage, sent.response)
         self.ledger.finish(
             sent.reservation,
             deployment.scope,
@@ -367,32 +368,27 @@ class Waterfall:
                 ttft_ms=sent.ttft_ms,
                 prompt_tokens=usage.prompt_tokens,
                 completion_tokens=usage.completion_tokens,
-                cost_usd=completion.cost_usd if completion else None,
+                cost_usd=cost if usage.total_tokens else None,
                 order=deployment.order,
                 degraded=deployment.embedded,
+                estimated=usage.estimated,
                 tags=run.request.tags,
             ),
         )
 
     def _answered(self, run: Run, sent: Sent, *, parsed: Any = None) -> Completion:
         """Return the Completion of a whole answer."""
-        response = sent.response
-        usage = usage_of(getattr(response, "usage", None))
-        return self._completion(run, sent, response, text=content(response), usage=usage, parsed=parsed)
+        return self._completion(run, sent, sent.response, text=content(sent.response), parsed=parsed)
 
     def _streamed(self, run: Run, sent: Sent, text: str) -> Completion:
         """Return the Completion of a stream that ended well."""
         chunks = sent.response.chunks
         whole: Any = _LITELLM.stream_chunk_builder(chunks, messages=run.request.messages)
-        usage = next((chunk.usage for chunk in reversed(chunks) if getattr(chunk, "usage", None)), None)
-        usage = usage_of(usage or getattr(whole, "usage", None))
-        return self._completion(run, sent, whole, text=text, usage=usage)
+        return self._completion(run, sent, whole, text=text)
 
-    def _completion(
-        self, run: Run, sent: Sent, whole: Any, *, text: str, usage: Usage, parsed: Any = None
-    ) -> Completion:
+    def _completion(self, run: Run, sent: Sent, whole: Any, *, text: str, parsed: Any = None) -> Completion:
         """Return the Completion of `whole`, LiteLLM's response, and note and record the attempt."""
-        deployment, choice = sent.deployment, whole.choices[0]
+        deployment, choice, usage = sent.deployment, whole.choices[0], self._spent(run, sent)
         attempt = Attempt(deployment.id, "ok", ms=sent.ms)
         run.note(deployment, attempt)
         completion = Completion(
@@ -413,6 +409,9 @@ class Waterfall:
         )
         self._record(run, sent, attempt, completion)
         return completion
+
+    def _spent(self, run: Run, sent: Sent) -> Usage:
+        return spent(sent, run.request.wants.prompt * 5 // 4)  # `prompt` is a lower bound
 
     def _usd(self, deployment: Deployment, usage: Usage, response: Any) -> float | None:
         """Return the price of an answer in USD; None where it is unknown."""

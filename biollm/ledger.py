@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biollm import _quotas
-from biollm._sqlite import BOUND, Database, Writer, on_network, read, reading
+from biollm._sqlite import BOUND, Database, Prepare, Writer, on_network, read, reading
 from biollm.types import Outcome
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class Record:
         request: The id that all attempts of a request share.
         ttft_ms: Milliseconds to the first token of a stream.
         order: The deployment's place in the waterfall, from 1.
+        cost_usd: None where the price is unknown, or nothing was counted.
+        estimated: Whether the tokens were counted by the length of what came, since the provider stated none.
         tags: The caller's own, such as {"agent": "ErrorDiagnosisAgent"}.
     """
 
@@ -96,6 +98,7 @@ class Record:
     cost_usd: float | None = None
     order: int = 0
     degraded: bool = False
+    estimated: bool = False
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -106,6 +109,12 @@ CREATE INDEX IF NOT EXISTS attempt_at ON attempt (at);
 """
 _ADD = f"INSERT INTO attempt ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(Record)))})"  # noqa: S608
 _PAGE = f"SELECT id, {_COLUMNS} FROM attempt WHERE (at, id) > (?, ?) AND at < ? ORDER BY at, id LIMIT 5000"  # noqa: S608
+
+# What the tables of earlier versions lack.
+_ADDED = {
+    "attempt": ("estimated",),
+    "rollup": ("unpriced", "unpriced_prompt", "unpriced_completion", "estimated"),
+}
 
 _PAST = (
     "SELECT count(*), total(prompt_tokens + completion_tokens), total(cost_usd) FROM attempt WHERE at >= ? AND at < ?"
@@ -218,9 +227,11 @@ class Ledger:
     def history(self, since: float | None = None, until: float | None = None) -> Iterator[Record]:
         """Yield the attempts of `since` <= at < `until`, oldest first. No lock is held between them."""
         last, number = -math.inf if since is None else since, -1
-        while rows := self._read(self._history, _PAGE, (last, number, math.inf if until is None else until)):
+        end = math.inf if until is None else until
+        while rows := self._read(self._history, _PAGE, (last, number, end), prepare=fill_in):
             for row in rows:
-                yield Record(*row[1:-2], degraded=bool(row[-2]), tags=json.loads(row[-1]))
+                facts = {"degraded": bool(row[-3]), "estimated": bool(row[-2]), "tags": json.loads(row[-1])}
+                yield Record(*row[1:-3], **facts)
             number, last = rows[-1][:2]
 
     @contextmanager
@@ -230,13 +241,16 @@ class Ledger:
             yield None
             return
         with reading(self._history, _EXIT) as db:
+            fill_in(db)
             db.execute("BEGIN")
             yield db
 
     def change(self, work: Callable[[sqlite3.Connection], None], schema: str) -> None:
         """Run `work` in one transaction on history.db, in which `schema` is made too; raises sqlite3.Error."""
         network = on_network(self._directory) if self._network is None else self._network
-        file = Database(self._history, _HISTORY + schema, network=network, synchronous="NORMAL", patience=_EXIT)
+        file = Database(
+            self._history, _HISTORY + schema, network=network, synchronous="NORMAL", patience=_EXIT, migrate=_migrate
+        )
         file.write(work)
         file.close()
 
@@ -266,7 +280,7 @@ class Ledger:
         # and a power cut may cost it; what it held of days and months is then taken from history.db.
         lazily = "OFF" if network else "NORMAL"
         quotas = open_(self._quotas, _quotas.SCHEMA, synchronous=lazily, patience=BOUND - 0.05)
-        history = open_(self._history, _HISTORY, synchronous="NORMAL", patience=_EXIT)
+        history = open_(self._history, _HISTORY, synchronous="NORMAL", patience=_EXIT, migrate=_migrate)
         return _Process(
             Writer(quotas, self._write_quotas, self._settle_quotas),
             Writer(history, _write_history, lambda _, error: self._warn(error)),
@@ -355,9 +369,9 @@ class Ledger:
             return bool(self._wal) and time.time() - self._wal.stat().st_mtime < BOUND
         return False
 
-    def _read(self, path: Path, sql: str, arguments: Sequence[object]) -> list[Any]:
+    def _read(self, path: Path, sql: str, arguments: Sequence[object], prepare: Prepare | None = None) -> list[Any]:
         try:
-            return read(path, sql, arguments)
+            return read(path, sql, arguments, prepare=prepare)
         except (sqlite3.Error, OSError) as error:
             self._warn(error)
             return []
@@ -370,6 +384,32 @@ class Ledger:
                 self._directory,
                 error,
             )
+
+
+def fill_in(db: sqlite3.Connection) -> None:
+    """Let an earlier version's history.db be read as if it had every column; nothing is written."""
+    for table, lacking in _lacking(db):
+        nothing = ", ".join(f"0 AS {column}" for column in lacking)
+        db.execute(f"CREATE TEMP VIEW {table} AS SELECT *, {nothing} FROM main.{table}")  # noqa: S608
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    """Give an earlier version's history.db the columns that it lacks."""
+    for table, lacking in _lacking(db):
+        for column in lacking:
+            db.execute(f"ALTER TABLE main.{table} ADD COLUMN {column} DEFAULT 0")
+        if table == "rollup":  # it took an unknown price for 0; what has not been pruned is summed up again
+            db.execute("DELETE FROM rollup WHERE (SELECT pruned FROM rolled) = 0")
+            db.execute("UPDATE rolled SET last = 0 WHERE pruned = 0")
+
+
+def _lacking(db: sqlite3.Connection) -> list[tuple[str, list[str]]]:
+    found: list[tuple[str, list[str]]] = []
+    for table, columns in _ADDED.items():
+        known = {row[1] for row in db.execute(f"PRAGMA main.table_info({table})")}
+        if known and (lacking := [column for column in columns if column not in known]):
+            found.append((table, lacking))
+    return found
 
 
 def _resolve(asks: Sequence[_Ask]) -> None:

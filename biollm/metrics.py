@@ -38,7 +38,7 @@ def text(config: Config, ledger: Ledger) -> str:
 
 
 def _counters(cells: usage.Cells) -> Iterator[_Family]:
-    requests, failures, fallbacks, tokens, cost = (Counter[str]() for _ in range(5))
+    requests, failures, fallbacks, tokens, cost, unpriced = (Counter[str]() for _ in range(6))
     for key, cell in cells:
         who = {"provider": key.provider, "account": key.account, "model": key.model}
         requests[json.dumps(who | {"outcome": key.outcome})] += cell.attempts
@@ -48,13 +48,16 @@ def _counters(cells: usage.Cells) -> Iterator[_Family]:
             fallbacks[json.dumps(who | {"reason": key.why})] += cell.attempts
         tokens[json.dumps(who | {"type": "input"})] += cell.prompt
         tokens[json.dumps(who | {"type": "output"})] += cell.completion
-        cost[json.dumps(who)] += cell.cost  # type: ignore[assignment] # USD
+        unpriced[json.dumps(who)] += cell.unpriced
+        if cell.prompt + cell.completion > cell.unpriced_prompt + cell.unpriced_completion:  # else it is unknown, not 0
+            cost[json.dumps(who)] += cell.cost  # type: ignore[assignment] # USD
     for name, said, counts in (
         ("requests", "Requests sent to a provider, by outcome.", requests),
         ("failures", "Requests that a provider failed, by kind of failure.", failures),
         ("fallbacks", "Requests answered by a later rung, by what kept the first one from it.", fallbacks),
         ("tokens", "Tokens sent (input) and received (output).", tokens),
-        ("cost_usd", "Cost in USD, by LiteLLM's prices.", cost),
+        ("cost_usd", "Cost in USD of the requests whose price is known, by your prices or LiteLLM's.", cost),
+        ("unpriced_requests", "Requests that used tokens whose price is unknown.", unpriced),
     ):
         samples = [("", json.loads(labels), float(count)) for labels, count in sorted(counts.items())]
         yield _Family(f"biollm_{name}_total", "counter", said, samples)

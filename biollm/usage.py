@@ -47,7 +47,10 @@ class Row:
         ttft_p50_ms: To the first token of streams.
         fallback_rate: Share of the requests that a later rung than the first answered; `fallbacks`: why -> how many.
         failures: Why -> how many attempts failed.
-        cost_avoided_usd: What the tokens would have cost at `costs.reference_model`, less what they did cost.
+        cost_usd: Of the attempts whose price is known; None where none is. Prices are those of the time.
+        cost_avoided_usd: What their tokens would have cost at `costs.reference_model`, less what they did cost.
+        unpriced: How many attempts used tokens whose price is unknown.
+        estimated: Of how many the tokens are an estimate, since the provider stated none.
     """
 
     name: str
@@ -63,8 +66,10 @@ class Row:
     fallback_rate: float = 0.0
     fallbacks: Mapping[str, int] = field(default_factory=dict[str, int])
     failures: Mapping[str, int] = field(default_factory=dict[str, int])
-    cost_usd: float = 0.0
+    cost_usd: float | None = 0.0
     cost_avoided_usd: float | None = None
+    unpriced: int = 0
+    estimated: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,10 +158,7 @@ def report(
         for name in _names(key, by):
             groups[name].append((key, cell))
     tallies = {name: _tally(group) for name, group in groups.items()}
-    rows = [
-        _row(config, name, group, tallies[name], price, kept, attempts=by in _ATTEMPTS)
-        for name, group in groups.items()
-    ]
+    rows = [_row(name, group, tallies[name], price, kept, attempts=by in _ATTEMPTS) for name, group in groups.items()]
     whole = _tally(cells) if by == "tag" else _together(tallies.values())  # a request may have several tags
     limits = tuple(quotas(config, ledger))
     known = max(since, now - WEEK)  # Slurm's jobs are remembered for a week; their tokens are then that week's
@@ -168,7 +170,7 @@ def report(
         by,
         kept,
         tuple(sorted(rows, key=(lambda row: row.name) if by in ("day", "hour") else (lambda row: -row.requests))),
-        _row(config, "total", cells, whole, price, kept, attempts=False),
+        _row("total", cells, whole, price, kept, attempts=False),
         limits,
         tuple(limit for limit in limits if limit.unit == "usd"),
         tuple(_local(config, recent, hours, price)),
@@ -217,7 +219,6 @@ def _together(tallies: Iterable[Tally]) -> Tally:
 
 
 def _row(
-    config: Config,
     name: str,
     group: Cells,
     tally: Tally,
@@ -227,11 +228,12 @@ def _row(
     attempts: bool,
 ) -> Row:
     by_outcome, fallbacks, failures = Counter[str](), Counter[str](), Counter[str]()
-    began = prompt = completion = 0
-    cost = 0.0
+    began = prompt = completion = unpriced = estimated = 0
+    cost, priced = 0.0, (0, 0)  # of the tokens whose price is known
     for key, cell in group:
-        own = config.costs.per_million_tokens.get(key.provider)
-        cost += cell.cost if own is None else own * (cell.prompt + cell.completion) / 1e6
+        cost, unpriced, estimated = cost + cell.cost, unpriced + cell.unpriced, estimated + cell.estimated
+        sent, got = cell.prompt - cell.unpriced_prompt, cell.completion - cell.unpriced_completion
+        priced = priced[0] + sent, priced[1] + got
         by_outcome[key.outcome] += cell.attempts
         if key.why and key.outcome in ("ok", "failed"):
             (fallbacks if key.outcome == "ok" else failures)[key.why] += cell.attempts
@@ -254,8 +256,10 @@ def _row(
         min(1.0, fallbacks.total() / requests) if requests else 0.0,
         dict(fallbacks.most_common()),
         dict(failures.most_common()),
-        cost,
-        prompt * price[0] + completion * price[1] - cost if price else None,
+        cost if any(priced) or not unpriced else None,
+        priced[0] * price[0] + priced[1] * price[1] - cost if price and (any(priced) or not unpriced) else None,
+        unpriced,
+        estimated,
     )
 
 

@@ -428,7 +428,7 @@ def test_refresh_forgets_a_limit_found_full_so_that_a_raised_one_counts(ledger: 
 def test_history_keeps_every_fact_in_the_order_of_time(ledger: Ledger) -> None:
     full = record(
         NOON + 1, reason="é ✓ 'quoted'", status=503, ms=12.5, ttft_ms=3.25, prompt_tokens=7, completion_tokens=9,
-        cost_usd=0.25, order=4, degraded=True, tags={"agent": "ErrorDiagnosisAgent", "user": "ü"},
+        cost_usd=0.25, order=4, degraded=True, estimated=True, tags={"agent": "ErrorDiagnosisAgent", "user": "ü"},
     )  # fmt: skip
     for entry in (full, record(NOON), record(NOON + 2), record(NOON + 2, request="r2")):
         ledger.finish(None, SCOPE, entry)

@@ -25,7 +25,8 @@ ODD = 'a "b" \\ c\nd'
 def families(state: Path, waterfall: Callable[..., Path]) -> dict[str, Any]:
     waterfall(first={"base_url": "https://x.test/v1", "rate_limit": "10/min", "token_budget": "1M/month"})
     at = time.time() - 60
-    ok = Record(at, "a", "first/m", "first", "default", ODD, "ok", ms=700.0, ttft_ms=80.0, prompt_tokens=10, order=1)
+    ok = Record(at, "a", "first/m", "first", "default", ODD, "ok", ms=700.0, ttft_ms=80.0, prompt_tokens=10, cost_usd=0.1,
+                order=1)  # fmt: skip
     bad = replace(ok, request="b", outcome="failed", reason="HTTP 500: no", status=500)
     late = replace(ok, request="b", provider="second", order=2, ms=7000.0, ttft_ms=None, completion_tokens=3)
     ledger = Ledger(state)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from behaviours import HTTP_500, OK, Behaviour
+from conftest import until
 from provider import Loopback
 
 from biollm import metrics
 from biollm._shared import ledger
 from biollm.client import get_model_client, import_waterfall
 from biollm.config import load_config
-from biollm.errors import ConfigError
+from biollm.errors import CompletionError, ConfigError
 from biollm.prices import price
 from biollm.routing import Deployment, deployments
 from biollm.types import Usage
@@ -290,3 +292,57 @@ def test_every_place_gives_an_answer_the_same_price(
     assert (told.total.cost_usd, told.budgets[0].used) == (pytest.approx(usd), pytest.approx(usd))
     (line,) = [each for each in metrics.text(load_config(), ledger()).splitlines() if each.startswith("biollm_cost")]
     assert float(line.split()[-1]) == pytest.approx(usd)
+
+
+# --- What was paid and thrown away ----------------------------------------------------------------------------------
+
+STATED = {"prompt_tokens": 40, "completion_tokens": 7, "total_tokens": 47}
+JSON_WANTED = {"type": "object", "properties": {"fix": {"type": "string"}}, "required": ["fix"]}
+TWELVE = "one two three four five six seven eight nine ten eleven twelve"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "options", "expected"),  # (outcome, prompt, answer, estimated) of each attempt
+    [
+        # Stated by the provider.
+        (Behaviour(text="no JSON", usage=STATED), {"response_model": JSON_WANTED}, [("failed", 40, 7, False)] * 2),
+        (Behaviour(text="", usage=STATED), {}, [("failed", 40, 7, False)]),
+        (Behaviour(text="", usage=STATED), {"stream": True}, [("failed", 40, 7, False)]),
+        (Behaviour(choices=False, usage=STATED), {}, [("failed", 40, 7, False)]),
+        # Not stated: 400 characters are sent, and 4 are taken for a token.
+        (Behaviour(text=TWELVE, usage={}), {}, [("ok", 100, 15, True)]),
+        (Behaviour(text=TWELVE, usage={}), {"stream": True}, [("ok", 100, 15, True)]),
+        (Behaviour(text="no JSON", usage={}), {"response_model": JSON_WANTED}, [("failed", 100, 1, True)] * 2),
+        (Behaviour(text=TWELVE, cut=9), {"stream": True}, [("failed", 100, 8, True)]),
+        (Behaviour(text=TWELVE, fail=9), {"stream": True}, [("failed", 100, 8, True)]),
+        (Behaviour(text=TWELVE, hang=9), {"stream": True, "timeout": 0.5}, [("failed", 100, 8, True)]),
+        (Behaviour(text=TWELVE, hang=9), {"stream": True, "leave": 7}, [("cancelled", 100, 8, True)]),
+        # Nothing came, so nothing was paid.
+        (HTTP_500, {}, [("failed", 0, 0, False)]),
+        (Behaviour(hang=1), {"stream": True, "timeout": 0.5}, [("failed", 0, 0, False)]),
+    ],
+)
+def test_what_was_paid_and_thrown_away_counts(
+    net: Loopback, waterfall: Write, behaviour: Behaviour, options: dict[str, Any], expected: list[Any]
+) -> None:
+    costs = {"costs": {"per_million_tokens": {"first": 1e6}}}  # a dollar a token
+    url = net.serve(then=behaviour).url
+    waterfall(costs, first={"base_url": url, "token_budget": "1M/month", "budget": "1000 USD/month"})
+    client, options = get_model_client(), dict(options)
+    leave = options.pop("leave", None)
+    with suppress(CompletionError):
+        if options.pop("stream", False):
+            for at, _ in enumerate(pieces := client.stream("x" * 400, **options), 1):
+                if at == leave:
+                    pieces.close()
+                    break
+        else:
+            client.complete("x" * 400, **options)
+    until(lambda: [ledger().flush(), *ledger().history()][len(expected) :])  # leaving a stream does not wait
+    records = list(ledger().history())
+    found = [(each.outcome, each.prompt_tokens, each.completion_tokens, each.estimated) for each in records]
+    assert found == expected
+    tokens = sum(each[1] + each[2] for each in expected)
+    told = report(load_config(), ledger())
+    assert {quota.unit: quota.used for quota in told.quotas} == {"tokens": tokens, "usd": tokens}
+    assert (told.total.cost_usd, told.total.estimated) == (tokens, sum(each[3] for each in expected))

@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 from provider import Loopback
 
-from biollm import _rollup, usage
+from biollm import _rollup, metrics, usage
 from biollm._shared import ledger
 from biollm.client import Client
 from biollm.config import Config, load_config
@@ -251,6 +253,87 @@ def test_cost_avoided_is_at_the_reference_models_price(tmp_path: Path, waterfall
     price = usage.price_map()["gpt-4o"]
     expected = 1_000_000 * price["input_cost_per_token"] + 100_000 * price["output_cost_per_token"]  # type: ignore
     assert report.total.cost_avoided_usd == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("exact", [100, 0])
+def test_an_unknown_price_is_none_and_neither_nothing_nor_avoided(
+    tmp_path: Path, waterfall: Callable[..., Path], exact: int
+) -> None:
+    waterfall({"costs": {"reference_model": "gpt-4o"}}, first="https://x.test/v1")
+    known = replace(OK, prompt_tokens=1_000_000, completion_tokens=100_000, cost_usd=0.25)
+    odd = replace(known, provider="odd", cost_usd=None, request="odd")
+    ledger = wrote(tmp_path, [known, replace(odd, outcome="failed", estimated=True), replace(FAILED, provider="odd")])
+    if not exact:
+        _rollup.roll(ledger)
+    found = usage.report(load_config(), ledger, NOON - HOUR, NOON + HOUR, exact=exact)
+    rows = {row.name: row for row in (*found.rows, found.total)}
+    assert [(rows[name].cost_usd, rows[name].unpriced, rows[name].estimated) for name in ("first", "odd", "total")] == [
+        (0.25, 0, 0), (None, 1, 1), (0.25, 1, 1),
+    ]  # fmt: skip
+    assert rows["odd"].cost_avoided_usd is None
+    assert rows["total"].cost_avoided_usd == rows["first"].cost_avoided_usd == pytest.approx(2.5 + 1 - 0.25)
+    assert (rows["odd"].prompt_tokens, rows["total"].completion_tokens) == (1_000_000, 200_000)
+
+
+def test_an_unknown_price_is_no_sample_of_the_cost_metric(tmp_path: Path, waterfall: Callable[..., Path]) -> None:
+    waterfall(first="https://x.test/v1")
+    odd = replace(OK, provider="odd", cost_usd=None)
+    ledger = wrote(tmp_path, numbered([OK, odd, replace(FAILED, provider="odd")]))
+    lines = [line for line in metrics.text(load_config(), ledger).splitlines() if "odd" in line or "first/" in line]
+    told = {line.split("{")[0]: line.split()[-1] for line in lines if "odd" in line}
+    assert "biollm_cost_usd_total" not in told
+    assert told["biollm_unpriced_requests_total"] == "1"
+
+
+# As the tables were before they had a column for estimates and unknown prices.
+OLD = """
+CREATE TABLE attempt (id INTEGER PRIMARY KEY, "at", "request", "deployment", "provider", "account", "model", "outcome",
+    "reason", "status", "ms", "ttft_ms", "prompt_tokens", "completion_tokens", "cost_usd", "order", "degraded", "tags");
+CREATE INDEX attempt_at ON attempt (at);
+CREATE TABLE rollup (
+    hour INTEGER, provider TEXT, account TEXT, model TEXT, tags TEXT, outcome TEXT, why TEXT, attempts INTEGER,
+    requests INTEGER, prompt INTEGER, completion INTEGER, cost REAL, ms BLOB, ttft BLOB,
+    PRIMARY KEY (hour, provider, account, model, tags, outcome, why)) WITHOUT ROWID;
+CREATE TABLE rolled (one INTEGER PRIMARY KEY CHECK (one = 1), last INTEGER, pruned REAL);
+INSERT INTO rolled VALUES (1, 1, 0);
+"""
+
+
+def earlier(folder: Path) -> Path:
+    """Make the history.db of an earlier version: an answer without a price, and its hour, in which it costs 0."""
+    folder.mkdir(exist_ok=True)
+    values = [getattr(replace(OK, cost_usd=None), each.name) for each in fields(Record) if each.name != "estimated"]
+    with closing(sqlite3.connect(folder / "history.db")) as db:
+        db.executescript(OLD)
+        db.execute(f"INSERT INTO attempt VALUES (1, {', '.join('?' * 17)})", [*values[:-1], "{}"])
+        hour = (NOON // HOUR, "first", "default", "small", "{}", "ok", "", 1, 1, 10, 5, 0.0, b"\xff\x01", b"")
+        db.execute(f"INSERT INTO rollup VALUES ({', '.join('?' * 14)})", hour)
+        db.commit()
+    return folder
+
+
+def test_an_earlier_versions_history_is_read_as_it_is(tmp_path: Path) -> None:
+    ledger = Ledger(earlier(tmp_path))
+    before = (tmp_path / "history.db").read_bytes()
+    assert [(each.prompt_tokens, each.estimated, each.degraded) for each in ledger.history()] == [(10, False, False)]
+    for exact in (100, 0):
+        total = ask(ledger, exact=exact).total
+        assert (total.requests, total.prompt_tokens, total.estimated) == (1, 10, 0)
+    assert (tmp_path / "history.db").read_bytes() == before
+
+
+def test_an_earlier_versions_history_is_written_on_and_its_unknown_prices_are_found(tmp_path: Path) -> None:
+    ledger = wrote(earlier(tmp_path), [replace(OK, request="new", estimated=True)])
+    assert [each.estimated for each in ledger.history()] == [False, True]
+    _rollup.roll(ledger)
+    total = ask(ledger, exact=0).total
+    assert (total.requests, total.unpriced, total.estimated, total.cost_usd) == (2, 1, 1, 0.5)
+
+
+def test_an_earlier_versions_history_is_merged(tmp_path: Path) -> None:
+    here = wrote(tmp_path / "here", [replace(OK, request="new", estimated=True)])
+    assert _rollup.merge(here, earlier(tmp_path / "there") / "history.db") == 1
+    assert sorted((each.request, each.estimated) for each in here.history()) == [("new", True), ("r", False)]
 
 
 async def _spend(ledger: Ledger, config: Config, usd: float) -> None:

@@ -103,7 +103,11 @@ def _show(report: Report) -> None:
     for what, counts in (("Fallbacks", report.total.fallbacks), ("Failures", report.total.failures)):
         if counts:
             print(f"\n{what}: {_told(counts)}")
-    if report.reference_model and report.total.cost_avoided_usd is None:
+    if report.total.unpriced:
+        print(f"\nThe price of {report.total.unpriced} attempts is unknown: write costs.per_million_tokens.")
+    if report.total.estimated:
+        print(f"\nThe tokens of {report.total.estimated} attempts are an estimate: the provider stated none.")
+    if report.reference_model and report.total.cost_avoided_usd is None and not report.total.unpriced:
         print(f"\nLiteLLM has no price for costs.reference_model, {report.reference_model}.")
     _quotas(report)
     _local(report)
@@ -115,8 +119,9 @@ def _cells(row: Row) -> Sequence[object]:
     times = [_ms(value) for value in (row.p50_ms, row.p95_ms, row.p99_ms, row.ttft_p50_ms)]
     tokens = (short(row.prompt_tokens), short(row.completion_tokens))
     shares = (f"{row.error_rate:.1%}", f"{row.fallback_rate:.1%}")
-    avoided = "-" if row.cost_avoided_usd is None else f"{row.cost_avoided_usd:.2f}"
-    return (row.name, row.requests, shares[0], *tokens, *times, shares[1], f"{row.cost_usd:.2f}", avoided)
+    cost = f"{'≥ ' if row.unpriced else ''}{row.cost_usd:.2f}" if row.cost_usd is not None else "unknown"
+    avoided = _usd(row.cost_avoided_usd)
+    return (row.name, row.requests, shares[0], *tokens, *times, shares[1], cost, avoided)
 
 
 def _ms(value: float | None) -> str:
