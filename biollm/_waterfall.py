@@ -20,7 +20,7 @@ import litellm
 
 from biollm import _reach, balance, embedded, guard, prices, routing
 from biollm._answers import content, delta, emptiness, finished, first_content, fold, service_tier, spent, tool_calls
-from biollm._background import background
+from biollm._background import apart, background
 from biollm._plain import ANSWER_SIZES
 from biollm._run import BREATH, Request, Run, Sent
 from biollm.credentials import Credential, hide
@@ -35,6 +35,7 @@ from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usag
 
 CONNECT = 3.0  # seconds that a host has to take a connection
 _LITELLM: Any = litellm  # its own types are partial
+_LOOK = 2.0  # seconds that a request waits for what servers and keys there are
 _KEPT = 32  # chunks of a stream, before their text is joined
 _FRESH = 120.0  # seconds that a short-lived token must still be good for
 
@@ -51,19 +52,36 @@ class Waterfall:
         embedded.register()
         if (close := _LITELLM.close_litellm_async_clients) not in background().closing:
             background().closing.append(close)  # or aiohttp complains at exit
+        self._survey: asyncio.Task[None] | None = None
+        self._surveyed = 0.0
         rungs.refresh()
         rungs.ledger.refresh()
         self._router: Any = _LITELLM.Router(model_list=self._entries(), **routing.router_settings(rungs.config))
+
+    def let_go(self) -> None:
+        """Take back what the Router registered with LiteLLM; it still serves."""
+        self._router.discard()
 
     def _entries(self) -> list[dict[str, Any]]:
         keys = {ident: _params(found) for ident, found in self.rungs.credentials.items()}
         _keep_off_proxies(self.rungs.deployments)
         return routing.model_list(self.rungs.deployments, keys)
 
-    def _follow(self) -> None:
-        """Bring the Router up to date with the servers that run."""
-        if not self.rungs.refresh():
-            return
+    async def _follow(self) -> None:
+        """Bring the Router up to date with the servers that run, without waiting long for a slow file system."""
+        now = time.monotonic()
+        if self._survey is None and self.rungs.due():
+            self._survey, self._surveyed = asyncio.create_task(self._look_around()), now
+        if self._survey:
+            for done in (await asyncio.wait({self._survey}, timeout=max(0.0, self._surveyed + _LOOK - now)))[0]:
+                done.result()
+
+    async def _look_around(self) -> None:
+        try:
+            if not self.rungs.apply(await apart(self.rungs.survey)):
+                return
+        finally:
+            self._survey = None
         wanted = {entry["model_info"]["id"]: entry for entry in self._entries()}
         for gone in set(self._router.get_model_ids()) - set(wanted):
             self._router.delete_deployment(gone)
@@ -120,7 +138,7 @@ class Waterfall:
     async def _turns(self, run: Run) -> AsyncGenerator[list[Deployment], None]:
         """Yield what may be asked next, until nothing is left in any pass."""
         while True:
-            while run.faults < 2 and (allowed := self._allowed(run)):
+            while run.faults < 2 and (allowed := await self._allowed(run)):
                 yield allowed
                 if not run.request.fallback and run.tried:
                     break
@@ -129,9 +147,9 @@ class Waterfall:
                 return
             await asyncio.sleep(wait)
 
-    def _allowed(self, run: Run) -> list[Deployment]:
+    async def _allowed(self, run: Run) -> list[Deployment]:
         """Return the deployments that may be asked now, in order; note why the others may not."""
-        self._follow()
+        await self._follow()
         if run.pinned:
             return [deployment for deployment in self.rungs.deployments if deployment.id == run.pinned]
         ready: list[Deployment] = []
@@ -226,6 +244,7 @@ class Waterfall:
             verdict = classify(error, time.time(), shortened=shortened)
         finally:
             guard.current.reset(token)
+            turn.on_choice = turn.on_send = None  # a connection that is kept open keeps the turn it was opened in
             if watch:
                 watch.cancel()
         if verdict:
@@ -279,7 +298,7 @@ class Waterfall:
             if (known := self.rungs.credentials.get(deployment.id)) is None:
                 continue  # its server left
             if known.ends_within(_FRESH):
-                if found := await asyncio.to_thread(self.rungs.admit, deployment):
+                if found := self.rungs.note(deployment, await apart(self.rungs.look, deployment)):
                     self._renew(deployment, found)
                 else:
                     reason = self.rungs.missing(deployment)
@@ -303,7 +322,7 @@ class Waterfall:
         if verdict.status != 401 or deployment.embedded:
             return
         known = self.rungs.credentials.get(deployment.id)
-        found = known and await asyncio.to_thread(self.rungs.admit, deployment)
+        found = known and self.rungs.note(deployment, await apart(self.rungs.look, deployment))
         if known and found and found.fingerprint != known.fingerprint:
             self._renew(deployment, found)
             run.tried.discard(deployment.id)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from biollm import balance
-from biollm._background import background
+from biollm._background import apart, background
 from biollm._gateway_client import Line, body_of, identity, reach
 from biollm._plain import ANSWER_SIZES, Reader, text, texts
 from biollm._resources import environment_tags, state_dir, wants_local_only
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from biollm._waterfall import Waterfall
+    from biollm.endpoints import Watch
     from biollm.tickets import Job
 
 __all__ = [
@@ -77,6 +78,7 @@ Piece = StreamChunk | StreamRestarted
 _STRICTNESS: tuple[Policy, ...] = ("any", "no_training", "local_only")
 # Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
 _CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256
+_WATERFALLS = 8  # kept in a process
 _SENT_ON = ("temperature", "max_tokens", "tools", "tool_choice")
 
 
@@ -176,9 +178,10 @@ class Client:
         self._identity = identity()
         self.config: Config = load_config(self._dir)
         check_names(self.config, self._defaults.get("provider"), self._defaults.get("model"))
+        self._told = repr(self.config)
         kept = background().kept
-        for key in [key for key in kept if key[:2] == ("waterfall", self._dir)]:
-            del kept[key]
+        for key in [key for key in list(kept) if key[:2] == ("waterfall", self._told)]:  # keys may have changed
+            _let_go(kept.pop(key, None))
 
     def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Return an answer to `prompt`, a text or OpenAI-shaped messages.
@@ -361,16 +364,16 @@ class Client:
         if request.start:
             first = replace(request, wants=replace(request.wants, allow_degraded=False))
             try:
-                return await self._waterfall().complete(first)
+                return await (await self._waterfall()).complete(first)
             except CompletionError as error:
                 await self._start(request, error)
-        return await self._waterfall().complete(request)
+        return await (await self._waterfall()).complete(request)
 
     async def _stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         if request.start:
             first = replace(request, wants=replace(request.wants, allow_degraded=False))
             try:
-                async for piece in self._waterfall().stream(first):
+                async for piece in (await self._waterfall()).stream(first):
                     yield piece
             except InterruptedStreamError:
                 raise
@@ -378,7 +381,7 @@ class Client:
                 await self._start(request, error)
             else:
                 return
-        async for piece in self._waterfall().stream(request):
+        async for piece in (await self._waterfall()).stream(request):
             yield piece
 
     async def _start(self, request: Request, error: CompletionError) -> None:
@@ -427,14 +430,23 @@ class Client:
             for task in tasks:
                 task.cancel()
 
-    def _waterfall(self) -> Waterfall:
+    async def _waterfall(self) -> Waterfall:
         """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""
-        kept, policy = background().kept, self.policy()
-        key = ("waterfall", self._dir, os.environ.get("BIOLLM_CONFIG_DIR"), policy, state_dir())
-        if key not in kept:
-            made = import_waterfall()
-            kept[key] = made(Rungs(self.config, ledger(), state_dir(), policy, watch(self.config.cluster).alive))
-        return kept[key]
+        servers, kept, policy = watch(self.config.cluster), background().kept, self.policy()
+        if not servers.awake:
+            await apart(servers.alive)
+        key = ("waterfall", self._told, policy, state_dir())
+        making = kept.pop(key, None)
+        if making is None or (making.done() and (making.cancelled() or making.exception())):
+            making = asyncio.ensure_future(apart(self._make, policy, servers))
+        kept[key] = making  # the one that was used last is the last
+        for old in [each for each in list(kept) if each[0] == "waterfall"][:-_WATERFALLS]:
+            _let_go(kept.pop(old))
+        return await asyncio.shield(making)
+
+    def _make(self, policy: Policy, servers: Watch) -> Waterfall:
+        made = import_waterfall()
+        return made(Rungs(self.config, ledger(), state_dir(), policy, servers.latest))
 
 
 ModelRouter = Client
@@ -467,6 +479,12 @@ def import_waterfall() -> type[Waterfall]:
         if collects:
             gc.enable()
     return Waterfall
+
+
+def _let_go(making: asyncio.Future[Waterfall] | None) -> None:
+    """Take what a waterfall registered with LiteLLM back; requests under way go on."""
+    if making and making.done() and not making.cancelled() and not making.exception():
+        making.result().let_go()
 
 
 def _check_options(options: Options) -> None:

@@ -108,15 +108,15 @@ class Played(Rungs):
         self.deployments += [replace(live, order=len(played) + 1)] if live else []
         self._live = live.id if live else ""
         for rung in self.deployments:
-            self.admit(rung, exchange=False)
+            self.note(rung, self.look(rung, exchange=False))
 
-    def refresh(self) -> bool:
+    def due(self) -> bool:
         """Return that nothing has changed: the real rungs were read when the drill began."""
         return False
 
-    def _look(self, deployment: Deployment, exchange: bool) -> Credential | str:
+    def look(self, deployment: Deployment, *, exchange: bool = True) -> Credential | str:  # noqa: D102
         if deployment.id == self._live:
-            return self._real._look(deployment, exchange)
+            return self._real.look(deployment, exchange=exchange)
         return of_secret(_key(deployment).split()[0])
 
 

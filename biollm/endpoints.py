@@ -29,6 +29,7 @@ STALE_S = 20.0  # a record is renewed every 5 s, or 10 s later by a server that 
 ENDING_S = 10.0  # a server with less walltime left gets no new requests
 PROBE_S = 15.0  # between two questions to the same server
 _RETRY_S = 2.0  # the same, after it did not answer
+_LOOK_S = 2.0  # how long the first look is waited for
 _UNUSED_S = 60.0  # a watch that nobody asks stops reading
 _SKEW_S = 60.0  # how long a measured difference of clocks is believed
 _START = re.compile(r"[0-9a-f]{32}")
@@ -154,16 +155,33 @@ class Watch:
         self._alive: tuple[Endpoint, ...] = ()
         self._probed: dict[str, tuple[float, bool]] = {}  # start -> when, and whether it answered
         self._thread: threading.Thread | None = None
+        self._looked = threading.Event()
         self._asked = 0.0
 
     def alive(self) -> tuple[Endpoint, ...]:
-        """Return the servers alive at most an interval ago; the first call reads at once."""
+        """Return the servers alive at most an interval ago; waits for the first look, and for one after a minute unasked.
+
+        A file system that does not answer is waited for 2 s; then it is what was known before.
+        """
+        self.latest()
+        self._looked.wait(_LOOK_S)
+        return self._alive
+
+    def latest(self) -> tuple[Endpoint, ...]:
+        """Return the servers that are known to be alive, without waiting, and see to it that somebody looks."""
         self._asked = time.monotonic()
         if self._thread is None or not self._thread.is_alive():  # also in the child of a fork
-            self.refresh()
-            self._thread = threading.Thread(target=self._run, name="biollm-endpoints", daemon=True)
+            self._looked = threading.Event()
+            self._thread = threading.Thread(
+                target=self._run, args=(self._looked,), name="biollm-endpoints", daemon=True
+            )
             self._thread.start()
         return self._alive
+
+    @property
+    def awake(self) -> bool:
+        """Return whether `latest` is of now, and `alive` would not wait."""
+        return self._looked.is_set() and self._thread is not None and self._thread.is_alive()
 
     def refresh(self) -> tuple[Endpoint, ...]:
         """Read the records, and ask the servers that are new or were not asked for a while."""
@@ -177,10 +195,11 @@ class Watch:
         self._alive = tuple(e for e in found if probed.get(e.start, (0.0, False))[1])
         return self._alive
 
-    def _run(self) -> None:
+    def _run(self, looked: threading.Event) -> None:
         while time.monotonic() - self._asked < _UNUSED_S:
             began = time.monotonic()
             self.refresh()
+            looked.set()
             took = time.monotonic() - began
             time.sleep(max(self._interval, 20 * took))  # a slow file system is read more rarely
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from biollm import _reach
-from biollm._background import background
+from biollm._background import apart, background
 from biollm._resources import state_dir
 from biollm._shared import ledger, watch
 from biollm.config import Config, load_config
@@ -106,7 +106,7 @@ async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClien
     try:
         async with asyncio.timeout(timeout):
             if known.ends_within(0):  # `refresh` renews none
-                renewed = await asyncio.to_thread(rungs.admit, first)
+                renewed = rungs.note(first, await apart(rungs.look, first))
                 if renewed is None:
                     return Health(first.provider.name, who, False, error=rungs.missing(first))
                 known = renewed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,6 +53,19 @@ class Rung:
     load: Load | None = None
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a look at servers and credentials found; `deployments` is None where the servers are the same.
+
+    Attributes:
+        found: Credentials, or why there are none, of deployments that are new or lacked them.
+    """
+
+    servers: tuple[Endpoint, ...]
+    deployments: list[Deployment] | None
+    found: Sequence[tuple[Deployment, Credential | str]] = field(repr=False)
+
+
 class Rungs:
     """The deployments of one configuration.
 
@@ -86,42 +99,58 @@ class Rungs:
         self._missing: dict[str, tuple[Standing, str]] = {}
 
     def refresh(self) -> bool:
-        """Follow the running servers and, every few seconds, what was missing; return whether anything changed."""
-        servers = tuple(sorted(self._discover(), key=lambda server: server.start))
-        starts = [server.start for server in servers]
-        if self._servers is not None and starts == [server.start for server in self._servers]:
-            return self._look_again()
-        self._servers, self._looked = servers, time.monotonic()
-        self.deployments, self._informed = routing.deployments(self.config, servers, self.policy), False
-        alive = {deployment.id for deployment in self.deployments}
-        for known in (self.credentials, self.needs, self._missing):
-            for gone in set(known) - alive:
-                del known[gone]
-        for deployment in self.deployments:
-            if deployment.id not in self.needs and deployment.id not in self._missing:
-                self.admit(deployment, exchange=False)
-        return True
+        """Follow the running servers and, every few seconds, what was missing; return whether anything changed.
 
-    def _look_again(self) -> bool:
-        """Look for keys, tokens and weights that have come since; return whether there are any."""
-        if not self._missing or time.monotonic() - self._looked < self._interval:
-            return False
-        self._looked, came = time.monotonic(), False
-        for deployment in [deployment for deployment in self.deployments if deployment.id in self._missing]:
-            found = self._look(deployment, exchange=False)
-            # One that has expired is the one that could not be exchanged; every further try would block a request.
-            if isinstance(found, str) or not found.ends_within(0):
-                came |= self._note(deployment, found) is not None
-        return came
-
-    def admit(self, deployment: Deployment, *, exchange: bool = True) -> Credential | None:
-        """Look for what the deployment needs to be asked (again); return its credential, or None and note why.
-
-        With `exchange`, a short-lived token may be fetched, which blocks.
+        May block on slow file systems. An event loop asks `due`, runs `survey` in a thread, and then calls `apply`.
         """
-        return self._note(deployment, self._look(deployment, exchange))
+        return self.due() and self.apply(self.survey())
 
-    def _note(self, deployment: Deployment, found: Credential | str) -> Credential | None:
+    def due(self) -> bool:
+        """Return whether servers came or went, or it is time to look for what was missing; reads memory alone."""
+        if self._servers is None or self._starts(self._discover()) != self._starts(self._servers):
+            return True
+        return bool(self._missing) and time.monotonic() - self._looked >= self._interval
+
+    def survey(self) -> Survey:
+        """Look for servers, keys, tokens and weights that are new or were missing; in any thread, changes nothing."""
+        servers = tuple(sorted(self._discover(), key=lambda server: server.start))
+        known, missing = self.needs.keys(), self._missing
+        if self._servers is not None and self._starts(servers) == self._starts(self._servers):
+            deployments, sought = None, [each for each in self.deployments if each.id in missing]
+        else:
+            deployments = routing.deployments(self.config, servers, self.policy)
+            sought = [each for each in deployments if each.id not in known and each.id not in missing]
+        return Survey(servers, deployments, [(each, self._look(each, False, servers)) for each in sought])
+
+    def apply(self, survey: Survey) -> bool:
+        """Take over what was found; return whether anything changed."""
+        self._looked, changed = time.monotonic(), survey.deployments is not None
+        if survey.deployments is not None:
+            self._servers, self.deployments, self._informed = survey.servers, survey.deployments, False
+            alive = {deployment.id for deployment in self.deployments}
+            for known in (self.credentials, self.needs, self._missing):
+                for gone in set(known) - alive:
+                    del known[gone]
+        for deployment, found in survey.found:
+            # One that has expired is the one that could not be exchanged; every further try would block a request.
+            if deployment.id in self._missing and not isinstance(found, str) and found.ends_within(0):
+                continue
+            changed |= self.note(deployment, found) is not None
+        return changed
+
+    @staticmethod
+    def _starts(servers: Iterable[Endpoint]) -> list[str]:
+        return sorted(server.start for server in servers)
+
+    def look(self, deployment: Deployment, *, exchange: bool = True) -> Credential | str:
+        """Look for what the deployment needs to be asked; return its credential, or why there is none.
+
+        In any thread; changes nothing. With `exchange`, a short-lived token may be fetched, which blocks.
+        """
+        return self._look(deployment, exchange, self._servers or ())
+
+    def note(self, deployment: Deployment, found: Credential | str) -> Credential | None:
+        """Take over what `look` found; return the credential, or None where there is none."""
         if isinstance(found, str):
             self.credentials.pop(deployment.id, None)
             self._missing[deployment.id] = (
@@ -134,7 +163,7 @@ class Rungs:
         self.needs[deployment.id] = Need(deployment.scope, deployment.limits, cooling_keys(deployment, found))
         return found
 
-    def _look(self, deployment: Deployment, exchange: bool) -> Credential | str:
+    def _look(self, deployment: Deployment, exchange: bool, servers: Sequence[Endpoint]) -> Credential | str:
         if deployment.embedded:
             model = self.config.models[deployment.model]
             ready = embedded.ready(model, self.state)
@@ -142,7 +171,9 @@ class Rungs:
         if deployment.provider.type == "local" and deployment.base_url is None:
             return f"no server is up: biollm up {deployment.model}"
         if deployment.start:
-            server = next(server for server in self._servers or () if server.start == deployment.start)
+            server = next((server for server in servers if server.start == deployment.start), None)
+            if server is None:
+                return "its server has left"
             try:
                 return credentials.of_secret(endpoints.read_key(server))
             except (OSError, ValueError) as error:  # its record still counts for some seconds after the key has gone

@@ -80,7 +80,9 @@ def replicas(waterfall: Callable[..., Path], tmp_path: Path) -> Replicas:
         )  # fmt: skip
         client = get_model_client()
         cluster = client.config.cluster
-        background().kept["watch", run_dir(cluster), cluster.trusted_owners] = SimpleNamespace(alive=lambda: found)
+        background().kept["watch", run_dir(cluster), cluster.trusted_owners] = SimpleNamespace(
+            alive=lambda: found, latest=lambda: found, awake=True
+        )
         return client
 
     return make

@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -838,6 +838,40 @@ def test_reload_sees_a_changed_file(net: Loopback, waterfall: Write) -> None:
     assert client.complete("hi").text == "old"
     client.reload()
     assert client.complete("hi").text == "new"
+
+
+def test_each_client_keeps_the_configuration_it_was_made_with(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(text="old"))
+    old = get_model_client()
+    waterfall(first=net.serve(text="new"))
+    new = get_model_client()
+    assert [old.complete("hi").text, new.complete("hi").text] == ["old", "new"]
+    assert [new.complete("hi").text, old.complete("hi").text] == ["new", "old"]
+
+
+def test_a_request_under_way_survives_a_reload(net: Loopback, waterfall: Write) -> None:
+    go = threading.Event()
+    waterfall(first=net.serve(answer=lambda _body: go.wait(10) and {"role": "assistant", "content": "old"}))
+    client = get_model_client()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.complete, "hi")
+        for _ in range(12):
+            client.reload()
+        go.set()
+        assert waiting.result(10).text == "old"
+
+
+def test_configurations_that_nobody_uses_are_forgotten(net: Loopback, waterfall: Write) -> None:
+    from biollm._waterfall import Waterfall
+
+    server, begun = net.serve(), len(cast("Any", sys.modules["litellm"])._async_success_callback)
+    for number in range(12):
+        waterfall({"routing": {"timeout": 30 + number}}, first=server)
+        assert get_model_client().complete("hi").provider == "first"
+        assert get_model_client().complete("hi").provider == "first"
+    gc.collect()
+    assert sum(isinstance(each, Waterfall) for each in gc.get_objects()) <= 9
+    assert len(cast("Any", sys.modules["litellm"])._async_success_callback) - begun <= 9
 
 
 def test_as_a_context_manager_what_was_done_is_on_disk_at_the_end(net: Loopback, waterfall: Write, state: Path) -> None:

@@ -7,13 +7,16 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from provider import Loopback
 
+from biollm.client import get_model_client
 from biollm.config import Cluster
 from biollm.endpoints import Records, Watch, ask, load, read_key
 from biollm.owners import listener_trusted, uids
@@ -197,6 +200,18 @@ def test_a_watch_works_in_the_child_of_a_fork(cluster: Cluster, server: Server) 
             time.sleep(0.02)
         os._exit(0 if watch.alive() else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.slow
+def test_a_file_system_that_does_not_answer_holds_up_nobody(
+    net: Loopback, waterfall: Callable[..., Path], state: Path
+) -> None:
+    (state / "slurm" / "records").mkdir(parents=True)
+    os.mkfifo(state / "slurm" / "records" / f"{START}.json")  # to open it waits until somebody writes
+    waterfall(first=net.serve())
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: get_model_client().complete("hi", deadline=30), range(2)))
+    assert [answer.provider for answer in answers] == ["first", "first"]
 
 
 def test_200_servers_are_asked_for_without_file_access(cluster: Cluster) -> None:

@@ -274,7 +274,9 @@ def running_server(start: str, model: str, url: str, key: Path) -> Endpoint:
 def discovered(client: Client, alive: Callable[[], tuple[Endpoint, ...]]) -> None:
     """Let the client find these servers; how they are found is tested elsewhere."""
     cluster = client.config.cluster
-    background().kept["watch", run_dir(cluster), cluster.trusted_owners] = SimpleNamespace(alive=alive)
+    background().kept["watch", run_dir(cluster), cluster.trusted_owners] = SimpleNamespace(
+        alive=alive, latest=alive, awake=True
+    )
 
 
 @pytest.fixture(scope="module")

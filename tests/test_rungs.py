@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from provider import Loopback
 
+from biollm._background import apart
 from biollm.config import load_config
 from biollm.endpoints import Endpoint
 from biollm.ledger import Ledger, Need, Refused
@@ -117,6 +118,23 @@ def test_what_is_missing_is_not_looked_for_at_each_request(waterfall: Write, led
     rungs.refresh()
     api_key(tmp_path)
     assert not rungs.refresh()
+
+
+def test_a_server_that_left_is_no_reason_to_wait_for_ever(waterfall: Write, ledger: Ledger, tmp_path: Path) -> None:
+    waterfall({"models": {"mine": {"type": "local", "hf_id": "lab/mine"}}}, gpu={"type": "local", "models": ["mine"]})
+    server_key(tmp_path)
+    servers = [server("late", tmp_path / "server.key")]
+    rungs = Rungs(load_config(), ledger, tmp_path, "any", lambda: servers)
+    rungs.refresh()
+    [deployment] = rungs.deployments
+    servers.clear()
+    rungs.refresh()
+    assert asyncio.run(asyncio.wait_for(asyncio.to_thread(rungs.look, deployment), 5)) == "its server has left"
+
+
+def test_a_thread_that_runs_out_of_items_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(asyncio.wait_for(apart(next, iter(())), 5))
 
 
 @pytest.mark.parametrize(
