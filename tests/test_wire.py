@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import behaviours as b
@@ -14,7 +15,7 @@ from provider import Loopback
 
 from biollm._lean import OWN_HANDLER
 from biollm._shared import ledger
-from biollm.client import Client, InterruptedStreamError, get_model_client
+from biollm.client import Client, CompletionError, InterruptedStreamError, get_model_client
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -72,6 +73,30 @@ def test_a_fault_is_one_request(
     assert ask(get_model_client(), stream) == "from second"
     assert 1 <= len(first.requests) == counted("first/small")
     assert len(second.requests) == counted("second/small") == 1
+
+
+EVERY = {name: how for name, how in vars(b).items() if isinstance(how, Behaviour)} | {
+    "SAYS_AGAIN": Behaviour(503, headers=(("Retry-After", "0"), ("x-should-retry", "true")), body="again"),
+    "LATE": Behaviour(hang=1, pause=0.1),
+    "GARBLED": Behaviour(garble=3),
+    "NO_END": Behaviour(done=False),
+    "GEMINI_429": b.gemini_limited("Minute", "17s"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("own", ["", "True"], ids=["OpenAI's SDK", "LiteLLM's handler"])
+@pytest.mark.parametrize("fault", EVERY)
+def test_the_ledger_counts_what_was_sent(
+    net: Loopback, waterfall: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, fault: str, own: str, stream: bool
+) -> None:
+    monkeypatch.setenv(OWN_HANDLER, own)
+    first, second = net.serve(then=EVERY[fault]), net.serve(text="from second")
+    waterfall(first=first, second=second)
+    with suppress(CompletionError):
+        ask(get_model_client(timeout=0.5 if "HANG" in fault or fault == "DRIP" else 30), stream)
+    assert [len(first.requests), len(second.requests)] == [counted("first/small"), counted("second/small")]
+    assert first.requests
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
