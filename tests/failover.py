@@ -139,7 +139,7 @@ SCENARIOS = {
     "S09": Scenario("silent after 20 tokens for 30 s, then closes",
                     (Behaviour(hang=HEAD + 20, pause=30, tear=HEAD + 20),),
                     required=lambda seen: seen.first.seconds < 45, healthy_after=True),
-    "S10": Scenario("the tenth event is invalid JSON", (Behaviour(garble=10),), healthy_after=True),
+    "S10": Scenario("the tenth event is invalid JSON", (Behaviour(noise=10),), healthy_after=True),
     "S11": Scenario("whole, but no [DONE]", then=Behaviour(done=False),
                     required=lambda seen: seen.first.seconds < 8, advisory=lambda seen: seen.first.usage),
     "S12": Scenario("400 context_length_exceeded", then=b.CONTEXT_TOO_LONG,
@@ -181,15 +181,15 @@ class Play:
 
     def __post_init__(self) -> None:
         self.name = "-".join((self.scenario, self.wiring[:3], self.tuning, self.face)).lower()
+        self.plan = SCENARIOS.get(self.scenario, Scenario("nothing is broken"))
         self._since: list[float] = []
 
     def open(self, net: Loopback) -> None:
         """Start what stands for the provider or providers."""
         one = self.wiring == "one address"
-        script = list(SCENARIOS[self.scenario].script)
+        script, scenario = list(self.plan.script), self.plan
 
         def answer(request: Request) -> Behaviour:
-            scenario = SCENARIOS[self.scenario]
             if request.body["model"].endswith("fallback"):
                 return scenario.fallback if isinstance(scenario.fallback, Behaviour) else scenario.fallback(request)
             self._since.append(request.at)
@@ -241,7 +241,7 @@ async def run(some: Sequence[Play], ask: Callable[[Play], Any]) -> dict[Play, Se
 
     async def one(at: int, play: Play) -> Seen:
         await asyncio.sleep(0.05 * at)
-        scenario, began, calls = SCENARIOS[play.scenario], time.monotonic(), list[Call]()
+        scenario, began, calls = play.plan, time.monotonic(), list[Call]()
         for number in range(scenario.calls + scenario.healthy_after):
             await asyncio.sleep(max(0.0, began + number * scenario.every - time.monotonic()))
             start = time.monotonic()
@@ -320,9 +320,10 @@ def environment(folder: Path) -> dict[str, str]:
 def everything(folder: Path, some: Sequence[Play] = ()) -> dict[Play, Seen]:
     """Run all scenarios in every wiring and tuning against both faces; os.environ has what `environment` says."""
     some = some or plays()
-    mine = {face: [play for play in some if play.face == face] for face in FACES}
+    first = [Play("warm", WIRINGS[0], *each) for each in {(play.tuning, play.face) for play in some}]
+    mine = {face: [play for play in (*first, *some) if play.face == face] for face in FACES}
     with Loopback() as net:
-        for play in some:
+        for play in (*first, *some):
             play.open(net)
         configure(folder / "gateway", mine["gateway"])
         clients = {
@@ -332,17 +333,17 @@ def everything(folder: Path, some: Sequence[Play] = ()) -> dict[Play, Seen]:
         }
         url = _serve.detach(["--port", "0"])[0]["url"] if mine["gateway"] else ""
         try:
-            return asyncio.run(_both(mine, url, clients))
+            return asyncio.run(_both(first, some, url, clients))
         finally:
             if url:
                 _serve.stop(30)
 
 
-async def _both(mine: dict[str, list[Play]], url: str, clients: dict[str, Client]) -> dict[Play, Seen]:
-    http, of_the_gateway = of_gateway(url.removesuffix("/v1"), os.environ["BIOLLM_GATEWAY_KEY"])
+async def _both(first: list[Play], some: Sequence[Play], url: str, clients: dict[str, Client]) -> dict[Play, Seen]:
+    """Ask both faces, once LiteLLM is loaded in them."""
+    http, of_the_gateway = of_gateway(url, os.environ["BIOLLM_GATEWAY_KEY"])
+    faces = {"gateway": of_the_gateway, "client": of_client(clients)}
     async with http:
-        both = await asyncio.gather(
-            run(mine["client"], of_client(clients)),
-            run(mine["gateway"], of_the_gateway),
-        )
-    return both[0] | both[1]
+        for play in first:
+            await faces[play.face](play)
+        return await run(some, lambda play: faces[play.face](play))
