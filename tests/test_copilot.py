@@ -41,7 +41,7 @@ class GitHub:
     lasts: float = 1500.0
     exchanges: int = 0
     url: str = ""
-    api: str = "http://api"
+    api: str = "https://api"
 
     def answer(self, method: str, path: str, form: dict[str, str], headers: dict[str, str]) -> tuple[int, Any]:
         match method, path:
@@ -117,7 +117,7 @@ def login(state: Path, account: str = "lab") -> list[float]:
 
 def keep(state: Path, seconds: float, secret: str = "tid=kept") -> None:
     """Put a token that is good for so many more seconds where the last exchange left one."""
-    body = {"token": secret, "expires_at": time.time() + seconds, "endpoints": {"api": "http://api"}}
+    body = {"token": secret, "expires_at": time.time() + seconds, "endpoints": {"api": "https://api"}}
     (state / "github_copilot" / "lab" / "api-key.json").write_text(json.dumps(body))
 
 
@@ -288,7 +288,7 @@ def test_the_credential_carries_what_copilot_wants(logged_in: GitHub, state: Pat
     assert found.headers.keys() == {
         *("copilot-integration-id", "editor-version", "editor-plugin-version", "openai-intent", "x-github-api-version")
     }
-    assert found.base_url == "http://api"
+    assert found.base_url == "https://api"
     assert found.expires_at is not None
     assert found.expires_at > time.time()
     assert found.fingerprint
