@@ -14,13 +14,14 @@ import stat
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from biollm.owners import is_this_host, uids
-from biollm.site import run_dir
+from biollm.site import places, present_dir
 
 if TYPE_CHECKING:
     from biollm.config import Cluster
@@ -70,7 +71,7 @@ class Records:
     """The records of a cluster's run directory; unchanged ones are not read again."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._cluster, self._run = cluster, run_dir(cluster)
+        self._cluster, self._places = cluster, places(cluster)
         self._owners = uids(cluster.trusted_owners)
         self._known: dict[str, tuple[tuple[int, int], Any, int]] = {}
         self._nodes: tuple[float, dict[str, str]] = (-1.0, {})
@@ -81,19 +82,19 @@ class Records:
         alive: list[Endpoint] = []
         others: dict[str, str] = {}
         known, self._known = self._known, {}
-        try:
-            entries = [entry for entry in os.scandir(self._run / "records") if entry.name.endswith(".json")]
-        except OSError:
-            return [], {}
+        entries: list[os.DirEntry[str]] = []
+        for place in self._places:
+            with suppress(OSError):
+                entries += [entry for entry in os.scandir(place / "records") if entry.name.endswith(".json")]
         now = self.now() if entries else 0.0
         for entry in entries:
             try:
                 seen = entry.stat(follow_symlinks=False)
                 mark = (seen.st_mtime_ns, seen.st_ino)
-                if (old := known.get(entry.name)) is None or old[0] != mark:
+                if (old := known.get(entry.path)) is None or old[0] != mark:
                     old = (mark, *_load(entry.path))
-                self._known[entry.name] = old
-                found = self._judge(entry.name[:-5], old[1], old[2], now - seen.st_mtime)
+                self._known[entry.path] = old
+                found = self._judge(Path(entry.path), old[1], old[2], now - seen.st_mtime)
             except FileNotFoundError:
                 continue  # it left just now
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -108,12 +109,13 @@ class Records:
         """Return the time by the file system's clock: nodes' and servers' clocks may differ by minutes."""
         measured, skew = self._skew
         if time.monotonic() - measured >= _SKEW_S:
-            skew = file_time(self._run) - time.time()
+            skew = file_time(present_dir(self._cluster)) - time.time()
             self._skew = (time.monotonic(), skew)
         return time.time() + skew
 
-    def _judge(self, name: str, record: Any, owner: int, age: float) -> Endpoint | str:
+    def _judge(self, path: Path, record: Any, owner: int, age: float) -> Endpoint | str:
         """Return the endpoint of a record, or why it does not count."""
+        name = path.stem
         left = float(record["left_s"]) - age
         address, host = str(record["address"]), str(record["host"])
         if record["cluster"] != self._cluster.name:
@@ -130,14 +132,15 @@ class Records:
             return f"{host} ({address}) is not known as a node of the cluster"
         return Endpoint(
             start=name, job=str(record["job"]), ticket=str(record["ticket"]), model=str(record["model"]), host=host,
-            base_url=f"http://{address}:{int(record['port'])}/v1", key_file=self._run / "starts" / name / "key",
+            base_url=f"http://{address}:{int(record['port'])}/v1", key_file=path.parent.with_name("starts") / name / "key",
             owner=owner, left_s=left, link=int(record["link"]),
         )  # fmt: skip
 
     def _node_map(self) -> Mapping[str, str]:
         """Return node name -> address, as the controller told `biollm up` or `status` last."""
-        path = self._run / f"nodes-{self._cluster.name}.json"
+        paths = [place / f"nodes-{self._cluster.name}.json" for place in self._places]
         try:
+            path = next((path for path in paths if path.exists()), paths[0])
             changed = path.stat().st_mtime
             if changed != self._nodes[0]:
                 nodes, owner = _load(path)

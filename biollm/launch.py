@@ -30,7 +30,7 @@ from biollm.config import Cluster, Model
 from biollm.errors import ConfigError, DoesNotFitError, Problem, UsageError, nearest
 from biollm.fit import fit
 from biollm.sbatch import Request, header, request
-from biollm.site import cache_dir, log_dir, models_dir, node_files, run_dir, weights_dir
+from biollm.site import cache_dir, log_dir, models_dir, node_files, own_dir, run_dir, weights_dir
 
 _SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
@@ -265,6 +265,6 @@ def _spec(models: Sequence[Model], cluster: Cluster, job: Request, options: Opti
         server = {"name": model.key, "argv": argv + vllm_args.argv(args), "gpus": model.gpus_required // job.nodes}
         servers.append(server | {"start_timeout": model.start_timeout})
     return {
-        "v": 1, "cluster": cluster.name, "run_dir": str(run_dir(cluster)), "log_dir": str(log_dir(cluster)),
+        "v": 1, "cluster": cluster.name, "run_dir": str(own_dir(cluster)), "log_dir": str(log_dir(cluster)),
         "walltime": job.walltime, "drain": job.drain, "idle_timeout": idle, "nodes": job.nodes, "models": servers,
     }  # fmt: skip

@@ -16,6 +16,21 @@ def run_dir(cluster: Cluster) -> Path:
     return cluster.run_dir or state_dir() / "slurm"
 
 
+def own_dir(cluster: Cluster) -> Path:
+    """Return biollm's own folder in the run directory, which may be the user's for other things, too."""
+    return run_dir(cluster) / "biollm"
+
+
+def places(cluster: Cluster) -> tuple[Path, Path]:
+    """Return where biollm's own files lie: this version's, and where 0.1 put them, whose servers may still run."""
+    return own_dir(cluster), run_dir(cluster)
+
+
+def present_dir(cluster: Cluster) -> Path:
+    """Return the first of `places` that is there, for who only looks and makes no folder."""
+    return next((place for place in places(cluster) if place.is_dir()), own_dir(cluster))
+
+
 def log_dir(cluster: Cluster) -> Path:
     """Return the folder of the jobs' and servers' logs."""
     return cluster.log_dir or run_dir(cluster) / "logs"
@@ -46,12 +61,12 @@ def weights_dir(model: Model, cluster: Cluster) -> Path:
 
 
 def node_files(cluster: Cluster) -> dict[Path, str]:
-    """Return what must lie in run_dir before a job starts, path -> text; the supervisor comes first.
+    """Return what must lie in own_dir before a job starts, path -> text; the supervisor comes first.
 
     A new version has another name, so that running jobs keep theirs.
     """
     stem, texts = _node_source()
-    return {run_dir(cluster) / "lib" / f"{stem}{part}.py": text for part, text in texts.items()}
+    return {own_dir(cluster) / "lib" / f"{stem}{part}.py": text for part, text in texts.items()}
 
 
 @cache

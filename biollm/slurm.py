@@ -27,7 +27,7 @@ from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.launch import LaunchScript, Options, render
 from biollm.owners import uids
 from biollm.sbatch import header, request
-from biollm.site import log_dir, node_files, run_dir
+from biollm.site import log_dir, node_files, own_dir, present_dir, run_dir
 from biollm.tickets import Job, Ticket, failure, find, gpu_hours, judge, read, save, server_log, sweep, tail, tickets
 
 OnState = Callable[[Job], None]
@@ -133,14 +133,13 @@ def wait_for(
 
 def status(cluster: Cluster) -> list[Job]:
     """Return this user's jobs that are not over, or have been for less than a day, with the requests at each server."""
-    folder = run_dir(cluster)
-    if not (folder / "jobs").is_dir():
-        return []
     every = tickets(cluster)
+    if not every:
+        return []
     newest = {ticket.job: ticket for ticket in every}  # a controller that lost its state counts from 1 again
     queue = _queue(cluster, max((ticket.submitted for ticket in every), default=0))
     gone = replace(queue, rows={})
-    alive, now = Watch(cluster).refresh(), file_time(folder)
+    alive, now = Watch(cluster).refresh(), file_time(present_dir(cluster))
     jobs = [judge(ticket, queue if newest[ticket.job] is ticket else gone, alive, now) for ticket in every]
     jobs = [job for job in jobs if not job.over or now - max(job.ticket.submitted, job.ticket.seen) < 86400]
     return [replace(job, requests={e.start: load(e) for e in job.endpoints}) for job in jobs]
@@ -180,7 +179,7 @@ def down(cluster: Cluster, target: str | None = None, *, wait: bool = True) -> l
     chosen += [ticket for ticket in every if ticket.chain in chains and ticket not in chosen]
     jobs = [job for job in _judged(chosen, cluster) if not job.over]
     for job in jobs:  # whoever starts meanwhile finds the mark
-        (run_dir(cluster) / "jobs" / f"{job.ticket.chain or job.ticket.id}.stop").touch(mode=0o600)
+        (job.ticket.folder / f"{job.ticket.chain or job.ticket.id}.stop").touch(mode=0o600)
     if jobs:
         _scheduler.run("scancel", "--state=PENDING", *(job.ticket.job for job in jobs))
     for flags, spans in (["--batch"], False), ([], True):  # a job on several nodes runs in a step
@@ -298,13 +297,8 @@ def _start_time(models: Sequence[Model], cluster: Cluster, walltime: float) -> f
 
 
 def _prepare(cluster: Cluster, share: str, known: Sequence[Job]) -> None:
-    """Make the run directory, its node files and the map of the nodes; open them to a group."""
-    folder = private_folder(run_dir(cluster))
-    mode = folder.stat().st_mode & 0o7777  # a lab's common folder stays common
-    for name in ("records", "starts", "jobs", "lib"):
-        if not (folder / name).exists():
-            (folder / name).mkdir()
-            (folder / name).chmod(mode)
+    """Make the node files and the map of the nodes; open what a client reads to a group."""
+    folder = _own_dir(cluster)
     private_folder(log_dir(cluster))
     sweep(cluster, known)
     for path, text in node_files(cluster).items():
@@ -316,14 +310,13 @@ def _prepare(cluster: Cluster, share: str, known: Sequence[Job]) -> None:
     nodes = folder / f"nodes-{cluster.name}.json"
     write_private(nodes, json.dumps(_scheduler.nodes()))
     nodes.chmod(0o644)
-    for path in (folder, folder / "records", folder / "starts") if share else ():
+    for path in (run_dir(cluster), folder, folder / "records", folder / "starts") if share else ():
         shutil.chown(path, group=share)
         path.chmod(path.stat().st_mode & 0o7777 | 0o050)
 
 
 def _submit(script: LaunchScript, cluster: Cluster, ticket: Ticket, options: list[str], share: str) -> Ticket:
-    jobs = run_dir(cluster) / "jobs"
-    path = jobs / f"{ticket.id}.sh"
+    path = own_dir(cluster) / "jobs" / f"{ticket.id}.sh"
     write_private(path, script.text)
     arguments = ["--ticket", ticket.id, *(["--share", share] if share else [])]
     if ticket.chain:
@@ -334,15 +327,26 @@ def _submit(script: LaunchScript, cluster: Cluster, ticket: Ticket, options: lis
 
 
 def _submitting(cluster: Cluster) -> AbstractContextManager[None]:
-    return locked(private_folder(run_dir(cluster)) / f"submit-{os.getuid()}.lock")
+    return locked(_own_dir(cluster) / f"submit-{os.getuid()}.lock")
+
+
+def _own_dir(cluster: Cluster) -> Path:
+    """Make biollm's own folder and return it: open to whom the run directory is, as a lab's common folder stays common."""
+    folder, own = private_folder(run_dir(cluster)), own_dir(cluster)
+    mode = folder.stat().st_mode & 0o7777
+    for path in (own, *(own / name for name in ("records", "starts", "jobs", "lib"))):
+        with suppress(FileExistsError):
+            path.mkdir()
+            path.chmod(mode)
+    return own
 
 
 def _queue(cluster: Cluster, since: float = 0.0) -> Queue:
-    return _scheduler.queue(run_dir(cluster), cluster.name, since)
+    return _scheduler.queue(present_dir(cluster), cluster.name, since)
 
 
 def _judged(chosen: Sequence[Ticket], cluster: Cluster) -> list[Job]:
-    queue, alive, now = _queue(cluster), Records(cluster).read()[0], file_time(run_dir(cluster))
+    queue, alive, now = _queue(cluster), Records(cluster).read()[0], file_time(present_dir(cluster))
     return [judge(read(ticket, cluster), queue, alive, now) for ticket in chosen]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -22,13 +22,19 @@ from biollm._scheduler import Queue, Row
 from biollm.config import Cluster
 from biollm.endpoints import Endpoint
 from biollm.errors import JobFailedError, UsageError
-from biollm.site import run_dir
+from biollm.site import own_dir, places
 from biollm.types import known
 
 Phase = Literal["pending", "starting", "ready", "draining", "ended", "failed", "unknown"]
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom.?kill|out of memory", re.IGNORECASE)
 _KEPT_S = 7 * 86400
+_ID = "[0-9a-f]{12}4[0-9a-f]{3}[89ab][0-9a-f]{15}"  # uuid4().hex
+_FORMS = {  # folder -> the names that biollm gives in it
+    "jobs": r"\.?({id})\.(?:json|sh)(?:\.\w{{8}})?|({ticket})(?:\.events|\.stop|-\d+\.master)",
+    "records": r"({id})\.(?:json|new)",
+    "starts": r"({id})",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Ticket:
     nodes: int = 1
     submitted: float = 0.0
     seen: float = 0.0  # when its last event was written
+    folder: Path = Path()  # where its files lie
     events: tuple[dict[str, Any], ...] = ()
 
 
@@ -127,24 +134,24 @@ def save(ticket: Ticket, cluster: Cluster) -> Ticket:
     kept = {"job": ticket.job, "models": ticket.models, "gpus": ticket.gpus, "walltime": ticket.walltime,
             "log": str(ticket.log), "chain": ticket.chain, "link": ticket.link, "links": ticket.links,
             "nodes": ticket.nodes, "cluster": cluster.name}  # fmt: skip
-    write_private(run_dir(cluster) / "jobs" / f"{ticket.id}.json", json.dumps(kept))
+    ticket = replace(ticket, folder=own_dir(cluster) / "jobs")
+    write_private(ticket.folder / f"{ticket.id}.json", json.dumps(kept))
     return read(ticket, cluster)
 
 
 def read(ticket: Ticket, cluster: Cluster) -> Ticket:
     """Return the ticket with the events written since; as it was, where it is gone."""
-    return _load(ticket.id, cluster) or ticket
+    return _load(ticket.folder / f"{ticket.id}.json", cluster) or ticket
 
 
-def _load(name: str, cluster: Cluster) -> Ticket | None:
+def _load(path: Path, cluster: Cluster) -> Ticket | None:
     """Return a ticket with its events; None when it is not this user's and cluster's, or unreadable."""
-    path = run_dir(cluster) / "jobs" / f"{name}.json"
     try:
         seen, kept = path.stat(), json.loads(path.read_text())
         if kept["cluster"] != cluster.name or seen.st_uid != os.getuid():
             return None
-        ours = {"id": name, "models": tuple(kept["models"]), "log": Path(kept["log"]), "submitted": seen.st_mtime}
-        ticket = known(Ticket, kept | ours)
+        ours = {"id": path.stem, "models": tuple(kept["models"]), "log": Path(kept["log"])}
+        ticket = known(Ticket, kept | ours | {"submitted": seen.st_mtime, "folder": path.parent})
     except (OSError, ValueError, KeyError, TypeError):
         return None
     events = path.with_suffix(".events")
@@ -164,8 +171,8 @@ def _events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def tickets(cluster: Cluster) -> list[Ticket]:
     """Return this user's tickets, oldest first."""
-    names = [path.stem for path in (run_dir(cluster) / "jobs").glob("*.json")]
-    return sorted(filter(None, (_load(name, cluster) for name in names)), key=lambda ticket: ticket.submitted)
+    paths = [path for place in places(cluster) for path in (place / "jobs").glob("*.json")]
+    return sorted(filter(None, (_load(path, cluster) for path in paths)), key=lambda ticket: ticket.submitted)
 
 
 def find(cluster: Cluster, target: str) -> list[Ticket]:
@@ -182,18 +189,43 @@ def find(cluster: Cluster, target: str) -> list[Ticket]:
 
 
 def sweep(cluster: Cluster, jobs: Iterable[Job] = ()) -> None:
-    """Remove this user's files of a week ago, but for those of `jobs` that go on, and of servers that run."""
-    folder = run_dir(cluster)
+    """Remove this user's files of a week ago, but for those of `jobs` that go on, and of servers that run.
+
+    The run directory may be the user's for other things, too. So only names of the exact form that biollm gives
+    count, in folders of the exact names; and where version 0.1 kept them, only if it left its node files there.
+    """
+    own, before = places(cluster)
     kept = {name for job in jobs if not job.over for name in (job.ticket.id, job.ticket.chain) if name}
-    for record in (folder / "records").glob("*.json"):  # another cluster's too, whose jobs nobody here knows
-        with suppress(OSError, ValueError, KeyError, TypeError):
+    for record in (path for place in (own, before) for path in (place / "records").glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # another cluster's too, whose jobs nobody here knows
             if time.time() - record.stat().st_mtime < _KEPT_S:
                 kept |= {record.stem, json.loads(record.read_text())["ticket"]}
-    for path in folder.glob("[jrs][oet][bca]*/*"):  # jobs, records, starts
-        with suppress(OSError):
-            seen, name = path.lstat(), re.split("[.-]", path.name)[0]  # TICKET.json, TICKET-RESTART.master, START
-            if seen.st_uid == os.getuid() and time.time() - seen.st_mtime > _KEPT_S and name not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _sweep(own, rf"{_ID}|{re.escape(cluster.name)}-\d+", kept)  # the latter: of a script submitted by hand
+    if any((before / "lib").glob("biollm_node_*.py")):
+        _sweep(before, _ID, kept)
+
+
+def _sweep(place: Path, ticket: str, kept: set[str]) -> None:
+    for folder, form in _FORMS.items():
+        names = [] if (place / folder).is_symlink() else _listed(place / folder)
+        for path in (place / folder / name for name in names):
+            with suppress(OSError):
+                named, seen = re.fullmatch(form.format(ticket=ticket, id=_ID), path.name), path.lstat()
+                old = time.time() - seen.st_mtime > _KEPT_S
+                if not named or named[named.lastindex or 0] in kept or not old or seen.st_uid != os.getuid():
+                    continue
+                if folder != "starts" and stat.S_ISREG(seen.st_mode):
+                    path.unlink()
+                elif folder == "starts" and stat.S_ISDIR(seen.st_mode) and not {*_listed(path)} - {"key"}:
+                    (path / "key").unlink(missing_ok=True)
+                    path.rmdir()
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def gpu_hours(job: Job) -> float:

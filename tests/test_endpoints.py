@@ -93,6 +93,17 @@ def test_a_live_record_becomes_an_endpoint(cluster: Cluster, server: Server) -> 
     assert "secret" not in repr(endpoint)
 
 
+def test_a_server_is_found_in_our_folder_and_where_version_0_1_put_it(cluster: Cluster, server: Server) -> None:
+    assert cluster.run_dir
+    own = cluster.run_dir / "biollm"
+    (own / "records").mkdir(parents=True)
+    publish(cluster.model_copy(update={"run_dir": own}), server.server_port, start=START[::-1])
+    publish(cluster, server.server_port)
+    alive, _ = Records(cluster).read()
+    assert {each.start: each.key_file.parents[2] for each in alive} == {START: cluster.run_dir, START[::-1]: own}
+    assert {read_key(each) for each in alive} == {"secret"}
+
+
 def test_an_empty_key_of_a_server_is_none(cluster: Cluster, server: Server) -> None:
     publish(cluster, server.server_port)
     (endpoint,) = Watch(cluster).refresh()

@@ -217,10 +217,28 @@ def test_a_submission_leaves_script_node_files_and_ticket(
     run = tmp_path / "run"
     assert (job.ticket.job, job.ticket.models, job.ticket.gpus, job.phase) == ("41", ("a",), 2, "pending")
     assert str(job.ticket.log).endswith("biollm-41.log")
-    assert sorted(path.name.split("_")[-1] for path in (run / "lib").iterdir())[-1] == "guard.py"
-    assert (run / "jobs" / f"{job.ticket.id}.sh").read_text().startswith("#!/bin/bash")
-    assert (run / "nodes-lab.json").read_text() == '{"node1": "10.0.0.1"}'
+    assert sorted(path.name for path in run.iterdir()) == ["biollm", "logs"]
+    assert sorted(path.name.split("_")[-1] for path in (run / "biollm" / "lib").iterdir())[-1] == "guard.py"
+    assert (run / "biollm" / "jobs" / f"{job.ticket.id}.sh").read_text().startswith("#!/bin/bash")
+    assert (run / "biollm" / "nodes-lab.json").read_text() == '{"node1": "10.0.0.1"}'
     assert run.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_job_of_version_0_1_is_seen_and_stopped_where_its_supervisor_looks(
+    answer: Answer, site: Cluster, tmp_path: Path
+) -> None:
+    answer("squeue", "echo '41|RUNNING|None|N/A|node1'")
+    answer("scancel", "true")
+    jobs = tmp_path / "run" / "jobs"
+    jobs.mkdir(parents=True)
+    kept = {"job": "41", "models": ["a"], "gpus": 1, "walltime": 3600, "log": "x", "chain": "", "link": 1, "links": 1,
+            "nodes": 1, "cluster": "lab"}  # fmt: skip
+    (jobs / "old.json").write_text(json.dumps(kept))
+    assert [(job.ticket.id, job.phase) for job in slurm.status(site)] == [("old", "starting")]
+    assert [ticket.job for ticket in slurm.down(site, "a", wait=False)] == ["41"]
+    assert (jobs / "old.stop").exists()
+    assert "scancel --state=RUNNING --signal=USR1 --batch 41" in (tmp_path / "calls.txt").read_text()
+    assert not (tmp_path / "run" / "biollm").exists()
 
 
 def test_a_handover_is_a_second_job_that_begins_before_the_first_ends_and_counts_twice(
@@ -254,7 +272,7 @@ def test_another_users_node_file_is_not_run(answer: Answer, site: Cluster, model
     answer("squeue", "true")
     answer("scontrol", "true")
     slurm.up([model], site, wait=False)
-    next((tmp_path / "run" / "lib").iterdir()).write_text("import evil")
+    next((tmp_path / "run" / "biollm" / "lib").iterdir()).write_text("import evil")
     with pytest.raises(SlurmError, match="is not what this version put there"):
         slurm.up([model], site, wait=False)
 

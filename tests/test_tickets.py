@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,29 +136,39 @@ def test_gpu_hours_count_what_ran_or_what_may_run() -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
-    (tmp_path / "jobs").mkdir()
+    (tmp_path / "biollm" / "jobs").mkdir(parents=True)
     return Cluster(name="lab", run_dir=tmp_path)
 
 
 def test_a_ticket_comes_back_with_its_events(cluster: Cluster, tmp_path: Path) -> None:
     ticket = save(TICKET, cluster)
     assert ticket.submitted > 0
-    (tmp_path / "jobs" / "t.events").write_text(json.dumps(event("a ready")) + '\n{"half": ')
+    (tmp_path / "biollm" / "jobs" / "t.events").write_text(json.dumps(event("a ready")) + '\n{"half": ')
     again = read(ticket, cluster)
     assert [e["state"] for e in again.events] == ["ready"]
     assert tickets(cluster) == [again]
-    assert (tmp_path / "jobs" / "t.json").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "biollm" / "jobs" / "t.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_ticket_of_a_newer_version_is_found(cluster: Cluster, tmp_path: Path) -> None:
     ticket = save(TICKET, cluster)
-    path = tmp_path / "jobs" / "t.json"
+    path = tmp_path / "biollm" / "jobs" / "t.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"region": "east"}))
     lines = [event("a warming"), {"at": 9.0, "restart": 0, "note": "of no model"}, 7]
     path.with_suffix(".events").write_text("".join(json.dumps(each) + "\n" for each in lines))
     (again,) = tickets(cluster)
     assert again.job == ticket.job
     assert judge(again, queue("RUNNING"), [], 150).phase == "starting"
+
+
+def test_a_ticket_of_version_0_1_is_found_where_it_kept_them(cluster: Cluster, tmp_path: Path) -> None:
+    save(TICKET, cluster)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "biollm" / "jobs" / "t.json").rename(tmp_path / "jobs" / "old.json")
+    (tmp_path / "jobs" / "old.events").write_text(json.dumps(event("a ready")) + "\n")
+    (old,) = find(cluster, "a")
+    assert (old.id, old.folder, len(old.events)) == ("old", tmp_path / "jobs", 1)
+    assert read(old, cluster) == old
 
 
 def test_two_clusters_in_one_home_do_not_see_each_others_tickets(cluster: Cluster) -> None:
@@ -167,7 +178,7 @@ def test_two_clusters_in_one_home_do_not_see_each_others_tickets(cluster: Cluste
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"cluster": "lab"}'])
 def test_a_broken_ticket_is_left_out(cluster: Cluster, tmp_path: Path, text: str) -> None:
-    (tmp_path / "jobs" / "x.json").write_text(text)
+    (tmp_path / "biollm" / "jobs" / "x.json").write_text(text)
     assert tickets(cluster) == []
 
 
@@ -179,33 +190,98 @@ def test_a_job_is_found_by_its_id_or_a_model(cluster: Cluster) -> None:
     assert caught.value.hint == "Known: 7, a, b."
 
 
-def test_old_files_are_swept_and_young_ones_stay(cluster: Cluster, tmp_path: Path) -> None:
-    for name in ("jobs/old.json", "records/old.json", "starts/old/key", "lib/old.py", "jobs/young.json"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    for name in ("jobs/old.json", "records/old.json", "starts/old", "lib/old.py"):
-        os.utime(tmp_path / name, (1e9, 1e9))
-    sweep(cluster)
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert [name for name in left if "old" in name or "young" in name] == ["jobs/young.json", "lib/old.py"]
+# --- What is removed ---------------------------------------------------------------------------------------------
+
+A, B, C = "0123456789ab4cde8f0123456789abcd", "f" * 12 + "4abc9" + "0" * 15, "a" * 12 + "4000b" + "1" * 15
+MD5 = "d41d8cd98f00b204e9800998ecf8427e"
+OURS = [
+    f"jobs/{A}.json", f"jobs/{A}.sh", f"jobs/{A}.events", f"jobs/{A}.stop", f"jobs/{A}-0.master", f"jobs/{A}-12.master",
+    f"jobs/.{A}.json.ab12_x9z", f"records/{A}.json", f"records/{A}.new", f"starts/{A}/key",
+]  # fmt: skip
+BY_HAND = ["jobs/lab-7.events", "jobs/lab-7-0.master", "jobs/lab-7.stop"]  # of a script that the user submitted
+LOOK_ALIKES = [
+    f"reads/{A}.json", f"star_index/{A}", f"stats/{A}.json", f"jobsets/{A}.json", "jobs/run.sh", "jobs/.hidden",
+    "jobs/t.json", f"jobs/{MD5}.json", f"jobs/{A}.txt", f"jobs/{A}.json.bak", f"jobs/x{A}.json", f"jobs/{A}-x.master",
+    f"jobs/{A.upper()}.json", "jobs/other-7.events", "jobs/lab-7.sh", f"jobs/{A}/{A}.json", f"records/{A}.jsonl",
+    f"records/{A}", "records/7.json", f"starts/{C}/key", f"starts/{C}/data", "starts/none/key", f"starts/{B}",
+    "lib/biollm_node_0.py", f"logs/{A}.json", f"models/{A}.json", f"{A}.json", "nodes-lab.json",
+]  # fmt: skip
 
 
-def test_what_runs_or_waits_for_longer_than_a_week_keeps_its_files(cluster: Cluster, tmp_path: Path) -> None:
-    files = ("jobs/runs.json", "jobs/runs.events", "jobs/runs-0.master", "starts/aa/key", "jobs/waits.json",
-             "jobs/chain.stop", "jobs/ended.json", "jobs/ended.events", "starts/bb/key", "jobs/.hidden")  # fmt: skip
-    for name in files:
-        path = tmp_path / name
+def put(folder: Path, names: Iterable[str]) -> None:
+    """Make files that are older than a week."""
+    for name in names:
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        os.utime(path, (1e9, 1e9))
-        os.utime(path.parent, (1e9, 1e9))
-    (tmp_path / "records").mkdir()
-    (tmp_path / "records" / "aa.json").write_text(json.dumps({"ticket": "runs"}))  # renewed just now
-    waits = judge(replace(TICKET, id="waits", chain="chain"), queue("PENDING", "Resources"), [], 150)
-    ended = judge(replace(TICKET, id="ended"), queue("COMPLETED"), [], 150)
-    alone = judge(replace(TICKET, id="alone"), queue("PENDING"), [], 150)
-    sweep(cluster, [waits, ended, alone])
-    assert {name for name in files if not (tmp_path / name).exists()} == {
-        "jobs/ended.json", "jobs/ended.events", "starts/bb/key", "jobs/.hidden",
-    }  # fmt: skip
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (1e9, 1e9), follow_symlinks=False)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+@pytest.mark.parametrize("place", ["run/biollm", "run"], ids=["here", "where version 0.1 kept them"])
+def test_old_files_of_ours_are_swept_and_no_look_alike(tmp_path: Path, place: str) -> None:
+    folder, young = tmp_path / place, ["jobs/" + B + ".json", f"starts/{B[::-1]}/key"]
+    put(folder, [*OURS, *LOOK_ALIKES])
+    put(tmp_path / "run", ["biollm/x"])
+    for name in young:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    sweep(Cluster(name="lab", run_dir=tmp_path / "run"))
+    assert files(folder) - {"biollm/x", "x"} == {*LOOK_ALIKES, *young}
+
+
+def test_what_a_script_submitted_by_hand_left_is_swept_in_our_folder_alone(tmp_path: Path) -> None:
+    put(tmp_path / "run" / "biollm", BY_HAND)
+    put(tmp_path / "run", [*BY_HAND, "lib/biollm_node_0.py"])
+    sweep(Cluster(name="lab", run_dir=tmp_path / "run"))
+    assert files(tmp_path / "run") == {*BY_HAND, "lib/biollm_node_0.py"}
+
+
+def test_where_no_older_version_was_nothing_is_swept(tmp_path: Path) -> None:
+    put(tmp_path, OURS)
+    sweep(Cluster(name="lab", run_dir=tmp_path))
+    assert files(tmp_path) == set(OURS)
+
+
+def test_no_link_is_followed_or_removed(tmp_path: Path) -> None:
+    mine, ours = tmp_path / "mine", tmp_path / "run" / "biollm"
+    put(mine, [f"{A}.json", f"{B}/key"])
+    put(ours, [f"jobs/{A}.json"])
+    (ours / "jobs" / f"{B}.json").symlink_to(mine / f"{A}.json")
+    (ours / "starts").mkdir()
+    (ours / "starts" / B).symlink_to(mine / B)
+    (ours / "records").symlink_to(mine)
+    put(ours, [])
+    sweep(Cluster(name="lab", run_dir=tmp_path / "run"))
+    assert files(mine) == {f"{A}.json", f"{B}/key"}
+    assert files(ours) >= {f"jobs/{B}.json", "records", f"starts/{B}"}
+    assert not (ours / "jobs" / f"{A}.json").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+def test_another_users_files_stay(tmp_path: Path) -> None:
+    put(tmp_path / "biollm", [f"jobs/{A}.json"])
+    os.chown(tmp_path / "biollm" / "jobs" / f"{A}.json", 65534, -1)
+    sweep(Cluster(name="lab", run_dir=tmp_path))
+    assert files(tmp_path) == {f"biollm/jobs/{A}.json"}
+
+
+@pytest.mark.parametrize("place", ["biollm", "."], ids=["here", "where version 0.1 kept them"])
+def test_what_runs_or_waits_for_longer_than_a_week_keeps_its_files(tmp_path: Path, place: str) -> None:
+    runs, waits, ended, chain, one, two = (f"{n}" * 12 + "4000a" + "1" * 15 for n in range(6))
+    names = [f"jobs/{runs}.json", f"jobs/{runs}.events", f"jobs/{runs}-0.master", f"starts/{one}/key", f"jobs/{waits}.json",
+             f"jobs/{chain}.stop", f"jobs/{ended}.json", f"jobs/{ended}.events", f"starts/{two}/key"]  # fmt: skip
+    put(tmp_path / place, [*names, "lib/biollm_node_0.py"])
+    (tmp_path / place / "records").mkdir()
+    record = tmp_path / place / "records" / f"{one}.json"
+    record.write_text(json.dumps({"ticket": runs}))  # renewed just now
+    jobs = [
+        judge(replace(TICKET, id=waits, chain=chain), queue("PENDING", "Resources"), [], 150),
+        judge(replace(TICKET, id=ended), queue("COMPLETED"), [], 150),
+    ]
+    sweep(Cluster(name="lab", run_dir=tmp_path), jobs)
+    assert set(names) - files(tmp_path / place) == {*names[-3:]}

@@ -33,11 +33,11 @@ unset NCCL_NET
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec python3 /scratch/lab/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
+exec python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
 {
  "v": 1,
  "cluster": "university",
- "run_dir": "/scratch/lab/biollm",
+ "run_dir": "/scratch/lab/biollm/biollm",
  "log_dir": "/scratch/lab/biollm/logs",
  "walltime": 3600,
  "drain": 120,

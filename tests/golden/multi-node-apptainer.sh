@@ -30,11 +30,11 @@ export NCCL_DEBUG=WARN
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 --cpu-bind=none --input=all apptainer exec --nv --bind=/scratch/lab/biollm --bind=/scratch/lab/biollm/logs --bind=/scratch/lab/biollm/cache --bind=/scratch/lab/models --bind=/data:/data:ro /images/vllm.sif python3 /scratch/lab/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
+exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 --cpu-bind=none --input=all apptainer exec --nv --bind=/scratch/lab/biollm --bind=/scratch/lab/biollm/logs --bind=/scratch/lab/biollm/cache --bind=/scratch/lab/models --bind=/data:/data:ro /images/vllm.sif python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
 {
  "v": 1,
  "cluster": "university",
- "run_dir": "/scratch/lab/biollm",
+ "run_dir": "/scratch/lab/biollm/biollm",
  "log_dir": "/scratch/lab/biollm/logs",
  "walltime": 93600,
  "drain": 120,

@@ -26,11 +26,11 @@ export VLLM_CACHE_ROOT=/scratch/lab/biollm/cache/vllm
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=208 --cpu-bind=none --input=all python3 /scratch/lab/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
+exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=208 --cpu-bind=none --input=all python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
 {
  "v": 1,
  "cluster": "a3-highgpu-8g",
- "run_dir": "/scratch/lab/biollm",
+ "run_dir": "/scratch/lab/biollm/biollm",
  "log_dir": "/scratch/lab/biollm/logs",
  "walltime": 28800,
  "drain": 120,

@@ -224,7 +224,7 @@ def test_a_full_disk_keeps_the_server_and_costs_no_record(
         slurm.up([model()], small)
         with pytest.raises(OSError), (disk / "fill").open("wb") as file:
             file.write(b"x" * 1_000_000)
-        (record,) = (disk / "run" / "records").glob("*.json")
+        (record,) = (disk / "run" / "biollm" / "records").glob("*.json")
         os.utime(record, (1e9, 1e9))
         assert Records(small).read()[0] == []
         wait_until(lambda: Records(small).read()[0], 15, "the renewal")
@@ -336,7 +336,7 @@ def test_a_handover_leaves_no_moment_without_a_server(lab: SlurmLab, site: Clust
 
 def test_a_record_of_a_killed_job_is_not_used(lab: SlurmLab, site: Cluster, model: Make) -> None:
     (job,) = slurm.up([model()], site)
-    record = Path(str(site.run_dir)) / "records" / f"{job.endpoints[0].start}.json"
+    record = Path(str(site.run_dir)) / "biollm" / "records" / f"{job.endpoints[0].start}.json"
     text = record.read_text()
     slurm.down(site)
     record.write_text(text)
@@ -366,7 +366,7 @@ def test_a_server_that_goes_fails_no_completion_while_a_cloud_rung_is_alive(
 def test_wrong_clocks_do_not_matter(site: Cluster, model: Make) -> None:
     """A node five minutes off: its times are in the record's job alone, ages are the file system's."""
     (job,) = slurm.up([model()], site)
-    events = Path(str(site.run_dir)) / "jobs" / f"{job.ticket.id}.events"
+    events = Path(str(site.run_dir)) / "biollm" / "jobs" / f"{job.ticket.id}.events"
     shifted = [json.loads(line) | {"at": time.time() + 300} for line in events.read_text().splitlines()]
     events.write_text("".join(json.dumps(event) + "\n" for event in shifted))
     assert [now.phase for now in slurm.status(site)] == ["ready"]

@@ -52,7 +52,7 @@ def served(lab: SlurmLab, cpu_site: Cluster, vllm_env: Path) -> Iterator[tuple[J
 
     def look() -> None:
         while not done.wait(0.02):
-            for path in (Path(str(cpu_site.run_dir)) / "records").glob("*.json"):
+            for path in (Path(str(cpu_site.run_dir)) / "biollm" / "records").glob("*.json"):
                 published.setdefault(path.stem, time.monotonic())
 
     looking = threading.Thread(target=look)
