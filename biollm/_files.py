@@ -63,7 +63,7 @@ def _replace(path: Path, text: str, new: int, keep: int | None = None) -> None:
 def locked(path: Path) -> Generator[None]:
     """Hold the lock file `path`; others wait. Where a file system has no locks, nobody does."""
     private_folder(path.parent)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         with suppress(OSError):  # NFS without a lock daemon
             fcntl.flock(handle, fcntl.LOCK_EX)

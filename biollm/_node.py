@@ -109,7 +109,8 @@ class Job:
         entry = {"at": time.time(), "model": model, "state": state, "reason": reason, "restart": self.restart}
         line = json.dumps({**entry, "job": self.id, "host": self.host, **detail}) + "\n"
         try:
-            file = os.open(self.jobs / f"{self.ticket}.events", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            file = os.open(self.jobs / f"{self.ticket}.events", flags, 0o600)
             with os.fdopen(file, "a") as stream:
                 stream.write(line)
         except OSError as error:
@@ -145,7 +146,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._began = time.monotonic()
         self._lifeline = self._port = -1
-        self._start = self._key = "none"
+        self._start = self._key = ""
 
     def run(self) -> None:
         """Start, publish, renew, drain and stop; `code` is then the server's share of the job's exit code."""
@@ -333,8 +334,9 @@ class Server:
                 os.utime(self._record)
 
     def _unpublish(self) -> None:
-        with contextlib.suppress(OSError):
-            self._record.unlink()
+        if self._start:
+            with contextlib.suppress(OSError):
+                self._record.unlink()
 
     def _serve(self) -> None:
         """Renew the record while the server answers; return when the job leaves."""
@@ -358,7 +360,7 @@ class Server:
         if job.why != "walltime" or options.link >= options.links or job.left() < HANDOVER_S:
             return False
         for path in self._record.parent.glob("*.json"):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 other = json.loads(path.read_text())
                 same = (other["chain"], other["model"]) == (options.chain, self.name)
                 if same and other["link"] > options.link:
@@ -397,7 +399,10 @@ class Server:
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._start:
+            with contextlib.suppress(OSError):  # what else lies there is not ours
+                (self._folder / "key").unlink()
+                self._folder.rmdir()
         self.wake.clear()
 
 

@@ -215,7 +215,10 @@ def _alone(folder: Path) -> Generator[Path]:
 
 
 def _unix(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)
+    if path.is_socket() and not path.is_symlink():  # of a gateway that was killed
+        path.unlink()
+    elif os.path.lexists(path):
+        raise UsageError(f"{path} is no socket.", hint="Move it away: the gateway listens there.")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))  # in a folder that nobody else can enter
     path.chmod(0o600)

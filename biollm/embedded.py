@@ -208,4 +208,4 @@ def _check_room(folder: Path, wanted: int) -> None:
 
 
 def _private(path: Path, how: int) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o600), "wb")
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | how, 0o600), "wb")

@@ -84,6 +84,7 @@ def pull(model: Model, cluster: Cluster, progress: Callable[[int, int], None] = 
         wanted = [file for file in files if not any(fnmatch(file.filename, pattern) for pattern in ignored)]
         if not wanted:
             raise UnavailableError(f"{model.hf_id} holds no files.")
+        _keep_the_users(folder, [file.filename for file in wanted], model)
         total = sum(file.file_size or 0 for file in wanted)
         missing = sum(file.file_size or 0 for file in wanted if file.will_download)
         _check_space(folder, missing)
@@ -98,6 +99,17 @@ def pull(model: Model, cluster: Cluster, progress: Callable[[int, int], None] = 
         raise _explained(error, model.hf_id, model.revision) from error
     progress(total, total)
     return folder
+
+
+def _keep_the_users(folder: Path, coming: list[str], model: Model) -> None:
+    """Refuse to replace files that neither biollm nor huggingface_hub, which notes what it fetched, has put there."""
+    notes = folder / ".cache" / "huggingface" / "download"
+    lost = [name for name in coming if (folder / name).exists() and not (notes / f"{name}.metadata").exists()]
+    if lost and not ((folder / _MARK).exists() or (folder / ".biollm-commit").exists()):
+        raise UnavailableError(
+            f"{folder} holds files that biollm did not put there: {len(lost)} would be replaced, {lost[0]} for one.",
+            hint=f"Move the folder away, or name it as `path` of {model.key} in models.yaml.",
+        )
 
 
 def published_config(hf_id: str, path: Path | None = None) -> dict[str, Any]:

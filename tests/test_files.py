@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from test_fit import PUBLISHED
 
-from biollm._files import write_private
+from biollm import embedded
+from biollm._files import locked, write_private
 
 Biollm = Callable[..., Any]
 WRITES = {  # command -> the file that it writes for the user
@@ -103,3 +104,41 @@ def test_a_full_disk_leaves_the_old_text_and_nothing_else(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space"):
         write_private(tmp_path / "key", "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("key", "old")]
+
+
+# --- What lies in the place of a file of ours is not ours ----------------------------------------------------------
+
+
+def test_a_lock_is_not_made_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path / "lock"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_private_file_takes_the_place_of_a_link_and_leaves_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "key").symlink_to(tmp_path / "mine")
+    write_private(tmp_path / "key", "secret")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "key").read_text() == "secret"
+
+
+def test_a_download_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "x.part").symlink_to(tmp_path / "mine")
+    for how in (os.O_TRUNC, os.O_APPEND):
+        with pytest.raises(OSError, match="symbolic links"):
+            embedded._private(tmp_path / "x.part", how)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_file_of_the_users_in_the_sockets_place_stays(
+    waterfall: Callable[..., Path], runtime: Path, biollm: Biollm
+) -> None:
+    waterfall(first="http://localhost:1/v1")
+    runtime.mkdir(mode=0o700)
+    (runtime / "gateway.sock").write_text("mine")
+    ran = biollm("serve", "--idle-timeout", "1")
+    assert ran.code == 2 and "gateway.sock is no socket" in ran.err
+    assert (runtime / "gateway.sock").read_text() == "mine"

@@ -286,6 +286,28 @@ def test_leaves_routing_first_finishes_what_runs_and_exits_0(
     assert not list((job.run / "starts").iterdir())
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_the_supervisor_did_not_write_stays(job: Job, tmp_path: Path, rank: str) -> None:
+    mine = [job.run / "starts" / "none" / "mine", job.run / "records" / "none.json", tmp_path / "mine"]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"model": "mine"}')
+    (job.run / "jobs").mkdir()
+    (job.run / "jobs" / "t.events").symlink_to(tmp_path / "mine")
+    pid = job.start("", nodes=2, env={"SLURM_PROCID": rank})
+    if rank == "0":
+        record = job.record()
+        mine.append(job.run / "starts" / record["start"] / "core.123")
+        mine[-1].touch()
+    else:
+        time.sleep(1)
+    os.kill(pid, signal.SIGTERM)
+    job.end()
+    assert all(path.exists() for path in mine)
+    assert (tmp_path / "mine").read_text() == '{"model": "mine"}'
+    assert not list((job.run / "starts").glob("*/key"))
+
+
 def test_a_server_that_ignores_term_is_killed(job: Job) -> None:
     pid = job.start("stubborn", drain=1)
     record = job.record()

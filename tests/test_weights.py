@@ -63,6 +63,24 @@ def test_a_second_pull_downloads_nothing(hub: Hub, cluster: Cluster) -> None:
     assert not [request for request in hub.requests if request.startswith("GET /org/name/resolve")]
 
 
+def test_files_that_the_user_put_there_are_not_replaced(hub: Hub, cluster: Cluster) -> None:
+    folder = weights_dir(MODEL, cluster)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("mine")
+    with pytest.raises(
+        UnavailableError, match=r"biollm did not put there: .* would be replaced, config.json"
+    ) as raised:
+        pull(MODEL, cluster)
+    assert "`path`" in str(raised.value.hint)
+    assert [path.name for path in folder.iterdir() if path.is_file()] == ["config.json"]
+    with pytest.raises(UnavailableError, match="would be replaced"):
+        pull(MODEL, cluster)
+    assert (folder / "config.json").read_text() == "mine"
+    (folder / "config.json").write_bytes(FILES["config.json"])
+    (folder / "config.json").rename(folder / "README.md")
+    assert pull(MODEL, cluster) == folder, "nothing would be replaced"
+
+
 def test_an_interrupted_pull_is_said_and_keeps_the_files_that_are_whole(hub: Hub, cluster: Cluster) -> None:
     hub.broken.add(BIG)
     with pytest.raises(UnavailableError, match=r"org/name could not be pulled: .*500") as raised:
