@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
 from typing import Any
 
 _OK = {"id": "drill", "object": "chat.completion", "created": 0, "model": "drill"}
@@ -13,10 +14,13 @@ _HTML = "<html><h1>Sign in to the network</h1></html>"
 
 
 class Stage:
-    """One address. `faults` names by "key model" what is broken; all else is answered well."""
+    """One address. `faults` names by "key model" what is broken; all else is answered well.
 
-    def __init__(self, faults: dict[str, str]) -> None:
-        self._faults = faults
+    `asked` counts the completions asked for, by "key model".
+    """
+
+    def __init__(self, faults: dict[str, str], asked: Counter[str]) -> None:
+        self._faults, self._asked = faults, asked
         self._server: asyncio.Server | None = None
         self._port = 0
 
@@ -43,7 +47,11 @@ class Stage:
             size = re.search(r"content-length: (\d+)", head)
             body: Any = json.loads(await reader.readexactly(int(size[1])) if size else b"{}")
             key = re.search(r"authorization: bearer (\S+)", head)
-            fault = self._faults.get(f"{key[1] if key else ''} {body.get('model')}", "")
+            who = f"{key[1] if key else ''} {body.get('model')}"
+            fault = self._faults.get(who, "")
+            self._asked[who] += head.startswith("post")
+            if fault == "flapping":
+                fault = "http_500" if self._asked[who] % 2 else ""
             if fault == "hang":
                 await reader.read(1)  # until the client goes away
             elif fault != "reset":
@@ -65,19 +73,24 @@ def reply(fault: str, *, stream: bool) -> bytes:
         status = int(fault[5:])
         body = json.dumps({"error": {"message": f"The drill says {status}.", "type": "drill", "code": None}})
         more = "Retry-After: 60\r\n" if status == 429 else ""
+    elif fault == "error in 200":
+        body = json.dumps({"error": {"message": "The drill says 502.", "code": 502}})
     elif fault == "html":
         kind, body = "text/html", _HTML
     elif fault == "truncated":
         body = body[: len(body) // 2]
     elif stream:
-        kind, body = "text/event-stream", _events(whole=fault != "cut stream")
+        kind, body = "text/event-stream", _events(fault)
     size = "" if kind == "text/event-stream" else f"Content-Length: {len(body)}\r\n"
     return f"HTTP/1.1 {status} Drill\r\nContent-Type: {kind}\r\n{size}{more}Connection: close\r\n\r\n{body}".encode()
 
 
-def _events(*, whole: bool) -> str:
-    steps: list[Any] = [{"index": 0, "delta": {"role": "assistant", "content": "ok"}, "finish_reason": None}]
-    if whole:
-        steps.append({"index": 0, "delta": {}, "finish_reason": "stop"})
-    chunks = [json.dumps(_OK | {"object": "chat.completion.chunk", "choices": [step]}) for step in steps]
-    return "".join(f"data: {chunk}\n\n" for chunk in [*chunks, *(["[DONE]"] if whole else [])])
+def _events(fault: str) -> str:
+    steps: list[Any] = [{"index": 0, "delta": {"role": "assistant", "content": "o"}, "finish_reason": None}]
+    steps += [{"index": 0, "delta": {"content": "k"}, "finish_reason": None}]
+    steps += [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+    events = [json.dumps(_OK | {"object": "chat.completion.chunk", "choices": [step]}) for step in steps] + ["[DONE]"]
+    if fault == "malformed chunk":
+        events[1] = events[1][:-10]
+    kept = {"cut stream": events[:1], "no end marker": events[:-1]}.get(fault, events)
+    return "".join(f"data: {event}\n\n" for event in kept)

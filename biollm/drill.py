@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -33,13 +34,18 @@ from biollm.rungs import Rungs
 if TYPE_CHECKING:
     from biollm._waterfall import Waterfall
 
+_RESTS = 400 * 86400.0  # seconds after which nothing rests any more
+TRIES = 2  # requests to one rung for one call
 TIMEOUT = 3.0  # seconds that stand for the configured ones: a busy machine is no fault, and a drill must end
 # What is broken -> what rests after it: other rungs with the same one are passed over, too.
 FAULTS: Mapping[str, str] = {
     "refused": "endpoint", "hang": "endpoint", "reset": "", "http_400": "", "http_401": "key", "http_403": "deployment",
     "http_404": "deployment", "http_429": "account", "http_500": "endpoint", "http_503": "endpoint", "html": "endpoint",
-    "truncated": "endpoint", "empty": "", "no choices": "", "cut stream": "",
+    "truncated": "endpoint", "empty": "", "no choices": "", "error in 200": "endpoint", "cut stream": "",
+    "malformed chunk": "endpoint", "no end marker": "", "flapping": "endpoint",
 }  # fmt: skip
+STREAMED = ("cut stream", "malformed chunk", "no end marker")
+HARMLESS = ("no end marker",)  # the broken rung itself answers
 _DEGRADED = "a degraded answer, where allow_degraded permits it"
 # what can befall the embedded model, which no network and no key part from us
 IN_PROCESS = ("hang", "empty", "cut stream")
@@ -54,6 +60,9 @@ class Cell:
         answered: Who did.
         ms: Milliseconds until the answer, or the error.
         seen: What the user would have seen.
+        asked: How often the broken rung was asked.
+        next: Who answered the call right after, the rung being well again; None where it rests and no other is left.
+        recovered: Whether the rung answers again once its rest is over.
     """
 
     rung: str
@@ -62,11 +71,15 @@ class Cell:
     answered: str | None
     ms: float
     seen: str
+    asked: int = 1
+    next: str | None = None
+    recovered: bool = True
 
     @property
     def ok(self) -> bool:
-        """Return whether the rung answered that should have."""
-        return self.answered == self.expected
+        """Return whether the rung answered that should have, then and later, and it was not asked too often."""
+        later = self.recovered and (self.next is not None or self.expected is None)
+        return self.answered == self.expected and later and self.asked <= TRIES
 
 
 @dataclass(frozen=True)
@@ -194,7 +207,8 @@ class Theatre:
     def __init__(self, real: Rungs, rungs: Sequence[Deployment]) -> None:
         self._real, self.rungs = real, rungs
         self._faults: dict[str, str] = {}
-        self.stages = {rung.endpoint: Stage(self._faults) for rung in rungs}
+        self._asked = Counter[str]()
+        self.stages = {rung.endpoint: Stage(self._faults, self._asked) for rung in rungs}
         self.request = Request([{"role": "user", "content": "drill"}], {}, Wants(policy=real.config.data_policy))
 
     @asynccontextmanager
@@ -212,9 +226,14 @@ class Theatre:
                 stage.close()
 
     def breaks(self, faults: Iterable[tuple[Deployment, str]]) -> None:
-        """Break these rungs, each in its way, and mend all others."""
+        """Break these rungs, each in its way, and no others; count anew who is asked."""
         self._faults.clear()
+        self._asked.clear()
         self._faults |= {_key(rung): fault for rung, fault in faults}
+
+    def asked(self, rung: Deployment) -> int:
+        """Return how often a rung was asked since."""
+        return self._asked[_key(rung)]
 
 
 async def _play(real: Rungs, rungs: Sequence[Deployment], folder: Path) -> list[Cell]:
@@ -222,31 +241,50 @@ async def _play(real: Rungs, rungs: Sequence[Deployment], folder: Path) -> list[
     async with theatre.opened(Ledger(folder / "first")) as waterfall:
         for at, rung in enumerate(rungs):
             for fault in IN_PROCESS if rung.embedded else FAULTS:
-                theatre.breaks([*((above, "http_404") for above in rungs[:at]), (rung, fault)])
-                if fault == "refused":
-                    theatre.stages[rung.endpoint].close()
-                waterfall.ledger = waterfall.rungs.ledger = ledger = Ledger(folder / f"{at}-{fault}")
-                cells.append(await _cell(waterfall, theatre.request, rungs, at, fault))
+                later = [0.0]  # seconds that the ledger's clock is ahead
+                ledger = Ledger(folder / f"{at}-{fault}", clock=lambda later=later: time.time() + later[0])
+                waterfall.ledger = waterfall.rungs.ledger = ledger
+                cell = await _cell(theatre, waterfall, at, fault)
+                following, _ = await _answer(waterfall, theatre.request, stream=False)
+                later[0] = _RESTS
+                theatre.breaks((other, "http_404") for other in rungs if other != rung)
+                wants = replace(theatre.request.wants, provider=rung.provider.name, model=rung.model)
+                again, _ = await _answer(waterfall, replace(theatre.request, wants=wants), stream=False)
+                cells.append(replace(cell, next=following, recovered=again == rung.id))
                 ledger.close()
-                await theatre.stages[rung.endpoint].open()
     return cells
 
 
-async def _cell(waterfall: Waterfall, request: Request, rungs: Sequence[Deployment], at: int, fault: str) -> Cell:
-    started, answered, seen = time.perf_counter(), None, ""
+async def _cell(theatre: Theatre, waterfall: Waterfall, at: int, fault: str) -> Cell:
+    """Break one rung, those above it being away, ask, and let it be well again."""
+    rungs = theatre.rungs
+    above = [(each, "http_404") for each in rungs[:at]]
+    theatre.breaks([*above, (rungs[at], fault)])
+    if fault == "refused":
+        theatre.stages[rungs[at].endpoint].close()
+    started = time.perf_counter()
+    answered, seen = await _answer(waterfall, theatre.request, stream=fault in STREAMED)
+    ms = round((time.perf_counter() - started) * 1000, 1)
+    asked = theatre.asked(rungs[at])
+    theatre.breaks(above)
+    await theatre.stages[rungs[at].endpoint].open()
+    left = rungs[at:] if fault in HARMLESS else rungs[at + 1 :]
+    below = (each.id for each in left if not _rests(rungs[at], each, FAULTS[fault]))
+    return Cell(rungs[at].id, fault, next(below, None), answered, ms, seen, asked)
+
+
+async def _answer(waterfall: Waterfall, request: Request, *, stream: bool) -> tuple[str | None, str]:
+    """Return who answers, and what the user sees."""
     try:
-        if fault == "cut stream":
+        if stream:
             done: Any = None
             async for piece in waterfall.stream(replace(request, on_interrupt="restart")):
                 done = getattr(piece, "completion", None) or done
         else:
             done = await waterfall.complete(request)
-        answered, seen = done.deployment, _DEGRADED if done.degraded else "an answer"
     except CompletionError as error:
-        seen = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    ms = round((time.perf_counter() - started) * 1000, 1)
-    below = (each.id for each in rungs[at + 1 :] if not _rests(rungs[at], each, FAULTS[fault]))
-    return Cell(rungs[at].id, fault, next(below, None), answered, ms, seen)
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return done.deployment, _DEGRADED if done.degraded else "an answer"
 
 
 def _rests(broken: Deployment, other: Deployment, what: str) -> bool:

@@ -43,24 +43,34 @@ def drill(
     else:
         if found.cells:
             rows = [
-                (c.rung, c.fault, _verdict(c), c.answered or "nobody", f"{c.ms:.0f} ms", c.seen) for c in found.cells
-            ]
-            _print.table(("broken", "how", "failover", "answered", "after", "the user sees"), rows)
+                (c.rung, c.fault, _verdict(c), c.answered or "nobody", f"{c.ms:.0f} ms", str(c.asked),
+                 c.next or "nobody", c.seen)
+                for c in found.cells
+            ]  # fmt: skip
+            _print.table(
+                ("broken", "how", "failover", "answered", "after", "asked", "next call", "the user sees"), rows
+            )
             print()
         for sentence in (*found.odd, *(f"{rung} would not answer: {reason}" for rung, reason in found.absent.items())):
             print(sentence)
         alone = sum(c.ok and not c.expected for c in found.cells)
         caught, failed = sum(c.ok and bool(c.expected) for c in found.cells), sum(not c.ok for c in found.cells)
         if found.cells:
-            print(
-                f"{caught} breaks were caught by the next rung, {failed} were not; {alone} leave no rung to catch them."
-            )
+            print(f"{caught} breaks were caught, {failed} were not; {alone} leave no rung to catch them.")
     raise typer.Exit(not found.ok)
 
 
 def _verdict(cell: Cell) -> str:
-    if not cell.ok:
+    from biollm import drill as drills
+
+    if cell.answered != cell.expected:
         return f"FAILED: not {cell.expected or 'nobody'}"
+    if not cell.recovered:
+        return "FAILED: it does not answer again after its rest"
+    if cell.asked > drills.TRIES:
+        return f"FAILED: asked more than {drills.TRIES} times"
+    if not cell.ok:
+        return "FAILED: the next call has no answer"
     return "ok" if cell.expected else "none: no rung is left"
 
 
