@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 Query = Callable[[str, Sequence[object]], list[Any]]
 # SQLite 3.26 (RHEL 8) must do: no RETURNING, no STRICT. `tokens` is NULL until the attempt is finished; long
-# after `at`, that marks a process that died.
+# after `at`, that marks a process that died. `reserved` holds what requests under way are expected to use.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sent (id INTEGER PRIMARY KEY, scope TEXT NOT NULL, at REAL NOT NULL, tokens, usd);
 CREATE INDEX IF NOT EXISTS sent_scope_at ON sent (scope, at);
+CREATE TABLE IF NOT EXISTS reserved (id INTEGER PRIMARY KEY, scope TEXT NOT NULL, at REAL NOT NULL, tokens, usd);
+CREATE INDEX IF NOT EXISTS reserved_scope_at ON reserved (scope, at);
 CREATE TABLE IF NOT EXISTS total (
     scope TEXT NOT NULL, start REAL NOT NULL, until REAL NOT NULL,
     requests DEFAULT 0, tokens DEFAULT 0, usd DEFAULT 0, PRIMARY KEY (scope, start, until)) WITHOUT ROWID;
@@ -31,13 +33,18 @@ COOL = (
     "INSERT INTO cooling (key, until, reason) VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE"
     " SET until = excluded.until, reason = excluded.reason WHERE excluded.until > until"
 )
-_CLAIM = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # the least that must still fit
+_LEAST = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # that must still fit
+_SOON = 1.0  # seconds after which a request that only those under way keep out may ask again
+_DAY = 86400.0
 
 
 def grant(db: sqlite3.Connection, need: Need, reservation: int, at: float) -> None:
     """Count a request that may be sent."""
     if need.limits:
         db.execute("INSERT INTO sent (id, scope, at) VALUES (?, ?, ?)", (reservation, need.scope, at))
+    if need.tokens or need.usd:
+        values = (reservation, need.scope, at, need.tokens, need.usd)
+        db.execute("INSERT INTO reserved (id, scope, at, tokens, usd) VALUES (?, ?, ?, ?, ?)", values)
     for start, until in periods(need, at):
         db.execute(
             "INSERT INTO total (scope, start, until, requests) VALUES (?, ?, ?, 1)"
@@ -47,7 +54,8 @@ def grant(db: sqlite3.Connection, need: Need, reservation: int, at: float) -> No
 
 
 def finish(db: sqlite3.Connection, scope: str, reservation: int, at: float, used: tuple[float, float]) -> None:
-    """Add the (tokens, USD) that a request has used."""
+    """Add the (tokens, USD) that a request has used, in place of what was reserved for it."""
+    db.execute("DELETE FROM reserved WHERE id = ?", (reservation,))
     db.execute("UPDATE sent SET tokens = ?, usd = ? WHERE id = ?", (*used, reservation))
     db.execute(  # in the periods in which it was sent
         "UPDATE total SET tokens = tokens + ?, usd = usd + ? WHERE scope = ?"
@@ -57,14 +65,25 @@ def finish(db: sqlite3.Connection, scope: str, reservation: int, at: float, used
 
 
 def prune(db: sqlite3.Connection, now: float) -> None:
-    """Remove what no limit looks at: windows are an hour at most. Rows of a clock that ran ahead go too."""
+    """Remove what no limit looks at: windows are an hour at most. Rows of a clock that ran ahead go too.
+
+    What a process that died had reserved counts as used: it was probably sent.
+    """
+    lost = "SELECT id, scope, at, tokens, usd FROM reserved WHERE abs(at - ?) > ?"
+    for reservation, scope, at, *used in db.execute(lost, (now, _DAY)).fetchall():
+        finish(db, scope, reservation, at, (used[0], used[1]))
     db.execute("DELETE FROM sent WHERE abs(at - ?) > 3660", (now,))
-    db.execute("DELETE FROM total WHERE until < ?", (now - 86400,))  # a day for attempts still under way
+    db.execute("DELETE FROM total WHERE until < ?", (now - _DAY,))  # for attempts still under way
     db.execute("DELETE FROM cooling WHERE until <= ?", (now,))
 
 
 def used_of(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:
-    """Return how much of `limit` is used, and when its period ends or its oldest request leaves."""
+    """Return how much of `limit` is used or reserved, and when its period ends or its oldest request leaves."""
+    used, until = _settled(query, scope, limit, now)
+    return used + _reserved(query, scope, limit, now), until
+
+
+def _settled(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:
     if not limit.rolling:
         start, until = period(limit, now)
         sql = f"SELECT {limit.kind} FROM total WHERE scope = ? AND start = ? AND until = ?"  # noqa: S608
@@ -76,25 +95,47 @@ def used_of(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, 
     return used, None if oldest is None else oldest + _window(limit)
 
 
-def excess(limit: Limit, used: float) -> float:
-    """Return by how much the least that a request may use would pass `limit`; it has room unless that is above 0."""
-    return used + _CLAIM[limit.kind] - limit.amount
+def _reserved(query: Query, scope: str, limit: Limit, now: float) -> float:
+    if limit.kind == "requests":
+        return 0.0
+    since = now - _window(limit) if limit.rolling else period(limit, now)[0]
+    sql = f"SELECT total({limit.kind}) FROM reserved WHERE scope = ? AND at > ?"  # noqa: S608
+    rows = query(sql, (scope, since))  # none where no process of this version has written yet
+    return rows[0][0] if rows else 0.0
 
 
-def full(db: sqlite3.Connection, scope: str, limit: Limit, now: float) -> float | None:
-    """Return when `limit` has room again, or None if it has room now."""
-    used, until = used_of(lambda sql, values: db.execute(sql, values).fetchall(), scope, limit, now)
-    over = excess(limit, used)
-    if over <= 0:
+def excess(limit: Limit, used: float, need: Need | None = None) -> float:
+    """Return by how much a request would pass `limit`; it has room unless that is above 0.
+
+    Counted is what `need` is expected to use, else the least that a request may use. One that is larger than the
+    whole limit takes it all.
+    """
+    expected = {"requests": 0.0, "tokens": need.tokens, "usd": need.usd}[limit.kind] if need else 0.0
+    return used + min(max(expected, _LEAST[limit.kind]), limit.amount) - limit.amount
+
+
+def full(db: sqlite3.Connection, need: Need, limit: Limit, now: float) -> tuple[float, bool] | None:
+    """Return when `limit` has room for `need` again, and whether it has none for any request; None if it has now."""
+
+    def query(sql: str, values: Sequence[object]) -> list[Any]:
+        return db.execute(sql, values).fetchall()
+
+    used, until = _settled(query, need.scope, limit, now)
+    over = excess(limit, used, need)
+    if over + _reserved(query, need.scope, limit, now) <= 0:
         return None
+    if over <= 0:
+        return now + _SOON, False
+    shut = excess(limit, used) > 0
+    over = excess(limit, used) if shut else over
     if limit.rolling:
         value = "1" if limit.kind == "requests" else f"coalesce({limit.kind}, 0)"
         sql = f"SELECT at, {value} FROM sent WHERE scope = ? AND at > ? ORDER BY at"  # noqa: S608
-        for at, count in db.execute(sql, (scope, now - _window(limit))).fetchall():
+        for at, count in query(sql, (need.scope, now - _window(limit))):
             over -= count
             if over <= 0:
-                return at + _window(limit)
-    return until
+                return at + _window(limit), shut
+    return (now + _SOON if until is None else until), shut
 
 
 def _window(limit: Limit) -> float:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -26,7 +27,7 @@ from biollm._run import BREATH, Request, Run, Sent
 from biollm.credentials import Credential, hide
 from biollm.errors import CompletionError, InterruptedStreamError
 from biollm.guard import RefusalError, Turn
-from biollm.ledger import Record
+from biollm.ledger import Need, Record
 from biollm.outcomes import CUT, Verdict, classify, timed_out, unreachable
 from biollm.routing import Deployment
 from biollm.rungs import Rung, Rungs, cooling_keys
@@ -283,11 +284,11 @@ class Waterfall:
             return self._router.atext_completion(model=group, prompt=prompt, **params)
         return self._router.acompletion(model=group, messages=list(messages), **params)
 
-    def _need(self, run: Run, deployment: Deployment) -> Any:
-        need = self.rungs.needs[deployment.id]
+    def _need(self, run: Run, deployment: Deployment) -> Need:
+        need = self.rungs.need(deployment, run.request.wants)
         if run.pinned and run.passes:  # a repeat on the same deployment waits for quotas, not for its own failure
             kept = tuple(key for key in need.cooling if key.startswith(("account:", "key:")))
-            return type(need)(need.scope, need.limits, kept)
+            return replace(need, cooling=kept)
         return need
 
     async def _fresh(self, run: Run, rungs: Sequence[Deployment]) -> list[Deployment]:

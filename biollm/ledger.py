@@ -16,6 +16,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -38,6 +39,7 @@ _RETRY = 5.0  # seconds until a ledger that failed is asked again
 _PRUNE = 60.0  # seconds between removals of what no window can see any more
 _QUEUE = 1.0  # seconds that a queue which moves is waited in
 _EXIT = 2.0  # seconds that closing waits for a file
+_ANSWER = 1000  # tokens of an answer, before one is known
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,15 @@ class Need:
         scope: Who the limits belong to: "gemini/default", or "gemini/default:model" where they are per model.
         limits: Every one must have room.
         cooling: Keys any of which blocks the attempt while it cools: the account, the endpoint, the API key.
+        tokens: That it is expected to use, prompt and answer; they count from `reserve` on, until `finish` has the
+            real ones. `usd` likewise.
     """
 
     scope: str
     limits: tuple[Limit, ...] = ()
     cooling: tuple[str, ...] = ()
+    tokens: float = 0.0
+    usd: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ _ADDED = {
     "rollup": ("unpriced", "unpriced_prompt", "unpriced_completion", "estimated"),
 }
 
+_LAST = "SELECT deployment, completion_tokens FROM attempt WHERE outcome = 'ok' ORDER BY at DESC LIMIT 1000"
 _PAST = (
     "SELECT count(*), total(prompt_tokens + completion_tokens), total(cost_usd) FROM attempt WHERE at >= ? AND at < ?"
     " AND ? IN (provider || '/' || account, provider || '/' || account || ':' || model)"
@@ -163,13 +170,15 @@ class Ledger:
         self._wal: Path | None = None
         self._alone_since: float | None = None
         self._pruned = self._served = -math.inf
+        self._answers: defaultdict[str, deque[int]] = defaultdict(lambda: deque(maxlen=50))
         self._warned = threading.Lock()  # held once the one warning is out
         atexit.register(self.close)
 
     async def reserve(self, need: Need) -> int | Refused:
         """Count one request against every limit of `need`, or say why not and until when.
 
-        Exact over all processes. Answers from this process's own count after 250 ms in which nobody was served.
+        Exact over all processes. Limits of tokens and USD are passed by no more than the requests under way use
+        beyond what was reserved for them; a request larger than a whole limit is let through when nothing else counts. Answers from this process's own count after 250 ms in which nobody was served.
         A cancelled caller may leave its request counted.
         """
         process = self._process()
@@ -192,6 +201,8 @@ class Ledger:
     def finish(self, reservation: int | None, scope: str, record: Record) -> None:
         """Hand in a finished attempt: its tokens and cost count at once, and it is on disk 50 ms later."""
         process = self._process()
+        if record.outcome == "ok":
+            self._answers[record.deployment].append(record.completion_tokens)
         if reservation is not None:
             used = (record.prompt_tokens + record.completion_tokens, record.cost_usd or 0.0)
             done = partial(_quotas.finish, scope=scope, reservation=reservation, at=record.at, used=used)
@@ -200,6 +211,11 @@ class Ledger:
                     done(process.memory)
             process.quotas.put(done)
         process.history.put(record)
+
+    def typical(self, deployment: str) -> int:
+        """Return the tokens that nine of ten of a deployment's last answers did not pass; 1,000 before the first."""
+        answers = sorted(self._answers.get(deployment, ()))
+        return answers[int(0.9 * len(answers))] if answers else _ANSWER
 
     def cool(self, key: str, seconds: float, reason: str) -> None:
         """Block `key` in every process for `seconds`. Of two blocks the longer holds: both were asked for."""
@@ -213,7 +229,13 @@ class Ledger:
         return {key: block for key, block in self._blocked.copy().items() if block[0] > now}
 
     def refresh(self) -> None:
-        """Read who is cooling from the file, and forget limits found full; blocks up to 250 ms."""
+        """Read who is cooling from the file, and forget limits found full; blocks up to 250 ms.
+
+        The first time, the length of the last answers is read too.
+        """
+        if not self._answers:
+            for deployment, tokens in reversed(self._read(self._history, _LAST, ())):
+                self._answers[deployment].append(tokens)
         for key in [key for key in self._blocked.copy() if key.startswith("scope:")]:
             self._blocked.pop(key, None)
         for key, until, reason in self._read(self._quotas, _quotas.COOLING, (self._clock(),)):
@@ -332,17 +354,21 @@ class Ledger:
 
     def _decide(self, db: sqlite3.Connection, need: Need, reservation: int, now: float) -> int | Refused:
         keys = (*need.cooling, f"scope:{need.scope}")  # a limit found full stays full until it frees
-        found = [(*self._blocked.get(key, (0.0, "")), key) for key in keys]
-        refusals = [refusal for refusal in found if refusal[0] > now]
+        blocks = [(*self._blocked.get(key, (0.0, "")), key) for key in keys]
+        refusals = [block for block in blocks if block[0] > now]
+        partly: set[str] = set()  # full for this request, or while others are under way; another may pass
         for limit in need.limits:
-            until = _quotas.full(db, need.scope, limit, now)
-            if until is not None:
-                refusals.append((until, f"{limit} used by {need.scope}", f"scope:{need.scope}"))
+            if found := _quotas.full(db, need, limit, now):
+                until, shut = found
+                reason = f"{limit} {'used' if shut else 'used or reserved'} by {need.scope}"
+                refusals.append((until, reason, keys[-1]))
+                partly |= set() if shut else {reason}
         if not refusals:
             _quotas.grant(db, need, reservation, now)
             return reservation
         until, reason, key = max(refusals)
-        self._block(key, until, reason)
+        if reason not in partly:
+            self._block(key, until, reason)
         return Refused(until, f"{reason}, frees in {_span(until - now)}", key)
 
     def _block(self, key: str, until: float, reason: str) -> None:

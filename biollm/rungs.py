@@ -20,6 +20,7 @@ from biollm.errors import UnknownNameError
 from biollm.ledger import Ledger, Need
 from biollm.owners import in_the_clear
 from biollm.routing import Deployment, Policy, Wants
+from biollm.types import Usage
 
 if TYPE_CHECKING:
     from biollm.balance import Load
@@ -182,6 +183,26 @@ class Rungs:
         url = "" if isinstance(found, str) or not found.secret else found.base_url or deployment.base_url or ""
         return in_the_clear(url, self.config.cluster.local_hosts) or found
 
+    def need(self, deployment: Deployment, wants: Wants) -> Need:
+        """Return the deployment's claim on the ledger, with what such a request is expected to use at most.
+
+        The prompt has an upper bound; the answer is taken to be as long as the deployment's usually are, for an agent
+        asks for 64,000 tokens and uses 500.
+        """
+        need = self.needs[deployment.id]
+        kinds = {limit.kind for limit in need.limits}
+        if not kinds & {"tokens", "usd"}:
+            return need
+        typical = self.ledger.typical(deployment.id)
+        expected = Usage(wants.prompt_most, min(typical, routing.allowance(deployment, wants) or typical))
+        usd = 0.0
+        if "usd" in kinds:
+            from biollm import prices
+
+            price = prices.price(deployment, self.config)
+            usd = price.usd(expected) if price else 0.0
+        return replace(need, tokens=expected.total_tokens, usd=usd)
+
     def missing(self, deployment: Deployment) -> str:
         """Return what the deployment lacks to be asked at all, one sentence; empty when nothing."""
         return self._missing.get(deployment.id, ("", ""))[1]
@@ -284,7 +305,8 @@ def explain(rungs: Rungs, wants: Wants) -> Sequence[Rung]:
     for rung in found:
         if rung.standing == "ready":
             used = rungs.ledger.used(rung.deployment.scope, rung.deployment.limits)
-            full = [(limit, resets) for limit, count, resets in used if _quotas.excess(limit, count) > 0]
+            need = rungs.need(rung.deployment, wants)
+            full = [(limit, resets) for limit, count, resets in used if _quotas.excess(limit, count, need) > 0]
             if full:
                 rung = replace(rung, standing="limited", reason=f"{full[0][0]} is used up", until=full[0][1] or 0.0)
         fresh.append(rung)

@@ -26,7 +26,7 @@ from biollm.alerts import firing
 from biollm.config import Config, Limit
 from biollm.endpoints import Endpoint
 from biollm.errors import BiollmError
-from biollm.ledger import Ledger
+from biollm.ledger import Ledger, Need
 from biollm.routing import Wants
 from biollm.rungs import Rung, Rungs, Standing, explain
 from biollm.tickets import Job
@@ -169,19 +169,22 @@ class Top:
             self._follow(now)
             servers = tuple(self._discover())
             rungs = Rungs(self._config, self._ledger, self._state, self._config.data_policy, lambda: servers)
-            found = explain(rungs, Wants(policy=self._config.data_policy))
+            found = explain(rungs, wants := Wants(policy=self._config.data_policy))
             scopes = {rung.deployment.scope: rung.deployment.limits for rung in found}
             used = {scope: self._ledger.used(scope, limits) for scope, limits in scopes.items()}
-            views = tuple(self._view(rung, used[rung.deployment.scope], now) for rung in found)
+            views: list[RungView] = []
+            for rung in found:
+                need = rungs.need(rung.deployment, wants) if rung.standing == "limited" else None
+                views.append(self._view(rung, need, used[rung.deployment.scope], now))
             jobs, alerts = _jobs(self._jobs(), servers), tuple(map(str, self._alerts()))
-            return Snapshot(now, views, jobs, self._series(now), alerts)
+            return Snapshot(now, tuple(views), jobs, self._series(now), alerts)
 
-    def _view(self, rung: Rung, used: Sequence[tuple[Limit, float, object]], now: float) -> RungView:
+    def _view(self, rung: Rung, need: Need | None, used: Sequence[tuple[Limit, float, object]], now: float) -> RungView:
         name, why = rung.deployment.id, rung.reason
         state: State = rung.standing
         answered = self._answered.get(name)
         failed, reason = self._failed.get(name, (0.0, ""))
-        if state == "limited" and not any(excess(limit, count) > 0 for limit, count, _ in used):
+        if state == "limited" and not any(excess(limit, count, need) > 0 for limit, count, _ in used):
             state = "cooling"
         elif state == "ready" and failed > max(answered or 0.0, now - 60 * MINUTES):
             state, why = "failing", reason

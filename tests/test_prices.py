@@ -327,7 +327,7 @@ def test_what_was_paid_and_thrown_away_counts(
 ) -> None:
     costs = {"costs": {"per_million_tokens": {"first": 1e6}}}  # a dollar a token
     url = net.serve(then=behaviour).url
-    waterfall(costs, first={"base_url": url, "token_budget": "1M/month", "budget": "1000 USD/month"})
+    waterfall(costs, first={"base_url": url, "token_budget": "1M/month", "budget": "100000 USD/month"})
     client, options = get_model_client(), dict(options)
     leave = options.pop("leave", None)
     with suppress(CompletionError):
