@@ -9,9 +9,13 @@ from typing import Any
 
 from biollm._plain import text
 from biollm._run import Sent
-from biollm.outcomes import CUT, EMPTY, NO_CHOICES, Verdict
+from biollm.endpoints import START
+from biollm.outcomes import BROKEN, CUT, EMPTY, NO_CHOICES, Verdict
 from biollm.types import Usage
 
+STRANGER = Verdict(
+    "the answer does not name its server's start: another program has its port", None, "endpoint", BROKEN
+)
 # The fields of a chunk that may hold nothing but text, and of its one choice.
 _FRAME = {"id", "created", "model", "object", "choices", "system_fingerprint", "service_tier"}
 _CHOICE = {"index", "delta"}
@@ -82,6 +86,13 @@ def emptiness(response: Any) -> Verdict | None:
     if not response.choices:
         return NO_CHOICES
     return None if content(response).strip() or tool_calls(response.choices[0]) else EMPTY
+
+
+def stranger(sent: Sent) -> Verdict | None:
+    """Return the verdict on an answer of a server found by its record that does not name the start of that server."""
+    start = sent.deployment.start
+    named = sent.response._hidden_params.get("additional_headers", {}).get(f"llm_provider-{START}") if start else ""
+    return None if named == start else STRANGER
 
 
 def delta(chunk: Any) -> str:

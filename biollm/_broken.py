@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from biollm.endpoints import PROOF, START, proof
+
 _OK = {"id": "drill", "object": "chat.completion", "created": 0, "model": "drill"}
 _USAGE = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
 _HTML = "<html><h1>Sign in to the network</h1></html>"
@@ -16,11 +18,12 @@ _HTML = "<html><h1>Sign in to the network</h1></html>"
 class Stage:
     """One address. `faults` names by "key model" what is broken; all else is answered well.
 
-    `asked` counts the completions asked for, by "key model".
+    `asked` counts the completions asked for, by "key model". With a `start` it takes the place of a server found by its
+    record: it proves that start, and names it.
     """
 
-    def __init__(self, faults: dict[str, str], asked: Counter[str]) -> None:
-        self._faults, self._asked = faults, asked
+    def __init__(self, faults: dict[str, str], asked: Counter[str], start: str = "", key: str = "") -> None:
+        self._faults, self._asked, self._start, self._start_key = faults, asked, start, key
         self._server: asyncio.Server | None = None
         self._port = 0
 
@@ -55,7 +58,11 @@ class Stage:
             if fault == "hang":
                 await reader.read(1)  # until the client goes away
             elif fault != "reset":
-                writer.write(reply("http_404" if head.startswith("get") else fault, stream=bool(body.get("stream"))))
+                said = reply("http_404" if head.startswith("get") else fault, stream=bool(body.get("stream")))
+                nonce = re.search(r"nonce=(\w+)", head)
+                proven = f"\r\n{PROOF}: {proof(self._start_key, nonce[1], self._start)}" if nonce else ""
+                named = f"\r\n{START}: {self._start}{proven}".encode() if self._start else b""
+                writer.write(said.replace(b"\r\n", named + b"\r\n", 1))
                 await writer.drain()
         except (OSError, asyncio.IncompleteReadError, ValueError):
             pass

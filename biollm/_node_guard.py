@@ -1,4 +1,4 @@
-"""ASGI middleware of a model server: the key on every route but GET /health, and a count of requests.
+"""ASGI middleware of a model server: the key on every route but GET /health, proof of its start, a count of requests.
 
 What vLLM lacks: its own key covers only /v1 and leaves /invocations (which generates), /tokenize, /metrics
 and more open. Standard library only (Python 3.9): it is imported by the server (`--middleware MODULE.Guard`).
@@ -9,17 +9,23 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+_NONCE = re.compile(rb"(?:^|&)nonce=([0-9a-f]{32,64})(?:&|$)")
 UNCOUNTED = ("/health", "/metrics")  # asked by supervisors and monitors: no work, no sign of use
 
 
 class Guard:
     """ASGI middleware: the key on every route but GET /health, the start's id on every answer, and a count.
+
+    GET /health?nonce=HEX, which needs no key, is answered with `x-biollm-proof`: the HMAC-SHA256 of nonce and start id
+    under the key, in hex. Clients ask for it before they send key and prompt: another program on this port, after
+    this server has ended, cannot answer it. It tells nothing of the key, which is random and 256 bits long.
 
     An answer to whoever has the key also tells `x-biollm-flying` (requests in flight) and `x-biollm-idle`
     (seconds since the last one ended): draining and the idle stop need no metric names, which change.
@@ -30,7 +36,7 @@ class Guard:
         self._start = os.environ["BIOLLM_START"].encode()
         if not (key := Path(os.environ["BIOLLM_KEY_FILE"]).read_bytes().strip()):
             raise ValueError(f"{os.environ['BIOLLM_KEY_FILE']} holds no key.")
-        self._key = _digest(b"Bearer " + key)
+        self._secret, self._key = key, _digest(b"Bearer " + key)
         self._flying = 0
         self._last = time.monotonic()
         lifeline = int(os.environ["BIOLLM_LIFELINE"])
@@ -44,13 +50,15 @@ class Guard:
         known = hmac.compare_digest(_digest(headers.get(b"authorization", b"")), self._key)
         health = scope["type"] == "http" and scope["path"] == "/health" and scope["method"] in ("GET", "HEAD")
         if not (known or health):
-            await _refuse(scope, send)
+            await _refuse(scope, send, self._tags(known=False))
             return
+        nonce = _NONCE.search(scope.get("query_string") or b"") if health else None
+        tags = [(b"x-biollm-proof", self._prove(nonce[1]))] if nonce else []
         counted = scope["path"] not in UNCOUNTED
 
         async def tagged(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *self._tags(known)]}
+                message = {**message, "headers": [*message.get("headers", ()), *self._tags(known), *tags]}
             await send(message)
 
         self._flying += counted
@@ -61,6 +69,9 @@ class Guard:
             if counted:
                 self._last = time.monotonic()
 
+    def _prove(self, nonce: bytes) -> bytes:
+        return hmac.new(self._secret, nonce + self._start, hashlib.sha256).hexdigest().encode()
+
     def _tags(self, known: bool) -> list[tuple[bytes, bytes]]:
         tags = [(b"x-biollm-start", self._start)]
         if known:
@@ -69,11 +80,11 @@ class Guard:
         return tags
 
 
-async def _refuse(scope: Any, send: Any) -> None:
+async def _refuse(scope: Any, send: Any, tags: list[tuple[bytes, bytes]]) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer"), *tags]
     await send({"type": "http.response.start", "status": 401, "headers": headers})
     body = b'{"error": {"message": "The key is missing or wrong.", "type": "authentication_error"}}'
     await send({"type": "http.response.body", "body": body})

@@ -7,14 +7,16 @@ timeout for OpenAI's client only, not for the others (vLLM, Gemini). The watch r
 from __future__ import annotations
 
 import asyncio
+import hmac
 import ssl
 import time
 from functools import partial
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from biollm._background import background
+from biollm._background import apart, background
+from biollm.endpoints import PROOF, challenge, proof, unproven
 from biollm.owners import address, is_this_host, objection
 from biollm.routing import Deployment
 
@@ -22,10 +24,13 @@ if TYPE_CHECKING:
     from biollm.config import Cluster
     from biollm.credentials import Credential
 
-_Place = tuple[str, bool, tuple[str, ...], tuple[str, ...]]
+_Place = tuple[str, str, bool, tuple[str, ...], tuple[str, ...]]
 _STEPS = 12
 _KNOWN = 60.0  # seconds for which a host that answered needs no watching
-TRUSTED, RENEWED = 5.0, 2.5  # seconds for which a check of an address holds; after which it is renewed beside a request
+# Seconds for which a check of an address holds, so that with the choice among replicas and what LiteLLM does first it is
+# at most 5 s old when the request is sent; and after which it is renewed beside a request.
+TRUSTED, RENEWED = 4.0, 2.0
+PATIENCE = 10.0  # seconds for a server to prove its start
 _HOSTS = {"gemini": "https://generativelanguage.googleapis.com"}  # where LiteLLM sends without an api_base
 
 
@@ -70,37 +75,64 @@ class Reach:
 class Trust:
     """Whether addresses may be sent a key or a prompt, as was found a moment ago. For the background loop only.
 
-    Who listens on loopback is looked up in a table of the kernel's, which takes milliseconds, so what was found holds
-    for `TRUSTED` seconds. In use it is renewed before that, beside the requests.
+    A server found by its record proves its start; at a fixed address on this host, the listener's owner is looked up.
+    Both take milliseconds, so what was found holds for `TRUSTED` seconds. In use it is renewed before that, beside
+    the requests, one look at a time.
     """
 
     def __init__(self) -> None:
         self._good: dict[_Place, float] = {}
         self._looks: dict[_Place, asyncio.Task[str | None]] = {}
+        self._client: Any = None
 
     async def objection(self, deployment: Deployment, known: Credential, cluster: Cluster) -> str | None:
-        """Return why the deployment may not be sent a request, one sentence, or None. Every sender asks this first."""
+        """Return why the deployment may not be sent a request, one sentence, or None. Every sender asks this first.
+
+        Raises:
+            httpx.HTTPError: A server found by its record cannot be reached.
+            TimeoutError: It accepts the connection, and proves nothing in time.
+        """
         url = known.base_url or deployment.base_url
         if not url or deployment.embedded:
             return None
-        key = bool(known.secret) and not deployment.start
-        place = (url, key, cluster.local_hosts, cluster.trusted_owners)
+        place = (url, deployment.start, bool(known.secret), cluster.local_hosts, cluster.trusted_owners)
         age = time.monotonic() - self._good.get(place, -TRUSTED)
         if age >= RENEWED and place not in self._looks:
-            self._looks[place] = asyncio.create_task(self._look(place))
+            self._looks[place] = look = asyncio.create_task(self._look(place, deployment.model, known.secret))
+            look.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits for it
         return await asyncio.shield(self._looks[place]) if age >= TRUSTED else None
 
-    async def _look(self, place: _Place) -> str | None:
-        url, key, local_hosts, trusted_owners = place
+    def forget(self, deployment: Deployment) -> None:
+        """Look again before the next request, since one got no answer: another program may have taken the port."""
+        self._good = {place: at for place, at in self._good.items() if place[0] != deployment.base_url}
+
+    async def _look(self, place: _Place, model: str, secret: str) -> str | None:
+        url, start, key, local_hosts, trusted_owners = place
         now = time.monotonic()
         try:
             ask = partial(objection, url, key=key, local_hosts=local_hosts, trusted_owners=trusted_owners)
-            found = await asyncio.to_thread(ask) if is_this_host(address(url)[0]) else ask()
+            if start:
+                found = None if await self._proves(url, start, secret) else unproven(url, model)
+            else:
+                found = await apart(ask) if is_this_host(address(url)[0]) else ask()
             if not found:
                 self._good = {each: at for each, at in self._good.items() if now - at < TRUSTED} | {place: now}
             return found
         finally:
             del self._looks[place]
+
+    async def _proves(self, url: str, start: str, secret: str) -> bool:
+        """Return whether the server at `url` proves its start, on a new connection: a kept one would tell of the past."""
+        import httpx
+
+        if self._client is None:
+            once, patience = httpx.Limits(max_keepalive_connections=0), httpx.Timeout(PATIENCE, connect=3.0)
+            self._client = httpx.AsyncClient(trust_env=False, timeout=patience, limits=once)
+            background().closing.append(self._client.aclose)
+        nonce, path = challenge()
+        async with asyncio.timeout(PATIENCE), self._client.stream("GET", urljoin(url, path)) as answer:
+            said = answer.headers.get(PROOF, "")
+            return hmac.compare_digest(said.encode(), proof(secret, nonce, start).encode())
 
 
 def trust() -> Trust:

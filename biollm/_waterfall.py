@@ -20,7 +20,18 @@ from urllib.request import getproxies, proxy_bypass
 import litellm
 
 from biollm import _reach, balance, embedded, guard, prices, routing
-from biollm._answers import content, delta, emptiness, finished, first_content, fold, service_tier, spent, tool_calls
+from biollm._answers import (
+    content,
+    delta,
+    emptiness,
+    finished,
+    first_content,
+    fold,
+    service_tier,
+    spent,
+    stranger,
+    tool_calls,
+)
 from biollm._background import apart, background
 from biollm._plain import ANSWER_SIZES
 from biollm._run import BREATH, Request, Run, Sent
@@ -229,7 +240,9 @@ class Waterfall:
             guard.install()
             async with scope:
                 sent.response = await self._call(run, rungs[0], messages, limit, stream)
-                verdict = await first_content(sent) if stream else emptiness(sent.response)
+                # LiteLLM keeps no headers of a plain text completion.
+                verdict = None if run.request.middle else stranger(sent)
+                verdict = verdict or (await first_content(sent) if stream else emptiness(sent.response))
         except RefusalError:
             return self._refused(run, turn, sent)
         except asyncio.CancelledError:
@@ -249,6 +262,9 @@ class Waterfall:
             if watch:
                 watch.cancel()
         if verdict:
+            if stream and sent.response is not None:
+                with suppress(Exception):
+                    await sent.response.aclose()
             self._fail(run, sent, verdict)
             await self._reread_key(run, sent.deployment, verdict)
             return None
@@ -292,27 +308,40 @@ class Waterfall:
         return need
 
     async def _fresh(self, run: Run, rungs: Sequence[Deployment]) -> list[Deployment]:
-        """Return those that may be asked after a closer look: tokens renewed, addresses and fixed servers checked."""
-        good: list[Deployment] = []
-        for deployment in rungs:
-            reason: str | None = None
-            if (known := self.rungs.credentials.get(deployment.id)) is None:
-                continue  # its server left
-            if known.ends_within(_FRESH):
-                if found := self.rungs.note(deployment, await apart(self.rungs.look, deployment)):
-                    self._renew(deployment, found)
-                else:
-                    reason = self.rungs.missing(deployment)
-                known = found or known
-            reason = reason or await _reach.trust().objection(deployment, known, self.rungs.config.cluster)
-            if not reason and deployment.provider.type == "local" and not deployment.start:
-                reason = await self._servers.objection(deployment, known)
-            if reason:
-                run.tried.add(deployment.id)
-                run.pass_over(Rung(deployment, "absent", reason))
+        """Return those that may be asked after a closer look; note why the others may not."""
+        fit = await asyncio.gather(*(self._fits(run, deployment) for deployment in rungs))
+        return [deployment for deployment, fits in zip(rungs, fit, strict=True) if fits]
+
+    async def _fits(self, run: Run, deployment: Deployment) -> bool:
+        """Renew a token that ends soon, and check whose server it is, and what one with a fixed address serves."""
+        reason: str | None = None
+        if (known := self.rungs.credentials.get(deployment.id)) is None:
+            return False  # its server left
+        if known.ends_within(_FRESH):
+            if found := self.rungs.note(deployment, await apart(self.rungs.look, deployment)):
+                self._renew(deployment, found)
             else:
-                good.append(deployment)
-        return good
+                reason = self.rungs.missing(deployment)
+            known = found or known
+        sent = Sent(deployment, None, time.time(), time.perf_counter())
+        limit, shortened = self._limit(run.request, deployment, stream=False)
+        limit = min(limit, _reach.PATIENCE)
+        try:
+            async with asyncio.timeout(limit):
+                reason = reason or await _reach.trust().objection(deployment, known, self.rungs.config.cluster)
+        except Exception as error:  # a server that was found does not take the connection, or does not speak
+            late = timed_out(limit, shortened=shortened) if isinstance(error, TimeoutError) else None
+            verdict = late or classify(error, time.time(), shortened=shortened)
+            self._fail(run, sent, verdict)
+            if verdict.cools:
+                self.ledger.cool(f"endpoint:{deployment.endpoint}", verdict.seconds, self._redact(verdict.reason))
+            return False
+        if not reason and deployment.provider.type == "local" and not deployment.start:
+            reason = await self._servers.objection(deployment, known)
+        if reason:
+            run.tried.add(deployment.id)
+            run.pass_over(Rung(deployment, "absent", reason))
+        return not reason
 
     def _renew(self, deployment: Deployment, found: Credential) -> None:
         for entry in routing.model_list([deployment], {deployment.id: _params(found)}):
@@ -338,6 +367,8 @@ class Waterfall:
     def _fail(self, run: Run, sent: Sent, verdict: Verdict) -> Attempt:
         """Cool what the verdict says, and note the attempt."""
         deployment = sent.deployment
+        if verdict.status is None:
+            _reach.trust().forget(deployment)
         reason = self._redact(verdict.reason)
         if verdict.cools and sent.reservation is not None:
             keys = cooling_keys(deployment, self.rungs.credentials.get(deployment.id, Credential("", "")))

@@ -208,7 +208,9 @@ class Theatre:
         self._real, self.rungs = real, rungs
         self._faults: dict[str, str] = {}
         self._asked = Counter[str]()
-        self.stages = {rung.endpoint: Stage(self._faults, self._asked) for rung in rungs}
+        self.stages = {
+            rung.endpoint: Stage(self._faults, self._asked, rung.start, _key(rung).split()[0]) for rung in rungs
+        }
         self.request = Request([{"role": "user", "content": "drill"}], {}, Wants(policy=real.config.data_policy))
 
     @asynccontextmanager

@@ -7,9 +7,11 @@ at its address names the same start (a port can have a new owner before a record
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import re
+import secrets
 import stat
 import threading
 import time
@@ -33,6 +35,7 @@ _RETRY_S = 2.0  # the same, after it did not answer
 _LOOK_S = 2.0  # how long the first look is waited for
 _UNUSED_S = 60.0  # a watch that nobody asks stops reading
 _SKEW_S = 60.0  # how long a measured difference of clocks is believed
+START, PROOF = "x-biollm-start", "x-biollm-proof"  # headers of a server's answers
 _START = re.compile(r"[0-9a-f]{32}")
 _METRIC = re.compile(
     r"^vllm:(num_requests_running|num_requests_waiting|(?:kv|gpu)_cache_usage_perc)(?:\{.*\})? (\d[\d.e+-]*)\s*$", re.M
@@ -221,6 +224,23 @@ def read_key(endpoint: Endpoint) -> str:
         return key
 
 
+def challenge() -> tuple[str, str]:
+    """Return a nonce, and the path at which the server of a start proves, with its key, that it is that."""
+    nonce = secrets.token_hex(16)
+    return nonce, f"/health?nonce={nonce}"
+
+
+def proof(key: str, nonce: str, start: str) -> str:
+    """Return what only a server with the key of the start can answer to a nonce."""
+    return hmac.new(key.encode(), f"{nonce}{start}".encode(), "sha256").hexdigest()
+
+
+def unproven(base_url: str, model: str) -> str:
+    """Return what is said of a server that does not prove its start, one sentence."""
+    restart = f"biollm down {model} && biollm up {model}"
+    return f"what listens at {base_url} does not prove to be its server: another program, or one of an older biollm ({restart})"
+
+
 def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout: float) -> tuple[int, str]:
     """Return status and text of one request to the server itself, with its key and past any proxy.
 
@@ -232,7 +252,7 @@ def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout
         timeout: Seconds.
 
     Raises:
-        OSError: It did not answer, or another server did.
+        OSError: It did not answer, or another server did, which was not sent the key.
     """
     status, start, text = _request(endpoint, method, path, body, timeout, read_key(endpoint))
     if start != endpoint.start:
@@ -310,16 +330,25 @@ def _probe(endpoints: Sequence[Endpoint]) -> Iterable[tuple[Endpoint, str | None
 def _request(
     endpoint: Endpoint, method: str, path: str, body: Any, timeout: float, key: str | None
 ) -> tuple[int, str, str]:
-    """Return (status, start id, text) of one request."""
+    """Return (status, start id, text) of one request; with a key, the server proves its start on the connection first."""
     import http.client
 
     url = urlsplit(endpoint.base_url)
     connection = http.client.HTTPConnection(str(url.hostname), url.port, timeout=timeout)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
+        if key:
+            nonce, where = challenge()
+            connection.request("GET", where)
+            answer = connection.getresponse()
+            answer.read()
+            said = answer.headers.get(PROOF) or ""
+            if not hmac.compare_digest(said.encode(), proof(key, nonce, endpoint.start).encode()):
+                raise ConnectionError(unproven(endpoint.base_url, endpoint.model))
+            connection.auto_open = 0  # a new connection could lead to another server
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         answer = connection.getresponse()
-        return answer.status, answer.headers.get("x-biollm-start") or "", answer.read().decode(errors="replace")
+        return answer.status, answer.headers.get(START) or "", answer.read().decode(errors="replace")
     except http.client.HTTPException as error:
         raise ConnectionError(f"{endpoint.base_url} does not speak HTTP: {error!r}") from error
     finally:

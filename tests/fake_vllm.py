@@ -55,29 +55,34 @@ def application(what: str, served: str):
 
 
 async def converse(app, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-    except asyncio.IncompleteReadError:  # somebody only looked whether the port is open
-        writer.close()
-        return
-    method, path, _ = head[0].split(" ")
-    pairs = [line.split(": ", 1) for line in head[1:] if line]
-    headers = [(name.lower().encode(), value.encode()) for name, value in pairs]
-    body = await reader.readexactly(int(dict(headers).get(b"content-length", 0)))
+    """Serve one connection, request by request, as uvicorn does."""
+    while True:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):  # the client went away
+            writer.close()
+            return
+        method, target, _ = head[0].split(" ")
+        path, _, query = target.partition("?")
+        pairs = [line.split(": ", 1) for line in head[1:] if line]
+        headers = [(name.lower().encode(), value.encode()) for name, value in pairs]
+        body = await reader.readexactly(int(dict(headers).get(b"content-length", 0)))
 
-    async def receive():
-        return {"type": "http.request", "body": body}
+        async def receive(body=body):
+            return {"type": "http.request", "body": body}
 
-    async def send(message):
-        if message["type"] == "http.response.start":
-            writer.write(f"HTTP/1.1 {message['status']} -\r\nconnection: close\r\n".encode())
-            writer.write(b"".join(b"%s: %s\r\n" % pair for pair in message["headers"]) + b"\r\n")
-        else:
-            writer.write(message["body"])
+        started = {}
 
-    await app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
-    await writer.drain()
-    writer.close()
+        async def send(message, started=started):
+            if message["type"] == "http.response.start":
+                started.update(message)
+                return
+            writer.write(f"HTTP/1.1 {started['status']} -\r\ncontent-length: {len(message['body'])}\r\n".encode())
+            writer.write(b"".join(b"%s: %s\r\n" % pair for pair in started["headers"]) + b"\r\n" + message["body"])
+
+        scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": headers}
+        await app(scope, receive, send)
+        await writer.drain()
 
 
 async def main() -> None:

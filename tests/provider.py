@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 
 from behaviours import HTTP_500, OK, Behaviour
 
+from biollm.endpoints import PROOF, START, proof
+
 Json = dict[str, Any]
 T = TypeVar("T")
 DRIP_SECONDS = 0.02
@@ -48,7 +50,10 @@ Choice = Behaviour | Callable[[Request], Behaviour]
 
 @dataclass(eq=False)
 class Server:
-    """One provider. `script` is used up request by request, then `behaviour` holds; both may be changed."""
+    """One provider. `script` is used up request by request, then `behaviour` holds; both may be changed.
+
+    With a `start_id` it is a server that stands in a record: it proves its start, and names it on each answer.
+    """
 
     text: str
     models: tuple[str, ...]
@@ -58,6 +63,9 @@ class Server:
     greets: bool = True  # False resets every connection before a request is read
     metrics: str = ""  # what /metrics says
     url: str = ""
+    start_id: str = ""
+    key: str = ""
+    proofs: int = 0
     requests: list[Request] = field(default_factory=list[Request])
     connections: int = 0
     listener: asyncio.Server | None = None
@@ -93,6 +101,11 @@ class Server:
         try:
             keep = self.greets or _reset(writer)
             while keep and (request := await _read(reader, writer)) is not None:
+                if self.start_id and request.path.startswith("/health?nonce="):
+                    self.proofs += 1
+                    writer.write(self._proof(request.path.partition("=")[2]))
+                    await writer.drain()
+                    continue
                 self.requests.append(request)
                 how = self.script.pop(0) if self.script else self.behaviour
                 how = how if isinstance(how, Behaviour) else how(request)
@@ -103,6 +116,14 @@ class Server:
             self.tasks.discard(task)
             writer.close()
 
+    def _named(self) -> list[str]:
+        """Return the header that names the start."""
+        return [f"{START}: {self.start_id}"] if self.start_id else []
+
+    def _proof(self, nonce: str) -> bytes:
+        lines = ["HTTP/1.1 200 Said", "Content-Length: 0", f"{PROOF}: {proof(self.key, nonce, self.start_id)}"]
+        return ("\r\n".join([*lines, *self._named()]) + "\r\n\r\n").encode()
+
     async def _reply(
         self, request: Request, how: Behaviour, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
@@ -111,7 +132,7 @@ class Server:
         if how.fail is not None and not streamed:
             how = HTTP_500
         if how.drip:
-            await _drip(writer, streamed)
+            await _drip(writer, streamed, self._named())
         for at, piece in enumerate(self._pieces(request, how, streamed)):
             if how.hang == at and await _leaves(reader, how.pause):
                 return False
@@ -145,6 +166,8 @@ class Server:
             framing = "Connection: close" if how.cut is not None else f"Content-Length: {size}"
         kind = "text/event-stream" if streamed else how.content_type
         lines = [f"HTTP/1.1 {how.status} Said", f"Content-Type: {kind}", framing]
+        named = {name.lower() for name, _ in how.headers}
+        lines += self._named() if START not in named else []
         lines += [f"{name}: {value}" for name, value in how.headers]
         return [("\r\n".join(lines) + "\r\n\r\n").encode(), *parts]
 
@@ -355,10 +378,11 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-async def _drip(writer: asyncio.StreamWriter, streamed: bool) -> None:
+async def _drip(writer: asyncio.StreamWriter, streamed: bool, named: list[str]) -> None:
     """Send what keeps a connection alive, and no answer, until the client gives up."""
     kind, drop = ("text/event-stream", b": still here\n\n") if streamed else ("application/json", b" ")
-    writer.write(f"HTTP/1.1 200 Said\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n".encode())
+    lines = ["HTTP/1.1 200 Said", f"Content-Type: {kind}", "Connection: close", *named]
+    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
     while True:
         writer.write(drop)
         await writer.drain()

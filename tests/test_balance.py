@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +19,10 @@ from provider import Loopback, Request, Server
 from biollm import balance
 from biollm._background import background
 from biollm.client import Client, get_model_client
+from biollm.credentials import of_secret
 from biollm.endpoints import Endpoint, Figures, figures
 from biollm.errors import CompletionError
-from biollm.routing import deployments
+from biollm.routing import Deployment, deployments
 from biollm.site import run_dir
 
 OLDER = "vllm:gpu_cache_usage_perc"
@@ -71,12 +72,14 @@ def replicas(waterfall: Callable[..., Path], tmp_path: Path) -> Replicas:
         waterfall({"models": local}, vllm={"type": "local", "models": ["mine"]})
         key = tmp_path / "key"
         key.write_text("the-key-of-the-start")
+        for number, server in enumerate(servers):
+            server.start_id, server.key = f"{number}{os.urandom(15).hex()}", key.read_text()
         found = tuple(
             Endpoint(
-                start=f"{number}{os.urandom(15).hex()}", job="1", ticket="t", model="mine", host="localhost",
+                start=server.start_id, job="1", ticket="t", model="mine", host="localhost",
                 base_url=server.url, key_file=key, owner=os.getuid(), left_s=3600.0, link=1,
             )
-            for number, server in enumerate(servers)
+            for server in servers
         )  # fmt: skip
         client = get_model_client()
         cluster = client.config.cluster
@@ -261,7 +264,7 @@ def test_a_cloud_api_is_never_asked_for_metrics(net: Loopback, replicas: Replica
 
     def ask(local: bool) -> dict[str, balance.Load]:
         some = [replace(each, local=local) for each in found]
-        return background().run(fresh.loads(some, keyless(client)))
+        return background().run(fresh.loads(some, keyed(client, found)))
 
     fresh, deadline = balance.Balance(), time.monotonic() + 30
     assert [load.told for load in ask(local=False).values()] == [None, None]
@@ -270,8 +273,9 @@ def test_a_cloud_api_is_never_asked_for_metrics(net: Loopback, replicas: Replica
         assert time.monotonic() < deadline
 
 
-def keyless(client: Client) -> Any:
-    return SimpleNamespace(credentials={}, config=client.config)
+def keyed(client: Client, found: Sequence[Deployment]) -> Any:
+    key = of_secret("the-key-of-the-start")
+    return SimpleNamespace(credentials={each.id: key for each in found}, config=client.config)
 
 
 def _alive(client: Client) -> Any:
@@ -345,7 +349,7 @@ def test_a_look_is_bounded_whatever_hangs(net: Loopback, replicas: Replicas) -> 
     waited = []
     for _ in range(2):
         began = time.monotonic()
-        background().run(fresh.loads(found, keyless(client)))
+        background().run(fresh.loads(found, keyed(client, found)))
         waited.append(time.monotonic() - began)
     assert waited[0] < balance.PATIENCE, "all at once"
     assert waited[1] < waited[0], "and not again"

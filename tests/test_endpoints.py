@@ -18,7 +18,8 @@ from provider import Loopback
 
 from biollm.client import get_model_client
 from biollm.config import Cluster
-from biollm.endpoints import Records, Watch, ask, load, read_key
+from biollm.endpoints import PROOF, Records, Watch, ask, load, proof, read_key
+from biollm.endpoints import START as START_HEADER
 from biollm.owners import listener_trusted, uids
 
 START = "0123456789abcdef0123456789abcdef"
@@ -37,12 +38,19 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
     def do_GET(self) -> None:
         self.server.asked += 1
-        known = self.path == "/health" or self.headers["authorization"] == "Bearer secret"
+        path, _, nonce = self.path.partition("?nonce=")
+        known = path == "/health" or self.headers["authorization"] == "Bearer secret"
         self.send_response(200 if known else 401)
         number = int(self.connection.getsockname()[0].rpartition(".")[2])
-        self.send_header("x-biollm-start", self.server.start or f"{number:032x}")
+        start = self.server.start or f"{number:032x}"
+        self.send_header(START_HEADER, start)
+        if nonce:
+            self.send_header(PROOF, proof("secret", nonce, start))
+        self.send_header("content-length", str(len(METRICS)))
         self.end_headers()
         self.wfile.write(METRICS.encode())
 
@@ -251,7 +259,7 @@ def test_an_answer_of_another_server_is_an_error(cluster: Cluster, server: Serve
     publish(cluster, server.server_port)
     (endpoint,) = Watch(cluster).refresh()
     server.start = "f" * 32
-    with pytest.raises(ConnectionError, match="Another server"):
+    with pytest.raises(ConnectionError, match="does not prove to be its server"):
         ask(endpoint, "GET", "/metrics", timeout=5)
 
 

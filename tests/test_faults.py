@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -122,8 +122,14 @@ ADDRESS = ["failed", "limited", "spare ok"]  # the fault concerns the address, w
 
 @dataclass(frozen=True, repr=False)
 class Net:
-    """The servers of all cases. What `faulty` does depends on the case; the others always do the same."""
+    """The servers of all cases. What `faulty` does depends on the case; the others always do the same.
 
+    Attributes:
+        running: (name, case) -> a server that stands in a record, which proves its own start.
+    """
+
+    net: Loopback
+    running: dict[tuple[str, str], Server]
     faulty: Server
     good: Server
     spare: Server
@@ -141,7 +147,8 @@ class Net:
         """Return how often each server, or each account, was sent the case's prompt."""
         count = Counter[str]()
         for name in ("faulty", "good", "spare", "poor"):
-            for request in getattr(self, name).completions:
+            own = self.running.get((name, case(place, fault, face)))
+            for request in [*getattr(self, name).completions, *(own.completions if own else ())]:
                 if request.body["model"] == case(place, fault, face):
                     whose = re.search("key-(lab|core)", request.headers["authorization"])
                     count[whose[1] if whose else name] += 1
@@ -204,7 +211,7 @@ def servers(state: Path, net: Loopback, tmp_path_factory: pytest.TempPathFactory
     faulty, good, spare = net.serve(then=misbehave), net.serve(text="from good"), net.serve(text="from spare")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HTTPS_PROXY", proxy.url.removesuffix("/v1"))
-        yield Net(faulty, good, spare, net.serve(then=b.HTTP_404), proxy, urls)
+        yield Net(net, {}, faulty, good, spare, net.serve(then=b.HTTP_404), proxy, urls)
 
 
 def case(place: str, fault: str, face: str) -> str:
@@ -259,15 +266,21 @@ def providers(net: Net, place: str, some: Mapping[str, tuple[str, str]], folder:
 def replicas(net: Net, place: str, some: Mapping[str, tuple[str, str]], folder: Path) -> Iterator[Endpoint]:
     """Yield two running servers for each case."""
     for model, (fault, face) in some.items():
-        for name, url in (("faulty", net.url(place, fault, face)), ("good", net.good.url)):
-            yield running_server(f"{name}-{model}", model, url, key_file(folder, name, model))
+        for name, like in (("faulty", net.faulty), ("good", net.good)):
+            key, url = key_file(folder, name, model), net.url(place, fault, face)
+            if name == "good" or not isinstance(FAULTS[fault].how, str):
+                server = net.running[name, model] = net.net.serve(then=like.behaviour, text=like.text)
+                yield running_server(f"{name}-{model}", model, server, key)
+            else:
+                yield replace(running_server(f"{name}-{model}", model, net.net.serve(), key), base_url=url)
 
 
-def running_server(start: str, model: str, url: str, key: Path) -> Endpoint:
-    """Return what a live record says."""
+def running_server(start: str, model: str, server: Server, key: Path) -> Endpoint:
+    """Let a server be what a live record says, and return that."""
+    server.start_id, server.key = start, key.read_text()
     return Endpoint(
-        start=start, job="1", ticket="t", model=model, host="localhost", base_url=url, key_file=key, owner=os.getuid(),
-        left_s=3600.0, link=1,
+        start=start, job="1", ticket="t", model=model, host="localhost", base_url=server.url, key_file=key,
+        owner=os.getuid(), left_s=3600.0, link=1,
     )  # fmt: skip
 
 
@@ -388,13 +401,13 @@ def test_a_server_that_leaves_while_it_is_asked_is_followed_by_the_next(net: Loo
     whole = {"inherit": False, "models": models, "providers": {"vllm": {"type": "local", "models": ["small"]}}}
     (tmp_path / "providers.yaml").write_text(yaml.safe_dump(whole))
     client = get_model_client(config_dir=tmp_path, provider="vllm")
-    running = [running_server("leaves", "small", leaves.url, tmp_path / "key")]
+    running = [running_server("leaves", "small", leaves, tmp_path / "key")]
     discovered(client, lambda: tuple(running))
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.complete, "hi")
         while not leaves.requests:
             time.sleep(0.01)
-        running[:] = [running_server("stays", "small", stays.url, tmp_path / "key")]
+        running[:] = [running_server("stays", "small", stays, tmp_path / "key")]
         assert client.complete("hi").text == "from the one that stayed"
         net.stop(leaves)
         told = waiting.result()

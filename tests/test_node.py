@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import hmac
 import http.client
 import json
 import os
@@ -205,6 +207,24 @@ def test_health_needs_no_key_and_tells_strangers_no_counts(guarded: tuple[Job, d
     assert "x-biollm-flying" not in ask(record, "/health").headers
     assert ask(record, "/health", key=job.key(record)).headers["x-biollm-flying"] == "0"
     assert ask(record, "/health", method="POST").status == 401
+
+
+def test_a_server_proves_its_start_to_whoever_asks_with_a_nonce(guarded: tuple[Job, dict[str, Any]]) -> None:
+    job, record = guarded
+    for nonce in ("0" * 32, "0123456789abcdef" * 4):
+        text = f"{nonce}{record['start']}".encode()
+        expected = hmac.new(job.key(record).encode(), text, hashlib.sha256).hexdigest()
+        for path in (f"/health?nonce={nonce}", f"/health?a=b&nonce={nonce}&c=d"):
+            answer = ask(record, path)
+            assert (answer.status, answer.headers["x-biollm-proof"]) == (200, expected)
+    for odd in ("", "0" * 31, "0" * 65, "G" * 32, "%30" * 32):
+        assert "x-biollm-proof" not in ask(record, f"/health?nonce={odd}").headers
+    assert "x-biollm-proof" not in ask(record, f"/v1/models?nonce={'0' * 32}", job.key(record)).headers
+
+
+def test_a_refusal_names_the_start_too(guarded: tuple[Job, dict[str, Any]]) -> None:
+    _, record = guarded
+    assert ask(record, "/v1/models").headers["x-biollm-start"] == record["start"]
 
 
 def test_the_key_is_in_no_argument_environment_log_event_or_record(

@@ -11,20 +11,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
+from behaviours import EMPTY, OK, Behaviour
 from conftest import Ran
-from provider import Loopback
+from provider import Loopback, Server
+from test_node import Job, listens
 
 from biollm._background import background
+from biollm._lean import OWN_HANDLER
 from biollm._reach import TRUSTED, trust
+from biollm._shared import watch
 from biollm.client import Client, CompletionError, get_model_client
 from biollm.config import load_config
 from biollm.credentials import of_secret
+from biollm.endpoints import START, Endpoint, ask
 from biollm.errors import UnavailableError
 from biollm.health import check
 from biollm.routing import deployments
+from biollm.site import run_dir
 
 Write = Callable[..., Path]
 Biollm = Callable[..., Ran]
@@ -32,7 +40,7 @@ Biollm = Callable[..., Ran]
 
 @dataclass
 class Ear:
-    """A listener that keeps every byte that it is sent, and answers nothing.
+    """A listener that keeps every byte that it is sent.
 
     Attributes:
         port: On every loopback address.
@@ -53,8 +61,8 @@ class Ear:
 
 
 @contextmanager
-def hearing(listener: socket.socket) -> Iterator[Ear]:
-    """Take what connects to a listener, on a thread of its own."""
+def hearing(listener: socket.socket, answer: bytes = b"") -> Iterator[Ear]:
+    """Take what connects to a listener, on a thread of its own, and answer each request so."""
     ear = Ear(listener.getsockname()[1])
 
     def serve() -> None:
@@ -69,6 +77,7 @@ def hearing(listener: socket.socket) -> Iterator[Ear]:
                 with suppress(OSError):
                     while more := line.recv(65536):
                         ear.heard[-1] += more
+                        line.sendall(answer)
 
     threading.Thread(target=serve, daemon=True).start()
     yield ear
@@ -273,3 +282,156 @@ def test_what_was_looked_up_a_moment_ago_costs_microseconds(net: Loopback, water
         return (time.perf_counter() - began) / times
 
     assert background().run(ask(1000)) < 1e-3
+
+
+# --- Servers found by their records ------------------------------------------------------------------------------
+
+KEY = "the-key-of-the-start-0123456789"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    """A server that was started as by Slurm."""
+    job = Job(tmp_path)
+    job.start("")
+    yield job
+    job.stop()
+
+
+@pytest.fixture
+def found(job: Job, waterfall: Write, net: Loopback) -> dict[str, Any]:
+    """Configure a first rung that is found by its record, and one that answers after it; return the record."""
+    record = job.record()
+    folder = waterfall(vllm={"type": "local", "models": ["m0"]}, fine=net.serve(text="from fine"))
+    (folder / "models.yaml").write_text("inherit: false\nmodels:\n  m0: {hf_id: a/b}\n")
+    (folder / "cluster.yaml").write_text(f"cluster: {{name: lab, run_dir: {job.run}}}\n")
+    return record
+
+
+def dies(job: Job, record: dict[str, Any]) -> None:
+    """Kill supervisor and server, as the node's loss of power does: record and key stay."""
+    job.stop()
+    while listens(record["port"]):
+        time.sleep(0.01)
+
+
+IMPOSTOR = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n"
+SAYS = {
+    "nothing": "",
+    "no start": f"{IMPOSTOR}\r\n",
+    "the start, which is no secret": f"{IMPOSTOR}x-biollm-start: START\r\n\r\n",
+    "a wrong proof": f"{IMPOSTOR}x-biollm-start: START\r\nx-biollm-proof: {'0' * 64}\r\n\r\n",
+    "odd letters": f"{IMPOSTOR}x-biollm-start: START\r\nx-biollm-proof: \xe9\r\n\r\n",
+    "a proof that it has seen": f"{IMPOSTOR}x-biollm-start: START\r\nx-biollm-proof: SEEN\r\n\r\n",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("says", SAYS)
+def test_who_takes_the_port_of_a_server_that_died_learns_neither_key_nor_prompt(
+    job: Job, found: dict[str, Any], says: str
+) -> None:
+    client, key = get_model_client(timeout=2.0), job.key(found)
+    (endpoint,) = watch(client.config.cluster).refresh()
+    assert client.complete("SECRET").provider == "vllm"
+    with urlopen(f"http://127.0.0.1:{found['port']}/health?nonce={'0' * 32}") as answer:
+        seen = answer.headers["x-biollm-proof"]
+    dies(job, found)
+    told = SAYS[says].replace("START", found["start"]).replace("SEEN", seen or "").encode("latin-1")
+    with socket.create_server(("127.0.0.1", found["port"])) as listener, hearing(listener, told) as ear:
+        time.sleep(TRUSTED)
+        answers = [client.complete("SECRET"), *(list(client.stream("SECRET"))[-1].completion for _ in range(2))]
+        assert [str(answer) for answer in answers] == ["from fine"] * 3
+        (health, _) = check(client.config, timeout=2.0)
+        assert health.available is False
+        with pytest.raises(OSError):
+            ask(endpoint, "GET", "/metrics", timeout=1)
+        heard = b"".join(ear.heard)
+        assert heard, "it was not even asked to prove its start"
+        assert not any(secret in heard for secret in (b"SECRET", key.encode(), b"uthorization"))
+    if says == "a wrong proof":
+        restart = "another program, or one of an older biollm (biollm down m0 && biollm up m0)"
+        assert answers[0].attempts[0].reason.endswith(f"does not prove to be its server: {restart}")
+        assert health.error == answers[0].attempts[0].reason
+
+
+@pytest.mark.slow
+def test_a_server_that_is_found_answers_in_every_way(job: Job, found: dict[str, Any]) -> None:
+    client = get_model_client()
+    assert [client.complete("hi").text for _ in range(3)] == ["hi"] * 3
+    assert client.complete("hi", provider="vllm", max_retries=1).deployment == f"vllm/m0#{found['start'][:8]}"
+    assert check(client.config)[0].available
+    (endpoint,) = watch(client.config.cluster).refresh()
+    assert ask(endpoint, "GET", "/v1/models", timeout=5)[0] == 200
+
+
+@pytest.fixture
+def running(net: Loopback, waterfall: Write, tmp_path: Path) -> Server:
+    """A server that a record names, and one that answers after it."""
+    server = net.serve(text="from the server")
+    server.start_id, server.key = "ab" * 16, KEY
+    (tmp_path / "key").write_text(KEY)
+    models = {"mine": {"type": "local", "hf_id": "lab/mine"}}
+    waterfall({"models": models}, vllm={"type": "local", "models": ["mine"]}, fine=net.serve(text="from fine"))
+    endpoint = Endpoint(
+        start=server.start_id, job="1", ticket="t", model="mine", host="localhost", base_url=server.url,
+        key_file=tmp_path / "key", owner=os.getuid(), left_s=3600.0, link=1,
+    )  # fmt: skip
+    cluster = load_config().cluster
+    background().kept["watch", run_dir(cluster), cluster.trusted_owners] = SimpleNamespace(
+        alive=lambda: (endpoint,), latest=lambda: (endpoint,), awake=True
+    )
+    return server
+
+
+@pytest.mark.parametrize("own", ["", "True"], ids=["OpenAI's SDK", "LiteLLM's own handler"])
+@pytest.mark.parametrize("named", ["", "cd" * 16], ids=["no start", "another start"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_does_not_name_the_start_is_no_answer(
+    running: Server, monkeypatch: pytest.MonkeyPatch, stream: bool, named: str, own: str
+) -> None:
+    monkeypatch.setenv(OWN_HANDLER, own)
+    client = get_model_client()
+
+    def ask() -> Any:
+        return list(client.stream("hi"))[-1].completion if stream else client.complete("hi")
+
+    assert ask().text == "from the server"
+    running.behaviour = Behaviour(headers=((START, named),))
+    answer = ask()
+    assert (answer.text, answer.attempts[0].outcome) == ("from fine", "failed")
+    assert answer.attempts[0].reason == "the answer does not name its server's start: another program has its port"
+    assert client.explain()[0].reason == answer.attempts[0].reason, "it rests"
+
+
+def test_a_plain_text_completion_relies_on_the_proof(running: Server) -> None:
+    """LiteLLM keeps no headers of its answer."""
+    assert get_model_client().fill_in_middle("def f(", None).text == "from the server"
+    running.start_id = "cd" * 16
+    time.sleep(TRUSTED)
+    with pytest.raises(CompletionError, match="does not prove to be its server"):
+        get_model_client().fill_in_middle("def f(", None)
+
+
+def test_a_proof_serves_many_requests_and_one_is_asked_for_at_a_time(running: Server) -> None:
+    client = get_model_client()
+    client.complete("hi")
+
+    async def many() -> None:
+        await asyncio.gather(*(client.acomplete("hi") for _ in range(20)))
+
+    asyncio.run(many())
+    assert (len(running.completions), running.proofs) == (21, 1)
+    time.sleep(TRUSTED)
+    asyncio.run(many())
+    assert (len(running.completions), running.proofs) == (41, 2)
+
+
+def test_after_a_failure_without_a_status_the_server_proves_its_start_anew(running: Server) -> None:
+    client = get_model_client()
+    client.complete("hi")
+    running.behaviour = EMPTY
+    client.complete("hi")
+    running.behaviour = OK
+    client.complete("hi")
+    assert running.proofs == 2
