@@ -54,16 +54,18 @@ class _Entry(BaseModel):
     key: str = Field(min_length=SHORTEST, repr=False)
     tags: dict[str, str] = {}
     rate_limit: forms.Requests = ()
+    start_local: bool = False
 
 
 @dataclass(frozen=True)
 class Key:
-    """Who may ask, how often, and what is noted with each of its requests."""
+    """Who may ask, how often, what is noted with each of its requests, and whether they may start servers on Slurm."""
 
     name: str
     secret: str = field(repr=False)
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     limits: Sequence[forms.Limit] = ()
+    start_local: bool = False
 
 
 def keys() -> tuple[tuple[Key, ...], str]:
@@ -80,7 +82,7 @@ def keys() -> tuple[tuple[Key, ...], str]:
         found.append(Key("environment", key))
     file = next((path for _, folder in reversed(config_dirs()) if (path := folder / KEYS).exists()), None)
     if file:
-        found += _read(file)
+        found = [*_read(file), *found]  # the file says what a key may do, also where the variable holds the same one
         return tuple(found), str(file)
     if found:
         return tuple(found), "BIOLLM_GATEWAY_KEY"
@@ -107,7 +109,7 @@ def _read(file: Path) -> Iterable[Key]:
             told = error.errors(include_input=False, include_url=False)
             problems += [document.problem((name, *each["loc"][:1]), f"{each['msg']}.") for each in told]
         else:
-            found.append(Key(name, entry.key, entry.tags, entry.rate_limit))
+            found.append(Key(name, entry.key, entry.tags, entry.rate_limit, entry.start_local))
     if problems or not found:
         raise ConfigError(problems or [Problem(str(file), 0, "", "holds no key.", "Write NAME: {key: ...}.")])
     return found
@@ -150,6 +152,7 @@ class Admission:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if (key := self._key(given.strip() if scheme.lower() == "bearer" else "")) is not None:
             scope["biollm.tags"] = {"key": key.name, **key.tags}
+            scope["biollm.start_local"] = key.start_local
             return await _limited(key) if path.startswith("/v1/") and request.method == "POST" else None
         if request.method == "GET" and path in _PAGES:
             if hmac.compare_digest(request.cookies.get("biollm", "").encode(), self._cookie.encode()):

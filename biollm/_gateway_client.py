@@ -274,7 +274,7 @@ class Line:
         """Send the request; return the response once its status says that there is an answer."""
         if self._socket is None:
             self._dial()
-        headers = {"Content-Type": "application/json", **self._headers}
+        headers = {"Content-Type": "application/json", "x-biollm-restarts": "taken", **self._headers}
         self._connection.request("POST", "/v1/chat/completions", text, headers)
         response = self._connection.getresponse()
         if response.status != 200:

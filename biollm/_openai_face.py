@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 _POLICIES = ("any", "no_training", "local_only")  # from loose to strict
+RESTARTS = "x-biollm-restarts"
 _INTERRUPTED = ("raise", "restart")
 _NUMBER, _TEXTS = (int, float), (str, list)
 # What a body may hold besides what becomes an option, and goes on as it is.
@@ -109,11 +110,12 @@ def read(given: bytes, headers: Mapping[str, str], config: Config, tags: Mapping
         options["response_model"] = schema
     said = (("biollm.data_policy", ours.get("data_policy")), ("x-biollm-policy", headers.get("x-biollm-policy")))
     options["data_policy"] = max((_one_of(_POLICIES, *each) for each in said), key=_POLICIES.index)
-    _one_of(_INTERRUPTED, "biollm.on_interrupt", ours.get("on_interrupt"))
     written = tags_of(headers.get("x-biollm-tags", ""))
     options["tags"] = {**_texts(body.get("metadata", {})), **written, **_texts(ours.get("tags", {})), **tags}
     unseen = _one_of(_INTERRUPTED, "x-biollm-on-interrupt", headers.get("x-biollm-on-interrupt")) == "restart"
-    held = stream and unseen
+    # OpenAI's clients would put what comes after a restart behind what came before; ours says that it takes that back.
+    restarts = _one_of(_INTERRUPTED, "biollm.on_interrupt", ours.get("on_interrupt")) == "restart"
+    held = stream and (unseen or (restarts and headers.get(RESTARTS) != "taken"))
     if held:
         options["on_interrupt"] = "restart"
     whole = not stream or schema is not None or bool(body.get("logprobs")) or "messages" not in body
@@ -216,8 +218,13 @@ class Line:
     def __init__(self, model: str, *, chat: bool = True) -> None:
         kind = "chat.completion.chunk" if chat else "text_completion"
         self._common = {"id": _ident(chat), "object": kind, "created": int(time.time()), "model": model}
-        self._head = json.dumps(self._common)[:-1]  # a stream has thousands of chunks that begin alike
+        self.name(model)
         self._chat, self._role = chat, '"role":"assistant",' if chat else ""
+
+    def name(self, model: str) -> None:
+        """Say in the chunks to come that `model` answers."""
+        self._common["model"] = model
+        self._head = json.dumps(self._common)[:-1]  # a stream has thousands of chunks that begin alike
 
     def text(self, text: str, logprobs: Any = None) -> str:
         """Return the chunk of a piece of text."""

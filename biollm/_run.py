@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -41,6 +43,7 @@ class Request:
         middle: (prefix, suffix) of code to fill in between, instead of messages; without a suffix, a text to continue.
         start: Start a server on the cluster when nobody else answers; then wait `wait` seconds for it.
         on_state: Called with the job that is waited for whenever it has changed.
+        asked: When the call began, by the monotonic clock.
     """
 
     messages: list[Message]
@@ -58,6 +61,24 @@ class Request:
     start: bool = False
     wait: float | None = None
     on_state: Callable[[Job], None] | None = None
+    asked: float = field(default_factory=time.monotonic)
+
+    @asynccontextmanager
+    async def in_time(self, attempts: Callable[[], Sequence[Attempt]] = tuple) -> AsyncGenerator[None]:
+        """Bound what is inside by the deadline.
+
+        Raises:
+            DeadlineError: It passed; with the `attempts` so far.
+        """
+        until = None if self.deadline is None else self.asked + self.deadline
+        scope = asyncio.timeout_at(until)  # an event loop's clock is the monotonic one
+        try:
+            async with scope:
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise DeadlineError(f"No answer within the deadline of {self.deadline:g} s.", tuple(attempts())) from None
 
 
 @dataclass
@@ -146,10 +167,6 @@ class Run:
                 "No provider is configured that could answer.", hint="`biollm config` shows what is."
             )
         return CompletionError(f"Nobody could answer.\n{told}", attempts)
-
-    def too_late(self) -> DeadlineError:
-        """Return the error of a deadline that passed."""
-        return DeadlineError(f"No answer within the deadline of {self.request.deadline:g} s.", self.attempts())
 
 
 def _told(attempts: Sequence[Attempt]) -> str:

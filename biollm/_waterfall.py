@@ -511,10 +511,8 @@ class Waterfall:
 async def _deadline(run: Run) -> AsyncGenerator[None]:
     """Bound a whole call."""
     try:
-        async with asyncio.timeout(run.request.deadline):
+        async with run.request.in_time(run.attempts):
             yield
-    except TimeoutError:
-        raise run.too_late() from None
     except CompletionError as error:
         raise error from None
 

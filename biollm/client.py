@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import time
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -78,6 +79,7 @@ Piece = StreamChunk | StreamRestarted
 _STRICTNESS: tuple[Policy, ...] = ("any", "no_training", "local_only")
 # Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
 _CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256
+_STEP = 1.0  # seconds between two looks at a server that starts
 _WATERFALLS = 8  # kept in a process
 _SENT_ON = ("temperature", "max_tokens", "tools", "tool_choice")
 
@@ -282,7 +284,7 @@ class Client:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await asyncio.to_thread(ledger().flush)
+        await apart(ledger().flush)
 
     def policy(self, *calls: Options) -> Policy:
         """Return the data policy: the strictest of what configuration, environment, client and these calls say."""
@@ -364,16 +366,16 @@ class Client:
         if request.start:
             first = replace(request, wants=replace(request.wants, allow_degraded=False))
             try:
-                return await (await self._waterfall()).complete(first)
+                return await (await self._waterfall(request)).complete(first)
             except CompletionError as error:
                 await self._start(request, error)
-        return await (await self._waterfall()).complete(request)
+        return await (await self._waterfall(request)).complete(request)
 
     async def _stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         if request.start:
             first = replace(request, wants=replace(request.wants, allow_degraded=False))
             try:
-                async for piece in (await self._waterfall()).stream(first):
+                async for piece in (await self._waterfall(request)).stream(first):
                     yield piece
             except InterruptedStreamError:
                 raise
@@ -381,20 +383,28 @@ class Client:
                 await self._start(request, error)
             else:
                 return
-        async for piece in (await self._waterfall()).stream(request):
+        async for piece in (await self._waterfall(request)).stream(request):
             yield piece
 
     async def _start(self, request: Request, error: CompletionError) -> None:
-        """Start a server on the cluster after `error`; raise why not, unless the embedded model may still answer."""
+        """Start a server on the cluster after `error`; raise why not, unless the embedded model may still answer.
+
+        The job stays when the deadline passes or the caller leaves. No thread waits: a step is short.
+        """
         from biollm import on_demand, slurm
 
         if isinstance(error, RequestRejectedError | DeadlineError):
             raise error
-        cluster, wait = self.config.cluster, request.wait
+        cluster = self.config.cluster
         try:
-            model = await asyncio.to_thread(on_demand.startable, self.config, request.wants)
-            await asyncio.to_thread(slurm.ensure, model, cluster, timeout=wait, on_state=request.on_state)
-            await asyncio.to_thread(watch(cluster).refresh)
+            async with request.in_time(lambda: error.attempts):
+                model = await apart(on_demand.startable, self.config, request.wants)
+                steps = slurm.ensuring(model, cluster, timeout=request.wait, on_state=request.on_state)
+                while not await apart(next, steps, True):  # noqa: ASYNC110 # other processes set no event
+                    await asyncio.sleep(_STEP)
+                await apart(watch(cluster).refresh)
+        except DeadlineError:
+            raise
         except BiollmError:
             if not request.wants.allow_degraded:
                 raise
@@ -415,7 +425,9 @@ class Client:
             nonlocal done
             async with gate:
                 try:
-                    answer: Completion | CompletionError = await self._complete(request)
+                    answer: Completion | CompletionError = await self._complete(
+                        replace(request, asked=time.monotonic())
+                    )
                 except CompletionError as error:
                     answer = error
             done += 1
@@ -430,8 +442,12 @@ class Client:
             for task in tasks:
                 task.cancel()
 
-    async def _waterfall(self) -> Waterfall:
+    async def _waterfall(self, request: Request) -> Waterfall:
         """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""
+        async with request.in_time():
+            return await self._made()
+
+    async def _made(self) -> Waterfall:
         servers, kept, policy = watch(self.config.cluster), background().kept, self.policy()
         if not servers.awake:
             await apart(servers.alive)

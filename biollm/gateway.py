@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from biollm import _openai_face as face
 from biollm import metrics, page
+from biollm._background import apart
 from biollm._shared import ledger
 from biollm.errors import BiollmError, UsageError
 from biollm.rungs import check_names
@@ -35,13 +36,15 @@ if TYPE_CHECKING:
 
 _STREAM = {"content-type": "text/event-stream", "cache-control": "no-store", "x-accel-buffering": "no"}
 _PAGE = {"cache-control": "no-store", "x-content-type-options": "nosniff", "x-frame-options": "DENY"}
+_MAY = "Write start_local: true beside it in gateway_keys.yaml, or ask over the Unix socket."
 _log = logging.getLogger(__name__)
 
 
 def app(client: Client, *, touched: Callable[[int], None] | None = None) -> Starlette:
     """Return the gateway's routes; they admit everybody, and open no socket.
 
-    A middleware may put `scope["biollm.tags"]`, a dict, there: they are stored with the request's usage record.
+    A middleware may put `scope["biollm.tags"]`, a dict, there: they are stored with the request's usage record; and
+    `scope["biollm.start_local"]`, False where the request may start no server on the cluster.
 
     Args:
         client: Who asks the waterfall; its defaults hold for every request.
@@ -76,6 +79,8 @@ class _Gateway:
             tags = request.scope.get("biollm.tags", {})
             asked = face.read(await request.body(), request.headers, self._client.config, tags, chat=chat)
             headers = {"x-biollm-policy": self._client.policy(asked.options)}
+            if asked.options.get("start_local") and not request.scope.get("biollm.start_local", True):
+                return _refused(UsageError("This key may not start servers.", hint=_MAY), 403)
         except BiollmError as error:
             return _refused(error)
         try:
@@ -109,16 +114,16 @@ class _Gateway:
 
     async def ready(self, request: Request) -> Response:
         """Say whether a rung could answer now; nothing is sent."""
-        found = await asyncio.to_thread(self._client.explain)
+        found = await apart(self._client.explain)
         first = next((rung.deployment.id for rung in found if rung.standing == "ready"), None)
         return _json({"ready": first is not None, "first": first}, 200 if first else 503)
 
     async def metrics(self, request: Request) -> Response:
-        text = await asyncio.to_thread(metrics.text, self._client.config, ledger())
+        text = await apart(metrics.text, self._client.config, ledger())
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
     async def page(self, request: Request) -> Response:
-        return HTMLResponse(page.html(await asyncio.to_thread(self._picture().snapshot)), headers=_PAGE)
+        return HTMLResponse(page.html(await apart(self._picture().snapshot)), headers=_PAGE)
 
     async def events(self, request: Request) -> Response:
         return _Events(page.events(self._picture().snapshot), {})
@@ -176,22 +181,28 @@ class _Gateway:
             "x-biollm-attempts": ", ".join([*(f"{each}=failed" for each in failed), f"{answering}=ok"]),
             "x-biollm-degraded": str(self._client.config.provider(name.split("/")[0]).type == "embedded").lower(),
         }
-        return _Events(_frames(first, pieces, face.Line(name), asked.usage), headers)
+        return _Events(_frames(first, pieces, face.Line(name), asked.usage, asked_of), headers)
 
 
 async def _frames(
-    first: Piece, rest: AsyncGenerator[Piece, None], line: face.Line, usage: bool
+    first: Piece, rest: AsyncGenerator[Piece, None], line: face.Line, usage: bool, asked_of: Sequence[str]
 ) -> AsyncGenerator[str, None]:
     """Yield the events of a stream; an error is the last one, without [DONE]."""
     try:
         async with aclosing(rest):
             piece: Piece | None = first
+            again = False
             while piece is not None:
                 if isinstance(piece, StreamRestarted):
                     yield line.restarted(piece.attempt)
+                    again = True
                 elif piece.completion is None:
+                    if again:
+                        line.name(_name(asked_of[-1]))
+                        again = False
                     yield line.text(piece.text)
                 else:
+                    line.name(f"{piece.completion.provider}/{piece.completion.model}")
                     for frame in line.end(piece.completion, usage=usage):
                         yield frame
                 piece = await anext(rest, None)

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from biollm._background import apart
 from biollm.top import Snapshot, render
 
 
@@ -40,7 +41,7 @@ async def events(take: Callable[[], Snapshot], interval: float = 1.0) -> AsyncGe
     """
     yield "retry: 2000\n\n"
     while True:
-        yield f"data: {_json(await asyncio.to_thread(take))}\n\n"
+        yield f"data: {_json(await apart(take))}\n\n"
         await asyncio.sleep(interval)
 
 

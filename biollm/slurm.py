@@ -12,11 +12,12 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import TypeVar
 
 from biollm import _scheduler, weights
 from biollm._files import locked, private_folder, write_private
@@ -31,6 +32,7 @@ from biollm.site import log_dir, node_files, own_dir, present_dir, run_dir
 from biollm.tickets import Job, Ticket, failure, find, gpu_hours, judge, read, save, server_log, sweep, tail, tickets
 
 OnState = Callable[[Job], None]
+T = TypeVar("T")
 
 
 def up(
@@ -81,12 +83,24 @@ def ensure(
     on_state: OnState | None = None,
 ) -> Endpoint:
     """Return a server of `model` that is alive; start one if none is and none is on its way. Raises as `up` does."""
+    return _run(ensuring(model, cluster, options, timeout=timeout, on_state=on_state))
+
+
+def ensuring(
+    model: Model,
+    cluster: Cluster,
+    options: Options | None = None,
+    *,
+    timeout: float | None = None,
+    on_state: OnState | None = None,
+) -> Generator[None, None, Endpoint]:
+    """Do what `ensure` does in short steps, between which the caller waits in its own way."""
     script = _ready_to_submit([model], cluster, options, whole_nodes=False)
     with _submitting(cluster):  # of two callers at once, the second finds the first one's ticket
         coming = [job for job in status(cluster) if job.phase in ("pending", "starting", "ready")]
         mine = sorted((job for job in coming if model.key in job.ticket.models), key=lambda job: job.phase != "ready")
         ticket = mine[0].ticket if mine else _submit_all(script, [model], cluster, options, 1, "")[0]
-    (job,) = wait_for([ticket], cluster, timeout=timeout, on_state=on_state)
+    (job,) = yield from _waiting([ticket], cluster, timeout, on_state)
     for endpoint in job.endpoints:
         if endpoint.model == model.key:
             return endpoint
@@ -106,6 +120,22 @@ def wait_for(
         JobFailedError: A job ended before; with its state, the reason and the last lines of its log.
         SlurmError: `timeout` seconds passed; the jobs stay.
     """
+    return _run(_waiting(waiting, cluster, timeout, on_state))
+
+
+def _run(steps: Generator[None, None, T]) -> T:
+    """Take the steps one after the other; return what the last one returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        time.sleep(0.2)
+
+
+def _waiting(
+    waiting: Sequence[Ticket], cluster: Cluster, timeout: float | None, on_state: OnState | None
+) -> Generator[None, None, list[Job]]:
     deadline = time.monotonic() + timeout if timeout is not None else None
     shown: dict[str, Job] = {}
     ready: dict[str, Job] = {}
@@ -127,7 +157,7 @@ def wait_for(
         if deadline and time.monotonic() > deadline and len(ready) < len(waiting):
             states = ", ".join(f"job {job.ticket.job} is {job.phase} ({job.reason})" for job in shown.values())
             raise SlurmError(f"Not ready within {timeout:g} s: {states}.", hint="They go on: see `biollm status`.")
-        time.sleep(0.2)
+        yield
     return list(ready.values())
 
 

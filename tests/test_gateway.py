@@ -314,10 +314,16 @@ def test_a_stream_that_breaks_ends_with_an_error_and_without_done(net: Loopback,
     assert not second.requests
 
 
-def test_a_stream_restarts_unseen_where_asked_to(net: Loopback, serve: Any) -> None:
+@pytest.mark.parametrize("where", ["header", "body"])
+def test_a_stream_restarts_unseen_where_asked_to(net: Loopback, serve: Any, where: str) -> None:
     first, second = net.serve(text="one two three four", then=Behaviour(cut=4)), net.serve(text="whole")
     client = serve(first=first, second=second)
-    unseen = client.post(CHAT, json={**HI, "stream": True}, headers={"x-biollm-on-interrupt": "restart"})
+    asked = {**HI, "stream": True}
+    if where == "header":
+        unseen = client.post(CHAT, json=asked, headers={"x-biollm-on-interrupt": "restart"})
+    else:
+        unseen = client.post(CHAT, json={**asked, "biollm": {"on_interrupt": "restart"}})
+    assert {each["model"] for each in events(unseen)[:-1]} == {"second/small"}
     assert (said(unseen), events(unseen)[-1]) == ("whole", "[DONE]")
     assert unseen.headers["x-biollm-attempts"] == "first/small=failed, second/small=ok"
 
@@ -325,11 +331,14 @@ def test_a_stream_restarts_unseen_where_asked_to(net: Loopback, serve: Any) -> N
 def test_a_restart_takes_back_the_text_so_far(net: Loopback, serve: Any) -> None:
     first, second = net.serve(text="one two three four", then=Behaviour(cut=4)), net.serve(text="whole")
     asked = {**HI, "stream": True, "biollm": {"on_interrupt": "restart"}}
-    chunks = events(serve(first=first, second=second).post(CHAT, json=asked))
+    client = serve(first=first, second=second)
+    chunks = events(client.post(CHAT, json=asked, headers={"x-biollm-restarts": "taken"}))
     at = next(at for at, each in enumerate(chunks) if "restarted" in each.get("biollm", ""))
     assert chunks[at]["choices"] == []
     assert chunks[at]["biollm"]["restarted"]["attempt"]["deployment"] == "first/small"
     assert "".join(each["choices"][0]["delta"].get("content", "") for each in chunks[at + 1 : -1]) == "whole"
+    named = [each["model"] for each in chunks[:-1]]
+    assert (set(named[: at + 1]), set(named[at + 1 :])) == ({"first/small"}, {"second/small"})
 
 
 @pytest.mark.parametrize("stream", [False, True])
