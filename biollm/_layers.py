@@ -172,7 +172,12 @@ class Layers:
     def _budgets(self, document: Document, top: Tree, at: KeyPath) -> None:
         """Give the providers the budgets that stand in a `costs:` block."""
         costs: Tree = top.get("costs") or {}
-        budgets = _mapping(costs.pop("monthly_budget", None)) or {}
+        written = costs.pop("monthly_budget", None)
+        budgets = _mapping(written) or {}
+        if written is not None and not isinstance(written, dict):
+            why = "must name a provider for each amount: a budget belongs to one."
+            place = (*at, "costs", "monthly_budget")
+            self.problems.append(document.problem(place, why, "Write it like {openai: 50}, in USD."))
         for name, amount in budgets.items():
             top.setdefault("providers", {}).setdefault(name, {}).setdefault("budget", f"{amount} USD/month")
             line = document.line((*at, "costs", "monthly_budget", name))

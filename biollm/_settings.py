@@ -177,6 +177,12 @@ class Model(_Value):
     idle_timeout: forms.Duration | None = None
     architecture: Architecture | None = None
 
+    @model_validator(mode="after")
+    def _heads_have_a_width(self) -> Self:
+        if (size := self.architecture) and not size.head_dim and not size.kv_lora_rank and size.hidden < size.heads:
+            raise ValueError(f"architecture.hidden is {size.hidden}, less than its {size.heads} heads: correct one.")
+        return self
+
     @property
     def served_context(self) -> int | None:
         """Return how many tokens a server of ours takes: the model's context, cut by `max_model_len`."""

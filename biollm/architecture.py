@@ -109,7 +109,10 @@ def _dtype(quantization: Mapping[str, Any], published: str) -> tuple[str, float]
 
 
 def _head_dim(text: Mapping[str, Any]) -> int:
-    return _first(text, "head_dim") or int(text["hidden_size"]) // int(text["num_attention_heads"])
+    size = _first(text, "head_dim") or int(text["hidden_size"]) // int(text["num_attention_heads"])
+    if not size:
+        raise ValueError("hidden_size is less than num_attention_heads")
+    return size
 
 
 def _expert_size(text: Mapping[str, Any]) -> int:
