@@ -202,8 +202,8 @@ def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.
     file.write_text(KEYS)
     file.chmod(0o600)
     found, where = _admission.keys()
-    assert ([key.name for key in found], where) == (["environment", "ann", "bob"], str(file))
-    assert str(found[2].limits[0]) == "1/day"
+    assert ([key.name for key in found], where) == (["ann", "bob", "environment"], str(file))
+    assert str(found[1].limits[0]) == "1/day"
 
 
 @pytest.mark.parametrize(
