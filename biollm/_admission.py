@@ -29,7 +29,7 @@ from biollm import _forms as forms
 from biollm import _yaml
 from biollm._files import locked, write_private
 from biollm._openai_face import problem
-from biollm._resources import config_dirs, state_dir
+from biollm._resources import config_dirs, own_dir, state_dir
 from biollm._shared import ledger
 from biollm.errors import ConfigError, Problem
 from biollm.ledger import Need, Refused
@@ -86,7 +86,7 @@ def keys() -> tuple[tuple[Key, ...], str]:
         return tuple(found), str(file)
     if found:
         return tuple(found), "BIOLLM_GATEWAY_KEY"
-    file = state_dir() / "gateway.key"
+    file = own_dir(state_dir()) / "gateway.key"
     with locked(file.with_name("gateway.key.lock")):
         key = file.read_text(errors="replace").strip() if is_private(file, stat.S_ISREG) else ""
         if len(key) < SHORTEST or not re.fullmatch("[!-~]+", key):

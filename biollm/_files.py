@@ -5,9 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from biollm._resources import is_shared
 
 
 def private_folder(path: Path) -> Path:
@@ -15,6 +18,13 @@ def private_folder(path: Path) -> Path:
     if not path.is_dir():
         private_folder(path.parent)  # mkdir(parents=True) would leave the parents to the umask
         path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+def common_folder(path: Path) -> Path:
+    """Make the folder and return it: the group's where a group shares its parent, else private."""
+    if not path.is_dir() and is_shared(private_folder(path).parent):
+        path.chmod(0o2770)
     return path
 
 
@@ -59,11 +69,24 @@ def _replace(path: Path, text: str, new: int, keep: int | None = None) -> None:
             os.close(folder)
 
 
+def create(path: Path) -> None:
+    """Make an empty file with the mode that its folder asks for, whatever the umask, unless it exists.
+
+    An existing database is not opened: closing it would drop the locks that SQLite holds in this process.
+    """
+    mode = 0o660 if path.parent.stat().st_mode & stat.S_ISGID else 0o600
+    with suppress(FileExistsError):
+        made = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode)
+        os.fchmod(made, mode)
+        os.close(made)
+
+
 @contextmanager
 def locked(path: Path) -> Generator[None]:
     """Hold the lock file `path`; others wait. Where a file system has no locks, nobody does."""
     private_folder(path.parent)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    create(path)
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         with suppress(OSError):  # NFS without a lock daemon
             fcntl.flock(handle, fcntl.LOCK_EX)

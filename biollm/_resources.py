@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -33,8 +34,27 @@ def config_dirs() -> list[tuple[str, Path]]:
 
 def state_dir() -> Path:
     """Return the folder of the ledger, tokens and weights: BIOLLM_STATE_DIR or XDG's state folder."""
-    if override := os.environ.get("BIOLLM_STATE_DIR"):
-        return Path(override)
+    override = os.environ.get("BIOLLM_STATE_DIR")
+    return Path(override) if override else _home()
+
+
+def own_dir(state: Path) -> Path:
+    """Return where this user's keys, logins and alerts go: `state`, or a folder at home where a group shares that."""
+    if not is_shared(state):
+        return state
+    return _home() if not is_shared(_home()) else _home().with_name("biollm-own")
+
+
+def is_shared(folder: Path) -> bool:
+    """Return whether a group shares the folder: it may write there, and what is made there is the group's (setgid)."""
+    try:
+        mode = folder.stat().st_mode
+    except OSError:
+        return False
+    return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
+
+
+def _home() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "biollm"
 
 

@@ -26,7 +26,7 @@ from biollm import _lean
 from biollm._background import background
 from biollm._files import private_folder, write_private
 from biollm._gateway_client import RECORD, SOCKET, connect, folders, identity, record
-from biollm._resources import state_dir
+from biollm._resources import own_dir, state_dir
 from biollm._shared import ledger
 from biollm.errors import UnavailableError, UsageError
 from biollm.owners import is_private
@@ -269,7 +269,7 @@ def detach(arguments: Sequence[str], patience: float = 60) -> tuple[Record, Path
     """
     if running():
         raise UsageError("A gateway runs already, or finishes its last answers.", hint=_SEE)
-    log = state_dir() / "gateway.log"
+    log = own_dir(state_dir()) / "gateway.log"
     write_private(log, "")
     command = [sys.executable, "-c", "from biollm.cli import main; main()", "serve", *arguments]
     with log.open("a") as file:

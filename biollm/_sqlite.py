@@ -13,7 +13,6 @@ import os
 import queue
 import re
 import sqlite3
-import stat
 import struct
 import threading
 import time
@@ -22,6 +21,8 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from biollm._files import create
 
 Job = TypeVar("Job")
 _log = logging.getLogger("biollm")
@@ -146,7 +147,7 @@ class Database:
         if self._queue < 0:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = self.path.with_suffix(".lock")
-            _create(lock)
+            create(lock)
             self._queue = os.open(lock, os.O_RDWR)
         _set_lock(self._queue, fcntl.F_WRLCK)
         try:
@@ -158,7 +159,7 @@ class Database:
         if self._db and self._inode == _inode(self.path):
             return self._db
         self._forget()
-        _create(self.path)
+        create(self.path)
         self._inode = _inode(self.path)
         db = sqlite3.connect(self.path, timeout=self._patience, isolation_level=None, check_same_thread=False)
         try:
@@ -194,18 +195,6 @@ def _set_lock(file: int, kind: int) -> None:
     """Take or leave the lock. It is the open file's, not the process's as `lockf`'s: threads exclude each other too,
     and a process that waits for two files with two threads does not look like a deadlock."""
     fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi0q", kind, os.SEEK_SET, 0, 0, 0))  # struct flock
-
-
-def _create(path: Path) -> None:
-    """Make an empty file with the mode that its folder asks for, whatever the umask, unless it exists.
-
-    An existing database is not opened: closing it would drop the locks that SQLite holds in this process.
-    """
-    mode = 0o660 if path.parent.stat().st_mode & stat.S_ISGID else 0o600
-    with suppress(FileExistsError):
-        made = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode)
-        os.fchmod(made, mode)
-        os.close(made)
 
 
 def _inode(path: Path) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biollm._files import locked, write_private
+from biollm._resources import own_dir
 from biollm.errors import Problem
 from biollm.owners import is_private
 from biollm.types import known
@@ -102,6 +103,7 @@ def check(
     usage = report(config, ledger, time.time() - rules.window)
     targets, now = _targets(config, tell, patience), snapshot.at
     here = {name: each for name, each in targets.items() if name != ("stderr" if log else "log")}
+    state = own_dir(state)
     with locked(state / "alerts.lock"):
         at, down, kept = _load(state)
         if not now < at < now + _AHEAD:  # else somebody has looked since, while this process waited
@@ -208,7 +210,7 @@ def _holds(alert: Alert, window: float, now: float) -> bool:
 def _load(state: Path) -> tuple[float, dict[str, float], list[Alert]]:
     """Return when somebody looked, since when which rungs are down, and what was known."""
     try:
-        told = json.loads((state / "alerts.json").read_text())
+        told = json.loads((own_dir(state) / "alerts.json").read_text())
         return told["at"], told["down"], [known(Alert, each) for each in told["alerts"]]
     except (OSError, ValueError, TypeError, KeyError):
         return 0.0, {}, []

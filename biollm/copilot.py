@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from biollm._files import locked, write_private
+from biollm._resources import own_dir
 from biollm.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _token(text: str, at: Endpoints) -> Token | None:
 
 
 def _folder(state: Path, account: str) -> Path:
-    return state / "github_copilot" / account
+    return own_dir(state) / "github_copilot" / account
 
 
 def _read(path: Path) -> str:

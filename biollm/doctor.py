@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from biollm import _scheduler, credentials, slurm, weights
-from biollm._resources import state_dir
+from biollm._resources import is_shared, own_dir, state_dir
 from biollm._sqlite import on_network
 from biollm.config import Config
 from biollm.errors import BiollmError
@@ -34,9 +35,27 @@ class Check:
 
 def check(config: Config) -> list[Check]:
     """Return every check, in the order in which a newcomer meets them. Takes seconds where Slurm does not answer."""
-    checks: list[Callable[[Config], Check]] = [_keys, _proxy, _weights, _environment, _run_dir, _commands]
+    checks: list[Callable[[Config], Check]] = [_state, _keys, _proxy, _weights, _environment, _run_dir, _commands]
     found = [each(config) for each in checks]
     return [*found, _partition(config)] if found[-1].ok else found
+
+
+def _state(config: Config) -> Check:
+    folder = state_dir()
+    if not folder.is_dir():
+        return Check("state folder", True, f"{folder} is made by the first request, for you alone")
+    at, own = folder.stat(), own_dir(folder)
+    if not is_shared(folder):
+        if at.st_mode & stat.S_IWGRP:
+            detail = f"{folder} is its group's to write, but has no setgid bit: members shut each other out"
+            return Check("state folder", False, detail, f"chmod g+s {folder}, or chmod 700 {folder}")
+        return Check("state folder", True, f"{folder} is yours alone")
+    closed = [path.name for path in folder.glob("*.db*") if not path.stat().st_mode & stat.S_IWGRP]
+    if closed:
+        detail = f"{folder} is a group's, but {closed[0]} is closed to the group"
+        return Check("state folder", False, detail, f"chmod g+rw {folder}/*.db* {folder}/*.lock")
+    shared = "limits, cooldowns, usage and the embedded model's weights are shared"
+    return Check("state folder", True, f"{folder}: {shared}; logins, gateway key and alerts are yours, in {own}")
 
 
 def _keys(config: Config) -> Check:

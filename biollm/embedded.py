@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
-from biollm._files import locked
+from biollm._files import common_folder, create, locked
 from biollm.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -46,8 +46,12 @@ def ready(model: Model, state: Path) -> Path | str:
     if importlib.util.find_spec("xllamacpp") is None:
         return "the embedded model is not installed: pip install 'biollm[embedded]'"
     weights = _weights(model, state)
-    if weights.path.is_file():
+    if os.access(weights.path, os.R_OK):
         return weights.path
+    if weights.path.parent.is_dir() and not os.access(weights.path.parent, os.X_OK):
+        return f"its weights cannot be read: their owner must open the folder, chmod 2770 {weights.path.parent}"
+    if weights.path.is_file():
+        return f"its weights cannot be read: their owner must open them, chmod g+r {weights.path}"
     if weights.source:
         return f"its weights are not here yet: biollm embedded pull {model.key}"
     return f"there is no file {weights.path}: mend `gguf:` of {model.key} in models.yaml"
@@ -91,7 +95,7 @@ def pull(model: Model, state: Path, progress: Progress) -> Path:
     folder = weights.path.parent
     try:
         if weights.source:
-            with locked(folder / ".lock"):
+            with locked(common_folder(folder) / ".lock"):
                 if not weights.path.is_file():  # perhaps another process was quicker
                     _fetch(weights, progress)
     except (httpx.HTTPError, zipfile.BadZipFile) as error:
@@ -208,4 +212,5 @@ def _check_room(folder: Path, wanted: int) -> None:
 
 
 def _private(path: Path, how: int) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | how, 0o600), "wb")
+    create(path)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | how), "wb")

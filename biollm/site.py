@@ -6,14 +6,19 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from biollm._resources import own_dir as own_state
 from biollm._resources import state_dir
 from biollm.config import Cluster, Model
 from biollm.errors import UsageError
+from biollm.owners import is_private
 
 
 def run_dir(cluster: Cluster) -> Path:
     """Return the folder on the shared file system where servers leave their records."""
-    return cluster.run_dir or state_dir() / "slurm"
+    if cluster.run_dir:
+        return cluster.run_dir
+    before = state_dir() / "slurm"  # of version 0.1, in a folder that a group shares, too
+    return before if is_private(before) else own_state(state_dir()) / "slurm"
 
 
 def own_dir(cluster: Cluster) -> Path:
