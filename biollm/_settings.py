@@ -247,7 +247,7 @@ class Costs(_Value):
     """What usage is compared with: the model paid for otherwise; a GPU hour, and providers' prices of your own, in USD."""
 
     reference_model: str | None = None
-    gpu_hour_usd: forms.Price = 0.0
+    gpu_hour_usd: forms.Price | None = None
     per_million_tokens: dict[str, forms.Price] = {}
 
 

@@ -132,9 +132,14 @@ _of_map: dict[tuple[str, str, str], Price | None] = {}
 def _listed(facts: Mapping[str, Facts], prefix: str, provider: str, model: str) -> Price | None:
     for name in (prefix, provider):
         entry = cast("Facts", listed(facts, name, model)[1])
-        if per_token(entry) or (_tiers(entry) and all(map(per_token, _tiers(entry)))):
+        if priced(entry):
             return Price(entry, inclusive=name == "xai")
     return None
+
+
+def priced(facts: Facts) -> bool:
+    """Return whether a model's entry in LiteLLM's map says what its tokens cost."""
+    return bool(per_token(facts) or (_tiers(facts) and all(map(per_token, _tiers(facts)))))
 
 
 def _tiers(facts: Facts) -> list[Facts]:

@@ -12,6 +12,7 @@ from datetime import date
 
 from biollm.config import Config, Provider
 from biollm.errors import Problem
+from biollm.prices import priced
 from biollm.routing import models_of
 from biollm.usage import listed, per_token
 
@@ -85,16 +86,20 @@ def _contexts(config: Config, offers: Iterable[_Offer]) -> Iterator[tuple[str, s
 def _prices(config: Config, offers: Iterable[_Offer]) -> Iterator[tuple[str, str, str]]:
     """Yield own prices that lie outside the map's, and budgets that a model without a price never uses up."""
     known: dict[str, list[tuple[float, float]]] = {}
+    own_prices = config.costs.per_million_tokens
     for offer in offers:
         price = per_token(offer.facts)
         if price:
             known.setdefault(offer.provider.name, []).append(price)
-        elif not offer.provider.free_tier and any(x.kind == "usd" for a in offer.provider.accounts for x in a.limits):
+        elif not (priced(offer.facts) or offer.provider.free_tier or offer.provider.name in own_prices) and any(
+            x.kind == "usd" for a in offer.provider.accounts for x in a.limits
+        ):
             said = f"does not hold for {offer.model}: no price of it is"
-            yield f"providers.{offer.provider.name}.budget", said, "Write a token_budget beside it."
+            mend = f"Write costs.per_million_tokens.{offer.provider.name}, or a token_budget beside it."
+            yield f"providers.{offer.provider.name}.budget", said, mend
     free = {provider.name for provider in config.providers if provider.free_tier}
     for provider, prices in known.items():
-        own = config.costs.per_million_tokens.get(provider)
+        own = own_prices.get(provider)
         low, high = min(1e6 * min(each) for each in prices), max(1e6 * max(each) for each in prices)
         if own is not None and provider not in free and not 0.99 * low <= own <= 1.01 * high:
             said = f"is {own:g} USD per million tokens; its models stand at {low:.4g} to {high:.4g}"

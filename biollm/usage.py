@@ -93,12 +93,15 @@ class Quota:
 
 @dataclass(frozen=True)
 class Local:
-    """What a local model's answers cost: GPU hours of its jobs, idle ones included, over its tokens; money in USD."""
+    """What a local model's answers cost: GPU hours of its jobs, idle ones included, over its tokens; money in USD.
+
+    `cost_usd` is None where `costs.gpu_hour_usd` is not set.
+    """
 
     model: str
     gpu_hours: float
     tokens: int
-    cost_usd: float
+    cost_usd: float | None
     per_million_usd: float | None
     reference_per_million_usd: float | None
 
@@ -341,9 +344,10 @@ def _local(
             tokens[key.model] += Counter(prompt=cell.prompt, completion=cell.completion)
     for model in sorted({*hours, *tokens}):
         sent, got = tokens[model]["prompt"], tokens[model]["completion"]
-        cost, count = hours.get(model, 0.0) * config.costs.gpu_hour_usd, sent + got
+        hour, count = config.costs.gpu_hour_usd, sent + got
+        cost = None if hour is None else hours.get(model, 0.0) * hour
         reference = (sent * price[0] + got * price[1]) / count * 1e6 if price and count else None
-        paid = cost / count * 1e6 if count and model in hours else None
+        paid = cost / count * 1e6 if cost is not None and count and model in hours else None
         yield Local(model, hours.get(model, 0.0), count, cost, paid, reference)
 
 

@@ -105,6 +105,7 @@ def test_a_price_of_ones_own_lies_between_those_of_prompt_and_answer(
 
 def test_a_budget_that_no_price_uses_up_and_an_unknown_reference_are_named(warn: Check) -> None:
     entry = {"models": ["gpt-unknown"], "budget": "1 USD/day", "base_url": "https://campus.invalid/v1"}
+    assert not [said for said in warn({"campus": entry}, costs={"per_million_tokens": {"campus": 3}}) if "hold" in said]
     budget, reference = warn({"campus": entry}, costs={"reference_model": "gpt-8"})
     assert "does not hold for gpt-unknown: no price of it is in the map" in budget and "token_budget" in budget
     assert "costs.reference_model: gpt-8 is not in the map" in reference

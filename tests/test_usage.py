@@ -392,6 +392,10 @@ def test_local_models_cost_their_jobs_gpu_hours(tmp_path: Path, waterfall: Calla
     assert local.per_million_usd == pytest.approx(2000, rel=0.01)
     assert local.reference_per_million_usd
     assert usage.report(config, Ledger(state), now - 1800).local == ()  # it was over before then
+    unknown = replace(config, costs=config.costs.model_copy(update={"gpu_hour_usd": None}))
+    (local,) = usage.report(unknown, Ledger(state)).local
+    assert (local.cost_usd, local.per_million_usd) == (None, None)
+    assert Config().costs.gpu_hour_usd is None, "unless it is set"
 
 
 # --- The command -------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def _quotas(report: Report) -> None:
 
 
 def _local(report: Report) -> None:
-    rows = [(each.model, f"{each.gpu_hours:.1f}", each.tokens, f"{each.cost_usd:.2f}", _usd(each.per_million_usd),
+    rows = [(each.model, f"{each.gpu_hours:.1f}", each.tokens, _usd(each.cost_usd), _usd(each.per_million_usd),
              _usd(each.reference_per_million_usd)) for each in report.local]  # fmt: skip
     reference = f"{report.reference_model or 'reference model'}'s"
     _section(("own GPUs", "GPU hours", "tokens", "USD", "USD per million tokens", reference), rows)
