@@ -95,19 +95,20 @@ class Trust:
         url = known.base_url or deployment.base_url
         if not url or deployment.embedded:
             return None
-        place = (url, deployment.start, bool(known.secret), cluster.local_hosts, cluster.trusted_owners)
+        place = (_origin(url), deployment.start, bool(known.secret), cluster.local_hosts, cluster.trusted_owners)
         age = time.monotonic() - self._good.get(place, -TRUSTED)
         if age >= RENEWED and place not in self._looks:
-            self._looks[place] = look = asyncio.create_task(self._look(place, deployment.model, known.secret))
+            self._looks[place] = look = asyncio.create_task(self._look(place, url, deployment.model, known.secret))
             look.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits for it
         return await asyncio.shield(self._looks[place]) if age >= TRUSTED else None
 
     def forget(self, deployment: Deployment) -> None:
         """Look again before the next request, since one got no answer: another program may have taken the port."""
-        self._good = {place: at for place, at in self._good.items() if place[0] != deployment.base_url}
+        origin = _origin(deployment.base_url or "")
+        self._good = {place: at for place, at in self._good.items() if place[0] != origin}
 
-    async def _look(self, place: _Place, model: str, secret: str) -> str | None:
-        url, start, key, local_hosts, trusted_owners = place
+    async def _look(self, place: _Place, url: str, model: str, secret: str) -> str | None:
+        _, start, key, local_hosts, trusted_owners = place
         now = time.monotonic()
         try:
             ask = partial(objection, url, key=key, local_hosts=local_hosts, trusted_owners=trusted_owners)
@@ -133,6 +134,11 @@ class Trust:
         async with asyncio.timeout(PATIENCE), self._client.stream("GET", urljoin(url, path)) as answer:
             said = answer.headers.get(PROOF, "")
             return hmac.compare_digest(said.encode(), proof(secret, nonce, start).encode())
+
+
+def _origin(url: str) -> str:
+    """Return scheme, host and port, which is where the listener is: many models may lie behind one."""
+    return "/".join(url.split("/", 3)[:3])
 
 
 def trust() -> Trust:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from biollm._files import locked, write_private
 from biollm._resources import own_dir
 from biollm.errors import UnavailableError
+from biollm.owners import in_the_clear
 
 if TYPE_CHECKING:
     import httpx
@@ -78,6 +79,8 @@ def login(
     import httpx
 
     at = Endpoints()
+    if exposed := _exposed(at.access_token):
+        raise UnavailableError(exposed)
     try:
         with httpx.Client(headers=_AGENT, timeout=_TIMEOUT) as client:
             started = _json(client.post(at.device_code, data={"client_id": at.client_id, "scope": "read:user"}))
@@ -141,9 +144,16 @@ def token(account: str, state: Path, *, exchange: bool = True) -> Token | str:
         return f"the folder {folder} cannot keep a Copilot token: {error.strerror}"
 
 
+def _exposed(url: str) -> str | None:
+    """Return why no login goes to an address, one sentence, or None: others could read it on the way."""
+    return f"no login is sent over plain http:// to {url}: write https://" if in_the_clear(url, ()) else None
+
+
 def _exchange(folder: Path, account: str, at: Endpoints, kept: Token) -> Token | str:
     import httpx
 
+    if exposed := _exposed(at.api_key):
+        return exposed
     headers = {**_AGENT, "authorization": f"token {_read(folder / 'access-token').strip()}"}
     try:
         answer = httpx.get(at.api_key, headers=headers, timeout=_TIMEOUT)

@@ -21,6 +21,7 @@ from conftest import Ran
 from provider import Loopback, Server
 from test_node import Job, listens
 
+from biollm import copilot
 from biollm._background import background
 from biollm._lean import OWN_HANDLER
 from biollm._reach import TRUSTED, trust
@@ -205,6 +206,23 @@ def test_a_host_of_the_site_gets_its_key_over_plain_http(ear: Ear, waterfall: Wr
     with pytest.raises(CompletionError):
         Client(timeout=0.3).complete("hi")
     assert any(b"sk-planted-clear" in heard for heard in ear.heard)
+
+
+def test_no_login_of_copilot_goes_over_plain_http_to_a_remote_host(
+    ear: Ear, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DEVICE_CODE_URL", "ACCESS_TOKEN_URL", "API_KEY_URL"):
+        monkeypatch.setenv(f"GITHUB_COPILOT_{name}", f"{ear.elsewhere}/{name}")
+    folder = state / "github_copilot" / "lab"
+    folder.mkdir(parents=True)
+    (folder / "access-token").write_text("ghu-planted")
+    assert (
+        copilot.token("lab", state)
+        == f"no login is sent over plain http:// to {ear.elsewhere}/API_KEY_URL: write https://"
+    )
+    with pytest.raises(UnavailableError, match="no login is sent over plain http://"):
+        copilot.login("lab", state, show=print)
+    assert ear.heard == []
 
 
 # --- Whose listener it is ----------------------------------------------------------------------------------------
