@@ -157,7 +157,7 @@ def _plan(rungs: Sequence[Deployment], resting: Mapping[str, str], purse: _Purse
     for scope, count in Counter(f"{rung.provider.name}/{rung.account.name}" for rung in asked).items():
         first = next(rung for rung in asked if f"{rung.provider.name}/{rung.account.name}" == scope)
         limits = f" of {', '.join(map(str, first.limits))}" if first.limits else ""
-        yield f"  {scope}: {count}{limits}{', free' if first.free else ''}"
+        yield f"  {scope}: {count}{limits}{', free' if purse.most(first) == 0 else ''}"
 
 
 async def _ask_all(

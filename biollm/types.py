@@ -68,7 +68,7 @@ class Completion:
         account: The account's name ("default" where a provider has only one).
         model: Name in models.yaml, or of the provider's `models`.
         deployment: The deployment's id.
-        usage: Tokens as the provider counted them.
+        usage: Tokens as the provider counted them, else an estimate.
         cost_usd: In USD, by `costs.per_million_tokens`, else LiteLLM's map; None when the price is unknown.
         latency_ms: Milliseconds of the whole call, failed attempts included.
         attempts: Every deployment that was tried or passed over, in order.

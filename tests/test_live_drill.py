@@ -52,6 +52,14 @@ def test_each_real_rung_is_asked_once_and_the_ledger_knows_only_that(
     assert "sk-planted" not in ran.out + ran.err
 
 
+def test_a_server_of_ones_own_with_a_price_is_not_called_free(
+    net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any]
+) -> None:
+    waterfall({"costs": {"per_million_tokens": {"priced": 2}}}, priced=net.serve(), unpriced=net.serve())
+    said = biollm("drill", "--live").err
+    assert "  priced/default: 1\n" in said and "  unpriced/default: 1, free\n" in said
+
+
 def test_a_real_rung_that_fails_shows_and_rests(
     net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

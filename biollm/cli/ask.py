@@ -265,8 +265,9 @@ def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
     if verbose:
         for attempt in answer.attempts:
             progress.note(f"  {attempt.outcome:9} {attempt.deployment}  {attempt.reason}")
-    price = "free" if answer.cost_usd == 0 else f"{answer.cost_usd:.4f} USD" if answer.cost_usd else "price unknown"
-    tokens = f"{answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"
+    price = "free" if answer.cost_usd == 0 else f"{answer.cost_usd:.6f} USD" if answer.cost_usd else "price unknown"
+    about = "about " if answer.usage.estimated else ""
+    tokens = f"{about}{answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"
     progress.note(f"— {answer.deployment}, {answer.latency_ms / 1000:.1f} s, {tokens}, {price}")
     if answer.degraded:
         print(
