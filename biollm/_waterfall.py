@@ -34,6 +34,7 @@ from biollm._answers import (
 )
 from biollm._background import apart, background
 from biollm._plain import ANSWER_SIZES
+from biollm._plain import text as plain
 from biollm._run import BREATH, Request, Run, Sent
 from biollm.credentials import Credential, hide
 from biollm.errors import CompletionError, InterruptedStreamError
@@ -503,8 +504,8 @@ class Waterfall:
             yield CUT
 
     def _redact(self, text: str) -> str:
-        """Return `text` without any key that this process knows."""
-        return hide(text, (found.secret for found in self.rungs.credentials.values()))
+        """Return `text` without any key that this process knows, as the ledger can store it."""
+        return plain(hide(text, (found.secret for found in self.rungs.credentials.values())))
 
 
 @asynccontextmanager

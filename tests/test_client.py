@@ -36,6 +36,7 @@ from conftest import until
 from provider import Json, Loopback
 from pydantic import BaseModel
 
+from biollm._shared import ledger
 from biollm.client import (
     AllLimitedError,
     BiollmError,
@@ -310,6 +311,16 @@ def test_an_answer_holds_no_lone_surrogate(net: Loopback, waterfall: Write, stre
     waterfall(first=net.serve(text=ODD))
     client = get_model_client()
     assert "".join(map(str, client.stream("hi") if stream else [client.complete("hi")])) == READ
+
+
+def test_neither_does_what_is_told_of_a_failure(net: Loopback, waterfall: Write) -> None:
+    """SQLite takes none: the ledger would be given up for one in a provider's message."""
+    waterfall(first=net.serve(then=Behaviour(fail=1, failure=ODD)), second=net.serve())
+    *_, last = get_model_client().stream("hi")
+    assert isinstance(last, StreamChunk) and last.completion
+    assert READ in last.completion.attempts[0].reason
+    ledger().flush()
+    assert [record.outcome for record in ledger().history()] == ["failed", "ok"]
 
 
 def test_numbers_of_numpy_are_numbers(net: Loopback, waterfall: Write) -> None:
