@@ -36,7 +36,7 @@ _LOOK_S = 2.0  # how long the first look is waited for
 _UNUSED_S = 60.0  # a watch that nobody asks stops reading
 _SKEW_S = 60.0  # how long a measured difference of clocks is believed
 START, PROOF = "x-biollm-start", "x-biollm-proof"  # headers of a server's answers
-_START = re.compile(r"[0-9a-f]{32}")
+_START, _RECORD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{32}\.json")
 _METRIC = re.compile(
     r"^vllm:(num_requests_running|num_requests_waiting|(?:kv|gpu)_cache_usage_perc)(?:\{.*\})? (\d[\d.e+-]*)\s*$", re.M
 )
@@ -88,7 +88,7 @@ class Records:
         entries: list[os.DirEntry[str]] = []
         for place in self._places:
             with suppress(OSError):
-                entries += [entry for entry in os.scandir(place / "records") if entry.name.endswith(".json")]
+                entries += [entry for entry in os.scandir(place / "records") if _RECORD.fullmatch(entry.name)]
         now = self.now() if entries else 0.0
         for entry in entries:
             try:

@@ -171,7 +171,9 @@ def _events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def tickets(cluster: Cluster) -> list[Ticket]:
     """Return this user's tickets, oldest first."""
-    paths = [path for place in places(cluster) for path in (place / "jobs").glob("*.json")]
+    own, before = places(cluster)
+    paths = list((own / "jobs").glob("*.json"))
+    paths += [path for path in (before / "jobs").glob("*.json") if re.fullmatch(_ID, path.stem)]  # others are not ours
     return sorted(filter(None, (_load(path, cluster) for path in paths)), key=lambda ticket: ticket.submitted)
 
 
@@ -198,7 +200,7 @@ def sweep(cluster: Cluster, jobs: Iterable[Job] = ()) -> None:
     kept = {name for job in jobs if not job.over for name in (job.ticket.id, job.ticket.chain) if name}
     for record in (path for place in (own, before) for path in (place / "records").glob("*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):  # another cluster's too, whose jobs nobody here knows
-            if time.time() - record.stat().st_mtime < _KEPT_S:
+            if re.fullmatch(_ID, record.stem) and time.time() - record.stat().st_mtime < _KEPT_S:
                 kept |= {record.stem, json.loads(record.read_text())["ticket"]}
     _sweep(own, rf"{_ID}|{re.escape(cluster.name)}-\d+", kept)  # the latter: of a script submitted by hand
     if any((before / "lib").glob("biollm_node_*.py")):

@@ -138,6 +138,12 @@ def test_a_record_that_does_not_count_says_why(cluster: Cluster, changes: dict[s
     assert Records(cluster).read() == ([], {START: why})
 
 
+def test_files_of_the_users_own_in_a_folder_named_records_are_not_read(cluster: Cluster) -> None:
+    assert cluster.run_dir
+    publish(cluster).rename(cluster.run_dir / "records" / "patient-7.json")
+    assert Records(cluster).read() == ([], {})
+
+
 def test_a_node_of_the_cluster_counts(cluster: Cluster) -> None:
     publish(cluster, address="10.0.0.1")
     alive, _ = Records(cluster).read()

@@ -233,10 +233,11 @@ def test_a_job_of_version_0_1_is_seen_and_stopped_where_its_supervisor_looks(
     jobs.mkdir(parents=True)
     kept = {"job": "41", "models": ["a"], "gpus": 1, "walltime": 3600, "log": "x", "chain": "", "link": 1, "links": 1,
             "nodes": 1, "cluster": "lab"}  # fmt: skip
-    (jobs / "old.json").write_text(json.dumps(kept))
-    assert [(job.ticket.id, job.phase) for job in slurm.status(site)] == [("old", "starting")]
+    old = "0123456789ab4cde8f0123456789abcd"
+    (jobs / f"{old}.json").write_text(json.dumps(kept))
+    assert [(job.ticket.id, job.phase) for job in slurm.status(site)] == [(old, "starting")]
     assert [ticket.job for ticket in slurm.down(site, "a", wait=False)] == ["41"]
-    assert (jobs / "old.stop").exists()
+    assert (jobs / f"{old}.stop").exists()
     assert "scancel --state=RUNNING --signal=USR1 --batch 41" in (tmp_path / "calls.txt").read_text()
     assert not (tmp_path / "run" / "biollm").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from biollm.errors import UsageError
 from biollm.tickets import Ticket, failure, find, gpu_hours, judge, read, save, sweep, tickets
 
 TICKET = Ticket("t", "7", ("a",), 1, 3600, Path("/none"), submitted=100.0)
+A, B, C = "0123456789ab4cde8f0123456789abcd", "f" * 12 + "4abc9" + "0" * 15, "a" * 12 + "4000b" + "1" * 15
 PAIR = replace(TICKET, models=("a", "b"))
 
 
@@ -164,10 +166,11 @@ def test_a_ticket_of_a_newer_version_is_found(cluster: Cluster, tmp_path: Path) 
 def test_a_ticket_of_version_0_1_is_found_where_it_kept_them(cluster: Cluster, tmp_path: Path) -> None:
     save(TICKET, cluster)
     (tmp_path / "jobs").mkdir()
-    (tmp_path / "biollm" / "jobs" / "t.json").rename(tmp_path / "jobs" / "old.json")
-    (tmp_path / "jobs" / "old.events").write_text(json.dumps(event("a ready")) + "\n")
+    (tmp_path / "biollm" / "jobs" / "t.json").rename(tmp_path / "jobs" / f"{A}.json")
+    (tmp_path / "jobs" / f"{A}.events").write_text(json.dumps(event("a ready")) + "\n")
+    shutil.copy(tmp_path / "jobs" / f"{A}.json", tmp_path / "jobs" / "a-name-that-biollm-never-gave.json")
     (old,) = find(cluster, "a")
-    assert (old.id, old.folder, len(old.events)) == ("old", tmp_path / "jobs", 1)
+    assert (old.id, old.folder, len(old.events)) == (A, tmp_path / "jobs", 1)
     assert read(old, cluster) == old
 
 
@@ -192,7 +195,6 @@ def test_a_job_is_found_by_its_id_or_a_model(cluster: Cluster) -> None:
 
 # --- What is removed ---------------------------------------------------------------------------------------------
 
-A, B, C = "0123456789ab4cde8f0123456789abcd", "f" * 12 + "4abc9" + "0" * 15, "a" * 12 + "4000b" + "1" * 15
 MD5 = "d41d8cd98f00b204e9800998ecf8427e"
 OURS = [
     f"jobs/{A}.json", f"jobs/{A}.sh", f"jobs/{A}.events", f"jobs/{A}.stop", f"jobs/{A}-0.master", f"jobs/{A}-12.master",
