@@ -28,8 +28,10 @@ from biollm.credentials import Credential, of_secret
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger
 from biollm.owners import address
+from biollm.prices import prices
 from biollm.routing import Deployment, Wants
 from biollm.rungs import Rungs
+from biollm.types import Usage
 
 if TYPE_CHECKING:
     from biollm._waterfall import Waterfall
@@ -161,7 +163,7 @@ def drill(config: Config) -> Drill:
         absent |= _unheard(ready)
         ready = [rung for rung in ready if rung.id not in absent]
         cells = background().run(_play(real, ready, Path(folder))) if ready else []
-        return Drill(tuple(rung.id for rung in ready), absent, tuple(cells), tuple(_odd(ready)))
+        return Drill(tuple(rung.id for rung in ready), absent, tuple(cells), tuple(_odd(ready, config)))
 
 
 def _unheard(rungs: Sequence[Deployment]) -> dict[str, str]:
@@ -176,15 +178,18 @@ def _unheard(rungs: Sequence[Deployment]) -> dict[str, str]:
     return {rung.id: f"nobody listens at {rung.base_url}" for rung in rungs if rung.base_url in silent}
 
 
-def _odd(rungs: Sequence[Deployment]) -> Iterator[str]:
+def _odd(rungs: Sequence[Deployment], config: Config) -> Iterator[str]:
     """Yield what a priority that was set by mistake looks like."""
+    known = prices(rungs, config)
+    costs = {ident: price and price.usd(Usage(1, 1)) for ident, price in known.items()}
     for at, rung in enumerate(rungs):
         below, own = rungs[at + 1 :], rung.provider
         if rung.embedded and (better := next((each for each in below if not each.embedded), None)):
             yield f"{rung.id} answers in degraded quality, and is asked before {better.id}"
-        free = next((each for each in below if each.provider.free_tier), None)
-        if free and not rung.free:
-            yield f"{rung.id} costs money, and is asked before {free.id}, which is free"
+        free = next((each for each in below if each.provider.free_tier and costs[each.id] == 0), None)
+        if free and costs[rung.id] != 0:
+            what = "may cost money (its price is unknown)" if costs[rung.id] is None else "costs money"
+            yield f"{rung.id} {what}, and is asked before {free.id}, which is free"
         same = next((each.provider for each in below if each.provider.priority == own.priority), own)
         if same.name != own.name and rung == next(each for each in rungs if each.provider == own):
             yield f"{own.name} and {same.name} have one priority, {own.priority}: the order in the file decides"
