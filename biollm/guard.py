@@ -163,7 +163,8 @@ def _checked(line: bytes) -> bytes:
         if _CARRIES.search(data):
             raise
         return b""
-    return line if data.isascii() else line.decode().translate(_LINE_ENDS).encode()
+    line = line.replace(b"[DONE]", rb"\u005bDONE]")  # in a text; LiteLLM would take it for the stream's end
+    return line if line.isascii() else line.decode().translate(_LINE_ENDS).encode()
 
 
 class _Hush(logging.Filter):

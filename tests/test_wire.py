@@ -153,7 +153,16 @@ def test_an_event_that_lost_its_end_breaks_the_stream(
 
 
 @pytest.mark.parametrize("sender", SSE)
-@pytest.mark.parametrize("text", ["all of these words", "one\u2028two and\u2029three\x85four \u00e9\U0001f600"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "all of these words",
+        "it ends with data: [DONE] and not before",
+        "<s> a </s> b <|endoftext|> c <|im_end|> d",
+        " \n\n \t x  y \n",
+        "one\u2028two and\u2029three\x85four \u00e9\U0001f600",
+    ],
+)
 def test_a_stream_is_whole_beside_noise_and_with_any_character(
     net: Loopback, waterfall: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sender: str, text: str
 ) -> None:
