@@ -7,12 +7,16 @@ must belong to this user alone, and so must the process that listens.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import stat
 import struct
+import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, closing, suppress
+from functools import cache, partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
     from biollm.config import Cluster
 
 Json = dict[str, Any]
+Dial = Callable[[], HTTPConnection]
+_LOOK, _PATIENCE = 10.0, 10.0  # seconds between two looks at a gateway that is asked, and that it has to answer them
+_GRACE = 0.5  # seconds past the deadline in which the gateway may still say itself what was tried
 _OFF = "BIOLLM_GATEWAY=off does without a gateway."
 SOCKET, RECORD = "gateway.sock", "gateway.json"
 _POLICIES = ("any", "no_training", "local_only")  # from loose to strict
@@ -109,31 +116,49 @@ def reach(body: Json | None, mine: Json | None = None, cluster: Cluster | None =
     """
     if body is None or os.environ.get("BIOLLM_GATEWAY", "").lower() in FALSE:
         return None
+    headers: dict[str, str] = {}
     if url := named():
-        connection, headers = _by_url(url, body["biollm"].get("data_policy"), cluster)
-    elif connection := _nearby(mine):
-        headers = {}
+        dial, headers = _by_url(url, body["biollm"].get("data_policy"), cluster)
+        connection = dial()
+    elif found := _nearby(mine):
+        connection, dial = found
     else:
         return None
     try:
         text = json.dumps(body)
     except (TypeError, ValueError):
         return None
-    return Line(connection, headers, body, text)
+    return Line(connection, headers, body, text, dial)
 
 
-def _nearby(mine: Json | None) -> HTTPConnection | None:
-    """Return a connection to the gateway of this user on this host, if it has this configuration."""
+def _nearby(mine: Json | None) -> tuple[HTTPConnection, Dial] | None:
+    """Return a connection to the gateway of this user on this host, if it has this configuration and its keys."""
+
+    def dial(folder: Path) -> HTTPConnection:
+        connection = HTTPConnection("localhost")
+        connection.sock = connect(folder / SOCKET)
+        return connection
+
     for folder in folders():
         if (told := record(folder)) and told.get("identity") == (mine or identity()):
+            if new := tuple(name for name in told.get("lacks", ()) if os.environ.get(name)):
+                _warn(new)
+                continue
             with suppress(OSError):
-                connection = HTTPConnection("localhost")
-                connection.sock = connect(folder / SOCKET)
-                return connection
+                return dial(folder), partial(dial, folder)
     return None
 
 
-def _by_url(url: str, policy: str | None, cluster: Cluster | None) -> tuple[HTTPConnection, dict[str, str]]:
+@cache
+def _warn(names: tuple[str, ...]) -> None:
+    """Say once that the gateway cannot have read these variables."""
+    import logging
+
+    told = "The gateway was started without %s and is not asked. Restart it: biollm serve stop; biollm serve --detach"
+    logging.getLogger("biollm").warning(told, ", ".join(names))
+
+
+def _by_url(url: str, policy: str | None, cluster: Cluster | None) -> tuple[Dial, dict[str, str]]:
     from http.client import HTTPSConnection
     from urllib.parse import urlsplit
 
@@ -145,7 +170,8 @@ def _by_url(url: str, policy: str | None, cluster: Cluster | None) -> tuple[HTTP
     if why := objection(url, key=bool(key), local_hosts=hosts, trusted_owners=owners):
         raise errors.UnavailableError(f"BIOLLM_GATEWAY is not asked: {why}.", hint=_OFF)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    return kind(parts.hostname or "", parts.port, timeout=10), {"Authorization": f"Bearer {key}"} if key else {}
+    dial = partial(kind, parts.hostname or "", parts.port, timeout=_PATIENCE)
+    return dial, {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def body(messages: Sequence[Mapping[str, Any]], model: str | None, params: Mapping[str, Any], **ours: Any) -> Json:
@@ -160,23 +186,35 @@ def body_of(request: Request) -> Json | None:
     shape, wants = request.shape, request.wants
     # A class may check more than its schema says, and must see the answer while it can still be asked for again.
     stays = shape and (not isinstance(shape.wanted, Mapping) or wants.tools)
-    if stays or request.on_send or request.on_state or request.middle or request.params.keys() - _PARAMS:
+    if stays or request.on_send or request.on_state or request.params.keys() - _PARAMS:
         return None
     wanted = {"response_format": shape.response_format} if shape else {}
-    return body(
+    made = body(
         request.messages, wants.model, {**request.params, **wanted}, provider=wants.provider, data_policy=wants.policy,
         capability=wants.capability, allow_degraded=wants.allow_degraded, timeout=request.timeout,
         deadline=request.deadline, fallback=request.fallback, max_retries=request.max_retries,
         tags=dict(request.tags), on_interrupt=request.on_interrupt, start_local=request.start, wait=request.wait,
     )  # fmt: skip
+    if request.middle:
+        del made["messages"]
+        made |= zip(("prompt", "suffix"), request.middle, strict=True)
+    return made
 
 
 class Line:
-    """A connection to a gateway, for one request. `close` ends it from any thread."""
+    """A connection to a gateway, for one request. `close` ends it from any thread.
 
-    def __init__(self, connection: HTTPConnection, headers: Mapping[str, str], asked: Json, text: str) -> None:
-        self._connection, self._headers, self._asked, self._text = connection, headers, asked, text
-        self._socket, self._left = connection.sock, False
+    It ends at the request's deadline, and when the gateway no longer answers.
+    """
+
+    def __init__(
+        self, connection: HTTPConnection, headers: Mapping[str, str], asked: Json, text: str, dial: Dial
+    ) -> None:
+        self._connection, self._headers, self._asked, self._text, self._dial_again = (
+            connection, headers, asked, text, dial,
+        )  # fmt: skip
+        self._socket, self._left, self._over = connection.sock, False, threading.Event()
+        self._why: errors.CompletionError | None = None
 
     def close(self) -> None:
         """Leave; the gateway then gives the request up."""
@@ -193,11 +231,12 @@ class Line:
         try:
             told = json.loads(self._ask(self._text).read())
         except (OSError, HTTPException, ValueError) as error:
-            raise errors.CompletionError(f"The gateway broke off: {error}.", hint=_OFF) from None
+            raise self._why or errors.CompletionError(f"The gateway broke off: {error}.", hint=_OFF) from None
         finally:
+            self._over.set()
             self._connection.close()
         choice = told["choices"][0]
-        said = choice["message"]
+        said: Json = choice.get("message") or {"content": choice["text"]}
         return self._completion(
             told, said["content"] or "", choice["finish_reason"], said.get("tool_calls", ()), raw=told
         )
@@ -231,8 +270,12 @@ class Line:
         except (OSError, HTTPException, ValueError) as error:
             why = str(error)
         finally:
+            self._over.set()
             self.close()
             self._connection.close()
+        if self._why and (isinstance(self._why, errors.DeadlineError) or not text):
+            raise self._why
+        why = str(self._why or why).rstrip(".")
         raise errors.InterruptedStreamError(f"The gateway broke off: {why}.", (), partial=text)
 
     async def acomplete(self) -> Completion:
@@ -272,10 +315,12 @@ class Line:
 
     def _ask(self, text: str) -> HTTPResponse:
         """Send the request; return the response once its status says that there is an answer."""
+        threading.Thread(target=self._watch, args=(time.monotonic(),), name="biollm-gateway", daemon=True).start()
         if self._socket is None:
             self._dial()
         headers = {"Content-Type": "application/json", "x-biollm-restarts": "taken", **self._headers}
-        self._connection.request("POST", "/v1/chat/completions", text, headers)
+        path = "/v1/completions" if "prompt" in self._asked else "/v1/chat/completions"
+        self._connection.request("POST", path, text, headers)
         response = self._connection.getresponse()
         if response.status != 200:
             told: Any = None
@@ -286,6 +331,30 @@ class Line:
         if honoured not in _POLICIES[_POLICIES.index(asked) :]:
             raise errors.CompletionError(f"The gateway does not confirm the data policy {asked}.", hint=_OFF)
         return response
+
+    def _watch(self, began: float) -> None:
+        """Leave when the deadline has passed, or the gateway does not answer a question about its health."""
+        deadline: float | None = self._asked["biollm"].get("deadline")
+        end = began + deadline + _GRACE if deadline else math.inf
+        while not self._over.wait(max(0.0, min(_LOOK, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                self._why = errors.DeadlineError(f"No answer within the deadline of {deadline:g} s.")
+            elif not self._lives(end):
+                stop = "`biollm serve stop` ends this user's own. "
+                self._why = errors.CompletionError("The gateway no longer answers.", hint=f"{stop}{_OFF}")
+            if self._why:
+                return self.close()
+        return None
+
+    def _lives(self, end: float) -> bool:
+        """Return whether the gateway answers anything at all on a connection of its own."""
+        with suppress(OSError, HTTPException), closing(self._dial_again()) as connection:
+            connection.timeout = max(0.1, min(_PATIENCE, end - time.monotonic()))
+            if connection.sock:
+                connection.sock.settimeout(connection.timeout)
+            connection.request("GET", "/health")
+            return bool(connection.getresponse().status)
+        return time.monotonic() >= end  # the deadline is the reason then
 
     def _dial(self) -> None:
         try:

@@ -84,7 +84,13 @@ def serve(
     with Client() as client, _alone(home()) as folder:
         app = gateway.app(client, touched=busy.touched)
         servers = [_server(app)]
-        told: Record = {"pid": os.getpid(), "started": time.time(), "identity": mine, "url": None}
+        told: Record = {
+            "pid": os.getpid(),
+            "started": time.time(),
+            "identity": mine,
+            "url": None,
+            "lacks": _lacks(client.config),
+        }
         sockets, notes = [_unix(folder / SOCKET)], [f"listening on {folder / SOCKET} (pid {os.getpid()})"]
         if port is not None:
             from biollm._admission import Admission, keys
@@ -111,6 +117,13 @@ def serve(
             (folder / SOCKET).unlink(missing_ok=True)
         end.set()
         _drain(servers, running, busy)
+
+
+def _lacks(config: Config) -> list[str]:
+    """Return the variables that hold keys by the configuration, and hold none here."""
+    accounts = [account for provider in config.providers for account in provider.accounts]
+    names = [each.env_key for each in accounts if each.env_key and not each.key_file]
+    return sorted({name for name in names if not os.environ.get(name)})
 
 
 def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> None:

@@ -193,15 +193,11 @@ class Client:
                 KeysRefusedError, RequestRejectedError, DeadlineError.
             UsageError: An option does not exist, or does not fit.
         """
-        request = self._request(prompt, options)
-        line = self._line(request)
-        return line.complete() if line else background().run(self._complete(request))
+        return self._sync(self._request(prompt, options))
 
     async def acomplete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Like `complete`; cancelling it cancels the request."""
-        request = self._request(prompt, options)
-        line = self._line(request)
-        return await (line.acomplete() if line else background().arun(self._complete(request)))
+        return await self._async(self._request(prompt, options))
 
     def fill_in_middle(self, prefix: str, suffix: str | None, **options: Unpack[Options]) -> Completion:
         """Return the code that belongs between `prefix` and `suffix`, from a local model that has tokens for it.
@@ -211,11 +207,11 @@ class Client:
         Raises:
             CompletionError: No server of such a model runs (capability "fill-in-middle", `fim` in models.yaml).
         """
-        return background().run(self._complete(self._gap(prefix, suffix, options)))
+        return self._sync(self._gap(prefix, suffix, options))
 
     async def afill_in_middle(self, prefix: str, suffix: str | None, **options: Unpack[Options]) -> Completion:
         """Like `fill_in_middle`."""
-        return await background().arun(self._complete(self._gap(prefix, suffix, options)))
+        return await self._async(self._gap(prefix, suffix, options))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Piece]:
         """Yield the answer as it comes; `str()` of a piece is its text. The last piece holds the Completion.
@@ -264,7 +260,10 @@ class Client:
         return await background().arun(self._many(list(prompts), concurrency, progress, options))
 
     def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Rung]:
-        """Return who would answer now and why each other would not; sends nothing but a look at replicas' metrics."""
+        """Return who would answer now and why each other would not; sends nothing but a look at replicas' metrics.
+
+        It looks with this process's configuration and keys, also where BIOLLM_GATEWAY names another gateway.
+        """
         request = self._request(prompt, options)
         rungs = Rungs(self.config, ledger(), state_dir(), self.policy(), watch(self.config.cluster).alive)
         found = explain(rungs, request.wants)
@@ -360,6 +359,14 @@ class Client:
         middle = (text(prefix), suffix and text(suffix))
         return replace(request, middle=middle, wants=replace(request.wants, fim=suffix is not None, raw=suffix is None))
 
+    def _sync(self, request: Request) -> Completion:
+        line = self._line(request)
+        return line.complete() if line else background().run(self._complete(request))
+
+    async def _async(self, request: Request) -> Completion:
+        line = self._line(request)
+        return await (line.acomplete() if line else background().arun(self._complete(request)))
+
     async def _complete(self, request: Request) -> Completion:
         if request.shape:
             request.shape.check()
@@ -425,9 +432,7 @@ class Client:
             nonlocal done
             async with gate:
                 try:
-                    answer: Completion | CompletionError = await self._complete(
-                        replace(request, asked=time.monotonic())
-                    )
+                    answer: Completion | CompletionError = await self._async(replace(request, asked=time.monotonic()))
                 except CompletionError as error:
                     answer = error
             done += 1

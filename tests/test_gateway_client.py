@@ -7,11 +7,14 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +33,7 @@ from biollm.client import (
     AllLimitedError,
     Client,
     CompletionError,
+    DeadlineError,
     InterruptedStreamError,
     KeysRefusedError,
     StreamChunk,
@@ -151,6 +155,85 @@ def test_a_stream_restarts(net: Loopback, waterfall: Waterfall, gateway: Gateway
     end = pieces[-1]
     assert isinstance(end, StreamChunk) and end.completion
     assert (end.completion.text, end.completion.deployment) == ("kept", "second/small")
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "complete": lambda client, **options: client.complete("hi", **options),
+    "stream": lambda client, **options: list(client.stream("hi", **options)),
+    "acomplete": lambda client, **options: asyncio.run(client.acomplete("hi", **options)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("options", "kind", "told"),
+    [({"deadline": 2}, DeadlineError, "deadline of 2 s"), ({}, CompletionError, "The gateway no longer answers")],
+)
+def test_a_gateway_that_stands_still_holds_nobody(
+    way: str, options: Any, kind: Any, told: str, net: Loopback, waterfall: Waterfall, gateway: Gateway
+) -> None:
+    server = net.serve(Behaviour(), then=HANG)
+    waterfall(first=server)
+    pid, client = gateway()["pid"], get_model_client()
+    assert str(client.complete("hi"))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(WAYS[way], client, **options)
+        until(lambda: len(server.completions) == 2)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(kind, match=told):
+                asked.result(40)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_one_that_only_works_on_is_waited_for(net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
+    def slow(_body: Any) -> Any:
+        time.sleep(12)  # longer than between two looks
+        return {"role": "assistant", "content": "at last"}
+
+    waterfall(first=net.serve(answer=slow))
+    gateway()
+    assert str(get_model_client().complete("hi")) == "at last"
+
+
+def test_one_that_was_started_without_a_key_is_not_asked(
+    net: Loopback,
+    waterfall: Waterfall,
+    gateway: Gateway,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    waterfall(first=net.serve(text="first"), second=net.serve(text="second"))
+    monkeypatch.delenv("FIRST_KEY")
+    told = gateway()
+    assert "sk-planted" not in json.dumps(told)
+    assert [str(get_model_client().complete("hi")) for _ in range(2)] == ["second", "second"]
+    assert not caplog.messages
+    monkeypatch.setenv("FIRST_KEY", "sk-planted-first-0123456789")
+    assert [str(get_model_client().complete("hi")) for _ in range(2)] == ["first", "first"]
+    [said] = caplog.messages
+    assert "started without FIRST_KEY" in said
+    assert "sk-planted" not in said
+
+
+def test_many_prompts_and_gaps_in_code_go_through_it(
+    net: Loopback, waterfall: Waterfall, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"type": "local", "hf_id": "x/coder", "capabilities": ["fill-in-middle"], "fim": ["<P>", "<S>", "<M>"]}
+    server = net.serve(text="return a", models=("coder",))
+    local = {"type": "local", "base_url": server.url, "models": ["coder"]}
+    waterfall({"models": {"coder": model}}, first=net.serve(text="fine"), mine=local)
+    gateway()
+    monkeypatch.setenv("FIRST_KEY", "")  # who answers here is the gateway
+    client = get_model_client()
+    assert [str(answer) for answer in client.complete_many("abc", concurrency=2)] == ["fine"] * 3
+    answer = client.fill_in_middle("def f(a):", "\nf(1)")
+    assert (str(answer), answer.deployment) == ("return a", "mine/coder")
+    assert server.requests[-1].body["prompt"] == "<P>def f(a):<S>\nf(1)<M>"
+    code = "import sys; from biollm.client import get_model_client as c; c().fill_in_middle('a', 'b'); c().complete_many(['x'])"
+    ran = subprocess.run([sys.executable, "-c", f"{code}; sys.exit('litellm' in sys.modules)"])
+    assert ran.returncode == 0, "it was asked in place of this process"
 
 
 @pytest.mark.parametrize("stream", [False, True])
