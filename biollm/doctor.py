@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from urllib.parse import urlsplit
 
 from biollm import _scheduler, credentials, slurm, weights
@@ -48,12 +49,14 @@ def _state(config: Config) -> Check:
     if not is_shared(folder):
         if at.st_mode & stat.S_IWGRP:
             detail = f"{folder} is its group's to write, but has no setgid bit: members shut each other out"
-            return Check("state folder", False, detail, f"chmod g+s {folder}, or chmod 700 {folder}")
+            return Check("state folder", False, detail, f"chmod g+s {quote(str(folder))}, or chmod 700")
         return Check("state folder", True, f"{folder} is yours alone")
     closed = [path.name for path in folder.glob("*.db*") if not path.stat().st_mode & stat.S_IWGRP]
     if closed:
         detail = f"{folder} is a group's, but {closed[0]} is closed to the group"
-        return Check("state folder", False, detail, f"chmod g+rw {folder}/*.db* {folder}/*.lock")
+        return Check(
+            "state folder", False, detail, f"chmod g+rw {quote(str(folder))}/*.db* {quote(str(folder))}/*.lock"
+        )
     shared = "limits, cooldowns, usage and the embedded model's weights are shared"
     return Check("state folder", True, f"{folder}: {shared}; logins, gateway key and alerts are yours, in {own}")
 

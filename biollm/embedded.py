@@ -12,6 +12,7 @@ import html
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,9 +50,9 @@ def ready(model: Model, state: Path) -> Path | str:
     if os.access(weights.path, os.R_OK):
         return weights.path
     if weights.path.parent.is_dir() and not os.access(weights.path.parent, os.X_OK):
-        return f"its weights cannot be read: their owner must open the folder, chmod 2770 {weights.path.parent}"
+        return f"its weights cannot be read: their owner must open the folder, chmod 2770 {shlex.quote(str(weights.path.parent))}"
     if weights.path.is_file():
-        return f"its weights cannot be read: their owner must open them, chmod g+r {weights.path}"
+        return f"its weights cannot be read: their owner must open them, chmod g+r {shlex.quote(str(weights.path))}"
     if weights.source:
         return f"its weights are not here yet: biollm embedded pull {model.key}"
     return f"there is no file {weights.path}: mend `gguf:` of {model.key} in models.yaml"
