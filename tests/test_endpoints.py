@@ -270,7 +270,7 @@ def test_an_answer_of_another_server_is_an_error(cluster: Cluster, server: Serve
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can listen as somebody else")
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.2", "127.9.9.9", "[::1]"])
+@pytest.mark.parametrize("host", [socket.gethostname(), "localhost", "127.0.0.1", "127.0.0.2", "127.9.9.9", "[::1]"])
 def test_a_fixed_url_is_trusted_by_who_listens_there(host: str) -> None:
     os.seteuid(65534)
     try:
