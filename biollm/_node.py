@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hmac
 import http.client
 import json
 import os
@@ -266,14 +267,20 @@ class Server:
             raise Ended("failed", f"the server ended by {said}", 128 - code if code < 0 else code or 70)
 
     def _await_ready(self) -> bool:
-        """Wait until this very start answers /health; False when another process answers on the port."""
+        """Wait until this very start answers /health; False when another process answers on the port.
+
+        Until it has proved its start, whoever listens there does not get the key.
+        """
         while True:
             self._check()
             if self._time_to_start() <= 0:
                 limit = self.model["start_timeout"]
                 raise Ended("failed", f"not ready within the start timeout of {limit} s", 75)
-            if (answer := self._ask("GET", "/health", timeout=5)) and answer[0] < 500:
-                if answer[1].get("x-biollm-start") != self._start:
+            nonce = secrets.token_hex(16)
+            answer = self._ask("GET", f"/health?nonce={nonce}", timeout=5, known=False)
+            if answer and answer[0] < 500:
+                proof = hmac.new(self._key.encode(), (nonce + self._start).encode(), "sha256").hexdigest()
+                if not hmac.compare_digest(answer[1].get("x-biollm-proof", "").encode(), proof.encode()):
                     return False
                 if answer[0] == 200:
                     return True
@@ -291,11 +298,16 @@ class Server:
             said = f"HTTP {answer[0]}: {answer[2][:300]}" if answer else "no answer"
             raise Ended("failed", f"healthy, but the first completion failed: {said}", 70)
 
-    def _ask(self, method: str, path: str, body: str | None = None, *, timeout: float) -> Any:
-        """Return (status, headers, text) of one request to the server, or None; no proxy is in between."""
+    def _ask(self, method: str, path: str, body: str | None = None, *, timeout: float, known: bool = True) -> Any:
+        """Return (status, headers, text) of one request to the server, or None; no proxy is in between.
+
+        The key goes with it where the server is `known`.
+        """
         host = "127.0.0.1" if self.job.bind == ANYWHERE else self.job.bind
         connection = http.client.HTTPConnection(host, self._port, timeout=timeout)
-        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"}
+        if known:
+            headers["Authorization"] = f"Bearer {self._key}"
         try:
             connection.request(method, path, body, headers)
             answer = connection.getresponse()

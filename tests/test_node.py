@@ -384,6 +384,26 @@ def test_another_process_on_the_port_never_counts_as_ready(job: Job) -> None:
     assert job.records() == []
 
 
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n"], ids=["nothing", "503"])
+def test_who_listens_on_the_port_while_the_model_loads_does_not_learn_the_key(job: Job, says: bytes) -> None:
+    """A key that leaks before the server listens would be that of the record afterwards."""
+    job.start("mute")
+    begun = wait_for(lambda: job.events(), "the start")[0]
+    heard: list[bytes] = []
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", begun["port"]))
+        other.listen()
+        for _ in range(3):
+            stranger, _ = other.accept()
+            heard.append(stranger.recv(10000))
+            stranger.sendall(says)
+            stranger.close()
+    assert job.states() == ["starting"], "it goes on with this key"
+    assert all(each.startswith(b"GET /health") for each in heard)
+    assert not any(job.key(begun).encode() in each for each in heard)
+
+
 def test_a_predecessor_stays_until_its_successor_is_published(job: Job) -> None:
     first = job.start("", options=("--chain", "c", "--link", "1", "--links", "2"))
     old = job.record()
