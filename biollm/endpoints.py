@@ -204,7 +204,10 @@ class Watch:
     def _run(self, looked: threading.Event) -> None:
         while time.monotonic() - self._asked < _UNUSED_S:
             began = time.monotonic()
-            self.refresh()
+            try:
+                self.refresh()
+            except RuntimeError:  # the interpreter is ending, and starts no more threads
+                return
             looked.set()
             took = time.monotonic() - began
             time.sleep(max(self._interval, 20 * took))  # a slow file system is read more rarely

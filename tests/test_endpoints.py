@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -237,6 +239,23 @@ def test_a_file_system_that_does_not_answer_holds_up_nobody(
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda _: get_model_client().complete("hi", deadline=30), range(2)))
     assert [answer.provider for answer in answers] == ["first", "first"]
+
+
+@pytest.mark.slow
+def test_a_watch_says_nothing_when_the_program_ends(cluster: Cluster, tmp_path: Path) -> None:
+    with socket.socket() as held:  # nobody answers there, so that it is asked again every 2 s
+        held.bind(("127.0.0.1", 0))
+        publish(cluster, held.getsockname()[1])
+        code = f"""
+import atexit, time
+from pathlib import Path
+from biollm.config import Cluster
+from biollm.endpoints import Watch
+atexit.register(time.sleep, 3)
+Watch(Cluster(name="lab", run_dir=Path({str(tmp_path)!r})), interval=0.01).alive()
+"""
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_200_servers_are_asked_for_without_file_access(cluster: Cluster) -> None:

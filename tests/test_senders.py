@@ -268,6 +268,7 @@ def test_another_users_listener_on_loopback_gets_no_byte_whatever_the_type(
     assert others.heard[-1].startswith(b"GET /v1/models")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can listen as somebody else")
 def test_a_listener_is_looked_up_again_after_five_seconds(net: Loopback, waterfall: Write) -> None:
     """The window in which another user's listener could take the place of one that ended, and be sent a request."""
@@ -335,42 +336,44 @@ def dies(job: Job, record: dict[str, Any]) -> None:
 
 IMPOSTOR = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n"
 SAYS = {
-    "nothing": "",
     "no start": f"{IMPOSTOR}\r\n",
     "the start, which is no secret": f"{IMPOSTOR}x-biollm-start: START\r\n\r\n",
     "a wrong proof": f"{IMPOSTOR}x-biollm-start: START\r\nx-biollm-proof: {'0' * 64}\r\n\r\n",
     "odd letters": f"{IMPOSTOR}x-biollm-start: START\r\nx-biollm-proof: \xe9\r\n\r\n",
     "a proof that it has seen": f"{IMPOSTOR}x-biollm-start: START\r\nx-biollm-proof: SEEN\r\n\r\n",
+    "nothing": "",  # at the end: the server then rests
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("says", SAYS)
 def test_who_takes_the_port_of_a_server_that_died_learns_neither_key_nor_prompt(
-    job: Job, found: dict[str, Any], says: str
+    job: Job, found: dict[str, Any], subtests: pytest.Subtests
 ) -> None:
     client, key = get_model_client(timeout=2.0), job.key(found)
     (endpoint,) = watch(client.config.cluster).refresh()
     assert client.complete("SECRET").provider == "vllm"
     with urlopen(f"http://127.0.0.1:{found['port']}/health?nonce={'0' * 32}") as answer:
-        seen = answer.headers["x-biollm-proof"]
+        seen = answer.headers["x-biollm-proof"] or ""
     dies(job, found)
-    told = SAYS[says].replace("START", found["start"]).replace("SEEN", seen or "").encode("latin-1")
-    with socket.create_server(("127.0.0.1", found["port"])) as listener, hearing(listener, told) as ear:
-        time.sleep(TRUSTED)
-        answers = [client.complete("SECRET"), *(list(client.stream("SECRET"))[-1].completion for _ in range(2))]
-        assert [str(answer) for answer in answers] == ["from fine"] * 3
-        (health, _) = check(client.config, timeout=2.0)
-        assert health.available is False
-        with pytest.raises(OSError):
-            ask(endpoint, "GET", "/metrics", timeout=1)
-        heard = b"".join(ear.heard)
-        assert heard, "it was not even asked to prove its start"
-        assert not any(secret in heard for secret in (b"SECRET", key.encode(), b"uthorization"))
-    if says == "a wrong proof":
-        restart = "another program, or one of an older biollm (biollm down m0 && biollm up m0)"
-        assert answers[0].attempts[0].reason.endswith(f"does not prove to be its server: {restart}")
-        assert health.error == answers[0].attempts[0].reason
+    time.sleep(TRUSTED)
+    restart = "another program, or one of an older biollm (biollm down m0 && biollm up m0)"
+    for says, text in SAYS.items():
+        told = text.replace("START", found["start"]).replace("SEEN", seen).encode("latin-1")
+        listener = socket.create_server(("127.0.0.1", found["port"]))
+        with subtests.test(says), listener, hearing(listener, told) as ear:
+            answers = [client.complete("SECRET"), *(list(client.stream("SECRET"))[-1].completion for _ in range(2))]
+            assert [str(answer) for answer in answers] == ["from fine"] * 3
+            (health, _) = check(client.config, timeout=1.0)
+            assert health.available is False
+            with pytest.raises(OSError):
+                ask(endpoint, "GET", "/metrics", timeout=1)
+            heard = b"".join(ear.heard)
+            assert heard, "it was not even asked to prove its start"
+            assert not any(secret in heard for secret in (b"SECRET", key.encode(), b"uthorization"))
+            if says != "nothing":
+                why = answers[0].attempts[0].reason
+                assert why.endswith(f"does not prove to be its server: {restart}")
+                assert health.error == why
 
 
 @pytest.mark.slow
@@ -422,6 +425,7 @@ def test_an_answer_that_does_not_name_the_start_is_no_answer(
     assert client.explain()[0].reason == answer.attempts[0].reason, "it rests"
 
 
+@pytest.mark.slow
 def test_a_plain_text_completion_relies_on_the_proof(running: Server) -> None:
     """LiteLLM keeps no headers of its answer."""
     assert get_model_client().fill_in_middle("def f(", None).text == "from the server"
@@ -431,6 +435,7 @@ def test_a_plain_text_completion_relies_on_the_proof(running: Server) -> None:
         get_model_client().fill_in_middle("def f(", None)
 
 
+@pytest.mark.slow
 def test_a_proof_serves_many_requests_and_one_is_asked_for_at_a_time(running: Server) -> None:
     client = get_model_client()
     client.complete("hi")
