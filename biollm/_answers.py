@@ -10,12 +10,10 @@ from typing import Any
 from biollm._plain import text
 from biollm._run import Sent
 from biollm.endpoints import START
-from biollm.outcomes import BROKEN, CUT, EMPTY, NO_CHOICES, Verdict
+from biollm.outcomes import BROKE_OFF, CUT, EMPTY, FILTERED, NO_CHOICES, USED_UP, Verdict
 from biollm.types import Usage
 
-STRANGER = Verdict(
-    "the answer does not name its server's start: another program has its port", None, "endpoint", BROKEN
-)
+STRANGER = Verdict("stranger", "the answer does not name its server's start: another program has its port")
 # The fields of a chunk that may hold nothing but text, and of its one choice.
 _FRAME = {"id", "created", "model", "object", "choices", "system_fingerprint", "service_tier"}
 _CHOICE = {"index", "delta"}
@@ -47,7 +45,7 @@ def spent(sent: Sent, prompt: int) -> Usage:
     if sent.response is None or not pieces:
         return Usage()
     stated = usage_of(next((each.usage for each in reversed(pieces) if getattr(each, "usage", None)), None))
-    if stated.total_tokens and (chunks is None or finished(chunks)):
+    if stated.total_tokens and (chunks is None or finishes(chunks)):
         return stated
     came = sum(_length(choice) for piece in pieces for choice in piece.choices) // _CHARS_PER_TOKEN
     answer = max(stated.completion_tokens, came)
@@ -85,7 +83,10 @@ def emptiness(response: Any) -> Verdict | None:
     """Return what is wrong with an answer that came without an error."""
     if not response.choices:
         return NO_CHOICES
-    return None if content(response).strip() or tool_calls(response.choices[0]) else EMPTY
+    choice = response.choices[0]
+    if content(response).strip() or tool_calls(choice):
+        return None
+    return _without_text(getattr(getattr(choice, "message", None), "refusal", None), choice.finish_reason)
 
 
 def stranger(sent: Sent) -> Verdict | None:
@@ -134,9 +135,18 @@ async def first_content(sent: Sent) -> Verdict | None:
         if new and (new.content or new.tool_calls or getattr(new, "reasoning_content", None)):
             sent.ttft_ms = sent.ms
             return None
-    return EMPTY if finished(sent.response.chunks) else CUT
+    ends = finishes(sent.response.chunks)
+    said = "".join(getattr(chunk.choices[0].delta, "refusal", None) or "" for chunk in sent.head if chunk.choices)
+    return _without_text(said, ends[-1]) if ends else CUT
 
 
-def finished(chunks: Sequence[Any]) -> bool:
-    """Return whether the provider itself ended the stream; LiteLLM invents a "stop" for one that was cut."""
-    return any(chunk.choices and chunk.choices[0].finish_reason for chunk in chunks)
+def _without_text(refusal: str | None, finish: str | None) -> Verdict:
+    """Return what an answer without text or tool calls means, by the model's refusal and the reason of its end."""
+    if refusal:
+        return Verdict("refusal", f"refused: {refusal[:200]}")
+    return {"content_filter": FILTERED, "length": USED_UP, "error": BROKE_OFF}.get(finish or "", EMPTY)
+
+
+def finishes(chunks: Sequence[Any]) -> list[str]:
+    """Return the reasons with which the provider itself ended the stream; LiteLLM invents a "stop" for a cut one."""
+    return [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]

@@ -194,6 +194,7 @@ def body_of(request: Request) -> Json | None:
         capability=wants.capability, allow_degraded=wants.allow_degraded, timeout=request.timeout,
         deadline=request.deadline, fallback=request.fallback, max_retries=request.max_retries,
         tags=dict(request.tags), on_interrupt=request.on_interrupt, start_local=request.start, wait=request.wait,
+        patience=request.patience,
     )  # fmt: skip
     if request.middle:
         del made["messages"]

@@ -42,7 +42,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 _EXTENSION: dict[str, type | tuple[type, ...]] = {
     "allow_degraded": bool, "capability": str, "data_policy": str, "deadline": _NUMBER, "fallback": bool,
-    "local_only": bool, "max_retries": int, "on_interrupt": str, "provider": str, "start_local": bool, "tags": dict,
+    "local_only": bool, "max_retries": int, "on_interrupt": str, "patience": _NUMBER, "provider": str, "start_local": bool, "tags": dict,
     "timeout": _NUMBER, "wait": _NUMBER,
 }  # fmt: skip
 _OWN = {"messages", "prompt", "suffix", "stream", "stream_options", "model", "metadata", "biollm", "store", "echo"}
@@ -50,6 +50,7 @@ _OWN = {"messages", "prompt", "suffix", "stream", "stream_options", "model", "me
 _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (errors.UnknownNameError, 404, "invalid_request_error", "model_not_found"),
     (errors.UsageError, 400, "invalid_request_error", "invalid_request"),
+    (errors.ContentPolicyError, 400, "invalid_request_error", "content_policy_violation"),
     (errors.RequestRejectedError, 400, "invalid_request_error", "request_rejected"),
     (errors.AllLimitedError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.KeysRefusedError, 502, "server_error", "keys_refused"),
@@ -116,6 +117,8 @@ def read(given: bytes, headers: Mapping[str, str], config: Config, tags: Mapping
     # OpenAI's clients would put what comes after a restart behind what came before; ours says that it takes that back.
     restarts = _one_of(_INTERRUPTED, "biollm.on_interrupt", ours.get("on_interrupt")) == "restart"
     held = stream and (unseen or (restarts and headers.get(RESTARTS) != "taken"))
+    if (patience := headers.get("x-biollm-patience")) is not None:
+        options["patience"] = _seconds("x-biollm-patience", patience)
     if held:
         options["on_interrupt"] = "restart"
     whole = not stream or schema is not None or bool(body.get("logprobs")) or "messages" not in body
@@ -276,6 +279,13 @@ def _one_of(choices: Sequence[str], what: str, said: str | None) -> str:
     if (said := said or choices[0]) not in choices:
         raise errors.UsageError(f"{what} is {said!r}; it must be one of {', '.join(choices)}.")
     return said
+
+
+def _seconds(what: str, said: str) -> float:
+    try:
+        return float(said)
+    except ValueError:
+        raise errors.UsageError(f"{what} is {said!r}; it must be a number of seconds.") from None
 
 
 def _prompt(body: Json) -> Any:

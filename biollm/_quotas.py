@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 if TYPE_CHECKING:
@@ -24,18 +24,72 @@ CREATE INDEX IF NOT EXISTS reserved_scope_at ON reserved (scope, at);
 CREATE TABLE IF NOT EXISTS total (
     scope TEXT NOT NULL, start REAL NOT NULL, until REAL NOT NULL,
     requests DEFAULT 0, tokens DEFAULT 0, usd DEFAULT 0, PRIMARY KEY (scope, start, until)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS cooling (
-    key TEXT PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS cooldown (
+    key TEXT PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL, kind TEXT NOT NULL, stated INTEGER NOT NULL,
+    times INTEGER NOT NULL) WITHOUT ROWID;
 """
 BEGIN = "INSERT INTO total (scope, start, until, requests, tokens, usd) VALUES (?, ?, ?, ?, ?, ?)"
-COOLING = "SELECT key, until, reason FROM cooling WHERE until > ?"
-COOL = (
-    "INSERT INTO cooling (key, until, reason) VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE"
-    " SET until = excluded.until, reason = excluded.reason WHERE excluded.until > until"
-)
 _LEAST = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # that must still fit
 _SOON = 1.0  # seconds after which a request that only those under way keep out may ask again
 _DAY = 86400.0
+COOLDOWNS = "SELECT key, until, reason, kind, stated, times FROM cooldown WHERE until > ?"
+RECOVER = "DELETE FROM cooldown WHERE key = ? AND NOT stated"
+MEMORY = 86400.0  # seconds for which a cooldown that ended is still a step of the ladder
+
+
+class Cooldown(NamedTuple):
+    """What keeps a key from serving.
+
+    Attributes:
+        until: Epoch seconds; it may have passed, and then the cooldown only counts as a step of the ladder.
+        reason: One sentence.
+        kind: The failure's kind.
+        stated: The provider named the time; else it is an estimate, which a success ends.
+        times: How many cooldowns of this kind followed each other without a success.
+    """
+
+    until: float
+    reason: str
+    kind: str = ""
+    stated: bool = False
+    times: int = 1
+
+    def step(self, ladder: Sequence[float]) -> float:
+        """Return this cooldown's seconds where the provider named none."""
+        return ladder[min(self.times, len(ladder)) - 1]
+
+
+def next_cooldown(
+    before: Cooldown | None, now: float, reason: str, kind: str, seconds: float | None, ladder: Sequence[float]
+) -> Cooldown:
+    """Return the cooldown after one more failure; requests that fail together are one step of the ladder."""
+    row = before.times if before and before.kind == kind else 0
+    times = row if before and row and before.until > now else row + 1
+    made = Cooldown(now, reason, kind, seconds is not None, times)
+    made = made._replace(until=now + (made.step(ladder) if seconds is None else seconds))
+    return before if before and before.until > made.until else made
+
+
+def cool(
+    db: sqlite3.Connection, key: str, now: float, reason: str, kind: str, seconds: float | None, ladder: Sequence[float]
+) -> Cooldown:
+    """Put `key` on cooldown, for at least as long as it already is."""
+    found = db.execute(f"{COOLDOWNS} AND key = ?", (now - MEMORY, key)).fetchone()
+    made = next_cooldown(Cooldown(*found[1:]) if found else None, now, reason, kind, seconds, ladder)
+    db.execute(
+        "INSERT OR REPLACE INTO cooldown (key, until, reason, kind, stated, times) VALUES (?, ?, ?, ?, ?, ?)",
+        (key, *made),
+    )
+    return made
+
+
+def release(db: sqlite3.Connection, scope: str, reservation: int, at: float) -> None:
+    """Take back a request that was counted and then not sent."""
+    for table in ("sent", "reserved"):
+        db.execute(f"DELETE FROM {table} WHERE id = ?", (reservation,))  # noqa: S608
+    db.execute(
+        "UPDATE total SET requests = requests - 1 WHERE scope = ? AND ? BETWEEN start AND until - 1e-6", (scope, at)
+    )
 
 
 def grant(db: sqlite3.Connection, need: Need, reservation: int, at: float) -> None:
@@ -74,7 +128,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
         finish(db, scope, reservation, at, (used[0], used[1]))
     db.execute("DELETE FROM sent WHERE abs(at - ?) > 3660", (now,))
     db.execute("DELETE FROM total WHERE until < ?", (now - _DAY,))  # for attempts still under way
-    db.execute("DELETE FROM cooling WHERE until <= ?", (now,))
+    db.execute("DELETE FROM cooldown WHERE until <= ?", (now - MEMORY,))
 
 
 def used_of(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:

@@ -13,6 +13,7 @@ from uuid import uuid4
 from biollm.errors import (
     AllLimitedError,
     CompletionError,
+    ContentPolicyError,
     DeadlineError,
     KeysRefusedError,
     RequestRejectedError,
@@ -61,6 +62,7 @@ class Request:
     start: bool = False
     wait: float | None = None
     on_state: Callable[[Job], None] | None = None
+    patience: float | None = None
     asked: float = field(default_factory=time.monotonic)
 
     @asynccontextmanager
@@ -89,6 +91,12 @@ class Run:
         tried: Ids of deployments that failed in this pass.
         frees: Epoch seconds at which something that stood in the way for a passing reason frees, this pass.
         pinned: With `fallback=False`, the only deployment that may be asked.
+        verdicts: What each failed attempt meant, with the deployment that was asked.
+        over: The failure after which no other deployment is asked.
+        repeat: The deployment that is asked once more at once.
+        repeated: Ids of those that were.
+        caps: Deployment id -> the most tokens of answer that its account can pay for.
+        waited: Seconds spent on waiting for an earlier deployment.
     """
 
     request: Request
@@ -97,9 +105,13 @@ class Run:
     tried: set[str] = field(default_factory=set[str])
     frees: list[float] = field(default_factory=list[float])
     passes: int = 0
-    faults: int = 0
     pinned: str | None = None
-    verdicts: list[Verdict] = field(default_factory=list[Verdict])
+    verdicts: list[tuple[Deployment, Verdict]] = field(default_factory=list[tuple[Deployment, Verdict]])
+    over: Verdict | None = None
+    repeat: Deployment | None = None
+    repeated: set[str] = field(default_factory=set[str])
+    caps: dict[str, int] = field(default_factory=dict[str, int])
+    waited: float = 0.0
     _attempts: list[tuple[int, int, Attempt]] = field(default_factory=list[tuple[int, int, Attempt]])
     _passed: dict[tuple[int, str], Rung] = field(default_factory=dict[tuple[int, str], Rung])
 
@@ -137,7 +149,7 @@ class Run:
 
     def next_pass(self) -> float | None:
         """Return the seconds to wait before another pass over the waterfall, or None when there shall be none."""
-        if self.passes >= self.request.max_retries or self.faults >= 2 or not self.frees:
+        if self.passes >= self.request.max_retries or self.over or not self.frees:
             return None
         wait = max(0.0, min(self.frees) - time.time())
         if wait > PATIENCE:
@@ -151,15 +163,19 @@ class Run:
         """Return the error that says why nobody answered."""
         attempts = self.attempts()
         told = _told(attempts)
-        if self.faults >= 2:
-            return RequestRejectedError(f"Two providers say that the request is at fault.\n{told}", attempts)
+        if self.over:
+            return self._ended(self.over, attempts)
+        kinds = {verdict.kind for _, verdict in self.verdicts}
+        if kinds and all(verdict.rule.fault for _, verdict in self.verdicts):
+            dialects = {deployment.provider.litellm_provider for deployment, _ in self.verdicts}
+            hint = "Providers of different dialects say so: the request itself is wrong." if len(dialects) > 1 else None
+            return RequestRejectedError(f"The request was rejected.\n{told}", attempts, hint=hint)
         standings = {rung.standing for (number, _), rung in self._passed.items() if number == self.passes}
-        refused = any(verdict.status in (401, 403) for verdict in self.verdicts)
-        others = any(verdict.status not in (401, 403) for verdict in self.verdicts)
-        if not others and "limited" not in standings and (refused or standings & {"keyless", "refused"}):
+        keyless = kinds <= {"key", "forbidden"} and "limited" not in standings
+        if keyless and (kinds or standings & {"keyless", "refused"}):
             hint = "`biollm providers` shows which keys are missing; `biollm health` tries them."
             return KeysRefusedError(f"No provider has a key that works.\n{told}", attempts, hint=hint)
-        if "limited" in standings and not self.verdicts and self.frees:
+        if kinds <= {"limited"} and (kinds or "limited" in standings) and self.frees:
             wait = max(0.0, min(self.frees) - time.time())
             return AllLimitedError(f"Every provider is at a limit or resting.\n{told}", attempts, retry_after=wait)
         if not attempts:
@@ -167,6 +183,16 @@ class Run:
                 "No provider is configured that could answer.", hint="`biollm config` shows what is."
             )
         return CompletionError(f"Nobody could answer.\n{told}", attempts)
+
+    def _ended(self, verdict: Verdict, attempts: Sequence[Attempt]) -> CompletionError:
+        """Return the error of a failure after which no other deployment is asked."""
+        said = f"{self.verdicts[-1][0].id}: {verdict.reason}"
+        if verdict.kind == "refusal":
+            hint = "`on_refusal: next` under `routing:` in providers.yaml, or of a provider, asks the next one."
+            return ContentPolicyError(f"Refused by content policy. {said}", attempts, hint=hint)
+        if verdict.kind == "used_up":
+            return RequestRejectedError(f"No text came. {said}", attempts, hint="Raise max_tokens.")
+        return RequestRejectedError(f"The request is not valid. {said}", attempts)
 
 
 def _told(attempts: Sequence[Attempt]) -> str:
@@ -188,6 +214,8 @@ class Sent:
 
     Attributes:
         broken: What the caller's `on_send` raised; nothing was sent then.
+        head: A stream's chunks up to its first content.
+        alone: No other deployment of its order could have been asked.
     """
 
     deployment: Deployment
@@ -198,6 +226,7 @@ class Sent:
     ttft_ms: float | None = None
     broken: Exception | None = None
     head: list[Any] = field(default_factory=list[Any])
+    alone: bool = True
 
     @property
     def ms(self) -> float:

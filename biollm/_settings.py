@@ -65,7 +65,7 @@ class Provider(_Limited):
         model_ids: Our model name -> the provider's own id, where they differ.
         litellm_provider: LiteLLM's prefix ("gemini", "openai", "hosted_vllm").
         limits_per: Whether the limits hold for the account or for each of its models.
-        timeout: Seconds per attempt; None is the routing block's.
+        timeout: Seconds per attempt; None is the routing block's, as for `patience` and `on_refusal`.
     """
 
     name: forms.Name
@@ -85,6 +85,8 @@ class Provider(_Limited):
     json_schema: bool | None = None
     tools: bool | None = None
     timeout: forms.Amount | None = None
+    patience: forms.Price | None = None
+    on_refusal: Literal["stop", "next"] | None = None
     requires_gpu: bool = False
 
     @model_validator(mode="after")
@@ -287,13 +289,17 @@ class Alerts(_Value):
 
 
 class Routing(_Value):
-    """Seconds per attempt: in all, to a stream's first content, and with a local server (None: the same).
+    """Seconds per attempt: in all, to a cloud stream's first content (None: 12, 60 where the model reasons), local.
 
     Attributes:
+        patience: Seconds to wait for an earlier deployment that frees so soon, before a later one is asked.
+        on_refusal: Whether a refusal by content policy ends the request, or the next deployment is asked.
         policy: Within one priority: "order" of the files, or the "cheapest" by price and expected tokens first.
     """
 
     policy: Literal["order", "cheapest"] = "order"
     timeout: forms.Amount = 60.0
-    stream_timeout: forms.Amount = 15.0
+    stream_timeout: forms.Amount | None = None
+    patience: forms.Price = 0.0
+    on_refusal: Literal["stop", "next"] = "stop"
     local_timeout: forms.Amount | None = None

@@ -24,7 +24,7 @@ from biollm._answers import (
     content,
     delta,
     emptiness,
-    finished,
+    finishes,
     first_content,
     fold,
     service_tier,
@@ -40,7 +40,7 @@ from biollm.credentials import Credential, hide
 from biollm.errors import CompletionError, InterruptedStreamError
 from biollm.guard import RefusalError, Turn
 from biollm.ledger import Need, Record
-from biollm.outcomes import CUT, Verdict, classify, timed_out, unreachable
+from biollm.outcomes import BROKE_OFF, CUT, Verdict, classify, timed_out, unreachable
 from biollm.routing import Deployment
 from biollm.rungs import Rung, Rungs, cooling_keys
 from biollm.structured import Message, repair
@@ -51,6 +51,10 @@ _LITELLM: Any = litellm  # its own types are partial
 _LOOK = 2.0  # seconds that a request waits for what servers and keys there are
 _KEPT = 32  # chunks of a stream, before their text is joined
 _FRESH = 120.0  # seconds that a short-lived token must still be good for
+_AGAIN = 0.05  # seconds until a deployment that failed once is asked again
+_NO_LIMIT = 86400.0  # seconds; the embedded model needs as long as it needs
+_LEAST = 16  # tokens of answer that are worth asking for
+_STREAM, _REASONING_STREAM = 12.0, 60.0  # seconds to a stream's first content, where the configuration says nothing
 
 
 class Waterfall:
@@ -129,18 +133,18 @@ class Waterfall:
                 if sent is None:
                     continue
                 text: list[str] = []
-                verdict: Verdict | None = None
+                failure: Verdict | None = None
                 async with aclosing(self._relay(run, sent)) as pieces:
                     async for piece in pieces:
                         if isinstance(piece, Verdict):
-                            verdict = piece
+                            failure = piece
                         else:
                             text.append(piece)
                             yield StreamChunk(piece)
-                if verdict is None:
+                if failure is None:
                     yield StreamChunk(completion=self._streamed(run, sent, "".join(text)))
                     return
-                attempt = self._fail(run, sent, verdict)
+                attempt = self._fail(run, sent, failure)
                 if text and request.on_interrupt == "raise":
                     why = f"The stream of {attempt.deployment} broke: {attempt.reason}."
                     raise InterruptedStreamError(why, run.attempts(), partial="".join(text))
@@ -151,7 +155,7 @@ class Waterfall:
     async def _turns(self, run: Run) -> AsyncGenerator[list[Deployment], None]:
         """Yield what may be asked next, until nothing is left in any pass."""
         while True:
-            while run.faults < 2 and (allowed := await self._allowed(run)):
+            while not run.over and (allowed := await self._next(run)):
                 yield allowed
                 if not run.request.fallback and run.tried:
                     break
@@ -160,20 +164,49 @@ class Waterfall:
                 return
             await asyncio.sleep(wait)
 
-    async def _allowed(self, run: Run) -> list[Deployment]:
-        """Return the deployments that may be asked now, in order; note why the others may not."""
+    async def _next(self, run: Run) -> list[Deployment]:
+        """Return what may be asked next, in order; wait for an earlier deployment where `patience` allows it."""
+        if run.repeat:
+            same, run.repeat = run.repeat, None
+            await asyncio.sleep(_AGAIN)
+            if same.id in self.rungs.needs:  # else its server left
+                return [same]
+        while True:
+            allowed, wait = await self._allowed(run)
+            if wait is None:
+                return allowed
+            run.waited += wait
+            await asyncio.sleep(wait)
+
+    async def _allowed(self, run: Run) -> tuple[list[Deployment], float | None]:
+        """Return the deployments that may be asked now, in order, and note why the others may not.
+
+        Where an earlier one frees soon enough for the request's patience, return the seconds until then instead.
+        """
         await self._follow()
         if run.pinned:
-            return [deployment for deployment in self.rungs.deployments if deployment.id == run.pinned]
-        ready: list[Deployment] = []
-        for rung in self.rungs.standing(run.request.wants, skip=run.tried):
-            if rung.standing == "ready":
-                ready.append(rung.deployment)
-            else:
+            return [deployment for deployment in self.rungs.deployments if deployment.id == run.pinned], None
+        found = self.rungs.standing(run.request.wants, skip=run.tried)
+        ready = [rung.deployment for rung in found if rung.standing == "ready"]
+        waits = [
+            wait
+            for rung in found
+            if rung.standing == "limited" and rung.stated and (not ready or rung.deployment.order < ready[0].order)
+            if (wait := max(0.0, rung.until - time.time()) + 0.01) <= self._patience(run, rung.deployment)
+        ]
+        if waits:
+            return [], min(waits)
+        for rung in found:
+            if rung.standing != "ready":
                 run.pass_over(rung)
         if not run.request.fallback:
             ready = [deployment for deployment in ready if deployment.order == ready[0].order]
-        return ready
+        return ready, None
+
+    def _patience(self, run: Run, deployment: Deployment) -> float:
+        """Return the seconds that this request may still wait for `deployment`."""
+        own = (run.request.patience, deployment.provider.patience, self.rungs.config.patience)
+        return next((each for each in own if each is not None), 0.0) - run.waited
 
     async def _ask(self, run: Run, rungs: Sequence[Deployment]) -> Completion | None:
         """Ask once, and once more where the answer has not the wanted shape."""
@@ -189,7 +222,7 @@ class Waterfall:
                 return self._answered(run, sent, parsed=shape.parse(answer))
             except ValueError as error:
                 problem = " ".join(str(error).split())[:500]
-            self._fail(run, sent, Verdict(f"the answer has not the wanted shape: {problem}", passing=False))
+            self._fail(run, sent, Verdict("schema", f"the answer does not match the schema: {problem}"))
             if last:
                 return None
             again = await self._send(run, [sent.deployment], repair(messages, answer, problem))
@@ -214,7 +247,7 @@ class Waterfall:
             return None
         turn = Turn(self.ledger, {d.id: self._need(run, d) for d in rungs})
         limit, shortened = self._limit(run.request, rungs[0], stream)
-        sent = Sent(rungs[0], None, time.time(), time.perf_counter())
+        sent = Sent(rungs[0], None, time.time(), time.perf_counter(), alone=len(rungs) == 1)
         scope = asyncio.timeout(limit)
         watch: asyncio.Task[bool] | None = None
 
@@ -236,14 +269,14 @@ class Waterfall:
 
         turn.on_choice, turn.on_send = on_choice, on_send
         token = guard.current.set(turn)
-        verdict: Verdict | None = None
+        failure: Verdict | None = None
         try:
             guard.install()
             async with scope:
                 sent.response = await self._call(run, rungs[0], messages, limit, stream)
                 # LiteLLM keeps no headers of a plain text completion.
-                verdict = None if run.request.middle else stranger(sent)
-                verdict = verdict or (await first_content(sent) if stream else emptiness(sent.response))
+                failure = None if run.request.middle else stranger(sent)
+                failure = failure or (await first_content(sent) if stream else emptiness(sent.response))
         except RefusalError:
             return self._refused(run, turn, sent)
         except asyncio.CancelledError:
@@ -251,23 +284,23 @@ class Waterfall:
             raise
         except TimeoutError:
             late = watch is not None and watch.done() and not watch.cancelled() and not watch.result()
-            verdict = unreachable(CONNECT) if late else timed_out(limit, shortened=shortened)
+            failure = unreachable(CONNECT) if late else timed_out(limit, shortened=shortened, first=stream)
         except Exception as error:
             if sent.broken:
                 self._cancelled(run, sent)
                 raise sent.broken from None
-            verdict = classify(error, time.time(), shortened=shortened)
+            failure = classify(error, time.time(), shortened=shortened, handed=turn.handed)
         finally:
             guard.current.reset(token)
             turn.on_choice = turn.on_send = None  # a connection that is kept open keeps the turn it was opened in
             if watch:
                 watch.cancel()
-        if verdict:
+        if failure:
             if stream and sent.response is not None:
                 with suppress(Exception):
                     await sent.response.aclose()
-            self._fail(run, sent, verdict)
-            await self._reread_key(run, sent.deployment, verdict)
+            self._fail(run, sent, failure)
+            await self._reread_key(run, sent.deployment, failure)
             return None
         self._reach.note(sent.deployment)
         return sent
@@ -275,7 +308,12 @@ class Waterfall:
     def _limit(self, request: Request, deployment: Deployment, stream: bool) -> tuple[float, bool]:
         """Return the seconds an attempt may take, and whether the caller made them fewer than configured."""
         config = self.rungs.config
-        configured = deployment.provider.timeout or (config.stream_timeout if stream else config.timeout)
+        configured = deployment.provider.timeout or config.timeout
+        if stream and deployment.embedded:
+            configured = _NO_LIMIT
+        elif stream and not deployment.provider.timeout and deployment.provider.type == "api":
+            reasons = "reasoning" in (deployment.capabilities or ())
+            configured = config.stream_timeout or (_REASONING_STREAM if reasons else _STREAM)
         limit = request.timeout if request.timeout is not None else configured
         return limit, limit < configured
 
@@ -289,6 +327,8 @@ class Waterfall:
             params |= {"stream": True, "stream_timeout": limit, "stream_options": {"include_usage": True}}
         if request.shape and first.json_schema:
             params["response_format"] = request.shape.response_format
+        if cap := run.caps.get(first.id):
+            params["max_tokens"] = min(cap, params.get("max_tokens", cap))
         if "tools" in params:
             params["_skip_mcp_handler"] = True  # without it LiteLLM wants the mcp package for any tool
         # The host program's LiteLLM callbacks see nothing of ours.
@@ -332,10 +372,10 @@ class Waterfall:
                 reason = reason or await _reach.trust().objection(deployment, known, self.rungs.config.cluster)
         except Exception as error:  # a server that was found does not take the connection, or does not speak
             late = timed_out(limit, shortened=shortened) if isinstance(error, TimeoutError) else None
-            verdict = late or classify(error, time.time(), shortened=shortened)
-            self._fail(run, sent, verdict)
-            if verdict.cools:
-                self.ledger.cool(f"endpoint:{deployment.endpoint}", verdict.seconds, self._redact(verdict.reason))
+            failure = late or classify(error, time.time(), shortened=shortened)
+            self._fail(run, sent, failure)
+            if run.repeat is not deployment:
+                self._cool(deployment, failure, self._redact(failure.reason))
             return False
         if not reason and deployment.provider.type == "local" and not deployment.start:
             reason = await self._servers.objection(deployment, known)
@@ -350,7 +390,7 @@ class Waterfall:
 
     async def _reread_key(self, run: Run, deployment: Deployment, verdict: Verdict) -> None:
         """After a refused key, look whether its file holds another one; if so the deployment may be asked again."""
-        if verdict.status != 401 or deployment.embedded:
+        if verdict.kind != "key" or deployment.embedded:
             return
         known = self.rungs.credentials.get(deployment.id)
         found = known and self.rungs.note(deployment, await apart(self.rungs.look, deployment))
@@ -365,25 +405,79 @@ class Waterfall:
         if turn.refused:
             run.pass_over(Rung(sent.deployment, "limited", turn.refused.reason, turn.refused.until))
 
-    def _fail(self, run: Run, sent: Sent, verdict: Verdict) -> Attempt:
-        """Cool what the verdict says, and note the attempt."""
-        deployment = sent.deployment
-        if verdict.status is None:
+    def _fail(self, run: Run, sent: Sent, failure: Verdict) -> Attempt:
+        """Put on cooldown what the failure concerns, decide what is asked next, and note the attempt."""
+        deployment, rule = sent.deployment, failure.rule
+        if failure.status is None:
             _reach.trust().forget(deployment)
-        reason = self._redact(verdict.reason)
-        if verdict.cools and sent.reservation is not None:
-            keys = cooling_keys(deployment, self.rungs.credentials.get(deployment.id, Credential("", "")))
-            # Replicas are one account to the ledger, yet each has a queue of its own that is full.
-            cools = "endpoint" if deployment.start and verdict.cools == "account" else verdict.cools
-            for key in keys:
-                if key.startswith(f"{cools}:"):
-                    self.ledger.cool(key, verdict.seconds, reason)
-        if verdict.passing:
-            run.frees.append(time.time() + (verdict.seconds if verdict.cools else BREATH))
-        run.tried.add(deployment.id)
-        run.faults += verdict.fault
-        run.verdicts.append(verdict)
-        return self._settle(run, sent, Attempt(deployment.id, "failed", reason, verdict.status, sent.ms))
+        reason, until = self._redact(failure.reason), 0.0
+        if not failure.sent and sent.reservation is not None:
+            self.ledger.release(sent.reservation, deployment.scope)
+            sent.reservation = None
+        run.verdicts.append((deployment, failure))
+        if self._once_more(run, sent, failure):
+            run.repeat = deployment
+            run.repeated.add(deployment.id)
+        else:
+            if sent.reservation is not None:
+                until = self._cool(deployment, failure, reason)
+            if until and failure.kind == "limited":
+                reason += f" (rests {failure.wait or round(until - time.time()):.10g} s)"
+            if failure.wait is None or not until or failure.wait > self._patience(run, deployment):
+                run.tried.add(deployment.id)
+            if self._ends(run, deployment, failure):
+                run.over = failure
+            if rule.passing:
+                run.frees.append(until or time.time() + BREATH)
+        return self._settle(run, sent, Attempt(deployment.id, "failed", reason, failure.status, sent.ms))
+
+    def _once_more(self, run: Run, sent: Sent, failure: Verdict) -> bool:
+        """Return whether the same deployment is asked again at once, after a slip or with fewer tokens."""
+        ident = sent.deployment.id
+        if ident in run.repeated:
+            return False
+        if failure.kind == "affordable":
+            if (failure.afford or 0) < _LEAST:
+                return False
+            run.caps[ident] = failure.afford or 0
+            return True
+        slip = failure.rule.again and not sent.head and run.request.fallback and sent.alone
+        return slip and not self.ledger.failing(self.rungs.needs[ident].cooling if ident in self.rungs.needs else ())
+
+    def _ends(self, run: Run, deployment: Deployment, failure: Verdict) -> bool:
+        """Return whether no other deployment is asked."""
+        if failure.kind == "refusal":
+            return (deployment.provider.on_refusal or self.rungs.config.on_refusal) == "stop"
+        if failure.kind == "used_up":  # without a limit of the caller's it was the provider's own, and others differ
+            return run.request.wants.answer is not None
+        return not failure.rule.next
+
+    def _cool(self, deployment: Deployment, failure: Verdict, reason: str) -> float:
+        """Put on cooldown what the failure concerns; return until when (epoch seconds), 0 for nothing."""
+        rests, widens = failure.rests, failure.rule.widens
+        if rests == "account" and deployment.start:
+            rests = "endpoint"  # replicas are one account to the ledger, yet each has a queue of its own that is full
+        elif rests == "account" and failure.kind == "limited" and not deployment.account.limits:
+            rests, widens = "deployment", "account"  # whose limit it was, the next failure of the account tells
+        keys = _by_kind(cooling_keys(deployment, self.rungs.credentials.get(deployment.id, Credential("", ""))))
+        concerned = [keys.get(rests, keys["deployment"])] if rests else []
+        if rests == "deployment" and widens and self._alike(deployment, widens, failure):
+            concerned.append(keys[widens])
+        for key in concerned:
+            self.ledger.cool(key, failure.wait, reason, kind=failure.kind, ladder=failure.rule.ladder)
+        blocked = self.ledger.blocked()
+        return max((blocked[key].until for key in concerned if key in blocked), default=0.0)
+
+    def _alike(self, deployment: Deployment, what: str, failure: Verdict) -> bool:
+        """Return whether another deployment of the same endpoint or account rests after such a failure."""
+        blocked, whose = self.ledger.blocked(), "endpoint" if what == "endpoint" else "scope"
+        return any(
+            each.id != deployment.id
+            and getattr(each, whose) == getattr(deployment, whose)
+            and (found := blocked.get(f"deployment:{each.id}")) is not None
+            and found.kind == failure.kind
+            for each in self.rungs.deployments
+        )
 
     def _cancelled(self, run: Run, sent: Sent) -> None:
         """Note that the caller gave the attempt up."""
@@ -443,6 +537,8 @@ class Waterfall:
         deployment, choice, usage = sent.deployment, whole.choices[0], self._spent(run, sent)
         attempt = Attempt(deployment.id, "ok", ms=sent.ms)
         run.note(deployment, attempt)
+        if deployment.id in self.rungs.needs:
+            self.ledger.recover(self.rungs.needs[deployment.id].cooling)
         completion = Completion(
             text=text,
             provider=deployment.provider.name,
@@ -495,13 +591,15 @@ class Waterfall:
             yield timed_out(limit, shortened=shortened, what="further text")
             return
         except Exception as error:
-            yield classify(error, time.time(), shortened=shortened)
+            failure = classify(error, time.time(), shortened=shortened)
+            yield Verdict("broken", failure.reason) if failure.rule.again else failure
             return
         finally:  # a stream that was left would go on at the provider
             with suppress(Exception):
                 await sent.response.aclose()
-        if not finished(sent.response.chunks):
-            yield CUT
+        ends = finishes(sent.response.chunks)
+        if not ends or ends[-1] == "error":
+            yield BROKE_OFF if ends else CUT
 
     def _redact(self, text: str) -> str:
         """Return `text` without any key that this process knows, as the ledger can store it."""
@@ -516,6 +614,11 @@ async def _deadline(run: Run) -> AsyncGenerator[None]:
             yield
     except CompletionError as error:
         raise error from None
+
+
+def _by_kind(keys: Sequence[str]) -> dict[str, str]:
+    """Return the ledger's keys by what they are of: "account", "endpoint", "deployment", "key"."""
+    return {key.partition(":")[0]: key for key in keys}
 
 
 def _keep_off_proxies(found: Sequence[Deployment]) -> None:

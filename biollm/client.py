@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import time
 import warnings
@@ -29,6 +30,7 @@ from biollm.errors import (
     BiollmError,
     CompletionError,
     ConfigError,
+    ContentPolicyError,
     DeadlineError,
     InterruptedStreamError,
     KeysRefusedError,
@@ -58,6 +60,7 @@ __all__ = [
     "Completion",
     "CompletionError",
     "ConfigError",
+    "ContentPolicyError",
     "DeadlineError",
     "Defaults",
     "InterruptedStreamError",
@@ -110,6 +113,8 @@ class Defaults(TypedDict, total=False):
             then asked only if that fails.
         wait: Seconds to wait for that server; None is without end.
         on_state: Called with its job (`biollm.tickets.Job`) whenever that has changed.
+        patience: Seconds to wait for an earlier deployment that frees so soon, before a later one is asked; None is
+            the configuration's.
     """
 
     system: str | None
@@ -133,6 +138,7 @@ class Defaults(TypedDict, total=False):
     start_local: bool
     wait: float | None
     on_state: Callable[[Job], None] | None
+    patience: float | None
 
 
 class Options(Defaults, total=False):
@@ -338,6 +344,7 @@ class Client:
             start=chosen.get("start_local", False),
             wait=_positive("wait", chosen.get("wait")),
             on_state=chosen.get("on_state"),
+            patience=_patience(chosen.get("patience")),
         )
 
     def _line(self, request: Request) -> Line | None:
@@ -524,6 +531,12 @@ def _number(name: str, given: Any) -> Any:
     if isinstance(number, str | list | dict | bool):
         raise UsageError(f"{name} is {given!r}; it must be a number.")
     return number
+
+
+def _patience(seconds: float | None) -> float | None:
+    if seconds is not None and not 0 <= seconds < math.inf:
+        raise UsageError(f"patience is {seconds:g}; it must be 0 or more seconds.")
+    return seconds
 
 
 def _positive(name: str, given: float | None) -> float | None:

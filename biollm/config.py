@@ -45,7 +45,10 @@ class Config:
 
     Attributes:
         providers: Sorted by priority; equal ones in the order of the files. Disabled entries are left out.
-        timeout: Seconds per attempt; `stream_timeout` to a stream's first content.
+        timeout: Seconds per attempt; `stream_timeout` to a stream's first content from a cloud provider (None is 12,
+            60 where the model reasons).
+        patience: Seconds to wait for an earlier deployment that frees so soon, before a later one is asked.
+        on_refusal: Whether a refusal by content policy ends the request, or the next deployment is asked.
         policy: Whose turn it is within one priority.
         warnings: What is odd, though not wrong.
         sources: "providers.gemini.priority" -> "file:line"; `written`: the same key -> what stands there.
@@ -58,7 +61,9 @@ class Config:
     costs: Costs = field(default_factory=Costs)
     alerts: Alerts = field(default_factory=Alerts)
     timeout: float = 60.0
-    stream_timeout: float = 15.0
+    stream_timeout: float | None = None
+    patience: float = 0.0
+    on_refusal: Literal["stop", "next"] = "stop"
     policy: Literal["order", "cheapest"] = "order"
     warnings: tuple[Problem, ...] = ()
     sources: dict[str, str] = field(default_factory=dict[str, str], repr=False)
@@ -125,6 +130,8 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         alerts=alerts or Alerts(),
         timeout=routing.timeout,
         stream_timeout=routing.stream_timeout,
+        patience=routing.patience,
+        on_refusal=routing.on_refusal,
         policy=routing.policy,
         warnings=tuple(layers.warnings),
         sources=sources,

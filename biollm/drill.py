@@ -41,13 +41,13 @@ TRIES = 2  # requests to one rung for one call
 TIMEOUT = 3.0  # seconds that stand for the configured ones: a busy machine is no fault, and a drill must end
 # What is broken -> what rests after it: other rungs with the same one are passed over, too.
 FAULTS: Mapping[str, str] = {
-    "refused": "endpoint", "hang": "endpoint", "reset": "", "http_400": "", "http_401": "key", "http_403": "deployment",
-    "http_404": "deployment", "http_429": "account", "http_500": "endpoint", "http_503": "endpoint", "html": "endpoint",
-    "truncated": "endpoint", "empty": "", "no choices": "", "error in 200": "endpoint", "cut stream": "",
-    "malformed chunk": "endpoint", "no end marker": "", "flapping": "endpoint",
+    "refused": "endpoint", "hang": "deployment", "reset": "", "http_400": "", "http_401": "key", "http_403": "deployment",
+    "http_404": "deployment", "http_429": "account", "http_500": "deployment", "http_503": "deployment",
+    "html": "deployment", "truncated": "deployment", "empty": "", "no choices": "", "error in 200": "deployment",
+    "cut stream": "deployment", "malformed chunk": "deployment", "no end marker": "", "flapping": "",
 }  # fmt: skip
 STREAMED = ("cut stream", "malformed chunk", "no end marker")
-HARMLESS = ("no end marker",)  # the broken rung itself answers
+HARMLESS = ("no end marker", "flapping")  # the broken rung itself answers, the flapping one when asked once more
 _DEGRADED = "a degraded answer, where allow_degraded permits it"
 # what can befall the embedded model, which no network and no key part from us
 IN_PROCESS = ("hang", "empty", "cut stream")
@@ -299,6 +299,7 @@ def _rests(broken: Deployment, other: Deployment, what: str) -> bool:
     account = (broken.provider.name, broken.account.name) == (other.provider.name, other.account.name)
     return {
         "endpoint": broken.endpoint == other.endpoint,
-        "account": broken.scope == other.scope and broken.start == other.start,  # each server has its own queue
+        # Each server has its own queue; without limits of the account's own, one model's is not taken for it.
+        "account": bool(broken.account.limits) and broken.scope == other.scope and broken.start == other.start,
         "key": account and broken.start == other.start,
     }.get(what, False)

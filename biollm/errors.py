@@ -7,7 +7,8 @@ BiollmError                      1
 ├── CompletionError             69   nobody could answer; carries every attempt
 │   ├── AllLimitedError         75   every rung is at a limit; retry after N seconds
 │   ├── KeysRefusedError        77   every key was refused or is missing
-│   ├── RequestRejectedError    69   two rungs said that the request itself is at fault
+│   ├── RequestRejectedError    69   the request itself is at fault: every deployment that was asked says so
+│   ├── ContentPolicyError      69   a provider refused the content, and `on_refusal` is `stop`
 │   ├── DeadlineError           69   the caller's deadline passed
 │   └── InterruptedStreamError  69   a stream broke; carries the text so far
 ├── SlurmError                  69   Slurm refused or did not answer
@@ -121,7 +122,11 @@ class KeysRefusedError(CompletionError):
 
 
 class RequestRejectedError(CompletionError):
-    """Two deployments said that the request itself is at fault (HTTP 400)."""
+    """The request itself is at fault: it cannot be sent, or every deployment that was asked says so."""
+
+
+class ContentPolicyError(CompletionError):
+    """A provider refused the prompt or its answer by its content policy; another provider was not asked."""
 
 
 class DeadlineError(CompletionError):

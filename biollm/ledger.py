@@ -17,7 +17,7 @@ import sqlite3
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biollm import _quotas
+from biollm._quotas import Cooldown, next_cooldown
 from biollm._sqlite import BOUND, Database, Prepare, Writer, on_network, read, reading
 from biollm.types import Outcome
 
@@ -166,7 +167,8 @@ class Ledger:
         self._quotas, self._history = directory / "quotas.db", directory / "history.db"
         # A parent's stays in here after a fork: closing its files in the child would harm the parent.
         self._processes: dict[int, _Process] = {}
-        self._blocked: dict[str, tuple[float, str]] = {}
+        self._blocked: dict[str, Cooldown] = {}
+        self._filed: dict[str, Cooldown] = {}  # what the file said of cooldowns when it was last read
         self._wal: Path | None = None
         self._alone_since: float | None = None
         self._pruned = self._served = -math.inf
@@ -217,16 +219,50 @@ class Ledger:
         answers = sorted(self._answers.get(deployment, ()))
         return answers[int(0.9 * len(answers))] if answers else _ANSWER
 
-    def cool(self, key: str, seconds: float, reason: str) -> None:
-        """Block `key` in every process for `seconds`. Of two blocks the longer holds: both were asked for."""
-        until = self._clock() + seconds
-        self._block(key, until, reason)
-        self._process().quotas.put(lambda db: db.execute(_quotas.COOL, (key, until, reason)))
+    def release(self, reservation: int, scope: str) -> None:
+        """Take back a reservation whose request was not sent."""
+        process = self._process()
+        undo = partial(_quotas.release, scope=scope, reservation=reservation, at=self._clock())
+        if self._alone_since is not None:
+            with process.lock:
+                undo(process.memory)
+        process.quotas.put(undo)
 
-    def blocked(self) -> Mapping[str, tuple[float, str]]:
-        """Return what blocks by this process's last view: cooling key or "scope:..." -> (until, reason)."""
+    def cool(
+        self, key: str, seconds: float | None, reason: str, *, kind: str = "", ladder: Sequence[float] = (0.0,)
+    ) -> None:
+        """Put `key` on cooldown in every process. Of two cooldowns the longer holds.
+
+        Args:
+            key: An account, an endpoint, a deployment or an API key.
+            seconds: As the provider said; None takes the step of `ladder` that the failures in a row have reached.
+            reason: One sentence.
+            kind: The failure's kind; only failures of one kind make a row.
+            ladder: Seconds of the first, second, ... cooldown.
+        """
         now = self._clock()
-        return {key: block for key, block in self._blocked.copy().items() if block[0] > now}
+        self._blocked[key] = next_cooldown(self._blocked.get(key), now, reason, kind, seconds, ladder)
+
+        def write(db: sqlite3.Connection) -> None:
+            self._blocked[key] = self._filed[key] = _quotas.cool(db, key, now, reason, kind, seconds, ladder)
+
+        self._process().quotas.put(write)
+
+    def recover(self, keys: Iterable[str]) -> None:
+        """End the cooldowns of `keys` whose length was an estimate: something has just been answered there."""
+        for key in keys:
+            if (found := self._blocked.get(key)) and not found.stated:
+                self._blocked.pop(key, None)
+                self._process().quotas.put(lambda db, key=key: db.execute(_quotas.RECOVER, (key,)))
+
+    def failing(self, keys: Iterable[str]) -> bool:
+        """Return whether any of `keys` was on cooldown since its last success."""
+        return any(key in self._blocked for key in keys)
+
+    def blocked(self) -> Mapping[str, Cooldown]:
+        """Return what blocks by this process's last view, by cooldown key or "scope:..."."""
+        now = self._clock()
+        return {key: block for key, block in self._blocked.copy().items() if block.until > now}
 
     def refresh(self) -> None:
         """Read who is cooling from the file, and forget limits found full; blocks up to 250 ms.
@@ -238,8 +274,7 @@ class Ledger:
                 self._answers[deployment].append(tokens)
         for key in [key for key in self._blocked.copy() if key.startswith("scope:")]:
             self._blocked.pop(key, None)
-        for key, until, reason in self._read(self._quotas, _quotas.COOLING, (self._clock(),)):
-            self._block(key, until, reason)
+        self._adopt(self._read(self._quotas, _quotas.COOLDOWNS, (self._clock() - _quotas.MEMORY,)))
 
     def used(self, scope: str, limits: Sequence[Limit]) -> list[tuple[Limit, float, float | None]]:
         """Return (limit, used, resets at): its period's end, or when a window's oldest request leaves."""
@@ -313,8 +348,7 @@ class Ledger:
         if abs(now - self._pruned) > _PRUNE:
             _quotas.prune(db, now)
             self._pruned = now
-        for key, until, reason in db.execute(_quotas.COOLING, (now,)):
-            self._block(key, until, reason)
+        self._adopt(db.execute(_quotas.COOLDOWNS, (now - _quotas.MEMORY,)).fetchall())
         for job in jobs:
             self._served = time.monotonic()
             if not isinstance(job, _Ask):
@@ -354,12 +388,12 @@ class Ledger:
 
     def _decide(self, db: sqlite3.Connection, need: Need, reservation: int, now: float) -> int | Refused:
         keys = (*need.cooling, f"scope:{need.scope}")  # a limit found full stays full until it frees
-        blocks = [(*self._blocked.get(key, (0.0, "")), key) for key in keys]
-        refusals = [block for block in blocks if block[0] > now]
+        found = [(self._blocked[key], key) for key in keys if key in self._blocked]
+        refusals = [(block.until, block.reason, key) for block, key in found if block.until > now]
         partly: set[str] = set()  # full for this request, or while others are under way; another may pass
         for limit in need.limits:
-            if found := _quotas.full(db, need, limit, now):
-                until, shut = found
+            if full := _quotas.full(db, need, limit, now):
+                until, shut = full
                 reason = f"{limit} {'used' if shut else 'used or reserved'} by {need.scope}"
                 refusals.append((until, reason, keys[-1]))
                 partly |= set() if shut else {reason}
@@ -367,13 +401,17 @@ class Ledger:
             _quotas.grant(db, need, reservation, now)
             return reservation
         until, reason, key = max(refusals)
-        if reason not in partly:
-            self._block(key, until, reason)
+        if key == f"scope:{need.scope}" and reason not in partly:
+            self._blocked[key] = Cooldown(until, reason, stated=True)
         return Refused(until, f"{reason}, frees in {_span(until - now)}", key)
 
-    def _block(self, key: str, until: float, reason: str) -> None:
-        if until > self._blocked.get(key, (-math.inf,))[0]:
-            self._blocked[key] = (until, reason)
+    def _adopt(self, rows: Sequence[Any]) -> None:
+        """Take over what other processes changed in the file; what this one has just written is newer."""
+        found = {key: Cooldown(*row) for key, *row in rows}
+        for key in self._filed.keys() - found.keys():
+            self._blocked.pop(key, None)
+        self._blocked.update({key: each for key, each in found.items() if each != self._filed.get(key)})
+        self._filed = found
 
     def _give_up(self, future: asyncio.Future[int | Refused | None], asked: float, looked: float) -> None:
         if future.done():

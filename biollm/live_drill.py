@@ -7,7 +7,7 @@ the tag `drill: live`. A rung whose answer could pass the limit of money is not 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from biollm._background import background
+from biollm._quotas import Cooldown
 from biollm._resources import state_dir
 from biollm._shared import ledger as shared_ledger
 from biollm._shared import watch
@@ -91,10 +92,22 @@ class _Books(Ledger):
             record = replace(record, reason="")
         (super() if scope in self.played else self._real).finish(reservation, scope, record)
 
-    def cool(self, key: str, seconds: float, reason: str) -> None:
-        (super() if key in self.played else self._real).cool(key, seconds, reason)
+    def release(self, reservation: int, scope: str) -> None:
+        (super() if scope in self.played else self._real).release(reservation, scope)
 
-    def blocked(self) -> Mapping[str, tuple[float, str]]:
+    def cool(
+        self, key: str, seconds: float | None, reason: str, *, kind: str = "", ladder: Sequence[float] = (0.0,)
+    ) -> None:
+        (super() if key in self.played else self._real).cool(key, seconds, reason, kind=kind, ladder=ladder)
+
+    def recover(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            (super() if key in self.played else self._real).recover([key])
+
+    def failing(self, keys: Iterable[str]) -> bool:
+        return any((super(_Books, self) if key in self.played else self._real).failing([key]) for key in keys)
+
+    def blocked(self) -> Mapping[str, Cooldown]:
         return {**self._real.blocked(), **super().blocked()}
 
     def refresh(self) -> None:

@@ -1,30 +1,85 @@
-"""Reads what went wrong with an attempt out of LiteLLM's exception: the reason, and what must cool for how long.
+"""The failure table: what each kind of failure means, and how a failure is recognised.
 
-LiteLLM's classes and status codes are not to be trusted: a refused connection is an InternalServerError 500, a 401
-may be a BadRequestError. The truth is in the chain of causes: an httpx.HTTPStatusError means that a server answered;
-else the class of the innermost exception says what broke. Pure: nothing is sent or stored.
+A failure's kind decides what is put on cooldown, for how long, and whether the next deployment is asked. A kind is
+read from the HTTP status, then the provider's own fields (`error.code`, `type`, `status`, `reason`), then anchored
+phrases; a digit in a message never counts. LiteLLM's classes and status codes are not to be trusted (a refused
+connection is an InternalServerError 500, a 401 may be a BadRequestError); the chain of causes is: an
+httpx.HTTPStatusError in it means that a server answered, else the innermost class says what broke. Pure.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from biollm._forms import Limit
-from biollm._quotas import period
+from biollm import _waits
 
-Cooled = Literal["", "account", "key", "endpoint", "deployment"]
+Rests = Literal["", "account", "key", "endpoint", "deployment"]
+Kind = Literal[
+    "credit", "affordable", "key", "forbidden", "limited", "too_long", "modality", "unsupported", "not_served",
+    "refusal", "malformed", "used_up", "overloaded", "broken", "blocked", "hung_up", "reset", "timeout", "late",
+    "empty", "schema", "refused", "unreachable", "proxy", "stranger", "unsent",
+]  # fmt: skip
 
-# Seconds. A minute is the window of most rate limits; the others are how long such faults usually last.
-RATE_LIMITED = 60.0
-BROKEN = 15.0
-UNREACHABLE = 600.0
-NOT_SERVED = 600.0
-KEY_REFUSED = 365 * 86400.0  # until the key changes: what cools is the key's fingerprint
-_GEMINI_DAY = Limit("requests", 1, "day", "00:00 America/Los_Angeles")  # ai.google.dev/gemini-api/docs/rate-limits
+
+@dataclass(frozen=True)
+class Rule:
+    """What one kind of failure leads to.
+
+    Attributes:
+        rests: What is put on cooldown; "" is nothing: only this request passes over the deployment.
+        ladder: Seconds of the first, second, ... cooldown in a row where the provider names no time; a success
+            starts it again.
+        widens: What rests too once a second deployment of it fails alike meanwhile.
+        next: Whether the next deployment is asked.
+        fault: Whether the provider blames the request itself.
+        passing: Whether a later try may succeed.
+        again: Whether the same deployment is asked once more at once, where it is not known to fail.
+    """
+
+    rests: Rests = ""
+    ladder: tuple[float, ...] = ()
+    widens: Rests = ""
+    next: bool = True
+    fault: bool = False
+    passing: bool = True
+    again: bool = False
+
+
+# Seconds. An outage that ends is noticed within 20 s in its first minute, and costs little when it lasts.
+_OUTAGE = (15.0, 20.0, 30.0, 60.0, 120.0, 300.0)
+_HOURS = (600.0, 3600.0, 6 * 3600.0, 24 * 3600.0)
+RULES: dict[Kind, Rule] = {
+    "credit": Rule("account", (3600.0, 4 * 3600.0, 24 * 3600.0), passing=False),
+    "affordable": Rule(),  # asked once more with fewer tokens, see Waterfall
+    "key": Rule("key", _HOURS, passing=False),
+    "forbidden": Rule("deployment", _HOURS, passing=False),
+    "limited": Rule("account", (60.0, 60.0, 120.0, 300.0, 600.0)),
+    "too_long": Rule(passing=False),
+    "modality": Rule(passing=False),
+    "unsupported": Rule(passing=False),
+    "not_served": Rule("deployment", _HOURS, passing=False),
+    "refusal": Rule(passing=False),  # whether the next is asked is up to `on_refusal`
+    "malformed": Rule(passing=False, fault=True),
+    "used_up": Rule(next=False, passing=False, fault=True),
+    "overloaded": Rule("deployment", _OUTAGE, widens="endpoint", again=True),
+    "broken": Rule("deployment", _OUTAGE, widens="endpoint"),
+    "blocked": Rule("endpoint", _OUTAGE),  # a CDN's page, not the provider's answer
+    "hung_up": Rule("endpoint", (0.0, *_OUTAGE), again=True),  # a kept connection may have ended at that moment
+    "reset": Rule("endpoint", _OUTAGE, again=True),
+    "timeout": Rule("deployment", _OUTAGE, widens="endpoint"),
+    "late": Rule("deployment", (0.0, 15.0, 30.0, 60.0)),
+    "empty": Rule(),
+    "schema": Rule(passing=False),
+    "refused": Rule("endpoint", _OUTAGE),
+    "unreachable": Rule("endpoint", (600.0, 1800.0, 3600.0)),
+    "proxy": Rule("endpoint", _OUTAGE),
+    "stranger": Rule("endpoint", _OUTAGE),
+    "unsent": Rule(next=False, passing=False, fault=True),
+}
 
 
 @dataclass(frozen=True)
@@ -32,87 +87,128 @@ class Verdict:
     """What an attempt's failure means.
 
     Attributes:
+        kind: Its row in RULES.
         reason: One sentence; may quote the provider, so redact keys before showing it.
         status: The HTTP status, or None when no answer came.
-        cools: What must rest: the account (or its model, where limits are per model), the key, the endpoint, or
-            this deployment alone.
-        seconds: For how long.
-        passing: Whether a later try may succeed.
-        fault: Whether the provider blames the request itself.
+        wait: Seconds that the provider says to wait; None where it says nothing.
+        instead: What is put on cooldown where it is not what the rule says.
+        afford: Tokens of answer that the account's credit still buys.
+        sent: Whether the provider was sent anything.
     """
 
+    kind: Kind
     reason: str
     status: int | None = None
-    cools: Cooled = ""
-    seconds: float = 0.0
-    passing: bool = True
-    fault: bool = False
+    wait: float | None = None
+    instead: Rests | None = None
+    afford: int | None = None
+    sent: bool = True
+
+    @property
+    def rule(self) -> Rule:
+        """Return what this kind of failure leads to."""
+        return RULES[self.kind]
+
+    @property
+    def rests(self) -> Rests:
+        """Return what is put on cooldown."""
+        return self.rule.rests if self.instead is None else self.instead
 
 
-EMPTY = Verdict("answered with empty content and no tool call")
-NO_CHOICES = Verdict("answered with no choices")
-CUT = Verdict("the stream ended before the provider said it was done")
+EMPTY = Verdict("empty", "answered with empty content and no tool call")
+NO_CHOICES = Verdict("empty", "answered with no choices")
+CUT = Verdict("broken", "the stream ended before the provider said it was done")
+BROKE_OFF = Verdict("broken", "the provider ended the answer with an error")
+FILTERED = Verdict("refusal", "its content filter held the answer back")
+USED_UP = Verdict("used_up", "max_tokens was used up before any text came")
 
 
-def timed_out(seconds: float, *, shortened: bool, what: str = "answer") -> Verdict:
-    """Return the verdict on an attempt that gave no answer in `seconds`; the caller's own short limit cools nothing."""
+def timed_out(seconds: float, *, shortened: bool, what: str = "answer", first: bool = False) -> Verdict:
+    """Return the verdict on an attempt that took longer than `seconds`.
+
+    Args:
+        seconds: What it was given.
+        shortened: The caller gave it less than is configured, which says nothing of the provider.
+        what: What did not come.
+        first: It is a stream that had sent no content yet: late, which is not broken.
+    """
     reason = f"no {what} within {seconds:g} s"
-    return Verdict(reason) if shortened else Verdict(reason, cools="endpoint", seconds=BROKEN)
+    return Verdict("late" if first else "timeout", reason, instead="" if shortened else None)
 
 
 def unreachable(seconds: float) -> Verdict:
     """Return the verdict on a host to which no connection came about in `seconds`."""
-    return Verdict(f"no connection within {seconds:g} s (a firewall?)", cools="endpoint", seconds=UNREACHABLE)
+    return Verdict("unreachable", f"no connection within {seconds:g} s (a firewall?)")
 
 
-def classify(error: BaseException, now: float, *, shortened: bool = False) -> Verdict:
+def classify(error: BaseException, now: float, *, shortened: bool = False, handed: bool = True) -> Verdict:
     """Return what `error`, raised by LiteLLM, means.
 
     Args:
         error: The exception.
-        now: Epoch seconds, for a Retry-After that is a date.
+        now: Epoch seconds, for times that are dates.
         shortened: Whether the caller set a timeout shorter than the configured one.
+        handed: Whether LiteLLM had handed a request to its HTTP client.
     """
     chain = list(_chain(error))
     names = " ".join(type(link).__name__ for link in chain)
+    if not handed and ("ImageFetchError" in names or not any(map(_of_network, chain))):
+        return _unsent(names, str(error))
     answer = next((link for link in chain if type(link).__name__.endswith("HTTPStatusError")), None)
     if answer is not None:
         response: Any = getattr(answer, "response")  # noqa: B009 # httpx is not imported for its types
-        return _answered(names, response.status_code, response.headers, _text(response) or str(error), now)
-    if "ContextWindowExceeded" in names or "ContentPolicyViolation" in names:
-        return Verdict(_message(str(error)), passing=False)
+        return answered(names, response.status_code, response.headers, _text(response) or str(error), now)
     if "ProxyError" in names or "ProxyConnection" in names:
         status = next((link.status for link in chain if hasattr(link, "status")), None)  # type: ignore[attr-defined]
-        return Verdict(f"the proxy refused{f' (HTTP {status})' if status else ''}", cools="endpoint", seconds=BROKEN)
+        return Verdict("proxy", f"the proxy refused{f' (HTTP {status})' if status else ''}")
     if "Empty or invalid response" in str(error):  # LiteLLM, of HTML that OpenAI's client let pass
         names += " JSONDecodeError"
-    for signs, seconds, reason in _NETWORK:
+    for signs, kind, reason in _NETWORK:
         if any(sign in names for sign in signs):
-            return Verdict(reason, cools="endpoint" if seconds else "", seconds=seconds)
+            return Verdict(kind, reason)
     if "Timeout" in names:
-        return Verdict("no answer in time", cools="" if shortened else "endpoint", seconds=BROKEN)
-    if "RequestError" in names or "ReadError" in names or "ClientError" in names:
-        return Verdict("the connection broke", cools="endpoint", seconds=BROKEN)
-    return Verdict(f"failed: {_message(str(error))}", cools="endpoint", seconds=BROKEN)
+        return Verdict("timeout", "no answer in time", instead="" if shortened else None)
+    if any(sign in names for sign in ("RequestError", "ReadError", "WriteError", "ClientError")):
+        return Verdict("broken", "the connection broke")
+    if "ContextWindowExceeded" in names:
+        return Verdict("too_long", _clip(_message(str(error))))
+    if "ContentPolicyViolation" in names:
+        return Verdict("refusal", _clip(_message(str(error))))
+    return Verdict("broken", f"failed: {_clip(_message(str(error)))}")
 
 
-# Class names in an exception's chain -> how long the endpoint rests, and what happened; the first match counts.
+def _of_network(link: BaseException) -> bool:
+    """Return whether an exception tells of a connection, which a token exchange may need before the request."""
+    home = type(link).__module__.partition(".")[0]
+    return isinstance(link, OSError | TimeoutError) or home in ("httpx", "httpcore", "aiohttp", "openai", "ssl")
+
+
+def _unsent(names: str, text: str) -> Verdict:
+    """Judge what LiteLLM raised while it put the request into the provider's dialect."""
+    if "UnsupportedParamsError" in names or "Invalid Message passed in" in text:
+        return Verdict("unsupported", f"not sent: {_clip(_message(text))}", sent=False)
+    if "ImageFetchError" in names:  # LiteLLM fetches it for some dialects; others leave it to the provider
+        return Verdict("modality", f"not sent, an image cannot be fetched: {_clip(_message(text))}", sent=False)
+    return Verdict("unsent", f"not sent: {_clip(_message(text))}", sent=False)
+
+
+# Class names in an exception's chain -> the kind, and what happened; the first match counts.
 # Transport texts are never quoted: they can hold a proxy's password.
-_NETWORK: tuple[tuple[tuple[str, ...], float, str], ...] = (
-    (("JSONDecodeError",), BROKEN, "answered with something that is not JSON"),
-    (("gaierror", "DNSError"), UNREACHABLE, "the host's name does not resolve"),
+_NETWORK: tuple[tuple[tuple[str, ...], Kind, str], ...] = (
+    (("JSONDecodeError",), "broken", "answered with something that is not JSON"),
+    (("gaierror", "DNSError"), "unreachable", "the host's name does not resolve"),
     (
         ("CertificateError", "CertVerificationError"),
-        UNREACHABLE,
+        "unreachable",
         "its certificate is not trusted (a private CA? set SSL_CERT_FILE)",
     ),
-    (("SSLError", "SSLZero"), UNREACHABLE, "no TLS connection came about"),
-    (("ConnectTimeout", "ConnectionTimeoutError"), UNREACHABLE, "no connection came about in time"),
-    (("ConnectionRefusedError",), BROKEN, "the connection was refused"),
-    # A kept connection that the server closed at this very moment looks the same, so nothing cools.
-    (("ServerDisconnectedError",), 0.0, "the server hung up without an answer"),
-    (("PayloadError", "ProtocolError"), BROKEN, "the connection broke in the middle of the answer"),
-    (("ConnectError",), UNREACHABLE, "the host cannot be reached"),
+    (("SSLError", "SSLZero"), "unreachable", "no TLS connection came about"),
+    (("ConnectTimeout", "ConnectionTimeoutError"), "unreachable", "no connection came about in time"),
+    (("ConnectionRefusedError",), "refused", "the connection was refused"),
+    (("ServerDisconnectedError",), "hung_up", "the server hung up without an answer"),
+    (("PayloadError", "ProtocolError"), "broken", "the connection broke in the middle of the answer"),
+    (("ConnectionResetError", "BrokenPipeError", "ConnectionAbortedError"), "reset", "the connection was reset"),
+    (("ConnectError",), "unreachable", "the host cannot be reached"),
 )
 
 
@@ -132,57 +228,176 @@ def _text(response: Any) -> str:
         return ""
 
 
-def _answered(names: str, status: int, headers: Mapping[str, str], body: str, now: float) -> Verdict:
-    """Judge an HTTP error status."""
-    reason = f"HTTP {status}: {_message(body)}"
-    if status == 429:
-        seconds = _rests(body, headers, now)
-        return Verdict(f"{reason} (rests {round(seconds, 1):.10g} s)", status, "account", seconds)
-    if status == 401:
-        return Verdict(reason, status, "key", KEY_REFUSED, passing=False)
-    if status in (403, 404):
-        return Verdict(reason, status, "deployment", NOT_SERVED, passing=False)
+def answered(names: str, status: int, headers: Mapping[str, str], text: str, now: float) -> Verdict:
+    """Judge an HTTP error.
+
+    Args:
+        names: LiteLLM's classes for it, used only where nothing else tells.
+        status: The HTTP status.
+        headers: Of the answer.
+        text: Its body, or LiteLLM's words that quote it.
+        now: Epoch seconds.
+    """
+    said = _message(text)
+    body = _json(text)
+    codes = frozenset(_codes(body))
+    wait = _waits.stated(headers, body, said, now)
+    reason = f"HTTP {status}: {_clip(said)}"
+    kind = _kind(status, codes, said.lower(), html=body is None and "<html" in text.lower(), waits=wait is not None)
+    if kind == "malformed" and "ContextWindowExceeded" in names:
+        kind = "too_long"
+    if kind == "malformed" and "ContentPolicyViolation" in names:
+        kind = "refusal"
+    if kind == "proxy":
+        return Verdict(kind, "the proxy refused (HTTP 407)")
+    if kind == "credit":
+        return Verdict(kind, reason, status, wait=_waits.date_in(said, now) or wait)
+    if kind == "affordable":
+        found = _AFFORD.search(said)
+        return Verdict(kind, reason, status, afford=int(found[1].replace(",", "")) if found else None)
+    if kind == "limited":
+        model = "permodel" in "".join(codes)  # Gemini's quotaId names whose limit it is
+        return Verdict(kind, reason, status, wait=wait, instead="deployment" if model else None)
+    if kind in ("overloaded", "broken"):
+        return Verdict(kind, reason, status, wait=wait)
+    return Verdict(kind, reason, status)
+
+
+_AFFORD = re.compile(r"can only afford ([\d,]+)")
+# The provider's own codes, in lower case -> kind. They count whatever the status, below 500.
+_CODES: dict[str, Kind] = {
+    **dict.fromkeys(
+        ("insufficient_quota", "insufficient_credits", "insufficient_balance", "billing_hard_limit_reached",
+         "billing_not_active", "billing_error", "payment_required", "usage_limit_reached", "credit_exhausted"),
+        "credit",
+    ),
+    **dict.fromkeys(
+        ("invalid_api_key", "api_key_invalid", "api_key_expired", "invalid_authentication", "authentication_error",
+         "account_deactivated", "unauthenticated", "token_expired", "api_key_service_blocked"), "key",
+    ),
+    **dict.fromkeys(
+        ("context_length_exceeded", "string_above_max_length", "model_max_prompt_tokens_exceeded", "request_too_large"),
+        "too_long",
+    ),
+    **dict.fromkeys(
+        ("content_policy_violation", "content_filter", "responsibleaipolicyviolation", "content_policy",
+         "moderation_blocked", "prohibited_content", "data_inspection_failed"), "refusal",
+    ),
+    **dict.fromkeys(
+        ("model_not_found", "model_not_available", "deploymentnotfound", "model_decommissioned", "model_not_supported",
+         "unsupported_model", "unsupported_country_region_territory", "model_terms_required"), "not_served",
+    ),
+    **dict.fromkeys(
+        ("unsupported_parameter", "unsupported_value", "unknown_parameter", "extra_forbidden",
+         "unsupported_api_for_model"), "unsupported",
+    ),
+    **dict.fromkeys(("overloaded_error", "engine_overloaded", "capacity_exceeded", "slow_down"), "overloaded"),
+}  # fmt: skip
+# Phrases of messages without such a code, in lower case; tried in this order.
+_CREDIT = re.compile(
+    r"insufficient (credits?|funds|balance|quota)|out of credits?\b|credit balance is too low|no credits? (left|remain)"
+    r"|usage limits?\b.{0,40}\b(reached|exceeded)|(reached|exceeded) your .{0,40}\busage limits?|billing (hard )?limit"
+    r"|exceeded your current quota|check your plan and billing|payment (is )?required"
+)
+_KEY = re.compile(
+    r"api[ _-]?key (is )?(not valid|invalid|expired|revoked)|(invalid|incorrect|expired|missing) api[ _-]?key"
+)
+_REFUSAL = re.compile(
+    r"safety (system|filter|polic)|(content|usage) (management )?polic|content[ _-]filter|flagged (as|by|for)|moderation"
+)
+_TOO_LONG = re.compile(
+    r"context (length|window|size)|prompt is too long|input is too long|too many (input |prompt )?tokens"
+    r"|reduce the length|request too large|input token count.{0,40}exceeds|maximum (input|prompt) (length|tokens)"
+)
+_MODALITY = re.compile(
+    r"not (a )?multimodal|(not|n't|no endpoints found that|only|cannot) (support(ed)?|accept|process|handle|read)\b"
+    r".{0,40}\b(image|vision|audio|video|file|pdf)|\b(image|image_url|audio|video)s?\b.{0,40}\b(not supported"
+    r"|unsupported|not allowed|only supported)|at most 0 (image|audio|video)"
+)
+_UNSUPPORTED = re.compile(
+    r"unexpected message role|(invalid|unknown|unsupported) (message )?role|roles must alternate|extra inputs are not"
+    r"|unsupported (parameter|value|argument|field)|(unknown|unrecognized|unexpected) (parameter|argument|request argument"
+    r"|field|name)|not supported (with|by|for) (this|the) (model|provider|endpoint)|(not|n't|no endpoints found that)"
+    r" support\b.{0,40}\b(tool|function|parameter|response_format|json|schema|prefill|system|stream|logprobs|reasoning)"
+    r"|requires --|must end with a user message|last message must|invalid schema for response_format"
+)
+_NOT_SERVED = re.compile(
+    r"(location|country|region|territory)\b.{0,20}\bnot (supported|available)|not available in your"
+    r"|model\b.{0,80}\b(does not exist|not found|not available|no longer|decommissioned|deprecated|retired|shut down)"
+    r"|unknown model|no endpoints found for"
+)
+_SAYS: tuple[tuple[re.Pattern[str], Kind], ...] = (
+    (_CREDIT, "credit"), (_KEY, "key"), (_MODALITY, "modality"), (_UNSUPPORTED, "unsupported"), (_TOO_LONG, "too_long"),
+    (_NOT_SERVED, "not_served"), (_REFUSAL, "refusal"),
+)  # fmt: skip
+_FIRST: tuple[Kind, ...] = ("credit", "key", "refusal", "too_long", "not_served", "unsupported", "overloaded")
+_STATUS: dict[int, Kind] = {
+    401: "key", 402: "credit", 403: "forbidden", 404: "not_served", 407: "proxy", 408: "timeout", 409: "overloaded",
+    413: "too_long", 423: "overloaded", 425: "overloaded", 429: "limited", 451: "not_served", 498: "overloaded",
+}  # fmt: skip
+
+
+def _kind(status: int, codes: frozenset[str], said: str, *, html: bool, waits: bool) -> Kind:
+    """Return the kind of an HTTP error; see the module's docstring for what counts."""
     if status == 407:
-        return Verdict("the proxy refused (HTTP 407)", cools="endpoint", seconds=BROKEN)
-    if "ContextWindowExceeded" in names or "ContentPolicyViolation" in names:
-        return Verdict(reason, status, passing=False)
-    if status == 408 or status >= 500:
-        retry = retry_after(headers.get("retry-after"), now)
-        return Verdict(reason, status, "endpoint", BROKEN if retry is None else retry)
-    return Verdict(reason, status, passing=False, fault=True)
+        return "proxy"
+    if status >= 500:
+        return "overloaded"
+    if html and status in (403, 429):
+        return "blocked"
+    if status == 429:
+        # Gemini words its minute like an empty account; what names a time frees by itself.
+        worded = _CREDIT.search(said) and not waits and "resource_exhausted" not in codes
+        return "credit" if worded or any(_CODES.get(code) == "credit" for code in codes) else "limited"
+    if status == 402:
+        return "affordable" if _AFFORD.search(said) else "credit"
+    named: set[Kind] = {_CODES[code] for code in codes if code in _CODES}
+    phrased: list[Kind] = [kind for phrase, kind in _SAYS if phrase.search(said)]
+    if "modality" in phrased:  # OpenRouter says it with 404, others with a code of their own for any parameter
+        return "modality"
+    if status == 401:
+        return "credit" if "credit" in named else "key"
+    if named:
+        return next(kind for kind in _FIRST if kind in named)
+    usual = _STATUS.get(status)
+    if usual and not (status in (403, 404) and phrased):
+        return usual
+    return phrased[0] if phrased else "malformed"
 
 
-def _rests(body: str, headers: Mapping[str, str], now: float) -> float:
-    """Return how long a 429 asks to wait: until Gemini's day ends, its header, Gemini's body, or a minute."""
-    if re.search(r"quotaId\W+\w*PerDay", body):
-        return period(_GEMINI_DAY, now)[1] - now
-    header = retry_after(headers.get("retry-after"), now)
-    if header is not None:
-        return header
-    delay = re.search(r"retryDelay\W+([\d.]+)s", body)
-    return float(delay[1]) if delay else RATE_LIMITED
+def _json(text: str) -> Any:
+    """Return the JSON in `text`, which LiteLLM may have put a sentence before; None where there is none."""
+    for start in (at for at in (text.find("{"), text.find("[{")) if at >= 0):
+        try:
+            return json.JSONDecoder().raw_decode(text, start)[0]
+        except ValueError:
+            continue
+    return None
 
 
-def retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds of a Retry-After header (seconds, a fraction or an HTTP date), or None."""
-    if not value:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
-    except ValueError:
-        return None
+def _codes(body: Any) -> Iterable[str]:
+    """Yield what the provider's own fields call the failure, in lower case."""
+    if isinstance(body, list):
+        for each in cast("list[Any]", body):
+            yield from _codes(each)
+    elif isinstance(body, dict):
+        for key, value in cast("dict[str, Any]", body).items():
+            if key in ("code", "type", "status", "reason", "quotaId") and isinstance(value, str):
+                yield value.lower()
+            elif isinstance(value, dict | list):
+                yield from _codes(value)
 
 
 def _message(text: str) -> str:
-    """Return what the provider said, without JSON or LiteLLM's prefixes, at most 200 characters on one line."""
-    if quoted := re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', text):
+    """Return what the provider said on one line, without JSON or LiteLLM's prefixes."""
+    if quoted := re.search(r'"(?:message|msg)":\s*"((?:[^"\\]|\\.)*)"', text):
         text = quoted[1].replace('\\"', '"')
     else:
         text = re.sub(r"^(litellm\.)?(\w+(Error|Exception): )*(\w*[eE]xception - )?", "", text)
         text = re.sub(r"<[^>]*>", " ", text)
     text = re.sub(r"Bearer \S+|//[^/@\s]+@", "***", text)
-    return " ".join(text.split())[:200]
+    return " ".join(text[:4000].split())
+
+
+def _clip(text: str) -> str:
+    return text[:200]

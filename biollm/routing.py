@@ -253,7 +253,7 @@ def router_settings(config: Config) -> dict[str, Any]:
         "allowed_fails": 0,
         "disable_cooldowns": True,
         "timeout": config.timeout,
-        "stream_timeout": config.stream_timeout,
+        "stream_timeout": config.stream_timeout or config.timeout,
     }
 
 

@@ -42,6 +42,7 @@ class Rung:
             "keyless" (no key); "unfit" (the request needs or forbids something); "absent" (no server, no weights).
         reason: One sentence; empty when ready.
         until: Epoch seconds at which a limited rung frees.
+        stated: Whether a limit or the provider names that time; else it is an estimate.
         cost: What its answer would cost, under `policy: cheapest`.
         load: What it has to do, where it is one of several ready replicas and somebody looked.
     """
@@ -52,6 +53,7 @@ class Rung:
     until: float = 0.0
     cost: Cost | None = None
     load: Load | None = None
+    stated: bool = True
 
 
 @dataclass(frozen=True)
@@ -235,9 +237,16 @@ class Rungs:
         if blocked:
             need = self.needs[deployment.id]
             for key in (*need.cooling, f"scope:{need.scope}"):
-                until, why = blocked.get(key, (0.0, ""))
-                if until > now:
-                    return Rung(deployment, "refused" if key.startswith("key:") else "limited", why, until)
+                if (found := blocked.get(key)) and found.until > now:
+                    standing = "refused" if key.startswith("key:") else "limited"
+                    of = (
+                        ""
+                        if key.startswith("scope:")
+                        else " (time given by the provider)"
+                        if found.stated
+                        else " (time estimated)"
+                    )
+                    return Rung(deployment, standing, found.reason + of, found.until, stated=found.stated)
         return Rung(deployment, "ready")
 
 

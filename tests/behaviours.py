@@ -28,6 +28,7 @@ class Behaviour:
     content_type: str = "application/json"
     text: str | None = None  # instead of the server's own
     choices: bool = True
+    finish: str | None = None  # the reason of the end, instead of "stop"
     hang: int | None = None
     cut: int | None = None
     tear: int | None = None

@@ -179,7 +179,7 @@ class Server:
             return self.metrics.encode()
         if request.path.endswith("/chat/completions"):
             message = self._message(request.body, how)
-            choices = [{"index": 0, "message": message, "finish_reason": _finish(message)}]
+            choices = [{"index": 0, "message": message, "finish_reason": how.finish or _finish(message)}]
             answer = _answer(request.body, "chat.completion", choices if how.choices else [])
             answer |= _counted(how, _usage(request.body, message))
         elif request.path.endswith("/completions"):
@@ -201,7 +201,7 @@ class Server:
         if calls := message.get("tool_calls"):
             deltas = [{"tool_calls": [{"index": at, **call}]} for at, call in enumerate(calls)]
         deltas = [{"role": "assistant", "content": ""}, *deltas]
-        ends = [(delta, None) for delta in deltas] + [({}, _finish(message))]
+        ends = [(delta, None) for delta in deltas] + [({}, how.finish or _finish(message))]
         choices = [[{"index": 0, "delta": delta, "finish_reason": end}] for delta, end in ends]
         kind = "chat.completion.chunk"
         tier = {"service_tier": how.service_tier} if how.service_tier else {}

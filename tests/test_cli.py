@@ -56,9 +56,9 @@ def test_verbose_names_every_attempt(net: Loopback, waterfall: Waterfall, biollm
         keyless={"base_url": net.refusing(), "env_key": "NOT_SET"}, broken=net.serve(then=HTTP_500), third=net.serve()
     )
     ran = biollm("complete", "why?", "-v")
-    skipped, failed, ok = (line.split(maxsplit=2) for line in ran.err.splitlines()[-4:-1])
+    skipped, failed, again, ok = (line.split(maxsplit=2) for line in ran.err.splitlines()[-5:-1])
     assert skipped == ["skipped", "keyless/small", "no key: set NOT_SET"]
-    assert failed == ["failed", "broken/small", "HTTP 500: Internal server error."]
+    assert failed == again == ["failed", "broken/small", "HTTP 500: Internal server error."]
     assert ok == ["ok", "third/small"]
 
 
@@ -248,11 +248,11 @@ def test_what_is_not_utf8_is_read_all_the_same_and_in_one_way(
 FAILURES: list[tuple[str, list[Behaviour], list[str], int, str]] = [
     ("a server error", [HTTP_500], [], 69, "Nobody could answer."),
     (
-        "two say the request is at fault",
+        "every provider rejects the request",
         [HTTP_400, HTTP_400],
         [],
         69,
-        "Two providers say that the request is at fault.",
+        "The request was rejected.",
     ),
     ("the deadline", [HANG], ["--deadline", "0.3"], 69, "No answer within the deadline of 0.3 s."),
     ("a rate limit", [limited("30")], [], 75, "Every provider is at a limit or resting."),

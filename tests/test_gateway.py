@@ -89,10 +89,10 @@ def test_an_answer_says_who_gave_it_and_what_was_tried(net: Loopback, serve: Any
     ]
     assert (body["object"], body["model"]) == ("chat.completion", "second/small")
     assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"] > 0
-    assert [each["outcome"] for each in body["biollm"]["attempts"]] == ["failed", "ok"]
+    assert [each["outcome"] for each in body["biollm"]["attempts"]] == ["failed", "failed", "ok"]
     names = ("deployment", "attempts", "policy", "degraded")
     headers = [answer.headers[f"x-biollm-{name}"] for name in names]
-    assert headers == ["second/small", "first/small=failed, second/small=ok", "any", "false"]
+    assert headers == ["second/small", "first/small=failed, first/small=failed, second/small=ok", "any", "false"]
     sent = second.completions[-1].body
     assert {"seed": 7, "stop": ["x"], "top_k": 3, "max_tokens": 9}.items() <= sent.items()
 

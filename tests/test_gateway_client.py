@@ -107,7 +107,7 @@ def test_it_gives_and_raises_what_the_waterfall_does(
         with pytest.raises(CompletionError) as error:
             client.complete("hi", provider=name)
         found[name] = error.value
-    assert [type(error) for error in found.values()] == [KeysRefusedError, CompletionError, CompletionError]
+    assert [type(error) for error in found.values()] == [KeysRefusedError, AllLimitedError, CompletionError]
     assert [error.attempts[0].status for error in found.values()] == [401, 429, 500]
     with pytest.raises(AllLimitedError) as again:
         client.complete("hi", provider="limited")

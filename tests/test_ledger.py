@@ -18,6 +18,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from biollm import _rollup
+from biollm._quotas import Cooldown
 from biollm._sqlite import Database, on_network
 from biollm.config import Limit
 from biollm.ledger import Ledger, Need, Record, Refused
@@ -90,7 +91,9 @@ def test_a_refusal_says_what_is_used_by_whom_and_when_it_frees(ledger: Ledger, c
     assert reserve(ledger, per(2, "min")) == Refused(
         NOON + 61, "2/min used by gemini/default, frees in 12 s", "scope:gemini/default"
     )
-    assert ledger.blocked() == {"scope:gemini/default": (NOON + 61, "2/min used by gemini/default")}
+    assert ledger.blocked() == {
+        "scope:gemini/default": Cooldown(NOON + 61, "2/min used by gemini/default", stated=True)
+    }
     clock.now = NOON + 61
     assert ledger.blocked() == {}
     assert isinstance(reserve(ledger, per(2, "min")), int)
@@ -363,7 +366,7 @@ def test_a_clean_exit_writes_what_waits_and_says_nothing(tmp_path: Path) -> None
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert len(list(Ledger(tmp_path).history())) == 1
     assert rows(tmp_path, "SELECT tokens IS NULL FROM sent") == [(0,)]
-    assert rows(tmp_path, "SELECT key FROM cooling") == [("key:1",)]
+    assert rows(tmp_path, "SELECT key FROM cooldown") == [("key:1",)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "history.db",
         "history.lock",
@@ -378,7 +381,7 @@ def test_a_clean_exit_writes_what_waits_and_says_nothing(tmp_path: Path) -> None
 def test_cooling_blocks_at_once_here_and_soon_in_every_process(tmp_path: Path, clock: Clock) -> None:
     one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
     one.cool("account:gemini/default", 30.5, "429 from gemini")
-    assert one.blocked() == {"account:gemini/default": (NOON + 30.5, "429 from gemini")}
+    assert one.blocked() == {"account:gemini/default": Cooldown(NOON + 30.5, "429 from gemini", stated=True)}
     assert other.blocked() == {}
     one.flush()
     refused = reserve(other, per(15, "min"), cooling=("endpoint:x", "account:gemini/default"))
@@ -397,7 +400,7 @@ def test_any_answer_of_the_ledger_brings_the_news_of_other_processes(tmp_path: P
     one.cool("key:1", 9, "401")
     one.flush()
     reserve(other, scope="unrelated")
-    assert other.blocked() == {"key:1": (NOON + 9, "401")}
+    assert other.blocked() == {"key:1": Cooldown(NOON + 9, "401", stated=True)}
     one.cool("key:2", 9, "401")
     one.flush()
     other.refresh()
@@ -409,10 +412,79 @@ def test_any_answer_of_the_ledger_brings_the_news_of_other_processes(tmp_path: P
 def test_of_two_blocks_the_longer_holds(ledger: Ledger, clock: Clock) -> None:
     for seconds, reason in ((20, "minute"), (7200, "day"), (20, "minute")):
         ledger.cool("account:a", seconds, reason)
-    assert ledger.blocked() == {"account:a": (NOON + 7200, "day")}
+    assert ledger.blocked() == {"account:a": Cooldown(NOON + 7200, "day", stated=True)}
     ledger.flush()
-    assert rows(ledger._directory, "SELECT * FROM cooling") == [("account:a", NOON + 7200, "day")]
+    assert rows(ledger._directory, "SELECT key, until, reason FROM cooldown") == [("account:a", NOON + 7200, "day")]
     assert reserve(ledger, cooling=("account:a",)).reason == "day, frees in 2 h"
+
+
+LADDER = (0.0, 15.0, 30.0)
+
+
+def fail(ledger: Ledger, kind: str = "overloaded") -> float:
+    """Let an endpoint fail once more, and return for how many seconds it rests."""
+    ledger.cool("endpoint:a", None, "HTTP 503", kind=kind, ladder=LADDER)
+    ledger.flush()
+    return max((block.until for block in ledger.blocked().values()), default=0.0)
+
+
+def test_failures_in_a_row_rest_longer_up_to_a_bound_and_a_success_starts_anew(tmp_path: Path, clock: Clock) -> None:
+    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+    assert fail(one) == 0, "the first rests nothing"
+    for seconds in (15, 30, 30):
+        clock.now += 40
+        other.refresh()
+        assert fail(other) == clock.now + seconds
+    clock.now += 40
+    one.refresh()
+    assert one.failing(["endpoint:a"])
+    one.recover(["endpoint:a", "endpoint:b"])
+    one.flush()
+    assert not one.failing(["endpoint:a"])
+    other.refresh()
+    assert fail(other) == 0
+    one.close()
+    other.close()
+
+
+def test_failures_that_come_together_are_one_step(ledger: Ledger, clock: Clock) -> None:
+    fail(ledger)
+    clock.now += 1
+    assert [fail(ledger) - clock.now for _ in range(5)] == [15] * 5
+
+
+def test_a_failure_of_another_kind_begins_a_ladder_of_its_own(ledger: Ledger, clock: Clock) -> None:
+    fail(ledger)
+    clock.now += 1
+    fail(ledger)
+    clock.now += 20
+    assert fail(ledger, "timeout") == 0
+
+
+def test_a_success_ends_an_estimated_cooldown_in_every_process_and_no_stated_one(tmp_path: Path, clock: Clock) -> None:
+    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+    one.cool("account:a", 60, "429")
+    one.cool("endpoint:a", None, "503", ladder=(15.0,))
+    one.flush()
+    reserve(other, scope="unrelated")
+    assert set(other.blocked()) == {"account:a", "endpoint:a"}
+    other.recover(["account:a", "endpoint:a"])
+    other.flush()
+    reserve(one, scope="unrelated")
+    assert set(one.blocked()) == set(other.blocked()) == {"account:a"}
+    one.close()
+    other.close()
+
+
+def test_a_reservation_that_was_not_sent_is_taken_back(ledger: Ledger) -> None:
+    limits = (per(1, "min"), per(1, "day"))
+    first = reserve(ledger, *limits)
+    assert isinstance(first, int)
+    ledger.release(first, SCOPE)
+    ledger.flush()
+    ledger.refresh()
+    assert isinstance(reserve(ledger, *limits), int)
+    assert isinstance(reserve(ledger, *limits), Refused)
 
 
 def test_refresh_forgets_a_limit_found_full_so_that_a_raised_one_counts(ledger: Ledger) -> None:
@@ -786,7 +858,7 @@ def test_columns_that_a_newer_version_added_are_left_alone(tmp_path: Path, clock
                 db.execute(f"ALTER TABLE {name} ADD COLUMN newer DEFAULT 0")
     clock.now += 86400
     again = use()
-    assert "key:1" in rows(tmp_path, "SELECT key FROM cooling WHERE until > 0")[0]
+    assert "key:1" in rows(tmp_path, "SELECT key FROM cooldown WHERE until > 0")[0]
     assert again.used(SCOPE, [per(9, "day")])[0][1] == 1
     assert len(rows(tmp_path, "SELECT * FROM attempt", "history.db")) == 2
     assert len(rows(tmp_path, "SELECT * FROM rollup", "history.db")) == 2

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 import pytest
+from failures import CASES, NOW, Case, gemini, quota, retry
 
-from biollm.outcomes import (
-    BROKEN,
-    KEY_REFUSED,
-    NOT_SERVED,
-    RATE_LIMITED,
-    UNREACHABLE,
-    classify,
-    retry_after,
-    timed_out,
-)
-
-NOW = datetime(2026, 11, 23, 20, 0, tzinfo=UTC).timestamp()  # noon in Los Angeles
-GEMINI = '{"error": {"message": "quota", "details": [{"quotaId": "GenerateRequestsPer%sPerProject"}, {"retryDelay": "17s"}]}}'
+from biollm._waits import retry_after
+from biollm.outcomes import classify, timed_out
 
 
 def answered(status: int, text: str = "no", headers: dict[str, str] | None = None, kind: str = "APIError") -> Exception:
@@ -47,43 +38,71 @@ def _litellm(kind: str, text: str) -> Any:
     return error
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.number)
+def test_an_http_error_is_of_one_kind(case: Case) -> None:
+    text = case.body if isinstance(case.body, str) else json.dumps(case.body)
+    found = classify(answered(case.status, text, dict(case.headers)), NOW)
+    assert (found.kind, found.rests, found.status) == (case.kind, case.rests, case.status)
+    assert found.wait == (None if case.wait is None else pytest.approx(case.wait, abs=0.01))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.number)
+def test_it_is_of_the_same_kind_where_only_litellms_words_quote_it(case: Case) -> None:
+    """The body of a stream's error may be gone; LiteLLM's exception then holds it behind a few words of its own."""
+    text = case.body if isinstance(case.body, str) else json.dumps(case.body)
+    error = answered(case.status, "", dict(case.headers))
+    error.args = (f"litellm.APIError: APIError: OpenAIException - {text}",)
+    assert classify(error, NOW).kind == case.kind
+
+
+def test_what_the_account_can_afford_is_read() -> None:
+    (case,) = [case for case in CASES if case.kind == "affordable"]
+    assert classify(answered(case.status, json.dumps(case.body)), NOW).afford == 1234
+
+
 @pytest.mark.parametrize(
-    ("error", "cools", "seconds", "passing", "fault"),
+    ("error", "kind", "rests"),
     [
-        (answered(400), "", 0, False, True),
-        (answered(422), "", 0, False, True),
-        (answered(400, kind="ContextWindowExceededError"), "", 0, False, False),
-        (answered(400, kind="ContentPolicyViolationError"), "", 0, False, False),
-        (answered(401), "key", KEY_REFUSED, False, False),
-        (answered(403), "deployment", NOT_SERVED, False, False),
-        (answered(404), "deployment", NOT_SERVED, False, False),
-        (answered(408), "endpoint", BROKEN, True, False),
-        (answered(429), "account", RATE_LIMITED, True, False),
-        (answered(429, headers={"retry-after": "7"}), "account", 7, True, False),
-        (answered(429, headers={"retry-after": "1.5"}), "account", 1.5, True, False),
-        (answered(429, headers={"retry-after": "Mon, 23 Nov 2026 20:00:30 GMT"}), "account", 30, True, False),
-        (answered(429, GEMINI % "Minute"), "account", 17, True, False),
-        (answered(429, GEMINI % "Day"), "account", 12 * 3600, True, False),
-        (answered(500), "endpoint", BROKEN, True, False),
-        (answered(503, headers={"retry-after": "4"}), "endpoint", 4, True, False),
-        (answered(529), "endpoint", BROKEN, True, False),
-        (broke("ConnectError", "ClientConnectorError", "ConnectionRefusedError"), "endpoint", BROKEN, True, False),
-        (broke("ConnectError", "ClientConnectorDNSError", "gaierror"), "endpoint", UNREACHABLE, True, False),
-        (broke("ProtocolError", "ClientConnectorCertificateError"), "endpoint", UNREACHABLE, True, False),
-        (broke("ConnectTimeout", "ConnectionTimeoutError"), "endpoint", UNREACHABLE, True, False),
-        (broke("ReadTimeout", "SocketTimeoutError"), "endpoint", BROKEN, True, False),
-        (broke("ProxyError"), "endpoint", BROKEN, True, False),
-        (broke("ReadError", "ClientPayloadError"), "endpoint", BROKEN, True, False),
-        (broke("ReadError", "ServerDisconnectedError"), "", 0, True, False),
-        (answered(407), "endpoint", BROKEN, True, False),
-        (broke("JSONDecodeError"), "endpoint", BROKEN, True, False),
+        (answered(400, kind="ContextWindowExceededError"), "too_long", ""),
+        (answered(400, kind="ContentPolicyViolationError"), "refusal", ""),
+        (answered(401), "key", "key"),
+        (answered(500), "overloaded", "deployment"),
+        (answered(407), "proxy", "endpoint"),
+        (broke("ConnectError", "ClientConnectorError", "ConnectionRefusedError"), "refused", "endpoint"),
+        (broke("ConnectError", "ClientOSError", "ConnectionResetError"), "reset", "endpoint"),
+        (broke("ConnectError", "ClientConnectorDNSError", "gaierror"), "unreachable", "endpoint"),
+        (broke("ProtocolError", "ClientConnectorCertificateError"), "unreachable", "endpoint"),
+        (broke("ConnectTimeout", "ConnectionTimeoutError"), "unreachable", "endpoint"),
+        (broke("ReadTimeout", "SocketTimeoutError"), "timeout", "deployment"),
+        (broke("ProxyError"), "proxy", "endpoint"),
+        (broke("ReadError", "ClientPayloadError"), "broken", "deployment"),
+        (broke("ReadError", "ServerDisconnectedError"), "hung_up", "endpoint"),
+        (broke("JSONDecodeError"), "broken", "deployment"),
     ],
 )
-def test_a_failure_cools_what_it_concerns(
-    error: Exception, cools: str, seconds: float, passing: bool, fault: bool
-) -> None:
+def test_a_failure_without_an_answer_is_of_one_kind(error: Exception, kind: str, rests: str) -> None:
     verdict = classify(error, NOW)
-    assert (verdict.cools, verdict.seconds, verdict.passing, verdict.fault) == (cools, seconds, passing, fault)
+    assert (verdict.kind, verdict.rests) == (kind, rests)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "goes_on"),
+    [
+        (_litellm("APIConnectionError", "Missing corresponding tool call for tool response message."), "unsent", False),
+        (_litellm("UnsupportedParamsError", "reasoning_effort is not supported"), "unsupported", True),
+        (_litellm("APIConnectionError", "Invalid Message passed in - {'role': 'alien'}"), "unsupported", True),
+        (_litellm("ImageFetchError", "Unable to fetch image"), "modality", True),
+    ],
+)
+def test_what_was_raised_before_anything_was_sent_rests_nothing(error: Exception, kind: str, goes_on: bool) -> None:
+    verdict = classify(error, NOW, handed=False)
+    assert (verdict.kind, verdict.rests, verdict.sent, verdict.rule.next) == (kind, "", False, goes_on)
+
+
+def test_a_connection_that_breaks_while_a_token_is_fetched_is_no_fault_of_the_request() -> None:
+    error = _litellm("APIConnectionError", "no token")
+    error.__cause__ = httpx.ConnectError("no route")
+    assert classify(error, NOW, handed=False).kind == "unreachable"
 
 
 def test_the_status_is_only_what_a_server_really_sent() -> None:
@@ -96,9 +115,14 @@ def test_the_text_of_a_transport_error_is_never_quoted() -> None:
 
 
 def test_a_timeout_that_the_caller_shortened_cools_nothing() -> None:
-    assert timed_out(0.1, shortened=True).cools == ""
-    assert classify(broke("ReadTimeout"), NOW, shortened=True).cools == ""
-    assert timed_out(60, shortened=False).cools == "endpoint"
+    assert timed_out(0.1, shortened=True).rests == ""
+    assert classify(broke("ReadTimeout"), NOW, shortened=True).rests == ""
+    assert timed_out(60, shortened=False).rests == "deployment"
+
+
+def test_a_late_first_token_rests_nothing_until_it_repeats() -> None:
+    late = timed_out(12, shortened=False, first=True)
+    assert (late.kind, late.rule.ladder[:2]) == ("late", (0.0, 15.0))
 
 
 @pytest.mark.parametrize(
@@ -134,4 +158,5 @@ def test_retry_after_is_seconds_a_fraction_or_a_date(value: str | None, seconds:
 
 def test_a_day_ends_at_midnight_of_its_zone_also_when_the_clock_changes() -> None:
     before_dst = datetime(2026, 11, 1, 7, 0, tzinfo=UTC).timestamp()  # midnight in Los Angeles, a day of 25 hours
-    assert classify(answered(429, GEMINI % "Day"), before_dst).seconds == 25 * 3600
+    day = json.dumps(gemini(429, "quota", "RESOURCE_EXHAUSTED", quota("Day"), retry("17s")))
+    assert classify(answered(429, day), before_dst).wait == 25 * 3600

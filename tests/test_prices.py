@@ -130,9 +130,10 @@ def test_the_cheapest_is_asked_and_then_the_next_cheapest(
     answer = get_model_client().complete("hi")
     assert [(attempt.deployment, attempt.outcome) for attempt in answer.attempts] == [
         ("broken/gpt-5-nano", "failed"),
+        ("broken/gpt-5-nano", "failed"),
         ("cheap/gpt-4o-mini", "ok"),
     ]
-    assert asked() == ["cheap", "broken", "cheap"]
+    assert asked() == ["cheap", "broken", "broken", "cheap"]
     assert fallback_rate() == 0.5
 
 
@@ -318,7 +319,7 @@ TWELVE = "one two three four five six seven eight nine ten eleven twelve"
         (Behaviour(text=TWELVE, hang=9), {"stream": True, "timeout": 0.5}, [("failed", 100, 8, True)]),
         (Behaviour(text=TWELVE, hang=9), {"stream": True, "leave": 7}, [("cancelled", 100, 8, True)]),
         # Nothing came, so nothing was paid.
-        (HTTP_500, {}, [("failed", 0, 0, False)]),
+        (HTTP_500, {}, [("failed", 0, 0, False)] * 2),
         (Behaviour(hang=1), {"stream": True, "timeout": 0.5}, [("failed", 0, 0, False)]),
     ],
 )

@@ -422,7 +422,7 @@ def test_an_answer_that_does_not_name_the_start_is_no_answer(
     answer = ask()
     assert (answer.text, answer.attempts[0].outcome) == ("from fine", "failed")
     assert answer.attempts[0].reason == "the answer does not name its server's start: another program has its port"
-    assert client.explain()[0].reason == answer.attempts[0].reason, "it rests"
+    assert client.explain()[0].reason.startswith(answer.attempts[0].reason), "it rests"
 
 
 @pytest.mark.slow

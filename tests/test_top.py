@@ -53,7 +53,7 @@ def test_each_rung_stands_as_it_does(waterfall: Write, tmp_path: Path) -> None:
         "embedded": "absent",
     }
     assert rungs["gemini"].frees_s == 42
-    assert rungs["gemini"].why == "HTTP 503: the model is overloaded"
+    assert rungs["gemini"].why == "HTTP 503: the model is overloaded (time given by the provider)"
     assert rungs["lightning"].quotas == (Quota("15/min", 15, 15),)
     assert rungs["github_copilot"].quotas == (Quota("30/min", 11, 30),)
     assert rungs["lightning"].frees_s == pytest.approx(41, abs=1)
