@@ -264,7 +264,7 @@ def test_another_users_listener_on_loopback_gets_no_byte_whatever_the_type(
     assert (live["state"], live["why"]) == ("not asked", said)
     assert "".join(map(bytes.decode, others.heard)) == ""
     (folder / "cluster.yaml").write_text("cluster: {trusted_owners: ['65534']}\n")
-    check(load_config(), timeout=0.5)
+    check(load_config())
     assert others.heard[-1].startswith(b"GET /v1/models")
 
 
