@@ -42,7 +42,7 @@ from biollm.guard import RefusalError, Turn
 from biollm.ledger import Need, Record
 from biollm.outcomes import BROKE_OFF, CUT, Verdict, classify, timed_out, unreachable
 from biollm.routing import Deployment
-from biollm.rungs import Rung, Rungs, cooling_keys
+from biollm.rungs import Rung, Rungs, cooling_keys, note_refusal
 from biollm.structured import Message, repair
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
 
@@ -414,6 +414,8 @@ class Waterfall:
         if not failure.sent and sent.reservation is not None:
             self.ledger.release(sent.reservation, deployment.scope)
             sent.reservation = None
+        if failure.kind == "modality" and failure.sent:
+            note_refusal(deployment, run.request.wants.media)
         run.verdicts.append((deployment, failure))
         if self._once_more(run, sent, failure):
             run.repeat = deployment

@@ -273,7 +273,8 @@ def _facts(asked: frozenset[tuple[str, str, str]]) -> dict[tuple[str, str, str],
 
 def note_refusal(deployment: Deployment, media: frozenset[str]) -> None:
     """Remember that this model refused a request for holding such media."""
-    _refused[deployment.provider.name, deployment.model, media] = time.monotonic()
+    if media:  # of a request with nothing but text the refusal says nothing
+        _refused[deployment.provider.name, deployment.model, media] = time.monotonic()
 
 
 def refuses(deployment: Deployment, media: frozenset[str]) -> bool:

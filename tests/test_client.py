@@ -27,8 +27,10 @@ from behaviours import (
     HTTP_429,
     HTTP_500,
     HTTP_503,
+    OK,
     SSE_ERROR,
     Behaviour,
+    error,
     gemini_limited,
     limited,
 )
@@ -221,6 +223,26 @@ SEES = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_of_images_rests_nobody_and_the_next_image_goes_elsewhere(
+    net: Loopback, waterfall: Write, stream: bool
+) -> None:
+    refuses = error(400, "The model is not multimodal. Please remove image inputs.")
+    blind = net.serve(then=lambda request: refuses if "image_url" in str(request.body) else OK)
+    seeing = net.serve(text="a cat")
+    name = f"blind{stream:d}"  # a refusal is remembered by name, as long as this process lives
+    waterfall(**{name: blind, "seeing": seeing})
+    client = get_model_client()
+
+    def ask(prompt: Any) -> str:
+        return "".join(map(str, client.stream(prompt) if stream else [client.complete(prompt)]))
+
+    assert (ask(SEES), len(blind.requests)) == ("a cat", 1)
+    assert (ask(SEES), len(blind.requests)) == ("a cat", 1)
+    assert (ask("hi"), len(seeing.requests)) == ("All is well.", 2)
+    assert client.explain(SEES)[0].reason == "refused images before"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("more", [{}, {"litellm_provider": "openrouter"}, {"type": "local"}])
 def test_a_developer_message_is_sent_as_a_system_message(
     net: Loopback, waterfall: Write, more: Any, stream: bool
@@ -374,6 +396,38 @@ def test_what_cannot_be_sent_is_the_callers_error_and_rests_nobody(
     assert told in str(caught.value)
     assert (first.requests, second.requests) == ([], [])
     assert str(client.complete("hi")) == "from first"
+
+
+@pytest.mark.slow
+def test_what_litellm_cannot_translate_is_the_callers_error_in_each_of_eight_processes(
+    net: Loopback, waterfall: Write, state: Path
+) -> None:
+    part = {"content": {"role": "model", "parts": [{"text": "from first"}]}, "finishReason": "STOP"}
+    said = {"candidates": [part], "usageMetadata": {"promptTokenCount": 1, "totalTokenCount": 3}}
+    first, second = net.serve(then=Behaviour(body=json.dumps(said))), net.serve(text="from second")
+    waterfall(first={"base_url": first.url, "litellm_provider": "gemini"}, second=second)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    children = [context.Process(target=_bad_then_good, args=(queue,)) for _ in range(8)]
+    for child in children:
+        child.start()
+    assert [queue.get(timeout=120) for _ in children] == [("RequestRejectedError", "from first")] * 8
+    for child in children:
+        child.join()
+    assert (len(first.requests), len(second.requests)) == (8, 0)
+    assert [record.outcome for record in ledger().history()] == ["ok"] * 8
+
+
+def _bad_then_good(queue: Any) -> None:
+    """A tool's result without its call, which LiteLLM refuses to put into Gemini's dialect."""
+    client, lost = get_model_client(), {"role": "tool", "tool_call_id": "call_1", "content": "42"}
+    try:
+        said = client.complete([{"role": "user", "content": "hi"}, lost]).text
+    except CompletionError as error:
+        said = type(error).__name__
+    good = client.complete("hi").text
+    ledger().flush()
+    queue.put((said, good))
 
 
 @pytest.mark.parametrize("stream", [False, True])
