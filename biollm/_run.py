@@ -96,6 +96,7 @@ class Run:
         repeat: The deployment that is asked once more at once.
         repeated: Ids of those that were.
         caps: Deployment id -> the most tokens of answer that its account can pay for.
+        spare: An answer that was cut for want of room, which is given if nobody has a longer one.
         waited: Seconds spent on waiting for an earlier deployment.
     """
 
@@ -111,6 +112,7 @@ class Run:
     repeat: Deployment | None = None
     repeated: set[str] = field(default_factory=set[str])
     caps: dict[str, int] = field(default_factory=dict[str, int])
+    spare: Sent | None = None
     waited: float = 0.0
     _attempts: list[tuple[int, int, Attempt]] = field(default_factory=list[tuple[int, int, Attempt]])
     _passed: dict[tuple[int, str], Rung] = field(default_factory=dict[tuple[int, str], Rung])
@@ -149,7 +151,7 @@ class Run:
 
     def next_pass(self) -> float | None:
         """Return the seconds to wait before another pass over the waterfall, or None when there shall be none."""
-        if self.passes >= self.request.max_retries or self.over or not self.frees:
+        if self.passes >= self.request.max_retries or self.over or self.spare or not self.frees:
             return None
         wait = max(0.0, min(self.frees) - time.time())
         if wait > PATIENCE:

@@ -8,6 +8,7 @@ streams, the repair of structured answers, the list of attempts and every cap. I
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -37,10 +38,10 @@ from biollm._plain import ANSWER_SIZES
 from biollm._plain import text as plain
 from biollm._run import BREATH, Request, Run, Sent
 from biollm.credentials import Credential, hide
-from biollm.errors import CompletionError, InterruptedStreamError
+from biollm.errors import CompletionError, DeadlineError, InterruptedStreamError
 from biollm.guard import RefusalError, Turn
 from biollm.ledger import Need, Record
-from biollm.outcomes import BROKE_OFF, CUT, Verdict, classify, timed_out, unreachable
+from biollm.outcomes import BROKE_OFF, CUT, CUT_SHORT, Verdict, classify, timed_out, unreachable
 from biollm.routing import Deployment
 from biollm.rungs import Rung, Rungs, cooling_keys, note_refusal
 from biollm.structured import Message, repair
@@ -112,11 +113,21 @@ class Waterfall:
             CompletionError: Nobody answered.
         """
         run = Run(request)
-        async with _deadline(run), aclosing(self._turns(run)) as turns:
-            async for rungs in turns:
-                answer = await self._ask(run, rungs)
-                if answer is not None:
-                    return answer
+        try:
+            async with _deadline(run), aclosing(self._turns(run)) as turns:
+                async for rungs in turns:
+                    answer = await self._ask(run, rungs)
+                    if answer is not None:
+                        return answer
+        except DeadlineError:
+            if run.spare is None:
+                raise
+        except asyncio.CancelledError:
+            if run.spare:
+                self._cancelled(run, run.spare)
+            raise
+        if run.spare:
+            return self._answered(run, run.spare)
         raise run.failure()
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamChunk | StreamRestarted, None]:
@@ -214,6 +225,12 @@ class Waterfall:
         if shape and not rungs[0].json_schema:
             messages = shape.in_prompt(messages)
         sent = await self._send(run, rungs, messages)
+        if sent and sent.response.choices[0].finish_reason == "length" and self._roomier(run, sent.deployment):
+            if shape:  # what is cut is no JSON
+                self._fail(run, sent, CUT_SHORT)
+            else:
+                self._spare(run, sent)
+            return None
         if sent is None or shape is None:
             return sent and self._answered(run, sent)
         for last in (False, True):
@@ -230,6 +247,29 @@ class Waterfall:
                 return None
             sent = again
         return None
+
+    def _roomier(self, run: Run, deployment: Deployment) -> bool:
+        """Return whether others have room for the longer answer that was wanted; then only they are asked."""
+        size, wants = self._size(run, deployment), run.request.wants
+        if size is None or not run.request.fallback or (wants.answer is not None and size >= wants.answer):
+            return False
+        standing = self.rungs.standing(wants, skip={*run.tried, deployment.id})
+        ready = [rung.deployment for rung in standing if rung.standing == "ready" and not rung.deployment.embedded]
+        found = {each.id for each in ready if (self._size(run, each) or math.inf) > size}
+        if found:
+            run.tried |= {each.id for each in self.rungs.deployments if each.id not in found}
+        return bool(found)
+
+    def _size(self, run: Run, deployment: Deployment) -> int | None:
+        """Return the tokens of answer to ask a deployment for: what it has room for and its account can pay."""
+        sizes = (routing.allowance(deployment, run.request.wants), run.caps.get(deployment.id))
+        return min((size for size in sizes if size), default=None)
+
+    def _spare(self, run: Run, sent: Sent | None) -> None:
+        """Keep an answer that was cut for want of room, in case nobody has a longer one; the one before it is over."""
+        if run.spare:
+            self._settle(run, run.spare, Attempt(run.spare.deployment.id, "failed", CUT_SHORT.reason, ms=run.spare.ms))
+        run.spare = sent
 
     async def _send(
         self, run: Run, rungs: Sequence[Deployment], messages: Sequence[Message], *, stream: bool = False
@@ -320,15 +360,13 @@ class Waterfall:
     def _call(self, run: Run, first: Deployment, messages: Sequence[Message], limit: float, stream: bool) -> Any:
         request = run.request
         params: dict[str, Any] = {**request.params, "timeout": limit}
-        if (tokens := routing.allowance(first, request.wants)) is not None:
-            params |= {name: min(tokens, params[name]) for name in ANSWER_SIZES & params.keys()}
+        if size := self._size(run, first):
+            params |= dict.fromkeys(ANSWER_SIZES & params.keys() or {"max_tokens"}, size)
         if stream:
             # LiteLLM ignores `timeout` for streams.
             params |= {"stream": True, "stream_timeout": limit, "stream_options": {"include_usage": True}}
         if request.shape and first.json_schema:
             params["response_format"] = request.shape.response_format
-        if cap := run.caps.get(first.id):
-            params["max_tokens"] = min(cap, params.get("max_tokens", cap))
         if "tools" in params:
             params["_skip_mcp_handler"] = True  # without it LiteLLM wants the mcp package for any tool
         # The host program's LiteLLM callbacks see nothing of ours.
@@ -451,7 +489,7 @@ class Waterfall:
         if failure.kind == "refusal":
             return (deployment.provider.on_refusal or self.rungs.config.on_refusal) == "stop"
         if failure.kind == "used_up":  # without a limit of the caller's it was the provider's own, and others differ
-            return run.request.wants.answer is not None
+            return run.request.wants.answer is not None and not self._roomier(run, deployment)
         return not failure.rule.next
 
     def _cool(self, deployment: Deployment, failure: Verdict, reason: str) -> float:
@@ -526,6 +564,8 @@ class Waterfall:
 
     def _answered(self, run: Run, sent: Sent, *, parsed: Any = None) -> Completion:
         """Return the Completion of a whole answer."""
+        if run.spare is not sent:
+            self._spare(run, None)
         return self._completion(run, sent, sent.response, text=content(sent.response), parsed=parsed)
 
     def _streamed(self, run: Run, sent: Sent, text: str) -> Completion:

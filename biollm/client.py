@@ -92,7 +92,8 @@ class Defaults(TypedDict, total=False):
 
     Attributes:
         system: The system message.
-        temperature, max_tokens, tools, tool_choice: As in OpenAI's API.
+        temperature, tools, tool_choice: As in OpenAI's API.
+        max_tokens: Of the longest answer. A model with room for less is asked for less, though for at least 2,048.
         extra: Further arguments of OpenAI's API (`seed`, `stop`, `top_p`, ...).
         timeout: Seconds per attempt; for a stream to its first content, and between chunks.
         deadline: Seconds for the whole call.

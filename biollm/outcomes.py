@@ -120,6 +120,7 @@ NO_CHOICES = Verdict("empty", "answered with no choices")
 CUT = Verdict("broken", "the stream ended before the provider said it was done")
 BROKE_OFF = Verdict("broken", "the provider ended the answer with an error")
 FILTERED = Verdict("refusal", "its content filter held the answer back")
+CUT_SHORT = Verdict("too_long", "its answer ended where it had no room for more, and others have more")
 USED_UP = Verdict("used_up", "max_tokens was used up before any text came")
 
 

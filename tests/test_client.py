@@ -242,6 +242,45 @@ def test_a_refusal_of_images_rests_nobody_and_the_next_image_goes_elsewhere(
     assert client.explain(SEES)[0].reason == "refused images before"
 
 
+CUT_OFF, THOUGHT = Behaviour(text="Once upon", finish="length"), Behaviour(text="", finish="length")
+
+
+@pytest.mark.parametrize(
+    ("small", "roomy", "wanted", "text", "finish", "trail_"),
+    [
+        (CUT_OFF, OK, 32_000, "All is well.", "stop", [("small", "failed"), ("roomy", "ok")]),
+        (THOUGHT, OK, 32_000, "All is well.", "stop", [("small", "failed"), ("roomy", "ok")]),
+        (CUT_OFF, OK, 4000, "Once upon", "length", [("small", "ok")]),  # as wanted
+        (CUT_OFF, HTTP_500, 32_000, "Once upon", "length", [("small", "ok"), ("roomy", "failed"), ("roomy", "failed")]),
+        (CUT_OFF, THOUGHT, 32_000, "Once upon", "length", [("small", "ok"), ("roomy", "failed")]),
+        (CUT_OFF, CUT_OFF, 32_000, "Once upon", "length", [("small", "failed"), ("roomy", "ok")]),
+    ],
+)
+def test_an_answer_cut_for_want_of_room_is_given_only_where_nobody_has_more(
+    net: Loopback,
+    waterfall: Write,
+    small: Behaviour,
+    roomy: Behaviour,
+    wanted: int,
+    text: str,
+    finish: str,
+    trail_: Any,
+) -> None:
+    narrow, tiny, wide = net.serve(then=small), net.serve(), net.serve(then=roomy)
+    models = {"small": {"type": "api", "context_length": 8192}, "tiny": {"type": "api", "context_length": 4096}}
+    waterfall(
+        {"models": models},
+        small=narrow,
+        tiny={"base_url": tiny.url, "models": ["tiny"]},  # has even less room
+        roomy={"base_url": wide.url, "models": ["roomy"]},
+    )
+    answer = get_model_client().complete("hi", max_tokens=wanted, max_retries=2)
+    assert (str(answer), answer.finish_reason, trail(answer)) == (text, finish, trail_)
+    assert tiny.requests == []
+    ledger().flush()
+    assert len(list(ledger().history())) == len(narrow.completions) + len(wide.completions)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("more", [{}, {"litellm_provider": "openrouter"}, {"type": "local"}])
 def test_a_developer_message_is_sent_as_a_system_message(
