@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from biollm import _reach
@@ -33,6 +33,7 @@ class Health:
         latency_ms: Milliseconds of that answer.
         error: Why it is not available, or was not asked, one sentence.
         missing: Models that the configuration names and the provider does not list.
+        resting: Why a model of it is on cooldown or at a limit all the same, and whether the time is an estimate.
     """
 
     provider: str
@@ -41,6 +42,7 @@ class Health:
     latency_ms: float | None = None
     error: str = ""
     missing: tuple[str, ...] = ()
+    resting: str = ""
 
 
 def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) -> dict[str, dict[str, Any]]:
@@ -74,7 +76,12 @@ def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
     for rung in rungs.standing(Wants(policy=config.data_policy)):
         deployment = rung.deployment
         groups.setdefault(f"{deployment.scope.split(':')[0]}{deployment.start}", []).append(deployment)
-    return background().run(_check_all(rungs, list(groups.values()), timeout))
+    found = background().run(_check_all(rungs, list(groups.values()), timeout))
+    resting = {rung.deployment.id: rung.reason for rung in rungs.standing(Wants()) if rung.until}
+    return [
+        replace(each, resting=next((resting[one.id] for one in group if one.id in resting), ""))
+        for each, group in zip(found, groups.values(), strict=True)
+    ]
 
 
 async def _check_all(rungs: Rungs, groups: Sequence[list[Deployment]], timeout: float) -> list[Health]:
@@ -124,6 +131,7 @@ async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClien
         text = hide(str(error), [known.secret])
         return Health(first.provider.name, who, False, error=f"{type(error).__name__}: {text}".strip(": "))
     ms = (time.perf_counter() - started) * 1000
+    rungs.ledger.recover(key for key in rungs.needs[first.id].cooling if key.startswith(("endpoint:", "key:")))
     names = {deployment.litellm_model.split("/", 1)[1] for deployment in group}
     return Health(first.provider.name, who, True, ms, missing=tuple(sorted(names - listed)) if listed else ())
 

@@ -27,7 +27,8 @@ from biollm.client import (
     StreamRestarted,
     get_model_client,
 )
-from biollm.health import check_all_providers
+from biollm.config import load_config
+from biollm.health import check, check_all_providers
 
 Write = Callable[..., Path]
 STREAMS = [pytest.param(False, id="whole"), pytest.param(True, id="stream")]
@@ -340,14 +341,23 @@ def test_a_success_elsewhere_ends_an_estimated_cooldown(net: Loopback, waterfall
     assert set(ledger().blocked()) == {"deployment:one/a"}
 
 
-def test_a_probe_ends_an_estimated_cooldown_of_the_address(net: Loopback, waterfall: Write) -> None:
-    url = net.refusing()
-    waterfall(first=url, last=net.serve())
+def test_a_probe_ends_an_estimated_cooldown_of_an_address_that_answers_again(net: Loopback, waterfall: Write) -> None:
+    back = net.serve(then=lambda request: Behaviour(reset=0) if request.method == "POST" else OK)
+    waterfall(gone=net.refusing(), back=back, last=net.serve())
     client = get_model_client()
     client.complete("hi")
-    assert resting() == {"endpoint"}
+    assert len(ledger().blocked()) == 2
     check_all_providers()
-    assert resting() == {"endpoint"}, "it still refuses"
+    assert [key for key in ledger().blocked() if back.url in key] == []
+    assert resting() == {"endpoint"}, "the other still refuses"
+
+
+def test_health_says_what_is_on_cooldown_and_whose_time_it_is(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(then=lambda request: limited("30") if request.method == "POST" else OK), last=net.serve())
+    get_model_client().complete("hi")
+    first, last = check(load_config())
+    assert first.available and "(time given by the provider)" in first.resting
+    assert not last.resting
 
 
 def test_a_stream_that_breaks_after_text_is_interrupted_and_not_tried_again(net: Loopback, waterfall: Write) -> None:

@@ -80,12 +80,24 @@ def test_every_command_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(outcomes.RATE_LIMITED, "else 60 s"), (outcomes.BROKEN, "the endpoint, 15 s"), (outcomes.UNREACHABLE, "the endpoint, 10 minutes"), (outcomes.NOT_SERVED, "that deployment, 10 minutes")],
-)  # fmt: skip
-def test_its_table_of_what_rests_is_the_code(seconds: float, words: str) -> None:
-    number, unit = re.findall(r"(\d+) (s|minutes)", words)[0]
-    assert seconds == float(number) * (60 if unit == "minutes" else 1)
+    ("kind", "words"),
+    [
+        ("credit", "until the date that is named, else 1 h, then longer"),
+        ("key", "the key, until it changes; 10 min, then longer"),
+        ("forbidden", "that deployment: 10 min, then longer"),
+        ("limited", "else 60 s, then longer"),
+        ("overloaded", "that deployment: 15, 20, 30, 60, 120, 300 s"),
+        ("late", "nothing the first time, then 15, 30, 60 s"),
+        ("refused", "the address: 15 s, then as above"),
+        ("unreachable", "the address: 10 min, then longer"),
+    ],
+)
+def test_its_table_of_cooldowns_is_the_code(kind: outcomes.Kind, words: str) -> None:
+    ladder = outcomes.RULES[kind].ladder
+    numbers, unit = re.findall(r"([\d, ]+) (s|min|h)\b", words)[0]
+    stated = [float(number) * {"s": 1, "min": 60, "h": 3600}[unit] for number in numbers.split(",")]
+    assert stated == list(ladder[ladder[0] == 0 :][: len(stated)])
+    assert len(stated) == len(ladder[ladder[0] == 0 :]) or ladder[-1] > ladder[0]
     assert words in README
 
 

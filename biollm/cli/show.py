@@ -134,7 +134,8 @@ def _ms(value: float | None) -> str:
 
 
 def _why(health: Any) -> str:
-    return health.error or (f"does not list: {', '.join(health.missing)}" if health.missing else "")
+    missing = f"does not list: {', '.join(health.missing)}" if health.missing else ""
+    return "; ".join(filter(None, (health.error or missing, health.resting)))
 
 
 def config(
