@@ -1,7 +1,7 @@
 """Plays the sixteen scenarios of failoverbench (methodology 0.1) against biollm, and judges each as it does.
 
 A primary model misbehaves, a fallback is healthy; all calls stream, and the healthy answer is a text of 60 words.
-Both models may be at two addresses or behind one. All runs go on at once, each with servers and models of its own.
+Both models may be at two addresses or behind one. All runs go on beside each other, each with servers and models of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from behaviours import OK, Behaviour
 from provider import Choice, Loopback, Request, Server
 
 from biollm import _serve
-from biollm.client import Client, CompletionError, StreamRestarted
+from biollm.client import Client, CompletionError, Options, StreamRestarted
 
 TEXT = " ".join(f"word{number}" for number in range(60))
 HEAD = 2  # pieces of a stream before its first word: the headers, the role
@@ -153,12 +154,14 @@ SCENARIOS = {
     "S16": Scenario("503 always", then=b.HTTP_503, required=lambda seen: seen.first.model == seen.fallback,
                     advisory=lambda seen: seen.first.usage),
 }  # fmt: skip
+LONG = ("S15", "S06", "S07", "S09")  # begun first
+APART = 0.4  # seconds between the starts of two runs: a burst would be a load of its own
 WIRINGS = ("two addresses", "one address")
 TUNINGS = ("defaults", "tuned")
 FACES = ("gateway", "client")
-# What "tuned" is: of a request to the gateway, and of the client's configuration and calls.
-HEADERS = {"x-biollm-on-interrupt": "restart"}
-ROUTING: dict[str, Any] = {}
+# What "tuned" is, for the gateway and for the client.
+HEADERS = {"x-biollm-on-interrupt": "restart", "x-biollm-patience": "3"}
+OPTIONS: Options = {"on_interrupt": "restart", "patience": 3.0}
 # Verdicts published by failoverbench in September 2026: pass, partial, safe, fail.
 PUBLISHED = {
     "an agent harness, the best system": (12, 3, 1, 0),
@@ -217,11 +220,13 @@ class Play:
 
 
 def plays() -> list[Play]:
-    """Return every run; the longest first."""
-    return [Play(*each) for each in product(sorted(SCENARIOS, key=lambda name: name != "S15"), WIRINGS, TUNINGS, FACES)]
+    """Return every run."""
+    return [
+        Play(*each) for each in product(sorted(SCENARIOS, key=lambda name: name not in LONG), WIRINGS, TUNINGS, FACES)
+    ]
 
 
-def configure(folder: Path, some: Iterable[Play], **routing: Any) -> Path:
+def configure(folder: Path, some: Iterable[Play]) -> Path:
     """Write the configuration of these runs."""
     folder.mkdir(parents=True, exist_ok=True)
     providers: dict[str, Any] = {}
@@ -231,16 +236,16 @@ def configure(folder: Path, some: Iterable[Play], **routing: Any) -> Path:
         providers |= entries
         named = [model for entry in entries.values() for model in entry["models"]]
         models |= {model: {"type": "api", "capabilities": [play.name]} for model in named}
-    whole = {"inherit": False, "providers": providers, "models": models, **({"routing": routing} if routing else {})}
+    whole = {"inherit": False, "providers": providers, "models": models}
     (folder / "providers.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     return folder
 
 
 async def run(some: Sequence[Play], ask: Callable[[Play], Any]) -> dict[Play, Seen]:
-    """Let every run go on at once; `ask` makes one call of it."""
+    """Let the runs go on beside each other; `ask` makes one call of one."""
 
     async def one(at: int, play: Play) -> Seen:
-        await asyncio.sleep(0.05 * at)
+        await asyncio.sleep(APART * at)
         scenario, began, calls = play.plan, time.monotonic(), list[Call]()
         for number in range(scenario.calls + scenario.healthy_after):
             await asyncio.sleep(max(0.0, began + number * scenario.every - time.monotonic()))
@@ -326,10 +331,9 @@ def everything(folder: Path, some: Sequence[Play] = ()) -> dict[Play, Seen]:
         for play in (*first, *some):
             play.open(net)
         configure(folder / "gateway", mine["gateway"])
-        clients = {
-            tuning: Client(config_dir=configure(folder / tuning, of_tuning, **routing), **options)
-            for tuning, routing, options in (("defaults", {}, {}), ("tuned", ROUTING, {"on_interrupt": "restart"}))
-            if (of_tuning := [play for play in mine["client"] if play.tuning == tuning])
+        clients = {  # the configuration is one, the tuning each caller's
+            tuning: Client(config_dir=configure(folder / "client", mine["client"]), **options)
+            for tuning, options in (("defaults", Options()), ("tuned", OPTIONS))
         }
         url = _serve.detach(["--port", "0"])[0]["url"] if mine["gateway"] else ""
         try:
@@ -347,3 +351,9 @@ async def _both(first: list[Play], some: Sequence[Play], url: str, clients: dict
         for play in first:
             await faces[play.face](play)
         return await run(some, lambda play: faces[play.face](play))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.update(environment(Path(scratch)))
+        print(json.dumps({play.name: play.plan.verdict(seen) for play, seen in everything(Path(scratch)).items()}))

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 @pytest.fixture(scope="module", autouse=True)
 def state() -> Iterator[dict[str, Seen]]:
-    """What happened in every run; all go on at once, for 80 s."""
+    """What happened in every run; they take 80 s together."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith("BIOLLM_") or name.lower().endswith("_proxy"):
@@ -25,9 +25,8 @@ def state() -> Iterator[dict[str, Seen]]:
         yield {play.name: seen for play, seen in everything(Path(folder)).items()}
 
 
-# With the defaults a 429 is not waited out, and a stream that broke after some text ends with an error.
+# With the defaults no 429 is waited out, and a stream that broke after some text ends with an error.
 DEFAULTS = {"S01": "partial", "S08": "safe", "S09": "safe", "S14": "safe"}
-WAITS = ("S01", "S03", "S07", "S13")  # for what the waterfall is still to learn
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -38,7 +37,6 @@ def test_a_scenario_ends_as_it_should(
     state: dict[str, Seen], scenario: str, wiring: str, tuning: str, face: str
 ) -> None:
     seen = state[Play(scenario, wiring, tuning, face).name]
-    verdict = SCENARIOS[scenario].verdict(seen)
-    if scenario in WAITS or wiring == "one address":
-        pytest.xfail(f"{verdict}: not yet")
-    assert verdict == (DEFAULTS.get(scenario, "pass") if tuning == "defaults" else "pass"), seen
+    assert SCENARIOS[scenario].verdict(seen) == (DEFAULTS.get(scenario, "pass") if tuning == "defaults" else "pass"), (
+        seen
+    )

@@ -26,6 +26,7 @@ import loopback
 import overhead
 import programs
 import promises
+import scenarios
 import top
 import usage
 from setting import KEY, ROUNDS, Bar, environment, waterfall
@@ -142,6 +143,8 @@ def main() -> None:
         add("A request", found, request_table(figures))
         found, figures = promises.dead_first(address, scratch)
         add("A dead first rung", found, peer_table(figures, "refused: without the dead rung", "ms"))
+        found, table = scenarios.measure(env)
+        add("Sixteen failover scenarios", found, table)
         found, figures = promises.many(address, scratch)
         add("500 deployments", found, peer_table(figures, "500 deployments: load", "ms"))
         add("Quotas", promises.quota(address, scratch))
