@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+import aiohttp
 import litellm
 
 from biollm import _reach, balance, embedded, guard, prices, routing
@@ -51,6 +52,8 @@ CONNECT = 3.0  # seconds that a host has to take a connection
 _LITELLM: Any = litellm  # its own types are partial
 _LOOK = 2.0  # seconds that a request waits for what servers and keys there are
 _KEPT = 32  # chunks of a stream, before their text is joined
+_CONNECTIONS = 1000  # at once
+_IDLE = 60  # seconds that a connection is kept which nobody uses, and an address that a name resolved to
 _FRESH = 120.0  # seconds that a short-lived token must still be good for
 _AGAIN = 0.05  # seconds until a deployment that failed once is asked again
 _NO_LIMIT = 86400.0  # seconds; the embedded model needs as long as it needs
@@ -377,6 +380,7 @@ class Waterfall:
             if suffix is not None and first.fim:
                 prompt = "".join(map("".join, zip(first.fim, (prompt, suffix, ""), strict=True)))
             return self._router.atext_completion(model=group, prompt=prompt, **params)
+        params["shared_session"] = _session()
         return self._router.acompletion(model=group, messages=list(messages), **params)
 
     def _need(self, run: Run, deployment: Deployment) -> Need:
@@ -661,6 +665,20 @@ async def _deadline(run: Run) -> AsyncGenerator[None]:
 def _by_kind(keys: Sequence[str]) -> dict[str, str]:
     """Return the ledger's keys by what they are of: "account", "endpoint", "deployment", "key"."""
     return {key.partition(":")[0]: key for key in keys}
+
+
+def _session() -> aiohttp.ClientSession:
+    """Return the one pool of connections of this process, made on its loop.
+
+    LiteLLM makes one for each key, address and timeout, and forgets the older of 200 of them with their connections
+    open. Proxies and certificates are its own business at each request, also here.
+    """
+    here = background()
+    if "session" not in here.kept:
+        connector = aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=_IDLE, ttl_dns_cache=_IDLE)
+        here.kept["session"] = made = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        here.closing.append(made.close)
+    return here.kept["session"]
 
 
 def _keep_off_proxies(found: Sequence[Deployment]) -> None:

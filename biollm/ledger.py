@@ -148,6 +148,7 @@ class _Process:
         self.lock = threading.Lock()
         self.memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self.memory.executescript(_quotas.SCHEMA)
+        self.pruned = -math.inf
 
 
 class Ledger:
@@ -381,6 +382,9 @@ class Ledger:
     def _reserve_alone(self, process: _Process, need: Need) -> int | Refused:
         now = self._clock()
         with process.lock:
+            if abs(now - process.pruned) > _PRUNE:
+                _quotas.prune(process.memory, now)
+                process.pruned = now
             answer = self._decide(process.memory, need, secrets.randbits(62), now)
         if isinstance(answer, int):
             process.quotas.put(partial(_quotas.grant, need=need, reservation=answer, at=now))

@@ -965,6 +965,22 @@ def test_a_request_under_way_survives_a_reload(net: Loopback, waterfall: Write) 
         assert waiting.result(10).text == "old"
 
 
+@pytest.mark.slow
+def test_a_long_run_keeps_few_connections_open(
+    net: Loopback, waterfall: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = net.serve()
+    waterfall(first=server, second=server)
+    client = get_model_client(provider="first")
+    assert client.complete("hi").provider == "first"
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(250):  # LiteLLM keeps a client for each timeout, and 200 of them
+        assert client.complete("hi", timeout=20 + number / 100, provider=("first", "second")[number % 2]).text
+    assert len(os.listdir("/proc/self/fd")) - before < 20
+    gc.collect()
+    assert not [message for message in caplog.messages if "Unclosed" in message]
+
+
 def test_configurations_that_nobody_uses_are_forgotten(net: Loopback, waterfall: Write) -> None:
     from biollm._waterfall import Waterfall
 

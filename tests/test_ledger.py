@@ -326,6 +326,16 @@ def test_a_killed_process_loses_nothing_and_blocks_nobody(tmp_path: Path, networ
         assert rows(tmp_path, "PRAGMA integrity_check", file) == [("ok",)]
 
 
+def test_a_count_in_memory_forgets_what_no_limit_sees(tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "file").touch()  # no folder can be made in it
+    ledger = Ledger(tmp_path / "file" / "ledger", clock=clock, network=False)
+    for _ in range(20):
+        assert isinstance(reserve(ledger, per(2, "min"), per(1000, "hour")), int)
+        clock.now += 600
+    assert ledger._process().memory.execute("SELECT count(*) FROM sent").fetchone()[0] <= 8
+    ledger.close()
+
+
 def test_a_forked_child_writes_for_itself_and_leaves_its_parents_files_alone(tmp_path: Path) -> None:
     ledger, limit = Ledger(tmp_path), per(10, "min")
     reserve(ledger, limit)
