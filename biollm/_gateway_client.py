@@ -339,7 +339,7 @@ class Line:
         end = began + deadline + _GRACE if deadline else math.inf
         while not self._over.wait(max(0.0, min(_LOOK, end - time.monotonic()))):
             if time.monotonic() >= end:
-                self._why = errors.DeadlineError(f"No answer within the deadline of {deadline:g} s.")
+                self._why = _too_late(deadline or 0.0)
             elif not self._lives(end):
                 stop = "`biollm serve stop` ends this user's own. "
                 self._why = errors.CompletionError("The gateway no longer answers.", hint=f"{stop}{_OFF}")
@@ -358,9 +358,13 @@ class Line:
         return time.monotonic() >= end  # the deadline is the reason then
 
     def _dial(self) -> None:
+        deadline = self._asked["biollm"].get("deadline") or math.inf
+        self._connection.timeout = min(_PATIENCE, deadline)
         try:
             self._connection.connect()
         except OSError as error:
+            if isinstance(error, TimeoutError) and deadline <= _PATIENCE:
+                raise _too_late(deadline) from None
             where = f"{self._connection.host}:{self._connection.port}"
             raise errors.UnavailableError(f"The gateway at {where} does not answer: {error}.", hint=_OFF) from None
         self._socket = self._connection.sock
@@ -382,6 +386,10 @@ class Line:
             "raw": raw,
         }
         return known(Completion, story | ours)
+
+
+def _too_late(deadline: float) -> errors.DeadlineError:
+    return errors.DeadlineError(f"No answer within the deadline of {deadline:g} s.")
 
 
 def _events(response: HTTPResponse) -> Iterator[Json | None]:

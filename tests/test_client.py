@@ -973,10 +973,10 @@ def test_a_long_run_keeps_few_connections_open(
     waterfall(first=server, second=server)
     client = get_model_client(provider="first")
     assert client.complete("hi").provider == "first"
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for number in range(250):  # LiteLLM keeps a client for each timeout, and 200 of them
         assert client.complete("hi", timeout=20 + number / 100, provider=("first", "second")[number % 2]).text
-    assert len(os.listdir("/proc/self/fd")) - before < 20
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < 20
     gc.collect()
     assert not [message for message in caplog.messages if "Unclosed" in message]
 

@@ -187,6 +187,18 @@ def test_a_gateway_that_stands_still_holds_nobody(
             os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_the_deadline_bounds_the_way_to_a_gateway_too(
+    way: str, net: Loopback, waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waterfall(first=net.serve())
+    monkeypatch.setenv("BIOLLM_GATEWAY", net.dropping())
+    client, began = get_model_client(), time.monotonic()
+    with pytest.raises(DeadlineError, match="deadline of 2 s"):
+        WAYS[way](client, deadline=2)
+    assert time.monotonic() - began < 8
+
+
 def test_one_that_only_works_on_is_waited_for(net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
     def slow(_body: Any) -> Any:
         time.sleep(12)  # longer than between two looks
