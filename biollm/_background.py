@@ -25,6 +25,10 @@ _SELF = "A callback of the client (on_send, progress) called one of its blocking
 _SELF_HINT = "Let the callback only take notes, or call the client from another thread."
 
 
+class CallbackExitError(Exception):
+    """Carries a SystemExit or KeyboardInterrupt of a callback to the caller; raised as such it would end the loop."""
+
+
 class Background:
     """An event loop in a daemon thread."""
 
@@ -48,6 +52,8 @@ class Background:
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
+        except CallbackExitError as error:
+            raise error.args[0] from None
         except BaseException:
             future.cancel()
             raise
@@ -56,7 +62,10 @@ class Background:
         """Run `work` on the loop, from another loop or from there; cancelling the caller cancels it."""
         if asyncio.get_running_loop() is self.loop:
             return await work
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+        try:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+        except CallbackExitError as error:
+            raise error.args[0] from None
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         """Yield from an async generator that runs on the loop; leaving early cancels it. Raises as `run` does."""
@@ -135,11 +144,19 @@ async def _pump(items: AsyncGenerator[T, None], put: Callable[[T | _End], None])
         put(_End(FutureCancelled()))
         raise
     except Exception as error:
-        put(_End(error))
+        put(_End(error.args[0] if isinstance(error, CallbackExitError) else error))
     else:
         put(_End())
     finally:
         await items.aclose()
+
+
+def called(callback: Callable[..., object], *arguments: object) -> None:
+    """Call a callback of the caller's on the loop."""
+    try:
+        callback(*arguments)
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise CallbackExitError(error) from None
 
 
 async def apart(work: Callable[..., T], *arguments: Any) -> T:
@@ -157,7 +174,9 @@ async def apart(work: Callable[..., T], *arguments: Any) -> T:
         if error is None:
             done.set_result(cast("T", result))
         else:
-            done.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+            exits = isinstance(error, SystemExit | KeyboardInterrupt)
+            lost = isinstance(error, StopIteration)  # a future takes none
+            done.set_exception(CallbackExitError(error) if exits else RuntimeError(repr(error)) if lost else error)
 
     def run() -> None:
         result, failed = None, None

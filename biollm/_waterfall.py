@@ -34,7 +34,7 @@ from biollm._answers import (
     stranger,
     tool_calls,
 )
-from biollm._background import apart, background
+from biollm._background import apart, background, called
 from biollm._plain import ANSWER_SIZES
 from biollm._plain import text as plain
 from biollm._run import BREATH, Request, Run, Sent
@@ -304,7 +304,7 @@ class Waterfall:
             sent.reservation, sent.at, sent.started = turn.reservation, time.time(), time.perf_counter()
             if run.request.on_send:
                 try:
-                    run.request.on_send(ident)
+                    called(run.request.on_send, ident)
                 except Exception as error:
                     sent.broken = error
                     raise

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from biollm import balance
-from biollm._background import apart, background
+from biollm._background import apart, background, called
 from biollm._gateway_client import Line, body_of, identity, reach
 from biollm._plain import ANSWER_SIZES, Reader, text, texts
 from biollm._resources import environment_tags, state_dir, wants_local_only
@@ -445,7 +445,7 @@ class Client:
                     answer = error
             done += 1
             if progress:
-                progress(done, len(requests))
+                called(progress, done, len(requests))
             return answer
 
         tasks = [asyncio.ensure_future(one(request)) for request in requests]
