@@ -161,7 +161,7 @@ class Watch:
         self._alive: tuple[Endpoint, ...] = ()
         self._probed: dict[str, tuple[float, bool]] = {}  # start -> when, and whether it answered
         self._thread: threading.Thread | None = None
-        self._looked = threading.Event()
+        self._looked, self._due = threading.Event(), 0.0
         self._asked = 0.0
 
     def alive(self) -> tuple[Endpoint, ...]:
@@ -170,14 +170,14 @@ class Watch:
         A file system that does not answer is waited for 2 s; then it is what was known before.
         """
         self.latest()
-        self._looked.wait(_LOOK_S)
+        self._looked.wait(max(0.0, self._due - time.monotonic()))
         return self._alive
 
     def latest(self) -> tuple[Endpoint, ...]:
         """Return the servers that are known to be alive, without waiting, and see to it that somebody looks."""
         self._asked = time.monotonic()
         if self._thread is None or not self._thread.is_alive():  # also in the child of a fork
-            self._looked = threading.Event()
+            self._looked, self._due = threading.Event(), self._asked + _LOOK_S
             self._thread = threading.Thread(
                 target=self._run, args=(self._looked,), name="biollm-endpoints", daemon=True
             )
@@ -186,8 +186,9 @@ class Watch:
 
     @property
     def awake(self) -> bool:
-        """Return whether `latest` is of now, and `alive` would not wait."""
-        return self._looked.is_set() and self._thread is not None and self._thread.is_alive()
+        """Return whether `alive` would not wait."""
+        seen = self._looked.is_set() or time.monotonic() >= self._due
+        return seen and self._thread is not None and self._thread.is_alive()
 
     def refresh(self) -> tuple[Endpoint, ...]:
         """Read the records, and ask the servers that are new or were not asked for a while."""

@@ -239,6 +239,9 @@ def test_a_file_system_that_does_not_answer_holds_up_nobody(
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda _: get_model_client().complete("hi", deadline=30), range(2)))
     assert [answer.provider for answer in answers] == ["first", "first"]
+    began = time.monotonic()
+    assert {get_model_client().complete("hi").provider for _ in range(10)} == {"first"}
+    assert time.monotonic() - began < 10, "only the first request waits"
 
 
 @pytest.mark.slow

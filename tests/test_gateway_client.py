@@ -164,10 +164,12 @@ WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("options", "kind", "told"),
-    [({"deadline": 2}, DeadlineError, "deadline of 2 s"), ({}, CompletionError, "The gateway no longer answers")],
+    ("way", "options", "kind", "told"),
+    [
+        *((way, {"deadline": 2}, DeadlineError, "deadline of 2 s") for way in WAYS),
+        ("stream", {}, CompletionError, "The gateway no longer answers"),
+    ],
 )
 def test_a_gateway_that_stands_still_holds_nobody(
     way: str, options: Any, kind: Any, told: str, net: Loopback, waterfall: Waterfall, gateway: Gateway
