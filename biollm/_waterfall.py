@@ -56,9 +56,7 @@ _CONNECTIONS = 1000  # at once
 _IDLE = 60  # seconds that a connection is kept which nobody uses, and an address that a name resolved to
 _FRESH = 120.0  # seconds that a short-lived token must still be good for
 _AGAIN = 0.05  # seconds until a deployment that failed once is asked again
-_NO_LIMIT = 86400.0  # seconds; the embedded model needs as long as it needs
 _LEAST = 16  # tokens of answer that are worth asking for
-_STREAM, _REASONING_STREAM = 12.0, 60.0  # seconds to a stream's first content, where the configuration says nothing
 
 
 class Waterfall:
@@ -350,13 +348,7 @@ class Waterfall:
 
     def _limit(self, request: Request, deployment: Deployment, stream: bool) -> tuple[float, bool]:
         """Return the seconds an attempt may take, and whether the caller made them fewer than configured."""
-        config = self.rungs.config
-        configured = deployment.provider.timeout or config.timeout
-        if stream and deployment.embedded:
-            configured = _NO_LIMIT
-        elif stream and not deployment.provider.timeout and deployment.provider.type == "api":
-            reasons = "reasoning" in (deployment.capabilities or ())
-            configured = config.stream_timeout or (_REASONING_STREAM if reasons else _STREAM)
+        configured = routing.attempt_timeout(deployment, self.rungs.config, stream=stream)
         limit = request.timeout if request.timeout is not None else configured
         return limit, limit < configured
 

@@ -25,6 +25,7 @@ Policy = Literal["any", "no_training", "local_only"]
 _TAKES_SCHEMA = {"openai", "azure", "gemini", "vertex_ai", "anthropic", "mistral", "groq", "hosted_vllm"}
 # A deployment's own address, so that no OPENAI_BASE_URL of the environment sends a key elsewhere.
 _DEFAULT_URL = {"openai": "https://api.openai.com/v1"}
+_STREAM, _REASONING_STREAM, _NO_LIMIT = 12.0, 60.0, 86400.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,20 @@ def informed(deployment: Deployment, facts: Mapping[str, object]) -> Deployment:
 def asked_for(deployment: Deployment, wants: Wants) -> bool:
     """Return whether the deployment is among those that a forced provider and model leave."""
     return wants.provider in (None, deployment.provider.name) and wants.model in (None, deployment.model)
+
+
+def attempt_timeout(deployment: Deployment, config: Config, *, stream: bool) -> float:
+    """Return the seconds that an attempt may take; of a stream, to its first content and between its chunks.
+
+    A cloud stream has 12 s, 60 s where the model reasons, for that is silent, unless the configuration says otherwise.
+    The embedded model needs as long as it needs.
+    """
+    if stream and deployment.embedded:
+        return _NO_LIMIT
+    if stream and not deployment.provider.timeout and deployment.provider.type == "api":
+        reasons = "reasoning" in (deployment.capabilities or ())
+        return config.stream_timeout or (_REASONING_STREAM if reasons else _STREAM)
+    return deployment.provider.timeout or config.timeout
 
 
 def router_settings(config: Config) -> dict[str, Any]:

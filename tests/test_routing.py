@@ -308,3 +308,35 @@ def test_the_proxy_file_holds_no_key_and_says_what_it_leaves_out(
     }
     assert made["router_settings"]["optional_pre_call_checks"] == ["enforce_model_rate_limits"]
     assert made["litellm_settings"] == {"openai_key": "none"}, "no OPENAI_API_KEY goes to other hosts"
+
+
+@pytest.mark.parametrize(
+    ("provider", "routing_block", "whole", "streamed"),
+    [
+        ("type: api", "{}", 60, 12),
+        ("type: api, models: [thinker]", "{}", 60, 60),
+        ("type: api", "{stream_timeout: 5, timeout: 9}", 9, 5),
+        ("type: api, models: [thinker]", "{stream_timeout: 5}", 60, 5),
+        ("type: api, timeout: 30", "{stream_timeout: 5}", 30, 30),
+        ("type: local, timeout: 300", "{}", 300, 300),
+        ("type: local", "{local_timeout: 200}", 200, 200),
+        ("type: embedded", "{local_timeout: 200}", 200, 86400),
+    ],
+)
+def test_an_attempt_has_the_time_that_its_kind_of_server_needs(
+    tmp_path: Path, provider: str, routing_block: str, whole: float, streamed: float
+) -> None:
+    models = "" if "models" in provider else "models: [plain], "
+    at = "" if "embedded" in provider else 'base_url: "https://one.example/v1", '
+    (tmp_path / "providers.yaml").write_text(
+        f"inherit: false\nrouting: {routing_block}\nproviders:\n  one: {{{models}{at}{provider}}}\n"
+    )
+    kind = provider.partition(",")[0]
+    weights = {"type: local": "hf_id: lab/plain", "type: embedded": "gguf: x"}.get(kind, "name: Plain")
+    (tmp_path / "models.yaml").write_text(
+        f"inherit: false\nmodels:\n  thinker: {{type: api, capabilities: [reasoning]}}\n  plain: {{{kind}, {weights}}}\n"
+    )
+    config = load_config(tmp_path)
+    (one,) = routing.deployments(config)
+    found = [routing.attempt_timeout(one, config, stream=stream) for stream in (False, True)]
+    assert found == [whole, streamed]
