@@ -140,7 +140,7 @@ SCENARIOS = {
     "S09": Scenario("silent after 20 tokens for 30 s, then closes",
                     (Behaviour(hang=HEAD + 20, pause=30, tear=HEAD + 20),),
                     required=lambda seen: seen.first.seconds < 45, healthy_after=True),
-    "S10": Scenario("the tenth event is invalid JSON", (Behaviour(noise=10),), healthy_after=True),
+    "S10": Scenario("one more event, the tenth, is invalid JSON", (Behaviour(noise=10),), healthy_after=True),
     "S11": Scenario("whole, but no [DONE]", then=Behaviour(done=False),
                     required=lambda seen: seen.first.seconds < 8, advisory=lambda seen: seen.first.usage),
     "S12": Scenario("400 context_length_exceeded", then=b.CONTEXT_TOO_LONG,

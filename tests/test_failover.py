@@ -8,7 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from failover import FACES, SCENARIOS, TUNINGS, WIRINGS, Play, Seen, environment, everything
+from failover import (
+    FACES,
+    REFUSES_PREFILL,
+    SCENARIOS,
+    TEXT,
+    TUNINGS,
+    WIRINGS,
+    Call,
+    Play,
+    Seen,
+    environment,
+    everything,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -23,6 +35,29 @@ def state() -> Iterator[dict[str, Seen]]:
         for name, value in environment(Path(folder)).items():
             patch.setenv(name, value)
         yield {play.name: seen for play, seen in everything(Path(folder)).items()}
+
+
+GOOD, LATE = Call(TEXT, "", 0.0, 1.0), Call(TEXT, "", 0.0, 101.0)
+CUT, ERROR = Call(TEXT[:40], "", 0.0, 1.0), Call(TEXT[:40], "it broke", 0.0, 1.0)
+REFUSED, PREFILL = Call("", SCENARIOS["S13"].reason, 0.0, 1.0), Call("", REFUSES_PREFILL, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "calls", "asked", "verdict"),
+    [
+        ("S04", [GOOD], [0, 0.1], "pass"), ("S04", [GOOD], [0] * 7, "fail"), ("S04", [CUT], [0], "fail"),
+        ("S04", [ERROR], [0], "safe"), ("S04", [LATE], [0], "fail"), ("S03", [GOOD], [0], "partial"),
+        ("S01", [GOOD], [0, 1.9], "pass"), ("S01", [GOOD], [0, 1.0], "partial"), ("S01", [GOOD], [0, 1, 1.2], "fail"),
+        ("S09", [ERROR, GOOD], [0], "safe"), ("S09", [ERROR, ERROR], [0], "fail"),
+        ("S13", [REFUSED], [0], "pass"), ("S13", [ERROR], [0], "safe"), ("S13", [GOOD], [0], "partial"),
+        ("S13", [REFUSED], [0, 1], "fail"), ("S14", [PREFILL], [0], "fail"), ("S14", [ERROR], [0], "safe"),
+        ("S15", [GOOD] * 20, [0], "fail"), ("S16", [GOOD], [0], "fail"),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_what_the_benchmark_says(
+    scenario: str, calls: list[Call], asked: list[float], verdict: str
+) -> None:
+    assert SCENARIOS[scenario].verdict(Seen(calls, asked, "primary", "fallback")) == verdict
 
 
 # With the defaults no 429 is waited out, and a stream that broke after some text ends with an error.
