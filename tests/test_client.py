@@ -445,28 +445,20 @@ def test_what_litellm_cannot_translate_is_the_callers_error_in_each_of_eight_pro
     said = {"candidates": [part], "usageMetadata": {"promptTokenCount": 1, "totalTokenCount": 3}}
     first, second = net.serve(then=Behaviour(body=json.dumps(said))), net.serve(text="from second")
     waterfall(first={"base_url": first.url, "litellm_provider": "gemini"}, second=second)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    children = [context.Process(target=_bad_then_good, args=(queue,)) for _ in range(8)]
-    for child in children:
-        child.start()
-    assert [queue.get(timeout=120) for _ in children] == [("RequestRejectedError", "from first")] * 8
-    for child in children:
-        child.join()
+    code = """
+        from biollm.client import CompletionError, get_model_client
+        client, lost = get_model_client(), {"role": "tool", "tool_call_id": "call_1", "content": "42"}
+        try:  # a tool's result without its call
+            client.complete([{"role": "user", "content": "hi"}, lost])
+        except CompletionError as error:
+            print(type(error).__name__, client.complete("hi"))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    said = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert said == ["RequestRejectedError from first"] * 8
     assert (len(first.requests), len(second.requests)) == (8, 0)
     assert [record.outcome for record in ledger().history()] == ["ok"] * 8
-
-
-def _bad_then_good(queue: Any) -> None:
-    """A tool's result without its call, which LiteLLM refuses to put into Gemini's dialect."""
-    client, lost = get_model_client(), {"role": "tool", "tool_call_id": "call_1", "content": "42"}
-    try:
-        said = client.complete([{"role": "user", "content": "hi"}, lost]).text
-    except CompletionError as error:
-        said = type(error).__name__
-    good = client.complete("hi").text
-    ledger().flush()
-    queue.put((said, good))
 
 
 @pytest.mark.parametrize("stream", [False, True])
