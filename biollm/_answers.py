@@ -150,3 +150,10 @@ def _without_text(refusal: str | None, finish: str | None) -> Verdict:
 def finishes(chunks: Sequence[Any]) -> list[str]:
     """Return the reasons with which the provider itself ended the stream; LiteLLM invents a "stop" for a cut one."""
     return [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+
+
+def without_text(chunks: Sequence[Any]) -> Verdict | None:
+    """Return what is wrong with a stream that ended without any text; None where it calls a tool."""
+    if any(chunk.choices and chunk.choices[0].delta.tool_calls for chunk in chunks):
+        return None
+    return _without_text(None, finishes(chunks)[-1])

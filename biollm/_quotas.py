@@ -33,8 +33,10 @@ _LEAST = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # that must still fit
 _SOON = 1.0  # seconds after which a request that only those under way keep out may ask again
 _DAY = 86400.0
 COOLDOWNS = "SELECT key, until, reason, kind, stated, times FROM cooldown WHERE until > ?"
-RECOVER = "DELETE FROM cooldown WHERE key = ? AND NOT stated"
+RECOVER = "DELETE FROM cooldown WHERE key = ? AND until <= ? AND (until <= ? OR NOT stated)"
 MEMORY = 86400.0  # seconds for which a cooldown that ended is still a step of the ladder
+_TOGETHER = 1.0  # seconds: failures so near each other are one, where the first rests nothing
+_FARTHEST = 32 * 86400.0  # seconds; no cooldown is longer
 
 
 class Cooldown(NamedTuple):
@@ -64,10 +66,12 @@ def next_cooldown(
 ) -> Cooldown:
     """Return the cooldown after one more failure; requests that fail together are one step of the ladder."""
     row = before.times if before and before.kind == kind else 0
-    times = row if before and row and before.until > now else row + 1
+    near = _TOGETHER if before and row and before.step(ladder) == 0 else 0.0
+    times = row if before and row and before.until + near > now else row + 1
     made = Cooldown(now, reason, kind, seconds is not None, times)
     made = made._replace(until=now + (made.step(ladder) if seconds is None else seconds))
-    return before if before and before.until > made.until else made
+    longer = before is not None and before.until > made.until and (before.stated or not made.stated)
+    return before if before and longer else made
 
 
 def cool(
@@ -128,7 +132,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
         finish(db, scope, reservation, at, (used[0], used[1]))
     db.execute("DELETE FROM sent WHERE abs(at - ?) > 3660", (now,))
     db.execute("DELETE FROM total WHERE until < ?", (now - _DAY,))  # for attempts still under way
-    db.execute("DELETE FROM cooldown WHERE until <= ?", (now - MEMORY,))
+    db.execute("DELETE FROM cooldown WHERE until <= ? OR until > ?", (now - MEMORY, now + _FARTHEST))
 
 
 def used_of(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:

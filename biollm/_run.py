@@ -97,7 +97,7 @@ class Run:
         repeated: Ids of those that were.
         caps: Deployment id -> the most tokens of answer that its account can pay for.
         spare: An answer that was cut for want of room, which is given if nobody has a longer one.
-        waited: Seconds spent on waiting for an earlier deployment.
+        waiting_since: When patience for an earlier deployment began, on the monotonic clock.
     """
 
     request: Request
@@ -113,7 +113,7 @@ class Run:
     repeated: set[str] = field(default_factory=set[str])
     caps: dict[str, int] = field(default_factory=dict[str, int])
     spare: Sent | None = None
-    waited: float = 0.0
+    waiting_since: float | None = None
     _attempts: list[tuple[int, int, Attempt]] = field(default_factory=list[tuple[int, int, Attempt]])
     _passed: dict[tuple[int, str], Rung] = field(default_factory=dict[tuple[int, str], Rung])
 
@@ -121,6 +121,15 @@ class Run:
     def ms(self) -> float:
         """Return the milliseconds since the request began."""
         return (time.perf_counter() - self.started) * 1000
+
+    @property
+    def waited(self) -> float:
+        """Return the seconds since patience for an earlier deployment began."""
+        return 0.0 if self.waiting_since is None else time.monotonic() - self.waiting_since
+
+    def patient(self) -> None:
+        """Note that patience has begun."""
+        self.waiting_since = self.waiting_since or time.monotonic()
 
     def pass_over(self, rung: Rung) -> None:
         """Note a deployment that is not asked in this pass."""
@@ -168,15 +177,15 @@ class Run:
         if self.over:
             return self._ended(self.over, attempts)
         kinds = {verdict.kind for _, verdict in self.verdicts}
+        blame = {deployment.provider.litellm_provider for deployment, each in self.verdicts if each.kind == "malformed"}
+        hint = "Providers of different dialects say that the request itself is wrong." if len(blame) > 1 else None
         if kinds and all(verdict.rule.fault for _, verdict in self.verdicts):
-            dialects = {deployment.provider.litellm_provider for deployment, _ in self.verdicts}
-            hint = "Providers of different dialects say so: the request itself is wrong." if len(dialects) > 1 else None
             return RequestRejectedError(f"The request was rejected.\n{told}", attempts, hint=hint)
         standings = {rung.standing for (number, _), rung in self._passed.items() if number == self.passes}
-        keyless = kinds <= {"key", "forbidden"} and "limited" not in standings
+        keyless = kinds <= {"key"} and "limited" not in standings
         if keyless and (kinds or standings & {"keyless", "refused"}):
-            hint = "`biollm providers` shows which keys are missing; `biollm health` tries them."
-            return KeysRefusedError(f"No provider has a key that works.\n{told}", attempts, hint=hint)
+            where = "`biollm providers` shows which keys are missing; `biollm health` tries them."
+            return KeysRefusedError(f"No provider has a key that works.\n{told}", attempts, hint=where)
         if kinds <= {"limited"} and (kinds or "limited" in standings) and self.frees:
             wait = max(0.0, min(self.frees) - time.time())
             return AllLimitedError(f"Every provider is at a limit or resting.\n{told}", attempts, retry_after=wait)
@@ -184,7 +193,7 @@ class Run:
             return CompletionError(
                 "No provider is configured that could answer.", hint="`biollm config` shows what is."
             )
-        return CompletionError(f"Nobody could answer.\n{told}", attempts)
+        return CompletionError(f"Nobody could answer.\n{told}", attempts, hint=hint)
 
     def _ended(self, verdict: Verdict, attempts: Sequence[Attempt]) -> CompletionError:
         """Return the error of a failure after which no other deployment is asked."""

@@ -33,6 +33,7 @@ from biollm._answers import (
     spent,
     stranger,
     tool_calls,
+    without_text,
 )
 from biollm._background import apart, background, called
 from biollm._plain import ANSWER_SIZES
@@ -55,6 +56,7 @@ _KEPT = 32  # chunks of a stream, before their text is joined
 _CONNECTIONS = 1000  # at once
 _IDLE = 60  # seconds that a connection is kept which nobody uses, and an address that a name resolved to
 _FRESH = 120.0  # seconds that a short-lived token must still be good for
+_NEWS = 1.0  # seconds between two looks for what other processes know, while nothing may be asked
 _AGAIN = 0.05  # seconds until a deployment that failed once is asked again
 _LEAST = 16  # tokens of answer that are worth asking for
 
@@ -68,6 +70,7 @@ class Waterfall:
         self._reach = _reach.Reach(CONNECT)
         self._servers = _reach.FixedServers()
         self._balance = balance.of_process()
+        self._refreshed = -_NEWS
         embedded.register()
         if (close := _LITELLM.close_litellm_async_clients) not in background().closing:
             background().closing.append(close)  # or aiohttp complains at exit
@@ -157,7 +160,7 @@ class Waterfall:
                     yield StreamChunk(completion=self._streamed(run, sent, "".join(text)))
                     return
                 attempt = self._fail(run, sent, failure)
-                if text and request.on_interrupt == "raise":
+                if "".join(text).strip() and request.on_interrupt == "raise":
                     why = f"The stream of {attempt.deployment} broke: {attempt.reason}."
                     raise InterruptedStreamError(why, run.attempts(), partial="".join(text))
                 if text:
@@ -187,7 +190,6 @@ class Waterfall:
             allowed, wait = await self._allowed(run)
             if wait is None:
                 return allowed
-            run.waited += wait
             await asyncio.sleep(wait)
 
     async def _allowed(self, run: Run) -> tuple[list[Deployment], float | None]:
@@ -199,6 +201,10 @@ class Waterfall:
         if run.pinned:
             return [deployment for deployment in self.rungs.deployments if deployment.id == run.pinned], None
         found = self.rungs.standing(run.request.wants, skip=run.tried)
+        if not any(rung.standing == "ready" for rung in found) and time.monotonic() - self._refreshed > _NEWS:
+            self._refreshed = time.monotonic()  # nothing is asked, so nothing else brings news of a success elsewhere
+            await apart(self.ledger.refresh)
+            found = self.rungs.standing(run.request.wants, skip=run.tried)
         ready = [rung.deployment for rung in found if rung.standing == "ready"]
         waits = [
             wait
@@ -207,6 +213,7 @@ class Waterfall:
             if (wait := max(0.0, rung.until - time.time()) + 0.01) <= self._patience(run, rung.deployment)
         ]
         if waits:
+            run.patient()
             return [], min(waits)
         for rung in found:
             if rung.standing != "ready":
@@ -216,7 +223,7 @@ class Waterfall:
         return ready, None
 
     def _patience(self, run: Run, deployment: Deployment) -> float:
-        """Return the seconds that this request may still wait for `deployment`."""
+        """Return the seconds that this request may still wait for `deployment`, from its first wait on."""
         own = (run.request.patience, deployment.provider.patience, self.rungs.config.patience)
         return next((each for each in own if each is not None), 0.0) - run.waited
 
@@ -391,6 +398,7 @@ class Waterfall:
         """Renew a token that ends soon, and check whose server it is, and what one with a fixed address serves."""
         reason: str | None = None
         if (known := self.rungs.credentials.get(deployment.id)) is None:
+            run.tried.add(deployment.id)
             return False  # its server left
         if known.ends_within(_FRESH):
             if found := self.rungs.note(deployment, await apart(self.rungs.look, deployment)):
@@ -459,8 +467,10 @@ class Waterfall:
                 until = self._cool(deployment, failure, reason)
             if until and failure.kind == "limited":
                 reason += f" (rests {failure.wait or round(until - time.time()):.10g} s)"
-            if failure.wait is None or not until or failure.wait > self._patience(run, deployment):
+            if run.pinned or failure.wait is None or not until or failure.wait > self._patience(run, deployment):
                 run.tried.add(deployment.id)
+            else:
+                run.patient()
             if self._ends(run, deployment, failure):
                 run.over = failure
             if rule.passing:
@@ -477,7 +487,7 @@ class Waterfall:
                 return False
             run.caps[ident] = failure.afford or 0
             return True
-        slip = failure.rule.again and not sent.head and run.request.fallback and sent.alone
+        slip = failure.rule.again and failure.wait is None and not sent.head and run.request.fallback and sent.alone
         return slip and not self.ledger.failing(self.rungs.needs[ident].cooling if ident in self.rungs.needs else ())
 
     def _ends(self, run: Run, deployment: Deployment, failure: Verdict) -> bool:
@@ -607,10 +617,11 @@ class Waterfall:
     async def _relay(self, run: Run, sent: Sent) -> AsyncGenerator[str | Verdict, None]:
         """Yield the text of a stream; at last a Verdict if it broke."""
         limit, shortened = self._limit(run.request, sent.deployment, stream=True)
-        due = _KEPT
+        due, said = _KEPT, False
         try:
             for chunk in sent.head:
                 if text := delta(chunk):
+                    said = said or bool(text.strip())
                     yield text
             while True:
                 async with asyncio.timeout(limit):
@@ -618,6 +629,7 @@ class Waterfall:
                 if chunk is None:
                     break
                 if text := delta(chunk):
+                    said = said or bool(text.strip())
                     yield text
                 if len(sent.response.chunks) >= due:
                     fold(sent.response.chunks)
@@ -638,6 +650,8 @@ class Waterfall:
         ends = finishes(sent.response.chunks)
         if not ends or ends[-1] == "error":
             yield BROKE_OFF if ends else CUT
+        elif not said and (failure := without_text(sent.response.chunks)):
+            yield failure
 
     def _redact(self, text: str) -> str:
         """Return `text` without any key that this process knows, as the ledger can store it."""

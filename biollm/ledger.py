@@ -251,10 +251,12 @@ class Ledger:
 
     def recover(self, keys: Iterable[str]) -> None:
         """End the cooldowns of `keys` whose length was an estimate: something has just been answered there."""
+        now = self._clock()
         for key in keys:
-            if (found := self._blocked.get(key)) and not found.stated:
+            if (found := self._blocked.get(key)) and (found.until <= now or not found.stated):
                 self._blocked.pop(key, None)
-                self._process().quotas.put(lambda db, key=key: db.execute(_quotas.RECOVER, (key,)))
+                known = (key, found.until, now)  # what fails meanwhile rests anew
+                self._process().quotas.put(lambda db, known=known: db.execute(_quotas.RECOVER, known))
 
     def failing(self, keys: Iterable[str]) -> bool:
         """Return whether any of `keys` was on cooldown since its last success."""
@@ -413,7 +415,8 @@ class Ledger:
         """Take over what other processes changed in the file; what this one has just written is newer."""
         found = {key: Cooldown(*row) for key, *row in rows}
         for key in self._filed.keys() - found.keys():
-            self._blocked.pop(key, None)
+            if self._blocked.get(key) == self._filed[key]:
+                self._blocked.pop(key, None)
         self._blocked.update({key: each for key, each in found.items() if each != self._filed.get(key)})
         self._filed = found
 

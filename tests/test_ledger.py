@@ -486,6 +486,64 @@ def test_a_success_ends_an_estimated_cooldown_in_every_process_and_no_stated_one
     other.close()
 
 
+def test_a_success_ends_the_row_of_stated_cooldowns_too_once_they_are_over(ledger: Ledger, clock: Clock) -> None:
+    ledger.cool("account:a", 5, "429")
+    ledger.flush()
+    ledger.recover(["account:a"])
+    assert ledger.failing(["account:a"]), "the provider said until when"
+    clock.now += 6
+    ledger.recover(["account:a"])
+    ledger.flush()
+    ledger.refresh()
+    assert not ledger.failing(["account:a"])
+
+
+def test_what_fails_while_another_succeeds_stays_on_cooldown(tmp_path: Path, clock: Clock) -> None:
+    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+    one.cool("endpoint:a", None, "503", ladder=(15.0,))
+    one.flush()
+    other.refresh()
+    clock.now += 20
+    one.cool("endpoint:a", None, "503", ladder=(15.0,))
+    one.flush()
+    other.recover(["endpoint:a"])  # by what it knew
+    other.flush()
+    one.refresh()
+    assert one.blocked()
+    one.close()
+    other.close()
+
+
+def test_a_cooldown_just_made_outlives_the_news_that_an_older_one_is_gone(tmp_path: Path, clock: Clock) -> None:
+    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+    one.cool("endpoint:a", None, "503", ladder=(15.0,))
+    one.flush()
+    one.refresh()
+    other.refresh()
+    other.recover(["endpoint:a"])
+    other.flush()
+    one._blocked["endpoint:a"] = Cooldown(NOON + 30, "again")  # made, and not written yet
+    one.refresh()
+    assert one.blocked()
+    one.close()
+    other.close()
+
+
+def test_a_cooldown_of_a_clock_that_ran_ahead_is_forgotten(tmp_path: Path, clock: Clock) -> None:
+    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ahead:
+        clock.now += 1e9
+        ahead.cool("account:a", 60, "429")
+    clock.now -= 1e9
+    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ledger:
+        assert isinstance(reserve(ledger, cooling=("account:a",)), int)
+
+
+def test_a_stated_time_takes_the_place_of_an_estimate(ledger: Ledger) -> None:
+    ledger.cool("account:a", None, "429", kind="limited", ladder=(600.0,))
+    ledger.cool("account:a", 2, "429", kind="limited", ladder=(600.0,))
+    assert ledger.blocked()["account:a"].until == NOON + 2
+
+
 def test_a_reservation_that_was_not_sent_is_taken_back(ledger: Ledger) -> None:
     limits = (per(1, "min"), per(1, "day"))
     first = reserve(ledger, *limits)

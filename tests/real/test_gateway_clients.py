@@ -60,12 +60,6 @@ try:
     ask(model="nobody", messages=hi)
 except NotFoundError as error:
     said["unknown"] = error.code
-try:
-    for _ in ask(model="biollm", messages=[{"role": "user", "content": "break"}], stream=True):
-        pass
-except APIError as error:
-    said["broken"] = error.code
-
 async def main():
     async with AsyncOpenAI() as client:
         whole = await client.chat.completions.create(model="biollm", messages=hi)
@@ -74,6 +68,11 @@ async def main():
         said["async"] = whole.choices[0].message.content, "".join(pieces)
 
 asyncio.run(main())
+try:
+    for _ in ask(model="biollm", messages=[{"role": "user", "content": "break"}], stream=True):
+        pass
+except APIError as error:
+    said["broken"] = error.code
 """
 INSTRUCTOR = """
 import instructor
