@@ -86,7 +86,7 @@ def emptiness(response: Any) -> Verdict | None:
     choice = response.choices[0]
     if content(response).strip() or tool_calls(choice):
         return None
-    return _without_text(getattr(getattr(choice, "message", None), "refusal", None), choice.finish_reason)
+    return _without_text(_refusal(getattr(choice, "message", None)), choice.finish_reason)
 
 
 def stranger(sent: Sent) -> Verdict | None:
@@ -136,8 +136,14 @@ async def first_content(sent: Sent) -> Verdict | None:
             sent.ttft_ms = sent.ms
             return None
     ends = finishes(sent.response.chunks)
-    said = "".join(getattr(chunk.choices[0].delta, "refusal", None) or "" for chunk in sent.head if chunk.choices)
+    said = "".join(_refusal(chunk.choices[0].delta) for chunk in sent.head if chunk.choices)
     return _without_text(said, ends[-1]) if ends else CUT
+
+
+def _refusal(said: Any) -> str:
+    """Return the words with which the model refuses in a field of their own; "" where it does not."""
+    kept: dict[str, Any] = getattr(said, "provider_specific_fields", None) or {}  # LiteLLM 1.106 moves it there
+    return getattr(said, "refusal", None) or kept.get("refusal") or ""
 
 
 def _without_text(refusal: str | None, finish: str | None) -> Verdict:
