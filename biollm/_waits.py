@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -15,13 +16,17 @@ from biollm._quotas import period
 SHORTEST, LONGEST = 1.0, 31 * 86400.0  # seconds: what a provider can mean; outside of it the value is clamped
 _GEMINI_DAY = Limit("requests", 1, "day", "00:00 America/Los_Angeles")  # ai.google.dev/gemini-api/docs/rate-limits
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_PART = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*(ms|s|m(?!o)|h|d)")  # not "months"
 _IN = re.compile(
-    r"(?:try again|retry|available again|resets?)\b[^.\n\d]{0,30}?\b(?:in|after)\s+"
-    r"((?:\d+(?:\.\d+)?\s*(?:ms|s|m|h|d|sec|second|min|minute|hour|day)[a-z]*[\s,]*)+)",
+    r"(?:(?:try again|retry|available again|resets?)\b[^.\n\d]{0,30}?\b(?:in|after)|please wait(?: for)?)\s+"
+    r"((?:\d{1,18}(?:\.\d+)?\s*(?:ms|s|m(?!o)|h|d)[a-z]*[\s,]*)+)",
     re.I,
 )
-_DATE = re.compile(r"\b(\d{4}-\d\d-\d\d)(?:[T ]|\s+at\s+)?(\d\d:\d\d(?::\d\d)?)?")
+_DATE = re.compile(r"\b(\d{4}-\d\d-\d\d)(?:[T ]|\s+at\s+)?(\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:\d\d)?)?")
+_AT = re.compile(r"(?:try again|retry|available again|resets?|regain access)\b[^.\n\d]{0,30}(?=\d{4}-)", re.I)
+_LEFT_NONE = re.compile(r"\b(?:r|remaining)=0\s*[;,]\s*(?:t|reset)=(\d{1,18})")  # header RateLimit, IETF drafts
+_ECHOED = frozenset({"input", "ctx", "loc", "param", "messages", "request", "flagged_input"})
+_DEPTH = 12  # levels of JSON; what providers say is no deeper
 # Header that says what is left -> header that says when it is full again; counted only where nothing is left.
 _RESETS = [
     *((f"x-ratelimit-remaining-{kind}", f"x-ratelimit-reset-{kind}") for kind in ("requests", "tokens")),
@@ -43,22 +48,25 @@ def stated(headers: Mapping[str, str], body: Any, message: str, now: float) -> f
         message: The provider's own sentence.
         now: Epoch seconds.
     """
-    quotas = " ".join(str(value) for key, value in _walk(body) if key == "quotaId")
-    if "PerDay" in quotas:
+    fields = list(walk(body))
+    if "PerDay" in " ".join(str(value) for key, value in fields if key == "quotaId"):
         return period(_GEMINI_DAY, now)[1] - now  # whatever retryDelay says
     lower = {name.lower(): value for name, value in headers.items()}
-    found = _number(lower.get("retry-after-ms"), 0.001)
-    found = retry_after(lower.get("retry-after"), now) if found is None else found
-    if found is None:
-        found = _reset(lower, now)
-    if found is None:
-        found = next((_span(value) for key, value in _walk(body) if key == "retryDelay"), None)
-    if found is None:
-        quoted: Any = next((value for key, value in _walk(body) if key == "headers"), None)  # OpenRouter
-        inner = cast("dict[str, Any]", quoted) if isinstance(quoted, dict) else {}
-        found = _reset({name.lower(): str(value) for name, value in inner.items()}, now)
-    if found is None and (spoken := _IN.search(message)):
-        found = _span(spoken[1])
+    # OpenRouter quotes headers in its body.
+    quoted = {key.lower(): str(value) for key, value in fields if not isinstance(value, dict | list)}
+    spoken, at = _IN.search(message), _AT.search(message)
+    named = [
+        _number(quoted.get("resets_in_seconds")),  # Codex
+        _number(lower.get("retry-after-ms"), 0.001),
+        retry_after(lower.get("retry-after"), now),
+        _reset(lower, now),
+        _span(quoted.get("retrydelay", "")),
+        _reset(quoted, now),
+        _span(spoken[1]) if spoken else None,
+        date_in(message[at.end() :], now) if at else None,
+    ]
+    # The first that names a time counts; 0 seconds are none where another of them says more.
+    found = next((wait for wait in named if wait), 0.0 if 0.0 in named else None)
     return None if found is None else min(max(found, SHORTEST), LONGEST)
 
 
@@ -77,7 +85,7 @@ def retry_after(value: str | None, now: float) -> float | None:
         return max(0.0, seconds)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - now)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -86,6 +94,7 @@ def _reset(headers: Mapping[str, str], now: float) -> float | None:
     waits = [
         _until(headers[reset], now) for left, reset in _RESETS if reset in headers and _number(headers.get(left)) == 0
     ]
+    waits += map(float, _LEFT_NONE.findall(headers.get("ratelimit", "")))
     return max((wait for wait in waits if wait is not None), default=None)
 
 
@@ -121,12 +130,27 @@ def _number(value: str | None, unit: float = 1.0) -> float | None:
     return number if isfinite(number) else None
 
 
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every key and value of nested JSON."""
-    if isinstance(value, dict):
+def parse(text: str) -> Any:
+    """Return the JSON in `text`, which LiteLLM may have put a sentence before; None where there is none."""
+    for start in (at for at in (text.find("{"), text.find("[{")) if at >= 0):
+        try:
+            return json.JSONDecoder().raw_decode(text, start)[0]
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+def walk(value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
+    """Yield every key and value of nested JSON, but not of what it echoes of the request."""
+    if depth and isinstance(value, dict):
         for key, inner in cast("dict[str, Any]", value).items():
+            if key in _ECHOED:
+                continue
+            if key == "raw" and isinstance(inner, str):  # OpenRouter: what its provider answered
+                parsed = parse(inner)
+                key, inner = ("message", inner) if parsed is None else (key, parsed)
             yield key, inner
-            yield from _walk(inner)
-    elif isinstance(value, list):
+            yield from walk(inner, depth - 1)
+    elif depth and isinstance(value, list):
         for inner in cast("list[Any]", value):
-            yield from _walk(inner)
+            yield from walk(inner, depth - 1)

@@ -9,11 +9,10 @@ httpx.HTTPStatusError in it means that a server answered, else the innermost cla
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from biollm import _waits
 
@@ -169,13 +168,37 @@ def classify(error: BaseException, now: float, *, shortened: bool = False, hande
             return Verdict(kind, reason)
     if "Timeout" in names:
         return Verdict("timeout", "no answer in time", instead="" if shortened else None)
-    if any(sign in names for sign in ("RequestError", "ReadError", "WriteError", "ClientError")):
+    if framed := _framed(chain, now):
+        return framed
+    if {"RequestError", "ReadError", "WriteError", "ClientError"} & set(names.split()):
         return Verdict("broken", "the connection broke")
     if "ContextWindowExceeded" in names:
         return Verdict("too_long", _clip(_message(str(error))))
     if "ContentPolicyViolation" in names:
         return Verdict("refusal", _clip(_message(str(error))))
     return Verdict("broken", f"failed: {_clip(_message(str(error)))}")
+
+
+def _framed(chain: Sequence[BaseException], now: float) -> Verdict | None:
+    """Judge an error inside an answer of status 200, or in its stream, by what LiteLLM kept of it.
+
+    None where it says no more than that the answer broke.
+    """
+    for link in reversed(chain):
+        body: Any = getattr(link, "body", None)
+        code: Any = getattr(link, "status_code", None)
+        if isinstance(body, dict):
+            code = getattr(link, "code", None)
+        elif code is None or type(link).__module__ == "litellm.exceptions":  # LiteLLM's own status is a guess
+            continue
+        else:
+            body = {"code": code, "message": getattr(link, "message", str(link))}
+        status = int(code) if re.fullmatch(r"[45]\d\d", str(code)) else 400
+        found = answered("", status, {}, str(link), now, body)
+        if found.kind in _FRAMED:
+            return replace(found, status=None, reason=f"failed: {found.reason.partition(': ')[2]}")
+        return None
+    return None
 
 
 def _of_network(link: BaseException) -> bool:
@@ -229,7 +252,7 @@ def _text(response: Any) -> str:
         return ""
 
 
-def answered(names: str, status: int, headers: Mapping[str, str], text: str, now: float) -> Verdict:
+def answered(names: str, status: int, headers: Mapping[str, str], text: str, now: float, body: Any = None) -> Verdict:
     """Judge an HTTP error.
 
     Args:
@@ -238,13 +261,18 @@ def answered(names: str, status: int, headers: Mapping[str, str], text: str, now
         headers: Of the answer.
         text: Its body, or LiteLLM's words that quote it.
         now: Epoch seconds.
+        body: Its JSON, where the text does not hold it.
     """
-    said = _message(text)
-    body = _json(text)
-    codes = frozenset(_codes(body))
-    wait = _waits.stated(headers, body, said, now)
+    text = text[:_JSON]
+    html = "<html" in text.lower() and "{" not in text[: text.find("<")]
+    if body is None and not html:
+        body = _waits.parse(text)
+    said = _message(text, body)
+    fields = list(_waits.walk(body))
+    codes = frozenset(value.lower() for key, value in fields if key in _CODE_FIELDS and isinstance(value, str))
+    wait, date = _waits.stated(headers, body, said, now), _waits.date_in(said, now)
     reason = f"HTTP {status}: {_clip(said)}"
-    kind = _kind(status, codes, said.lower(), html=body is None and "<html" in text.lower(), waits=wait is not None)
+    kind = _kind(status, codes, said.lower(), html=html, frees=wait is not None and date is None)
     if kind == "malformed" and "ContextWindowExceeded" in names:
         kind = "too_long"
     if kind == "malformed" and "ContentPolicyViolation" in names:
@@ -252,7 +280,7 @@ def answered(names: str, status: int, headers: Mapping[str, str], text: str, now
     if kind == "proxy":
         return Verdict(kind, "the proxy refused (HTTP 407)")
     if kind == "credit":
-        return Verdict(kind, reason, status, wait=_waits.date_in(said, now) or wait)
+        return Verdict(kind, reason, status, wait=date or wait)
     if kind == "affordable":
         found = _AFFORD.search(said)
         return Verdict(kind, reason, status, afford=int(found[1].replace(",", "")) if found else None)
@@ -264,7 +292,10 @@ def answered(names: str, status: int, headers: Mapping[str, str], text: str, now
     return Verdict(kind, reason, status)
 
 
-_AFFORD = re.compile(r"can only afford ([\d,]+)")
+_JSON, _WORDS = 65536, 4000  # characters of an answer that are parsed, and searched for phrases
+_CODE_FIELDS = ("code", "type", "status", "reason", "quotaId")
+_TEXT_FIELDS = ("message", "msg", "error", "detail")
+_AFFORD = re.compile(r"can only afford (\d[\d,]{0,15})")
 # The provider's own codes, in lower case -> kind. They count whatever the status, below 500.
 _CODES: dict[str, Kind] = {
     **dict.fromkeys(
@@ -274,7 +305,8 @@ _CODES: dict[str, Kind] = {
     ),
     **dict.fromkeys(
         ("invalid_api_key", "api_key_invalid", "api_key_expired", "invalid_authentication", "authentication_error",
-         "account_deactivated", "unauthenticated", "token_expired", "api_key_service_blocked"), "key",
+         "account_deactivated", "unauthenticated", "token_expired", "api_key_service_blocked",
+         "organization_restricted"), "key",
     ),
     **dict.fromkeys(
         ("context_length_exceeded", "string_above_max_length", "model_max_prompt_tokens_exceeded", "request_too_large"),
@@ -286,78 +318,113 @@ _CODES: dict[str, Kind] = {
     ),
     **dict.fromkeys(
         ("model_not_found", "model_not_available", "deploymentnotfound", "model_decommissioned", "model_not_supported",
-         "unsupported_model", "unsupported_country_region_territory", "model_terms_required"), "not_served",
+         "unsupported_model", "invalid_model", "unsupported_country_region_territory", "model_terms_required"), "not_served",
     ),
     **dict.fromkeys(
         ("unsupported_parameter", "unsupported_value", "unknown_parameter", "extra_forbidden",
          "unsupported_api_for_model"), "unsupported",
     ),
     **dict.fromkeys(("overloaded_error", "engine_overloaded", "capacity_exceeded", "slow_down"), "overloaded"),
+    **dict.fromkeys(("invalid_image_format", "invalid_image", "invalid_image_url", "invalid_base64_image"), "malformed"),
 }  # fmt: skip
-# Phrases of messages without such a code, in lower case; tried in this order.
+# Phrases of messages without such a code, in lower case; tried in the order of _SAYS. A provider quotes the caller's
+# words and names, so a phrase that rests something, or ends the request, is anchored and searched in _own words only.
 _CREDIT = re.compile(
     r"insufficient (credits?|funds|balance|quota)|out of credits?\b|credit balance is too low|no credits? (left|remain)"
     r"|usage limits?\b.{0,40}\b(reached|exceeded)|(reached|exceeded) your .{0,40}\busage limits?|billing (hard )?limit"
     r"|exceeded your current quota|check your plan and billing|payment (is )?required"
 )
+_DEPLETED = re.compile(r"credits? (is|are|have been) (depleted|exhausted|used up)")
 _KEY = re.compile(
     r"api[ _-]?key (is )?(not valid|invalid|expired|revoked)|(invalid|incorrect|expired|missing) api[ _-]?key"
+    r"|api[ _-]?key was reported as leaked|security token\b.{0,40}\b(is expired|is invalid)"
+    r"|\b(organization|account) has been (disabled|restricted|suspended|deactivated)"
 )
 _REFUSAL = re.compile(
-    r"safety (system|filter|polic)|(content|usage) (management )?polic|content[ _-]filter|flagged (as|by|for)|moderation"
-)
-_TOO_LONG = re.compile(
-    r"context (length|window|size)|prompt is too long|input is too long|too many (input |prompt )?tokens"
-    r"|reduce the length|request too large|input token count.{0,40}exceeds|maximum (input|prompt) (length|tokens)"
+    r"\b(flagged|rejected|filtered|blocked|refused|not allowed|violat\w+)\b[^.]{0,60}"
+    r"\b(safety|content|usage|moderation) ((management|filtering) )?(system|filter|polic|guideline)"
+    r"|content (management|filtering) policy|requires moderation\b"
+    r"|\b(input|prompt|request|message|content) (was|has been) flagged|^content exists risk"  # the last: DeepSeek
 )
 _MODALITY = re.compile(
-    r"not (a )?multimodal|(not|n't|no endpoints found that|only|cannot) (support(ed)?|accept|process|handle|read)\b"
-    r".{0,40}\b(image|vision|audio|video|file|pdf)|\b(image|image_url|audio|video)s?\b.{0,40}\b(not supported"
-    r"|unsupported|not allowed|only supported)|at most 0 (image|audio|video)"
+    r"not (a )?multimodal|at most 0 (image|audio|video)|no endpoints found that support (image|audio|video|file|pdf)"
+    r"|\b(model|endpoint)\b.{0,80}\b(not|n't|cannot) (support|accept)(ed|s)?\b.{0,20}\b(image|vision|audio|video|pdf)"
+    r"|\b(image|audio|video)\w*( \w+){0,2} (is|are) (not (supported|enabled)|only supported) (by|for|in|with)\b"
+    r".{0,20}\b(model|endpoint)|(unknown variant|unsupported content type) \W?(image_url|input_audio|video_url)"
+)
+_NOT_SERVED = re.compile(
+    r"(location|country|region|territory)\b.{0,20}\bnot (supported|available)|not available in your"
+    # The model's name may stand between, and nothing else: a tool may be "not found" too.
+    r"|\bmodels?( id| name)?\b[ :/]+(\S{1,100} +)?((is |was |does )?(not (found|available|exist)|no longer available)"
+    r"|(is|was|has been) (decommissioned|deprecated|retired|shut down|no longer supported))|\binvalid model( id| name)?(:|$)"
+    r"|not a valid model (id|name)|model identifier is invalid|on-demand throughput isn|unknown model"
+    r"|no endpoints found for"
 )
 _UNSUPPORTED = re.compile(
     r"unexpected message role|(invalid|unknown|unsupported) (message )?role|roles must alternate|extra inputs are not"
     r"|unsupported (parameter|value|argument|field)|(unknown|unrecognized|unexpected) (parameter|argument|request argument"
-    r"|field|name)|not supported (with|by|for) (this|the) (model|provider|endpoint)|(not|n't|no endpoints found that)"
-    r" support\b.{0,40}\b(tool|function|parameter|response_format|json|schema|prefill|system|stream|logprobs|reasoning)"
-    r"|requires --|must end with a user message|last message must|invalid schema for response_format"
+    r"|field|name)|role not supported|not (supported|enabled) (with|by|for|in)\b|(not|n't|no endpoints found that)"
+    r" support\b.{0,40}\b(tool|function|parameter|response_format|json|schema|prefill|system|stream|logprobs|reasoning"
+    r"|chat completions)|requires --|must end with a user message|last message must|expected last role"
+    r"|invalid schema for response_format|cannot both be specified"
 )
-_NOT_SERVED = re.compile(
-    r"(location|country|region|territory)\b.{0,20}\bnot (supported|available)|not available in your"
-    r"|model\b.{0,80}\b(does not exist|not found|not available|no longer|decommissioned|deprecated|retired|shut down)"
-    r"|unknown model|no endpoints found for"
+_TOO_LONG = re.compile(
+    r"(maximum|exceed\w*)\b.{0,40}\bcontext (length|window|size)|context (length|window|size) (is |was )?exceeded"
+    r"|(prompt|input) is too long|too many (input |prompt )?tokens|reduce the length|request too large"
+    r"|token count.{0,40}exceeds|maximum (input|prompt) (length|tokens)|longer than the maximum model length"
+    r"|max_(new_)?tokens\W{1,3}(must be <=|is too large)|maximum allowed number of output tokens"
 )
 _SAYS: tuple[tuple[re.Pattern[str], Kind], ...] = (
-    (_CREDIT, "credit"), (_KEY, "key"), (_MODALITY, "modality"), (_UNSUPPORTED, "unsupported"), (_TOO_LONG, "too_long"),
-    (_NOT_SERVED, "not_served"), (_REFUSAL, "refusal"),
+    (_CREDIT, "credit"), (_DEPLETED, "credit"), (_KEY, "key"), (_REFUSAL, "refusal"), (_MODALITY, "modality"),
+    (_NOT_SERVED, "not_served"), (_UNSUPPORTED, "unsupported"), (_TOO_LONG, "too_long"),
 )  # fmt: skip
-_FIRST: tuple[Kind, ...] = ("credit", "key", "refusal", "too_long", "not_served", "unsupported", "overloaded")
+_FIRST: tuple[Kind, ...] = (
+    "credit", "key", "refusal", "too_long", "malformed", "not_served", "unsupported", "overloaded",
+)  # fmt: skip
+_FRAMED: tuple[Kind, ...] = (
+    "credit", "affordable", "key", "forbidden", "limited", "too_long", "modality", "unsupported", "not_served", "refusal",
+)  # fmt: skip
 _STATUS: dict[int, Kind] = {
     401: "key", 402: "credit", 403: "forbidden", 404: "not_served", 407: "proxy", 408: "timeout", 409: "overloaded",
     413: "too_long", 423: "overloaded", 425: "overloaded", 429: "limited", 451: "not_served", 498: "overloaded",
 }  # fmt: skip
 
 
-def _kind(status: int, codes: frozenset[str], said: str, *, html: bool, waits: bool) -> Kind:
-    """Return the kind of an HTTP error; see the module's docstring for what counts."""
+def _kind(status: int, codes: frozenset[str], said: str, *, html: bool, frees: bool) -> Kind:
+    """Return the kind of an HTTP error; see the module's docstring for what counts.
+
+    Args:
+        status: The HTTP status.
+        codes: The provider's own codes, in lower case.
+        said: Its message, in lower case.
+        html: Whether the body is a page.
+        frees: Whether it names a time, but no date, after which to come again.
+    """
     if status == 407:
         return "proxy"
     if status >= 500:
         return "overloaded"
-    if html and status in (403, 429):
+    if status < 400 or (html and status in (400, 403, 429)):  # a login page, a CDN's challenge
         return "blocked"
+    said = _ECHO.split(said, maxsplit=1)[0]
+    own = _own(said)
+    named: set[Kind] = {_CODES[code] for code in codes if code in _CODES}
     if status == 429:
         # Gemini words its minute like an empty account; what names a time frees by itself.
-        worded = _CREDIT.search(said) and not waits and "resource_exhausted" not in codes
-        return "credit" if worded or any(_CODES.get(code) == "credit" for code in codes) else "limited"
+        worded = _CREDIT.search(own) and not frees and "resource_exhausted" not in codes
+        if "credit" in named or worded or _DEPLETED.search(own):
+            return "credit"
+        return "too_long" if "request too large" in own else "limited"
     if status == 402:
         return "affordable" if _AFFORD.search(said) else "credit"
-    named: set[Kind] = {_CODES[code] for code in codes if code in _CODES}
-    phrased: list[Kind] = [kind for phrase, kind in _SAYS if phrase.search(said)]
-    if "modality" in phrased:  # OpenRouter says it with 404, others with a code of their own for any parameter
-        return "modality"
     if status == 401:
         return "credit" if "credit" in named else "key"
+    phrased: list[Kind] = [
+        kind for phrase, kind in _SAYS if phrase.search(said if kind in ("unsupported", "too_long") else own)
+    ]
+    # OpenRouter says it with 404, others with a code of their own for any parameter or model.
+    if "modality" in phrased and "refusal" not in phrased and named <= {"unsupported", "not_served"}:
+        return "modality"
     if named:
         return next(kind for kind in _FIRST if kind in named)
     usual = _STATUS.get(status)
@@ -366,38 +433,28 @@ def _kind(status: int, codes: frozenset[str], said: str, *, html: bool, waits: b
     return phrased[0] if phrased else "malformed"
 
 
-def _json(text: str) -> Any:
-    """Return the JSON in `text`, which LiteLLM may have put a sentence before; None where there is none."""
-    for start in (at for at in (text.find("{"), text.find("[{")) if at >= 0):
-        try:
-            return json.JSONDecoder().raw_decode(text, start)[0]
-        except ValueError:
-            continue
-    return None
+_ECHO = re.compile(r"""['"]input['"]\s*:|input_value=""")  # pydantic's repr of what the caller sent
+# What stands in quotes; but the names of content types are the API's. An apostrophe inside a word is no quote.
+_QUOTED = re.compile(r"""(?<!\w)(['"`])(?!image_url|input_audio|video_url).*?(\1(?!\w)|$)""")
 
 
-def _codes(body: Any) -> Iterable[str]:
-    """Yield what the provider's own fields call the failure, in lower case."""
-    if isinstance(body, list):
-        for each in cast("list[Any]", body):
-            yield from _codes(each)
-    elif isinstance(body, dict):
-        for key, value in cast("dict[str, Any]", body).items():
-            if key in ("code", "type", "status", "reason", "quotaId") and isinstance(value, str):
-                yield value.lower()
-            elif isinstance(value, dict | list):
-                yield from _codes(value)
+def _own(said: str) -> str:
+    """Return the start of a message without what is quoted in it: those words are the caller's."""
+    return _QUOTED.sub("", said[:1000])[:300]
 
 
-def _message(text: str) -> str:
+def _message(text: str, body: Any = None) -> str:
     """Return what the provider said on one line, without JSON or LiteLLM's prefixes."""
-    if quoted := re.search(r'"(?:message|msg)":\s*"((?:[^"\\]|\\.)*)"', text):
+    told = [value for key, value in _waits.walk(body) if key in _TEXT_FIELDS and isinstance(value, str)]
+    if told:
+        text = ". ".join(dict.fromkeys(told[:3]))
+    elif quoted := re.search(r'"(?:message|msg)":\s*"((?:[^"\\]|\\.)*)"', text):
         text = quoted[1].replace('\\"', '"')
     else:
-        text = re.sub(r"^(litellm\.)?(\w+(Error|Exception): )*(\w*[eE]xception - )?", "", text)
-        text = re.sub(r"<[^>]*>", " ", text)
-    text = re.sub(r"Bearer \S+|//[^/@\s]+@", "***", text)
-    return " ".join(text[:4000].split())
+        text = re.sub(r"^(litellm\.)?(\w+(Error|Exception): )*(\w*[eE]xception - )?", "", text[:_WORDS])
+        text = re.sub(r"<[^<>]*>", " ", text)
+    text = re.sub(r"Bearer \S+|//[^/@\s]+@", "***", text[:_WORDS])
+    return " ".join(text.split())
 
 
 def _clip(text: str) -> str:

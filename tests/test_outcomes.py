@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from failures import CASES, NOW, Case, gemini, quota, retry
+from behaviours import Behaviour
+from failures import CASES, NOW, WORDINGS, Case, gemini, openai, quota, retry
+from provider import Loopback
 
+from biollm._shared import ledger
 from biollm._waits import retry_after
+from biollm.client import ContentPolicyError, get_model_client
 from biollm.outcomes import classify, timed_out
 
 
@@ -38,7 +45,7 @@ def _litellm(kind: str, text: str) -> Any:
     return error
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.number)
+@pytest.mark.parametrize("case", [*CASES, *WORDINGS], ids=lambda case: case.number)
 def test_an_http_error_is_of_one_kind(case: Case) -> None:
     text = case.body if isinstance(case.body, str) else json.dumps(case.body)
     found = classify(answered(case.status, text, dict(case.headers)), NOW)
@@ -46,7 +53,7 @@ def test_an_http_error_is_of_one_kind(case: Case) -> None:
     assert found.wait == (None if case.wait is None else pytest.approx(case.wait, abs=0.01))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.number)
+@pytest.mark.parametrize("case", [*CASES, *WORDINGS], ids=lambda case: case.number)
 def test_it_is_of_the_same_kind_where_only_litellms_words_quote_it(case: Case) -> None:
     """The body of a stream's error may be gone; LiteLLM's exception then holds it behind a few words of its own."""
     text = case.body if isinstance(case.body, str) else json.dumps(case.body)
@@ -160,3 +167,88 @@ def test_a_day_ends_at_midnight_of_its_zone_also_when_the_clock_changes() -> Non
     before_dst = datetime(2026, 11, 1, 7, 0, tzinfo=UTC).timestamp()  # midnight in Los Angeles, a day of 25 hours
     day = json.dumps(gemini(429, "quota", "RESOURCE_EXHAUSTED", quota("Day"), retry("17s")))
     assert classify(answered(429, day), before_dst).wait == 25 * 3600
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (400, '{"a":' * 50_000),
+        (400, "[" * 900 + "{" * 50),
+        (400, json.dumps({"a": None}).replace("null", '{"a":' * 900 + "1" + "}" * 900)),
+        (402, "can only afford , tokens"),
+        (402, "can only afford " + "9" * 5000),
+        (400, "<" * 100_000),
+        (400, '"message": "' + "\\x" * 50_000),
+        (429, json.dumps({"error": {"resets_in_seconds": float("nan"), "message": "try again in " + "1s " * 2000}})),
+        (400, "'" + " 'a" * 30_000),
+        (429, "Try again at 9999-99-99T99:99"),
+    ],
+    ids=range(10),
+)
+def test_no_answer_is_too_odd_to_be_judged(status: int, text: str) -> None:
+    error = answered(status, text)
+    start = time.perf_counter()
+    assert classify(error, NOW).status == status
+    assert time.perf_counter() - start < 1
+
+
+# --- an error where an answer was expected ----------------------------------------------------------------------------
+
+STREAMS = [pytest.param(False, id="whole"), pytest.param(True, id="stream")]
+
+
+def inside(body: Any, *, stream: bool) -> Behaviour:
+    """Return an answer of status 200 that holds an error."""
+    text = json.dumps(body)
+    return (
+        Behaviour(body=f"data: {text}\n\ndata: [DONE]\n\n", content_type="text/event-stream")
+        if stream
+        else Behaviour(body=text)
+    )
+
+
+def ask(*, stream: bool) -> Any:
+    client = get_model_client()
+    return list(client.stream("hi"))[-1].completion if stream else client.complete("hi")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("dialect", ["openai", "hosted_vllm", "openrouter"])
+@pytest.mark.parametrize(
+    ("body", "rests"),
+    [
+        (openai("Insufficient credits.", 402), "account"),
+        (openai("Rate limit reached.", 429), "account"),
+        (openai("No such key.", 401), "key"),
+        (openai("This model's maximum context length is 8192 tokens.", 400), ""),
+        (openai("Upstream error.", 502), "deployment"),
+        (openai("Odd."), "deployment"),
+    ],
+    ids=["credit", "limited", "key", "too-long", "upstream", "odd"],
+)
+def test_an_error_inside_an_answer_rests_what_it_names(
+    net: Loopback, waterfall: Callable[..., Path], body: Any, rests: str, dialect: str, stream: bool
+) -> None:
+    first = net.serve(then=inside(body, stream=stream))
+    waterfall(
+        first={"base_url": first.url, "litellm_provider": dialect, "rate_limit": "100/min"},
+        last=net.serve(text="from last"),
+    )
+    assert ask(stream=stream).text == "from last"
+    assert {key.partition(":")[0] for key in ledger().blocked()} == ({rests} if rests else set())
+
+
+REFUSED = openai("no", "content_filter")
+MESSAGE = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+DECLINED = {"id": "1", "object": "chat.completion", "created": 1, "model": "small", "choices": [{"index": 0, "message": MESSAGE, "finish_reason": "stop"}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "stream"), [(REFUSED, False), (REFUSED, True), (DECLINED, False)], ids=["code", "code-stream", "field"]
+)
+def test_a_refusal_inside_an_answer_is_a_refusal(
+    net: Loopback, waterfall: Callable[..., Path], body: Any, stream: bool
+) -> None:
+    waterfall(first=net.serve(then=inside(body, stream=stream)), last=net.serve())
+    with pytest.raises(ContentPolicyError):
+        ask(stream=stream)
