@@ -347,17 +347,18 @@ _REFUSAL = re.compile(
     r"|\b(input|prompt|request|message|content) (was|has been) flagged|^content exists risk"  # the last: DeepSeek
 )
 _MODALITY = re.compile(
-    r"not (a )?multimodal|at most 0 (image|audio|video)|no endpoints found that support (image|audio|video|file|pdf)"
-    r"|\b(model|endpoint)\b.{0,80}\b(not|n't|cannot) (support|accept)(ed|s)?\b.{0,20}\b(image|vision|audio|video|pdf)"
+    r"not (a )?multimodal|at most 0 (image|audio|video)|no endpoints found that support (input )?(image|audio|video|file|pdf)"
+    r"|\b(model|endpoint)\b.{0,80}\b(not|n't|cannot) (support|accept)(ed|s)?\b.{0,20}\b(image|multimodal|vision|audio|video|pdf)"
     r"|\b(image|audio|video)\w*( \w+){0,2} (is|are) (not (supported|enabled)|only supported) (by|for|in|with)\b"
-    r".{0,20}\b(model|endpoint)|(unknown variant|unsupported content type) \W?(image_url|input_audio|video_url)"
+    r".{0,20}\b(model|endpoint)|^(image|audio|video) inputs? (is|are) not supported|(unknown variant|unsupported content type) \W?"
+    r"(image_url|input_audio|video_url)"
 )
 _NOT_SERVED = re.compile(
     r"(location|country|region|territory)\b.{0,20}\bnot (supported|available)|not available in your"
     # The model's name may stand between, and nothing else: a tool may be "not found" too.
     r"|\bmodels?( id| name)?\b[ :/]+(\S{1,100} +)?((is |was |does )?(not (found|available|exist)|no longer available)"
     r"|(is|was|has been) (decommissioned|deprecated|retired|shut down|no longer supported))|\binvalid model( id| name)?(:|$)"
-    r"|not a valid model (id|name)|model identifier is invalid|on-demand throughput isn|unknown model"
+    r"|not a valid model (id|name)|model identifier is invalid|on-demand throughput isn|unknown model(:|$)"
     r"|no endpoints found for"
 )
 _UNSUPPORTED = re.compile(
@@ -369,7 +370,7 @@ _UNSUPPORTED = re.compile(
     r"|invalid schema for response_format|cannot both be specified"
 )
 _TOO_LONG = re.compile(
-    r"(maximum|exceed\w*)\b.{0,40}\bcontext (length|window|size)|context (length|window|size) (is |was )?exceeded"
+    r"(maximum|exceed\w*)\b.{0,40}\bcontext (length|window|size|limit)|context (length|window|size) (is |was )?exceeded"
     r"|(prompt|input) is too long|too many (input |prompt )?tokens|reduce the length|request too large"
     r"|token count.{0,40}exceeds|maximum (input|prompt) (length|tokens)|longer than the maximum model length"
     r"|max_(new_)?tokens\W{1,3}(must be <=|is too large)|maximum allowed number of output tokens"
