@@ -109,6 +109,7 @@ class Guard(CustomLogger):
 
 
 _send = httpx.AsyncClient.send
+_HELD = "_biollm_sends_once"
 # JSON may hold these as they are, but httpx and LiteLLM take them for the ends of lines.
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 _CARRIES = re.compile(rb'"(choices|candidates|delta|content|text)"')
@@ -179,8 +180,9 @@ def install() -> None:
     _ours.set(True)
     # Else LiteLLM prices and dumps each answer once more, for callbacks that see nothing of it.
     is_internal_call.set(True)
-    if httpx.AsyncClient.send is not _send_once:
+    if not vars(httpx.AsyncClient).get(_HELD):  # once: the host program may have put something around ours since
         setattr(httpx.AsyncClient, "send", _send_once)  # noqa: B010 # other requests pass through untouched
+        setattr(httpx.AsyncClient, _HELD, True)
     if any(isinstance(callback, Guard) for callback in litellm.callbacks):
         return
     litellm.callbacks.append(Guard())

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import behaviours as b
 import httpx
@@ -184,3 +185,21 @@ def test_requests_of_the_host_program_are_sent_as_ever(net: Loopback, waterfall:
 
     assert asyncio.run(post()).status_code == 200
     assert len(elsewhere.requests) == 1
+
+
+def test_what_the_host_program_puts_around_the_sending_stays(
+    net: Loopback, waterfall: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waterfall(first=net.serve())
+    client, seen = get_model_client(), list[str]()
+    client.complete("hi")
+    inner = httpx.AsyncClient.send
+
+    async def instrumented(self: httpx.AsyncClient, request: httpx.Request, **options: Any) -> httpx.Response:
+        seen.append(request.method)
+        return await inner(self, request, **options)
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", instrumented)
+    client.complete("hi")
+    client.complete("hi")
+    assert seen.count("POST") == 2
