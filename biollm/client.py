@@ -383,10 +383,15 @@ class Client:
             try:
                 return await (await self._waterfall(request)).complete(first)
             except CompletionError as error:
-                await self._start(request, error)
+                missed = await self._start(request, error)
+                try:
+                    return await (await self._waterfall(request)).complete(request)
+                except CompletionError as error:
+                    raise missed or error from None
         return await (await self._waterfall(request)).complete(request)
 
     async def _stream(self, request: Request) -> AsyncGenerator[Piece, None]:
+        missed: BiollmError | None = None
         if request.start:
             first = replace(request, wants=replace(request.wants, allow_degraded=False))
             try:
@@ -395,20 +400,25 @@ class Client:
             except InterruptedStreamError:
                 raise
             except CompletionError as error:
-                await self._start(request, error)
+                missed = await self._start(request, error)
             else:
                 return
-        async for piece in (await self._waterfall(request)).stream(request):
-            yield piece
+        try:
+            async for piece in (await self._waterfall(request)).stream(request):
+                yield piece
+        except InterruptedStreamError:
+            raise
+        except CompletionError as error:
+            raise missed or error from None
 
-    async def _start(self, request: Request, error: CompletionError) -> None:
-        """Start a server on the cluster after `error`; raise why not, unless the embedded model may still answer.
+    async def _start(self, request: Request, error: CompletionError) -> BiollmError | None:
+        """Start a server on the cluster after `error`; return why not where the embedded model may still answer.
 
         The job stays when the deadline passes or the caller leaves. No thread waits: a step is short.
         """
         from biollm import on_demand, slurm
 
-        if isinstance(error, RequestRejectedError | DeadlineError):
+        if isinstance(error, RequestRejectedError | ContentPolicyError | DeadlineError):
             raise error
         cluster = self.config.cluster
         try:
@@ -420,9 +430,11 @@ class Client:
                 await apart(watch(cluster).refresh)
         except DeadlineError:
             raise
-        except BiollmError:
+        except BiollmError as missed:
             if not request.wants.allow_degraded:
                 raise
+            return missed
+        return None
 
     async def _many(
         self,
@@ -524,6 +536,8 @@ def _check_options(options: Options) -> None:
             raise UsageError(f"There is no option {name!r}.", hint=hint)
     if (policy := options.get("data_policy", "any")) not in _STRICTNESS:
         raise UsageError(f"data_policy is {policy!r}; it must be one of {', '.join(_STRICTNESS)}.")
+    if (then := options.get("on_interrupt", "raise")) not in ("raise", "restart"):
+        raise UsageError(f"on_interrupt is {then!r}; it must be raise or restart.")
 
 
 def _number(name: str, given: Any) -> Any:
@@ -534,7 +548,8 @@ def _number(name: str, given: Any) -> Any:
     return number
 
 
-def _patience(seconds: float | None) -> float | None:
+def _patience(given: float | None) -> float | None:
+    seconds = _number("patience", given)
     if seconds is not None and not 0 <= seconds < math.inf:
         raise UsageError(f"patience is {seconds:g}; it must be 0 or more seconds.")
     return seconds

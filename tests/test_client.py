@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import pytest
 from behaviours import (
+    CONTENT_POLICY,
     CUT,
     EMPTY,
     HANG,
@@ -45,6 +46,7 @@ from biollm.client import (
     Client,
     Completion,
     CompletionError,
+    ContentPolicyError,
     DeadlineError,
     InterruptedStreamError,
     KeysRefusedError,
@@ -467,7 +469,7 @@ def test_what_litellm_cannot_translate_is_the_callers_error_in_each_of_eight_pro
     [
         (False, False, "No model can be started on the cluster"),
         (True, False, "There is no scontrol on this machine"),
-        (True, True, "Nobody could answer"),  # the embedded model might have
+        (True, True, "There is no scontrol on this machine"),  # the embedded model might have answered
     ],
 )
 def test_a_server_that_cannot_be_started_is_why_nobody_answers(
@@ -489,6 +491,28 @@ def test_a_server_that_cannot_be_started_is_why_nobody_answers(
     client = get_model_client(start_local=True, allow_degraded=degraded)
     with pytest.raises(BiollmError, match=told):
         list(client.stream("hi")) if stream else client.complete("hi")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_by_content_policy_starts_no_server(net: Loopback, waterfall: Write, stream: bool) -> None:
+    waterfall(first=net.serve(then=CONTENT_POLICY))
+    client = get_model_client(start_local=True, allow_degraded=True)
+    with pytest.raises(ContentPolicyError):
+        list(client.stream("hi")) if stream else client.complete("hi")
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"patience": "2"}, "patience is '2'; it must be a number"),
+        ({"patience": -1}, "patience is -1"),
+        ({"on_interrupt": "again"}, "on_interrupt is 'again'; it must be raise or restart"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_told_at_once(waterfall: Write, option: Any, told: str) -> None:
+    waterfall(first="https://first.invalid/v1")
+    with pytest.raises(UsageError, match=told):
+        get_model_client().complete("hi", **option)
 
 
 # --- what rests, what repeats, what ends ---------------------------------------------------------------------------
