@@ -42,7 +42,7 @@ def _rows(count: int, end: float) -> Iterator[tuple[object, ...]]:
         times = dice.lognormvariate(6.5, 0.8), dice.lognormvariate(5, 0.5)
         tokens = (0, 0, None) if bad else (800, 150, 0.001)
         yield (end - DAYS * 86400 * (1 - number / count), f"r{number}", f"{provider}/{model}", provider, account,
-               model, outcome, reason, status, *times, *tokens, place + 1, 0, tags[number % 3])  # fmt: skip
+               model, outcome, reason, status, *times, *tokens, place + 1, 0, 0, tags[number % 3])  # fmt: skip
 
 
 def million(scratch: Path, env: Mapping[str, str]) -> list[Bar]:
