@@ -28,7 +28,7 @@ from biollm._files import private_folder, write_private
 from biollm._gateway_client import RECORD, SOCKET, connect, folders, identity, record
 from biollm._resources import own_dir, state_dir
 from biollm._shared import ledger
-from biollm.errors import UnavailableError, UsageError
+from biollm.errors import ConfigError, UnavailableError, UsageError
 from biollm.owners import is_private
 
 if TYPE_CHECKING:
@@ -293,7 +293,10 @@ def detach(arguments: Sequence[str], patience: float = 60) -> tuple[Record, Path
             return told, log
         if child.poll() is not None:
             said = log.read_text(errors="replace").strip().removeprefix("biollm: ")
-            raise UnavailableError(said[-2000:] or f"The gateway ended with exit code {child.returncode}.")
+            error = UnavailableError(said[-2000:] or f"The gateway ended with exit code {child.returncode}.")
+            if child.returncode == ConfigError.exit_code:  # as without --detach
+                error.exit_code = child.returncode
+            raise error
         time.sleep(0.02)
     child.terminate()
     raise UnavailableError(f"The gateway did not start within {patience:.0f} s.", hint=f"Its log is {log}.")

@@ -192,6 +192,7 @@ def test_a_variable_that_is_too_short_is_a_configuration_error(
     ran = biollm("serve", "--port", "0", "--idle-timeout", "1")
     assert (ran.code, ran.out) == (78, "")
     assert "biollm: BIOLLM_GATEWAY_KEY: has fewer than 16 characters" in ran.err and "fifteen-letters" not in ran.err
+    assert biollm("serve", "--port", "0", "--detach").code == 78
 
 
 def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch) -> None:
