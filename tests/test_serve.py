@@ -187,7 +187,7 @@ def test_what_is_wrong_is_told_at_once(waterfall: Waterfall, runtime: Path, net:
     assert (ran.code, ran.err) == (69, f"biollm: Cannot listen on 127.0.0.1, port {taken}: Address already in use.\n")
     (folder / "providers.yaml").write_text("providers: 7\n")
     ran = biollm("serve", "--detach")
-    assert ran.code == 69
+    assert ran.code == 78, "a wrong configuration, as without --detach"
     assert f"{folder}/providers.yaml:1: providers" in ran.err
 
 
