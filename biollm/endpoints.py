@@ -162,7 +162,7 @@ class Watch:
         self._probed: dict[str, tuple[float, bool]] = {}  # start -> when, and whether it answered
         self._thread: threading.Thread | None = None
         self._looked, self._due = threading.Event(), 0.0
-        self._asked = 0.0
+        self._asked = self._took = 0.0
 
     def alive(self) -> tuple[Endpoint, ...]:
         """Return the servers alive at most an interval ago; waits for the first look, and for one after a minute unasked.
@@ -192,26 +192,27 @@ class Watch:
 
     def refresh(self) -> tuple[Endpoint, ...]:
         """Read the records, and ask the servers that are new or were not asked for a while."""
+        began = time.monotonic()
         found, _ = self._records.read()
         now = time.monotonic()
+        self._took = now - began
         probed = self._probed = {e.start: self._probed[e.start] for e in found if e.start in self._probed}
         due = [e for e in found if (p := probed.get(e.start)) is None or now - p[0] > (PROBE_S if p[1] else _RETRY_S)]
         for endpoint, named in _probe(due):
-            answered = probed.get(endpoint.start, (0.0, False))[1] if named is None else named == endpoint.start
+            # One that is only slow counts as before, a new one by its record: it proves its start before it is asked.
+            answered = probed.get(endpoint.start, (0.0, True))[1] if named is None else named == endpoint.start
             probed[endpoint.start] = (now, answered)
         self._alive = tuple(e for e in found if probed.get(e.start, (0.0, False))[1])
         return self._alive
 
     def _run(self, looked: threading.Event) -> None:
         while time.monotonic() - self._asked < _UNUSED_S:
-            began = time.monotonic()
             try:
                 self.refresh()
             except RuntimeError:  # the interpreter is ending, and starts no more threads
                 return
             looked.set()
-            took = time.monotonic() - began
-            time.sleep(max(self._interval, 20 * took))  # a slow file system is read more rarely
+            time.sleep(max(self._interval, 20 * self._took))  # a slow file system is read more rarely
 
 
 def read_key(endpoint: Endpoint) -> str:

@@ -316,11 +316,11 @@ TWELVE = "one two three four five six seven eight nine ten eleven twelve"
         (Behaviour(text="no JSON", usage={}), {"response_model": JSON_WANTED}, [("failed", 100, 1, True)] * 2),
         (Behaviour(text=TWELVE, cut=9), {"stream": True}, [("failed", 100, 8, True)]),
         (Behaviour(text=TWELVE, fail=9), {"stream": True}, [("failed", 100, 8, True)]),
-        (Behaviour(text=TWELVE, hang=9), {"stream": True, "timeout": 0.5}, [("failed", 100, 8, True)]),
+        (Behaviour(text=TWELVE, hang=9), {"stream": True, "timeout": 3}, [("failed", 100, 8, True)]),
         (Behaviour(text=TWELVE, hang=9), {"stream": True, "leave": 7}, [("cancelled", 100, 8, True)]),
         # Nothing came, so nothing was paid.
         (HTTP_500, {}, [("failed", 0, 0, False)] * 2),
-        (Behaviour(hang=1), {"stream": True, "timeout": 0.5}, [("failed", 0, 0, False)]),
+        (Behaviour(hang=1), {"stream": True, "timeout": 3}, [("failed", 0, 0, False)]),
     ],
 )
 def test_what_was_paid_and_thrown_away_counts(
@@ -340,6 +340,7 @@ def test_what_was_paid_and_thrown_away_counts(
         else:
             client.complete("x" * 400, **options)
     until(lambda: [ledger().flush(), *ledger().history()][len(expected) :])  # leaving a stream does not wait
+    ledger().flush()  # quotas have a file of their own
     records = list(ledger().history())
     found = [(each.outcome, each.prompt_tokens, each.completion_tokens, each.estimated) for each in records]
     assert found == expected
