@@ -35,7 +35,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, start: str = START, host: str = "127.0.0.1") -> None:
         super().__init__((host, 0), Handler)
-        self.start, self.asked = start, 0
+        self.start, self.asked, self.pause = start, 0, 0.0
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
 
@@ -44,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked += 1
+        time.sleep(self.server.pause)
         path, _, nonce = self.path.partition("?nonce=")
         known = path == "/health" or self.headers["authorization"] == "Bearer secret"
         self.send_response(200 if known else 401)
@@ -215,6 +216,12 @@ def test_a_watch_asks_a_server_once_not_at_each_refresh(cluster: Cluster, server
     for _ in range(5):
         assert len(watch.refresh()) == 1
     assert server.asked == 1
+
+
+def test_a_new_server_that_is_slow_to_answer_counts_by_its_record(cluster: Cluster, server: Server) -> None:
+    server.pause = 1.5  # more than a look waits for
+    publish(cluster, server.server_port)
+    assert len(Watch(cluster).refresh()) == 1
 
 
 def test_a_watch_works_in_the_child_of_a_fork(cluster: Cluster, server: Server) -> None:
