@@ -184,7 +184,7 @@ async def apart(work: Callable[..., T], *arguments: Any) -> T:
             result = work(*arguments)
         except BaseException as error:
             failed = error
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
+        with suppress(RuntimeError):  # the loop is closed: no caller is waiting
             loop.call_soon_threadsafe(settle, result, failed)
 
     threading.Thread(target=run, name="biollm-apart", daemon=True).start()

@@ -138,7 +138,7 @@ class Reader:
             if not isinstance(said := part.get("text") or "", str):
                 raise UsageError(f"{path}.text is {_kind(said)}; it must be a text.")
             self.letters += len(said)
-        size = self.size + _MEDIUM  # an image's base64 costs tokens by pixels, which nobody knows here
+        size = self.size + _MEDIUM  # an image's base64 costs tokens by pixels, which are not known here
         made = self.value(part, path)
         if kind not in _MEDIA:
             return made

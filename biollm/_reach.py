@@ -99,7 +99,7 @@ class Trust:
         age = time.monotonic() - self._good.get(place, -TRUSTED)
         if age >= RENEWED and place not in self._looks:
             self._looks[place] = look = asyncio.create_task(self._look(place, url, deployment.model, known.secret))
-            look.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits for it
+            look.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may have left
         return await asyncio.shield(self._looks[place]) if age >= TRUSTED else None
 
     def forget(self, deployment: Deployment) -> None:

@@ -96,7 +96,7 @@ class Run:
         repeat: The deployment that is asked once more at once.
         repeated: Ids of those that were.
         caps: Deployment id -> the most tokens of answer that its account can pay for.
-        spare: An answer that was cut for want of room, which is given if nobody has a longer one.
+        spare: An answer that was cut for want of room, which is given if no deployment has a longer one.
         waiting_since: When patience for an earlier deployment began, on the monotonic clock.
     """
 

@@ -54,7 +54,7 @@ _LITELLM: Any = litellm  # its own types are partial
 _LOOK = 2.0  # seconds that a request waits for what servers and keys there are
 _KEPT = 32  # chunks of a stream, before their text is joined
 _CONNECTIONS = 1000  # at once
-_IDLE = 60  # seconds that a connection is kept which nobody uses, and an address that a name resolved to
+_IDLE = 60  # seconds that an unused connection is kept, and the address that a name resolved to
 _FRESH = 120.0  # seconds that a short-lived token must still be good for
 _NEWS = 1.0  # seconds between two looks for what other processes know, while nothing may be asked
 _AGAIN = 0.05  # seconds until a deployment that failed once is asked again
@@ -274,7 +274,7 @@ class Waterfall:
         return min((size for size in sizes if size), default=None)
 
     def _spare(self, run: Run, sent: Sent | None) -> None:
-        """Keep an answer that was cut for want of room, in case nobody has a longer one; the one before it is over."""
+        """Keep an answer that was cut for want of room, in case no other deployment has a longer one; the one before it is over."""
         if run.spare:
             self._settle(run, run.spare, Attempt(run.spare.deployment.id, "failed", CUT_SHORT.reason, ms=run.spare.ms))
         run.spare = sent
