@@ -25,12 +25,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from biollm import _forms as forms
-from biollm import _yaml
 from biollm._files import locked, write_private
 from biollm._openai_face import problem
-from biollm._resources import config_dirs, own_dir, state_dir
 from biollm._shared import ledger
+from biollm.config import values as forms
+from biollm.config import yaml
+from biollm.config.paths import config_dirs, own_dir, state_dir
 from biollm.errors import ConfigError, Problem
 from biollm.ledger import Need, Refused
 from biollm.owners import is_private
@@ -100,7 +100,7 @@ def keys() -> tuple[tuple[Key, ...], str]:
 def _read(file: Path) -> Iterable[Key]:
     if not is_private(file, stat.S_ISREG):
         raise ConfigError([Problem(str(file), 0, "", "holds keys, and others can read it.", f"chmod 600 {file}")])
-    document = _yaml.read(file)
+    document = yaml.read(file)
     problems, found = list(document.problems), list[Key]()
     for name, value in document.value.items():
         try:

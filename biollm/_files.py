@@ -10,7 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from biollm._resources import is_shared
+from biollm.config.paths import is_shared
 
 
 def private_folder(path: Path) -> Path:

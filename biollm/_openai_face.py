@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from biollm import errors
-from biollm._resources import tags_of
+from biollm.config.paths import tags_of
 from biollm.routing import GROUP, LOCAL_GROUP, models_of
 from biollm.types import Attempt, Completion
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from biollm._background import background
-from biollm._resources import state_dir
 from biollm.config import Cluster
+from biollm.config.paths import state_dir
+from biollm.config.site import run_dir
 from biollm.endpoints import Watch
 from biollm.ledger import Ledger
-from biollm.site import run_dir
 
 
 def ledger() -> Ledger:

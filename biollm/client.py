@@ -21,10 +21,10 @@ from biollm import balance
 from biollm._background import apart, background, called
 from biollm._gateway_client import Line, body_of, identity, reach
 from biollm._plain import ANSWER_SIZES, Reader, text, texts
-from biollm._resources import environment_tags, state_dir, wants_local_only
 from biollm._run import Request
 from biollm._shared import ledger, watch
 from biollm.config import Config, Limit, load_config
+from biollm.config.paths import environment_tags, state_dir, wants_local_only
 from biollm.errors import (
     AllLimitedError,
     BiollmError,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from biollm._files import locked, write_private
-from biollm._resources import own_dir
+from biollm.config.paths import own_dir
 from biollm.errors import UnavailableError
 from biollm.owners import in_the_clear
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from biollm._background import background
 from biollm._broken import Stage
-from biollm._resources import state_dir
 from biollm._run import Request
 from biollm._shared import watch
 from biollm.client import import_waterfall
 from biollm.config import Config
+from biollm.config.paths import state_dir
 from biollm.credentials import Credential, of_secret
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from biollm.config.site import places, present_dir
 from biollm.owners import is_this_host, uids
-from biollm.site import places, present_dir
 
 if TYPE_CHECKING:
     from biollm.config import Cluster

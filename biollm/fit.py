@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from biollm._forms import token_count
 from biollm.config import Architecture, Cluster, Model
+from biollm.config.values import token_count
 from biollm.errors import DoesNotFitError, UsageError, nearest
 
 GIB = 1024**3

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from biollm import _reach
 from biollm._background import apart, background
-from biollm._resources import state_dir
 from biollm._shared import ledger, watch
 from biollm.config import Config, load_config
+from biollm.config.paths import state_dir
 from biollm.credentials import Credential, hide
 from biollm.routing import Deployment, Wants
 from biollm.rungs import Rungs

@@ -25,12 +25,12 @@ from functools import cache
 from typing import Any
 
 from biollm import __version__, vllm_args
-from biollm._resources import data_dir
 from biollm.config import Cluster, Model
+from biollm.config.paths import data_dir
+from biollm.config.site import cache_dir, log_dir, models_dir, node_files, own_dir, run_dir, weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, Problem, UsageError, nearest
 from biollm.fit import fit
 from biollm.sbatch import Request, header, request
-from biollm.site import cache_dir, log_dir, models_dir, node_files, own_dir, run_dir, weights_dir
 
 _SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)

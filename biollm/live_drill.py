@@ -16,11 +16,11 @@ from typing import Literal
 
 from biollm._background import background
 from biollm._quotas import Cooldown
-from biollm._resources import state_dir
 from biollm._shared import ledger as shared_ledger
 from biollm._shared import watch
 from biollm.client import import_waterfall
 from biollm.config import Config
+from biollm.config.paths import state_dir
 from biollm.drill import Played, Theatre
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger, Need, Record, Refused

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from biollm.config import Cluster
+from biollm.config.site import log_dir
 from biollm.errors import ConfigError, Problem
-from biollm.site import log_dir
 
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]*&|()-]*", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")

@@ -17,13 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from biollm._forms import short
 from biollm._quotas import excess
-from biollm._resources import state_dir
 from biollm._shared import ledger, watch
 from biollm._sqlite import read
 from biollm.alerts import firing
 from biollm.config import Config, Limit
+from biollm.config.paths import state_dir
+from biollm.config.values import short
 from biollm.endpoints import Endpoint
 from biollm.errors import BiollmError
 from biollm.ledger import Ledger, Need

@@ -354,7 +354,7 @@ def _local(
 def _gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
     """Return model -> GPU hours of this user's jobs, from their first sign of life to their last, or to now."""
     from biollm import _scheduler
-    from biollm.site import present_dir
+    from biollm.config.site import present_dir
     from biollm.tickets import judge, tickets
 
     hours: dict[str, float] = {}

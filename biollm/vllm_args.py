@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, cast
 
-from biollm._forms import token_count
-from biollm._resources import data_dir
+from biollm.config.paths import data_dir
+from biollm.config.values import token_count
 from biollm.errors import UsageError, nearest
 
 # Set for each start by the launch script or on the node

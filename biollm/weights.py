@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from biollm.config import Cluster, Model
+from biollm.config.site import weights_dir
 from biollm.errors import UnavailableError, UsageError
-from biollm.site import weights_dir
 
 _MARK = ".biollm-pull"  # lies in the folder from the first byte to the last
 _DUPLICATES = ("original/*", "onnx/*", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.ckpt")

@@ -19,11 +19,11 @@ from provider import Loopback, Request, Server
 from biollm import balance
 from biollm._background import background
 from biollm.client import Client, get_model_client
+from biollm.config.site import run_dir
 from biollm.credentials import of_secret
 from biollm.endpoints import Endpoint, Figures, figures
 from biollm.errors import CompletionError
 from biollm.routing import Deployment, deployments
-from biollm.site import run_dir
 
 OLDER = "vllm:gpu_cache_usage_perc"
 

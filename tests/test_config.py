@@ -17,10 +17,10 @@ import jsonschema
 import pytest
 import yaml
 
-from biollm._resources import data_dir
 from biollm.config import Account, Architecture, Config, Limit, Model, Provider, describe, json_schema, load_config
+from biollm.config.paths import data_dir
+from biollm.config.starter import write_starter
 from biollm.errors import ConfigError, UnknownNameError
-from biollm.starter import write_starter
 
 KINDS = ("models", "providers", "cluster")
 SHIPPED = data_dir("router_config")

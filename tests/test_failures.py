@@ -15,7 +15,6 @@ from conftest import until
 from failures import CASES, Case
 from provider import Json, Loopback, Request, Server
 
-from biollm._resources import state_dir
 from biollm._shared import ledger
 from biollm.client import (
     AllLimitedError,
@@ -30,6 +29,7 @@ from biollm.client import (
     get_model_client,
 )
 from biollm.config import load_config
+from biollm.config.paths import state_dir
 from biollm.health import check, check_all_providers
 from biollm.ledger import Ledger
 

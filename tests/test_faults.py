@@ -38,8 +38,8 @@ from biollm.client import (
     StreamRestarted,
     get_model_client,
 )
+from biollm.config.site import run_dir
 from biollm.endpoints import Endpoint
-from biollm.site import run_dir
 
 pytestmark = pytest.mark.timeout(60)
 

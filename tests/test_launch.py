@@ -16,9 +16,9 @@ import pytest
 
 from biollm import __version__
 from biollm.config import Cluster, Environment, Model, load_config
+from biollm.config.site import node_files, weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, UsageError
 from biollm.launch import LaunchScript, Options, override, render
-from biollm.site import node_files, weights_dir
 
 GOLDEN = Path(__file__).parent / "golden"
 BIN = Path(sys.executable).parent

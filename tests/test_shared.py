@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from test_embedded import FILE, GGUF, HUB, model, serve
 
-from biollm import _admission, alerts, copilot, embedded, site
+from biollm import _admission, alerts, copilot, embedded
 from biollm._files import write_private
-from biollm._resources import own_dir, state_dir
-from biollm.config import Cluster, Limit, load_config
+from biollm.config import Cluster, Limit, load_config, site
+from biollm.config.paths import own_dir, state_dir
 from biollm.doctor import check
 from biollm.ledger import Ledger, Need, Record
 from biollm.top import Top

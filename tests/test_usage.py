@@ -22,9 +22,9 @@ from biollm import _rollup, metrics, usage
 from biollm._shared import ledger
 from biollm.client import Client
 from biollm.config import Config, load_config
+from biollm.config.site import own_dir
 from biollm.errors import UsageError
 from biollm.ledger import Ledger, Need, Record
-from biollm.site import own_dir
 from biollm.usage import Report
 
 HOUR = 3600.0

@@ -139,7 +139,7 @@ def _line(
     One that BIOLLM_GATEWAY names has a configuration of its own: what the one here says of data is read first.
     """
     from biollm._gateway_client import body, named, reach
-    from biollm._resources import environment_tags, wants_local_only
+    from biollm.config.paths import environment_tags, wants_local_only
     from biollm.structured import Shape
 
     if named():
@@ -351,8 +351,8 @@ def login(
 ) -> None:
     """Log in where a browser takes the place of a key."""
     from biollm import copilot
-    from biollm._resources import state_dir
     from biollm.config import load_config
+    from biollm.config.paths import state_dir
 
     if provider != "github_copilot":
         raise UsageError(
@@ -375,8 +375,8 @@ def embedded_pull(
 ) -> None:
     """Fetch the weights of the embedded model, once."""
     from biollm import embedded
-    from biollm._resources import state_dir
     from biollm.config import load_config
+    from biollm.config.paths import state_dir
 
     models = {key: each for key, each in load_config().models.items() if each.type == "embedded"}
     chosen = model or next(iter(models), "")

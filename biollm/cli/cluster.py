@@ -66,7 +66,7 @@ def render_slurm(
 
 
 def _options(*, time: str | None, **rest: Any) -> Options:
-    from biollm._forms import walltime
+    from biollm.config.values import walltime
     from biollm.launch import Options
 
     try:
@@ -342,8 +342,8 @@ def models_add(
 ) -> None:
     """Add a model, with its architecture, to models.yaml."""
     from biollm import registry
-    from biollm._resources import config_dirs
     from biollm.config import load_config
+    from biollm.config.paths import config_dirs
 
     folder, cluster = config_dirs()[-1][1], load_config().cluster
     key, file = registry.add(hf_id, folder, cluster, config=config_json, name=name)

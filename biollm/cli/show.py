@@ -60,8 +60,8 @@ def providers(as_json: Json = False) -> None:
 
     Sends nothing.
     """
-    from biollm._forms import short
     from biollm.client import Client
+    from biollm.config.values import short
 
     seen: dict[str, dict[str, Any]] = {}
     client = Client(allow_degraded=True)
@@ -207,8 +207,8 @@ def init(
 
     Says which keys it found. Overwrites nothing.
     """
-    from biollm._resources import config_dirs
-    from biollm.starter import write_starter
+    from biollm.config.paths import config_dirs
+    from biollm.config.starter import write_starter
 
     for line in write_starter(directory or config_dirs()[-1][1]):
         print(line)

@@ -45,8 +45,8 @@ def usage(
 
     from biollm import _rollup, metrics
     from biollm import usage as reports
-    from biollm._resources import state_dir
     from biollm.config import load_config
+    from biollm.config.paths import state_dir
     from biollm.ledger import Ledger
 
     ledger, now = Ledger(state_dir()), time.time()
@@ -114,7 +114,7 @@ def _show(report: Report) -> None:
 
 
 def _cells(row: Row) -> Sequence[object]:
-    from biollm._forms import short
+    from biollm.config.values import short
 
     times = [_ms(value) for value in (row.p50_ms, row.p95_ms, row.p99_ms, row.ttft_p50_ms)]
     tokens = (short(row.prompt_tokens), short(row.completion_tokens))
@@ -137,7 +137,7 @@ def _plot(rows: Sequence[Row]) -> None:
 
 
 def _quotas(report: Report) -> None:
-    from biollm._forms import short
+    from biollm.config.values import short
 
     def at(epoch: float | None) -> str:
         return (_print.moment(epoch) or "-")[:16].replace("T", " ")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from slurm_lab import SlurmLab
 
-from biollm._resources import data_dir
 from biollm.config import Cluster, Model
+from biollm.config.paths import data_dir
 from biollm.launch import render
 from biollm.vllm_args import argv, problems, snapshot
 

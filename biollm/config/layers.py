@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from biollm._forms import as_list
-from biollm._resources import FALSE
-from biollm._yaml import Document, KeyPath, dotted, read
+from biollm.config.paths import FALSE
+from biollm.config.values import as_list
+from biollm.config.yaml import Document, KeyPath, dotted, read
 from biollm.errors import Problem, nearest
 
 Tree = dict[str, Any]

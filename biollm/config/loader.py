@@ -17,22 +17,22 @@ from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError, create_model
 
-from biollm import _forms as forms
-from biollm._forms import Limit as Limit
-from biollm._layers import FILES, SYNONYMS, TOP, Layers
-from biollm._resources import config_dirs, wants_local_only
-from biollm._settings import LITELLM_PROVIDERS as LITELLM_PROVIDERS
-from biollm._settings import Account as Account
-from biollm._settings import Alerts as Alerts
-from biollm._settings import Architecture as Architecture
-from biollm._settings import Cluster as Cluster
-from biollm._settings import Costs as Costs
-from biollm._settings import Environment as Environment
-from biollm._settings import Model as Model
-from biollm._settings import Policy as Policy
-from biollm._settings import Provider as Provider
-from biollm._settings import Routing as Routing
-from biollm._yaml import KeyPath, dotted
+from biollm.config import values as forms
+from biollm.config.layers import FILES, SYNONYMS, TOP, Layers
+from biollm.config.paths import config_dirs, wants_local_only
+from biollm.config.schema import LITELLM_PROVIDERS as LITELLM_PROVIDERS
+from biollm.config.schema import Account as Account
+from biollm.config.schema import Alerts as Alerts
+from biollm.config.schema import Architecture as Architecture
+from biollm.config.schema import Cluster as Cluster
+from biollm.config.schema import Costs as Costs
+from biollm.config.schema import Environment as Environment
+from biollm.config.schema import Model as Model
+from biollm.config.schema import Policy as Policy
+from biollm.config.schema import Provider as Provider
+from biollm.config.schema import Routing as Routing
+from biollm.config.values import Limit as Limit
+from biollm.config.yaml import KeyPath, dotted
 from biollm.errors import ConfigError, Problem, UnknownNameError, nearest
 from biollm.owners import in_the_clear
 

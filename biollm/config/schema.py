@@ -12,8 +12,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from biollm import _forms as forms
-from biollm._forms import Limit
+from biollm.config import values as forms
+from biollm.config.values import Limit
 from biollm.errors import UsageError
 
 Policy = Literal["any", "no_training", "local_only"]

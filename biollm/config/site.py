@@ -6,9 +6,9 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from biollm._resources import own_dir as own_state
-from biollm._resources import state_dir
 from biollm.config import Cluster, Model
+from biollm.config.paths import own_dir as own_state
+from biollm.config.paths import state_dir
 from biollm.errors import UsageError
 from biollm.owners import is_private
 

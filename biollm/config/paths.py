@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 FALSE = ("false", "no", "off", "0")  # as people write it in files and in the environment
 

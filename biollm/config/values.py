@@ -132,6 +132,7 @@ def _duration(value: object) -> int:
 
 
 def walltime(value: object) -> int:
+    """Return the seconds of a walltime as people write it: 8:00:00, 480 min. A bare number has no unit."""
     if isinstance(value, str) and value.strip().isdigit():
         raise ValueError(f"{value} could be minutes or seconds. Write it like 8:00:00 or 480 min.")
     return _duration(value)
