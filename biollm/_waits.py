@@ -10,8 +10,8 @@ from email.utils import parsedate_to_datetime
 from math import isfinite
 from typing import Any, cast
 
-from biollm._quotas import period
 from biollm.config.values import Limit
+from biollm.ledger.quotas import period
 
 SHORTEST, LONGEST = 1.0, 31 * 86400.0  # seconds: what a provider can mean; outside of it the value is clamped
 _GEMINI_DAY = Limit("requests", 1, "day", "00:00 America/Los_Angeles")  # ai.google.dev/gemini-api/docs/rate-limits

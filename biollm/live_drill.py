@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from biollm._background import background
-from biollm._quotas import Cooldown
 from biollm._shared import ledger as shared_ledger
 from biollm._shared import watch
 from biollm.client import import_waterfall
@@ -24,6 +23,7 @@ from biollm.config.paths import state_dir
 from biollm.drill import Played, Theatre
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger, Need, Record, Refused
+from biollm.ledger.quotas import Cooldown
 from biollm.prices import price
 from biollm.routing import Deployment, Wants
 from biollm.rungs import Rung, Rungs, explain

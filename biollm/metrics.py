@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate, chain
 from typing import NamedTuple
 
-from biollm import _rollup, usage
+from biollm import usage
 from biollm.config import Config
-from biollm.ledger import Ledger
+from biollm.ledger import Ledger, history
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)  # seconds
@@ -31,7 +31,7 @@ class _Family(NamedTuple):
 
 def text(config: Config, ledger: Ledger) -> str:
     """Return every metric. Counters cover all that the ledger has seen; durations are within 2%."""
-    cells, _ = _rollup.cells(ledger, 0.0, time.time(), 0, _EVERYTHING)
+    cells, _ = history.cells(ledger, 0.0, time.time(), 0, _EVERYTHING)
     quotas = usage.quotas(config, ledger)
     families = (*_counters(cells), *_durations(cells), *_gauges(quotas))
     return "".join(f"{line}\n" for family in families for line in _lines(family))
@@ -64,14 +64,14 @@ def _counters(cells: usage.Cells) -> Iterator[_Family]:
 
 
 def _durations(cells: usage.Cells) -> Iterator[_Family]:
-    groups: defaultdict[tuple[str, str, str], list[_rollup.Cell]] = defaultdict(list)
+    groups: defaultdict[tuple[str, str, str], list[history.Cell]] = defaultdict(list)
     for key, cell in cells:
         if key.outcome == "ok":
             groups[key.provider, key.account, key.model].append(cell)
 
     def histogram(buckets: Iterable[float], who: tuple[str, str, str]) -> Iterator[tuple[str, dict[str, str], float]]:
         labels: dict[str, str] = dict(zip(("provider", "account", "model"), who, strict=True))
-        counts = sorted((_rollup.middle(each) / 1000, count) for each, count in Counter(buckets).items())
+        counts = sorted((history.middle(each) / 1000, count) for each, count in Counter(buckets).items())
         if not counts:
             return
         values, upto = [value for value, _ in counts], [0, *accumulate(count for _, count in counts)]

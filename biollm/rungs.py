@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from biollm import _quotas, credentials, embedded, endpoints, routing
+from biollm import credentials, embedded, endpoints, routing
 from biollm.config import Config
 from biollm.credentials import Credential
 from biollm.errors import UnknownNameError
-from biollm.ledger import Ledger, Need
+from biollm.ledger import Ledger, Need, quotas
 from biollm.owners import in_the_clear
 from biollm.routing import Deployment, Policy, Wants
 from biollm.types import Usage
@@ -316,7 +316,7 @@ def explain(rungs: Rungs, wants: Wants) -> Sequence[Rung]:
         if rung.standing == "ready":
             used = rungs.ledger.used(rung.deployment.scope, rung.deployment.limits)
             need = rungs.need(rung.deployment, wants)
-            full = [(limit, resets) for limit, count, resets in used if _quotas.excess(limit, count, need) > 0]
+            full = [(limit, resets) for limit, count, resets in used if quotas.excess(limit, count, need) > 0]
             if full:
                 rung = replace(rung, standing="limited", reason=f"{full[0][0]} is used up", until=full[0][1] or 0.0)
         fresh.append(rung)

@@ -17,9 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from biollm._quotas import excess
 from biollm._shared import ledger, watch
-from biollm._sqlite import read
 from biollm.alerts import firing
 from biollm.config import Config, Limit
 from biollm.config.paths import state_dir
@@ -27,6 +25,8 @@ from biollm.config.values import short
 from biollm.endpoints import Endpoint
 from biollm.errors import BiollmError
 from biollm.ledger import Ledger, Need
+from biollm.ledger.quotas import excess
+from biollm.ledger.sqlite import read
 from biollm.routing import Wants
 from biollm.rungs import Rung, Rungs, Standing, explain
 from biollm.tickets import Job

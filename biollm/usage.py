@@ -20,12 +20,11 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal, get_args
 
-from biollm import _rollup
-from biollm._quotas import period
-from biollm._rollup import Cell, Key
 from biollm.config import Config
 from biollm.errors import UsageError
-from biollm.ledger import Ledger
+from biollm.ledger import Ledger, history
+from biollm.ledger.history import Cell, Key
+from biollm.ledger.quotas import period
 
 By = Literal["provider", "account", "model", "day", "hour", "tag"]
 Tally = tuple[Counter[float], Counter[float]]
@@ -134,7 +133,7 @@ def report(
     until: float | None = None,
     by: By = "provider",
     *,
-    exact: int = _rollup.EXACT,
+    exact: int = history.EXACT,
 ) -> Report:
     """Report the attempts of `since` <= at < `until` (epoch seconds; by default the last week).
 
@@ -154,7 +153,7 @@ def report(
     now = time.time()
     until = now if until is None else until
     since = until - WEEK if since is None else since
-    cells, kept = _rollup.cells(ledger, since, until, exact, _GRAIN.get(by, 1 << 30))
+    cells, kept = history.cells(ledger, since, until, exact, _GRAIN.get(by, 1 << 30))
     price = _price(config.costs.reference_model)
     groups: defaultdict[str, list[tuple[Key, Cell]]] = defaultdict(list)
     for key, cell in cells:
@@ -166,7 +165,7 @@ def report(
     limits = tuple(quotas(config, ledger))
     known = max(since, now - WEEK)  # Slurm's jobs are remembered for a week; their tokens are then that week's
     hours = _gpu_hours(config, known, min(until, now))
-    recent = _rollup.cells(ledger, known, until, 0)[0] if hours and since < known else cells
+    recent = history.cells(ledger, known, until, 0)[0] if hours and since < known else cells
     return Report(
         since,
         until,
@@ -275,7 +274,7 @@ def quantiles(counts: Mapping[float, int], shares: Sequence[float], *, exact: bo
 
     def at(rank: int) -> float:
         value = values[bisect_right(upto, min(rank, upto[-1] - 1))]
-        return value if exact else _rollup.middle(value)
+        return value if exact else history.middle(value)
 
     places = [share * (upto[-1] - 1) for share in shares]
     return [at(int(place)) + (at(int(place) + 1) - at(int(place))) * (place % 1) for place in places]

@@ -17,11 +17,11 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from biollm import _rollup
-from biollm._quotas import Cooldown
-from biollm._sqlite import Database, on_network
 from biollm.config import Limit
 from biollm.ledger import Ledger, Need, Record, Refused
+from biollm.ledger import history as _rollup
+from biollm.ledger.quotas import Cooldown
+from biollm.ledger.sqlite import Database, on_network
 
 NOON = 1_795_435_200.0  # 2026-11-23 12:00 UTC
 SCOPE = "gemini/default"

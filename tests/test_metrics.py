@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from biollm import _rollup, metrics
+from biollm import metrics
 from biollm.config import load_config
-from biollm.ledger import Ledger, Record
+from biollm.ledger import Ledger, Record, history
 
 DASHBOARD = Path(__file__).parent.parent / "examples" / "grafana_dashboard.json"
 ODD = 'a "b" \\ c\nd'
@@ -34,7 +34,7 @@ def families(state: Path, waterfall: Callable[..., Path]) -> dict[str, Any]:
         ledger.finish(None, "", record)
     ledger.flush()
     text = metrics.text(load_config(), ledger)
-    _rollup.roll(ledger)
+    history.roll(ledger)
     assert metrics.text(load_config(), ledger) == text  # counters do not jump when records are rolled up
     return {family.name: family for family in text_string_to_metric_families(text)}
 

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from provider import Loopback
 
-from biollm import _rollup, metrics, usage
+from biollm import metrics, usage
 from biollm._shared import ledger
 from biollm.client import Client
 from biollm.config import Config, load_config
 from biollm.config.site import own_dir
 from biollm.errors import UsageError
-from biollm.ledger import Ledger, Need, Record
+from biollm.ledger import Ledger, Need, Record, history
 from biollm.usage import Report
 
 HOUR = 3600.0
@@ -54,7 +54,7 @@ def ask(
 
 def latencies(ledger: Ledger, exact: int) -> list[float]:
     if not exact:
-        _rollup.roll(ledger)
+        history.roll(ledger)
     total = ask(ledger, exact=exact).total
     return [total.p50_ms or 0, total.p95_ms or 0, total.p99_ms or 0]
 
@@ -71,11 +71,11 @@ def test_nothing_is_an_empty_report(tmp_path: Path) -> None:
     assert (report.rows, report.exact, report.total) == ((), True, usage.Row("total"))
 
 
-@pytest.mark.parametrize("exact", [_rollup.EXACT, 0], ids=["from attempts", "rolled up"])
+@pytest.mark.parametrize("exact", [history.EXACT, 0], ids=["from attempts", "rolled up"])
 def test_a_request_that_the_second_answers_is_one_request(tmp_path: Path, exact: int) -> None:
     ledger = wrote(tmp_path, [replace(OK, request="a"), replace(FAILED, request="b"), replace(SECOND, request="b")])
     if not exact:
-        _rollup.roll(ledger)
+        history.roll(ledger)
     report = ask(ledger, exact=exact)
     rows = {row.name: row for row in report.rows}
     assert (rows["first"].requests, rows["first"].errors, rows["first"].error_rate) == (2, 1, 0.5)
@@ -125,12 +125,12 @@ def test_requests_nobody_answered_are_errors_and_cancelled_ones_are_not(tmp_path
         ("tag", ["(none)", "agent=a", "user=u"]),
     ],
 )
-@pytest.mark.parametrize("exact", [_rollup.EXACT, 0], ids=["from attempts", "rolled up"])
+@pytest.mark.parametrize("exact", [history.EXACT, 0], ids=["from attempts", "rolled up"])
 def test_rows_by(tmp_path: Path, by: str, names: list[str], exact: int) -> None:
     tagged = replace(SECOND, at=NOON + 24 * HOUR, tags={"agent": "a", "user": "u"})
     ledger = wrote(tmp_path, numbered([OK, OK, tagged]))
     if not exact:
-        _rollup.roll(ledger)
+        history.roll(ledger)
     report = ask(ledger, by, exact=exact)
     assert sorted(row.name for row in report.rows) == names
     assert report.total.requests == 3
@@ -138,9 +138,9 @@ def test_rows_by(tmp_path: Path, by: str, names: list[str], exact: int) -> None:
 
 def test_a_window_is_cut_at_the_second_rolled_up_or_not(tmp_path: Path) -> None:
     ledger = wrote(tmp_path, numbered(replace(OK, at=NOON + 600 * step) for step in range(60)))
-    _rollup.roll(ledger)
+    history.roll(ledger)
     for since, until in ((NOON + 601, NOON + 5 * HOUR + 1), (NOON + 1, NOON + 700), (NOON, NOON + HOUR)):
-        few, rolled = (ask(ledger, since=since, until=until, exact=exact) for exact in (_rollup.EXACT, 0))
+        few, rolled = (ask(ledger, since=since, until=until, exact=exact) for exact in (history.EXACT, 0))
         assert few.total.requests == rolled.total.requests == len([*ledger.history(since, until)])
 
 
@@ -174,14 +174,14 @@ def test_percentiles_are_numpys(tmp_path: Path, shape: str) -> None:
     values = SHAPES[shape]
     ledger = wrote(tmp_path, numbered(replace(OK, at=NOON + n, ms=float(ms)) for n, ms in enumerate(values)))
     expected = [float(each) for each in np.percentile(values, [50, 95, 99])]
-    assert latencies(ledger, _rollup.EXACT) == pytest.approx(expected, rel=1e-12)
+    assert latencies(ledger, history.EXACT) == pytest.approx(expected, rel=1e-12)
     assert latencies(ledger, 0) == pytest.approx(expected, rel=0.02)
     assert (ask(ledger).exact, ask(ledger, exact=6).exact) == (True, len(values) <= 6)
 
 
 def test_buckets_are_within_one_percent_of_all_they_hold() -> None:
     for ms in (0.011, 0.5, 1.0, 17.3, 999.0, 3.6e6, 1e8):
-        assert _rollup.middle(_rollup.bucket(ms)) == pytest.approx(ms, rel=0.0101)
+        assert history.middle(history.bucket(ms)) == pytest.approx(ms, rel=0.0101)
 
 
 # --- The roll-up -------------------------------------------------------------------------------------------------
@@ -189,37 +189,37 @@ def test_buckets_are_within_one_percent_of_all_they_hold() -> None:
 
 def test_late_records_are_added_to_their_hour(tmp_path: Path) -> None:
     ledger = wrote(tmp_path, numbered(replace(OK, at=NOON + HOUR * n) for n in range(5)))
-    _rollup.roll(ledger)
+    history.roll(ledger)
     late = replace(OK, request="late", at=NOON + HOUR, ms=900.0, tags={"a": "ü"})
     wrote(tmp_path, [late])
     before = ask(ledger, "hour", exact=0)  # read beside the roll-up
-    _rollup.roll(ledger)
+    history.roll(ledger)
     after = ask(ledger, "hour", exact=0)
     assert before == replace(after, since=before.since) and after.rows[1].requests == 2
-    _rollup.roll(ledger)
+    history.roll(ledger)
     assert ask(ledger, "hour", exact=0) == after
 
 
 def test_a_request_that_lies_across_two_roll_ups_is_one(tmp_path: Path) -> None:
     ledger = wrote(tmp_path, [FAILED])
-    _rollup.roll(ledger)
+    history.roll(ledger)
     wrote(tmp_path, [SECOND])
     for _ in range(2):  # read beside the roll-up, and from it
         total = ask(ledger, exact=0).total
         assert (total.requests, total.fallbacks) == (1, {"HTTP 429": 1})
-        _rollup.roll(ledger)
+        history.roll(ledger)
 
 
 def test_pruning_keeps_the_sums_and_says_that_percentiles_are_not_exact(tmp_path: Path) -> None:
     ledger = wrote(tmp_path, numbered(replace(OK, at=NOON + HOUR * n) for n in range(6)))
     before = ask(ledger, "hour")
-    assert _rollup.prune(ledger, NOON + 3 * HOUR) == 3
+    assert history.prune(ledger, NOON + 3 * HOUR) == 3
     assert len([*ledger.history()]) == 3
     after = ask(ledger, "hour")
     assert (before.exact, after.exact) == (True, False)
     assert [(row.name, row.requests) for row in after.rows] == [(row.name, row.requests) for row in before.rows]
     assert ask(ledger, since=NOON + 3 * HOUR).exact
-    assert _rollup.prune(ledger, NOON + 99 * HOUR) == 3
+    assert history.prune(ledger, NOON + 99 * HOUR) == 3
     wrote(tmp_path, [replace(OK, request="new", at=NOON + 9 * HOUR)])  # its id is one that was there before
     assert ask(ledger).total.requests == 7
 
@@ -228,11 +228,11 @@ def test_merging_adds_each_record_once(tmp_path: Path) -> None:
     here = wrote(tmp_path / "here", [replace(OK, request="a")])
     wrote(tmp_path / "there", [replace(OK, request="a"), replace(OK, request="b", tags={"host": "x"})]).close()
     other = tmp_path / "there" / "history.db"
-    _rollup.roll(here)
-    assert [_rollup.merge(here, other), _rollup.merge(here, other)] == [1, 0]
+    history.roll(here)
+    assert [history.merge(here, other), history.merge(here, other)] == [1, 0]
     assert {row.name: row.requests for row in ask(here, "tag", exact=0).rows} == {"(none)": 1, "host=x": 1}
-    _rollup.prune(here, NOON + HOUR)
-    assert _rollup.merge(here, other) == 0  # they may have been counted
+    history.prune(here, NOON + HOUR)
+    assert history.merge(here, other) == 0  # they may have been counted
 
 
 @pytest.mark.parametrize("content", [None, "no database"])
@@ -240,7 +240,7 @@ def test_merging_something_else_is_refused(tmp_path: Path, content: str | None) 
     if content:
         (tmp_path / "other.db").write_text(content)
     with pytest.raises(UsageError):
-        _rollup.merge(Ledger(tmp_path), tmp_path / "other.db")
+        history.merge(Ledger(tmp_path), tmp_path / "other.db")
 
 
 # --- Money and quotas --------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_an_unknown_price_is_none_and_neither_nothing_nor_avoided(
     odd = replace(known, provider="odd", cost_usd=None, request="odd")
     ledger = wrote(tmp_path, [known, replace(odd, outcome="failed", estimated=True), replace(FAILED, provider="odd")])
     if not exact:
-        _rollup.roll(ledger)
+        history.roll(ledger)
     found = usage.report(load_config(), ledger, NOON - HOUR, NOON + HOUR, exact=exact)
     rows = {row.name: row for row in (*found.rows, found.total)}
     assert [(rows[name].cost_usd, rows[name].unpriced, rows[name].estimated) for name in ("first", "odd", "total")] == [
@@ -325,14 +325,14 @@ def test_an_earlier_versions_history_is_read_as_it_is(tmp_path: Path) -> None:
 def test_an_earlier_versions_history_is_written_on_and_its_unknown_prices_are_found(tmp_path: Path) -> None:
     ledger = wrote(earlier(tmp_path), [replace(OK, request="new", estimated=True)])
     assert [each.estimated for each in ledger.history()] == [False, True]
-    _rollup.roll(ledger)
+    history.roll(ledger)
     total = ask(ledger, exact=0).total
     assert (total.requests, total.unpriced, total.estimated, total.cost_usd) == (2, 1, 1, 0.5)
 
 
 def test_an_earlier_versions_history_is_merged(tmp_path: Path) -> None:
     here = wrote(tmp_path / "here", [replace(OK, request="new", estimated=True)])
-    assert _rollup.merge(here, earlier(tmp_path / "there") / "history.db") == 1
+    assert history.merge(here, earlier(tmp_path / "there") / "history.db") == 1
     assert sorted((each.request, each.estimated) for each in here.history()) == [("new", True), ("r", False)]
 
 

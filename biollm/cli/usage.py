@@ -43,17 +43,17 @@ def usage(
     """
     import time
 
-    from biollm import _rollup, metrics
+    from biollm import metrics
     from biollm import usage as reports
     from biollm.config import load_config
     from biollm.config.paths import state_dir
-    from biollm.ledger import Ledger
+    from biollm.ledger import Ledger, history
 
     ledger, now = Ledger(state_dir()), time.time()
     for file in merge or ():
-        print(f"{file}: {_rollup.merge(ledger, file)} records added.")
+        print(f"{file}: {history.merge(ledger, file)} records added.")
     if prune is not None:
-        print(f"{_rollup.prune(ledger, reports.moment(prune, now))} records removed.")
+        print(f"{history.prune(ledger, reports.moment(prune, now))} records removed.")
     if merge or prune is not None:
         return
     config = load_config()

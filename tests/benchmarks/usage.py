@@ -16,8 +16,7 @@ from pathlib import Path
 import bench_ledger
 from setting import ROUNDS, Bar
 
-from biollm import _rollup
-from biollm.ledger import _ADD, Ledger  # pyright: ignore[reportPrivateUsage]
+from biollm.ledger import _ADD, Ledger, history  # pyright: ignore[reportPrivateUsage]
 
 RECORDS = 1_000_000
 DAYS = 90
@@ -51,7 +50,7 @@ def million(scratch: Path, env: Mapping[str, str]) -> list[Bar]:
     ledger = Ledger(state)
     ledger.change(lambda db: db.executemany(_ADD, _rows(RECORDS, time.time())) and None, "")
     began = time.perf_counter()
-    _rollup.roll(ledger)
+    history.roll(ledger)
     rolled = time.perf_counter() - began
     command = [str(Path(sys.executable).with_name("biollm")), "usage", "--since", "100d", "--json"]
     seconds: list[float] = []

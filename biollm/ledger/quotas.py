@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 
 if TYPE_CHECKING:
     from biollm.config import Limit
-    from biollm.ledger import Need
+    from biollm.ledger.records import Need
 
 Query = Callable[[str, Sequence[object]], list[Any]]
 # SQLite 3.26 (RHEL 8) must do: no RETURNING, no STRICT. `tokens` is NULL until the attempt is finished; long

@@ -20,9 +20,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biollm._sqlite import read
 from biollm.errors import UsageError
-from biollm.ledger import Ledger, Record, fill_in
+from biollm.ledger.records import Record
+from biollm.ledger.sqlite import read
+from biollm.ledger.store import Ledger, fill_in
 
 EXACT = 200_000  # attempts up to which percentiles are taken from the attempts themselves
 _CHUNK = 50_000  # attempts rolled up in one transaction: writers wait some 0.3 s at most, callers never

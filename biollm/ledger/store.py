@@ -19,15 +19,15 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biollm import _quotas
-from biollm._quotas import Cooldown, next_cooldown
-from biollm._sqlite import BOUND, Database, Prepare, Writer, on_network, read, reading
-from biollm.types import Outcome
+from biollm.ledger import quotas
+from biollm.ledger.quotas import Cooldown, next_cooldown
+from biollm.ledger.records import Need, Record, Refused
+from biollm.ledger.sqlite import BOUND, Database, Prepare, Writer, on_network, read, reading
 
 if TYPE_CHECKING:
     import asyncio  # half the time of importing this module, and commands that only read need none of it
@@ -41,72 +41,6 @@ _PRUNE = 60.0  # seconds between removals of what no window can see any more
 _QUEUE = 1.0  # seconds that a queue which moves is waited in
 _EXIT = 2.0  # seconds that closing waits for a file
 _ANSWER = 1000  # tokens of an answer, before one is known
-
-
-@dataclass(frozen=True)
-class Need:
-    """One attempt's claim.
-
-    Attributes:
-        scope: Who the limits belong to: "gemini/default", or "gemini/default:model" where they are per model.
-        limits: Every one must have room.
-        cooling: Keys any of which blocks the attempt while it cools: the account, the endpoint, the API key.
-        tokens: That it is expected to use, prompt and answer; they count from `reserve` on, until `finish` has the
-            real ones. `usd` likewise.
-    """
-
-    scope: str
-    limits: tuple[Limit, ...] = ()
-    cooling: tuple[str, ...] = ()
-    tokens: float = 0.0
-    usd: float = 0.0
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Nothing may be sent before `until` (seconds since the epoch).
-
-    Attributes:
-        reason: One sentence: "15/min used by gemini/default, frees in 12 s".
-        key: What blocks: "scope:" and the scope for a limit, else the cooling key.
-    """
-
-    until: float
-    reason: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """One finished attempt of a request. Times in seconds since the epoch, durations in ms, money in USD.
-
-    Attributes:
-        request: The id that all attempts of a request share.
-        ttft_ms: Milliseconds to the first token of a stream.
-        order: The deployment's place in the waterfall, from 1.
-        cost_usd: None where the price is unknown, or nothing was counted.
-        estimated: Whether the tokens were counted by the length of what came, since the provider stated none.
-        tags: The caller's own, such as {"agent": "ErrorDiagnosisAgent"}.
-    """
-
-    at: float
-    request: str
-    deployment: str
-    provider: str
-    account: str
-    model: str
-    outcome: Outcome
-    reason: str = ""
-    status: int | None = None
-    ms: float = 0.0
-    ttft_ms: float | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost_usd: float | None = None
-    order: int = 0
-    degraded: bool = False
-    estimated: bool = False
-    tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 _COLUMNS = ", ".join(f'"{column.name}"' for column in fields(Record))
@@ -143,11 +77,11 @@ class _Ask:
 class _Process:
     """What belongs to one process and must not survive a fork; `memory` stands in for quotas.db."""
 
-    def __init__(self, quotas: Writer[_Ask | _Write], history: Writer[Record]) -> None:
-        self.quotas, self.history = quotas, history
+    def __init__(self, counts: Writer[_Ask | _Write], history: Writer[Record]) -> None:
+        self.quotas, self.history = counts, history
         self.lock = threading.Lock()
         self.memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        self.memory.executescript(_quotas.SCHEMA)
+        self.memory.executescript(quotas.SCHEMA)
         self.pruned = -math.inf
 
 
@@ -208,7 +142,7 @@ class Ledger:
             self._answers[record.deployment].append(record.completion_tokens)
         if reservation is not None:
             used = (record.prompt_tokens + record.completion_tokens, record.cost_usd or 0.0)
-            done = partial(_quotas.finish, scope=scope, reservation=reservation, at=record.at, used=used)
+            done = partial(quotas.finish, scope=scope, reservation=reservation, at=record.at, used=used)
             if self._alone_since is not None:
                 with process.lock:
                     done(process.memory)
@@ -223,7 +157,7 @@ class Ledger:
     def release(self, reservation: int, scope: str) -> None:
         """Take back a reservation whose request was not sent."""
         process = self._process()
-        undo = partial(_quotas.release, scope=scope, reservation=reservation, at=self._clock())
+        undo = partial(quotas.release, scope=scope, reservation=reservation, at=self._clock())
         if self._alone_since is not None:
             with process.lock:
                 undo(process.memory)
@@ -245,7 +179,7 @@ class Ledger:
         self._blocked[key] = next_cooldown(self._blocked.get(key), now, reason, kind, seconds, ladder)
 
         def write(db: sqlite3.Connection) -> None:
-            self._blocked[key] = self._filed[key] = _quotas.cool(db, key, now, reason, kind, seconds, ladder)
+            self._blocked[key] = self._filed[key] = quotas.cool(db, key, now, reason, kind, seconds, ladder)
 
         self._process().quotas.put(write)
 
@@ -256,7 +190,7 @@ class Ledger:
             if (found := self._blocked.get(key)) and (found.until <= now or not found.stated):
                 self._blocked.pop(key, None)
                 known = (key, found.until, now)  # what fails meanwhile rests anew
-                self._process().quotas.put(lambda db, known=known: db.execute(_quotas.RECOVER, known))
+                self._process().quotas.put(lambda db, known=known: db.execute(quotas.RECOVER, known))
 
     def failing(self, keys: Iterable[str]) -> bool:
         """Return whether any of `keys` was on cooldown since its last success."""
@@ -277,12 +211,12 @@ class Ledger:
                 self._answers[deployment].append(tokens)
         for key in [key for key in self._blocked.copy() if key.startswith("scope:")]:
             self._blocked.pop(key, None)
-        self._adopt(self._read(self._quotas, _quotas.COOLDOWNS, (self._clock() - _quotas.MEMORY,)))
+        self._adopt(self._read(self._quotas, quotas.COOLDOWNS, (self._clock() - quotas.MEMORY,)))
 
     def used(self, scope: str, limits: Sequence[Limit]) -> list[tuple[Limit, float, float | None]]:
         """Return (limit, used, resets at): its period's end, or when a window's oldest request leaves."""
         now, query = self._clock(), partial(self._read, self._quotas)
-        return [(limit, *_quotas.used_of(query, scope, limit, now)) for limit in limits]
+        return [(limit, *quotas.used_of(query, scope, limit, now)) for limit in limits]
 
     def history(self, since: float | None = None, until: float | None = None) -> Iterator[Record]:
         """Yield the attempts of `since` <= at < `until`, oldest first. No lock is held between them."""
@@ -339,19 +273,19 @@ class Ledger:
         # A rollback journal waits for the disk at every commit. Callers wait for quotas.db, so it does not there,
         # and a power cut may cost it; what it held of days and months is then taken from history.db.
         lazily = "OFF" if network else "NORMAL"
-        quotas = open_(self._quotas, _quotas.SCHEMA, synchronous=lazily, patience=BOUND - 0.05)
+        counts = open_(self._quotas, quotas.SCHEMA, synchronous=lazily, patience=BOUND - 0.05)
         history = open_(self._history, _HISTORY, synchronous="NORMAL", patience=_EXIT, migrate=_migrate)
         return _Process(
-            Writer(quotas, self._write_quotas, self._settle_quotas),
+            Writer(counts, self._write_quotas, self._settle_quotas),
             Writer(history, _write_history, lambda _, error: self._warn(error)),
         )
 
     def _write_quotas(self, db: sqlite3.Connection, jobs: Sequence[_Ask | _Write]) -> None:
         now = self._clock()
         if abs(now - self._pruned) > _PRUNE:
-            _quotas.prune(db, now)
+            quotas.prune(db, now)
             self._pruned = now
-        self._adopt(db.execute(_quotas.COOLDOWNS, (now - _quotas.MEMORY,)).fetchall())
+        self._adopt(db.execute(quotas.COOLDOWNS, (now - quotas.MEMORY,)).fetchall())
         for job in jobs:
             self._served = time.monotonic()
             if not isinstance(job, _Ask):
@@ -362,12 +296,12 @@ class Ledger:
 
     def _recall(self, db: sqlite3.Connection, need: Need, now: float) -> None:
         """Begin a day or month with what history knows of it: its limit is new, or quotas.db was lost."""
-        for period in _quotas.periods(need, now):
+        for period in quotas.periods(need, now):
             key, past = (need.scope, *period), [(0, 0, 0)]
             if not db.execute("SELECT 1 FROM total WHERE scope = ? AND start = ? AND until = ?", key).fetchone():
                 with suppress(sqlite3.Error):  # others wait: at midnight there is nothing to know anyway
                     past = read(self._history, _PAST, (*period, need.scope), patience=0.05) or past
-                db.execute(_quotas.BEGIN, (*key, *past[0]))
+                db.execute(quotas.BEGIN, (*key, *past[0]))
 
     def _settle_quotas(self, jobs: Sequence[_Ask | _Write], error: Exception | None) -> None:
         self._alone_since = self._clock() if error else None
@@ -385,11 +319,11 @@ class Ledger:
         now = self._clock()
         with process.lock:
             if abs(now - process.pruned) > _PRUNE:
-                _quotas.prune(process.memory, now)
+                quotas.prune(process.memory, now)
                 process.pruned = now
             answer = self._decide(process.memory, need, secrets.randbits(62), now)
         if isinstance(answer, int):
-            process.quotas.put(partial(_quotas.grant, need=need, reservation=answer, at=now))
+            process.quotas.put(partial(quotas.grant, need=need, reservation=answer, at=now))
         return answer
 
     def _decide(self, db: sqlite3.Connection, need: Need, reservation: int, now: float) -> int | Refused:
@@ -398,13 +332,13 @@ class Ledger:
         refusals = [(block.until, block.reason, key) for block, key in found if block.until > now]
         partly: set[str] = set()  # full for this request, or while others are under way; another may pass
         for limit in need.limits:
-            if full := _quotas.full(db, need, limit, now):
+            if full := quotas.full(db, need, limit, now):
                 until, shut = full
                 reason = f"{limit} {'used' if shut else 'used or reserved'} by {need.scope}"
                 refusals.append((until, reason, keys[-1]))
                 partly |= set() if shut else {reason}
         if not refusals:
-            _quotas.grant(db, need, reservation, now)
+            quotas.grant(db, need, reservation, now)
             return reservation
         until, reason, key = max(refusals)
         if key == f"scope:{need.scope}" and reason not in partly:

@@ -1,0 +1,9 @@
+"""What all processes of a user share: limits, cooldowns and the history of attempts.
+
+Imports `config` and the foundation. Start at `store.py`; `quotas.py` has the SQL of windows and periods.
+"""
+
+from biollm.ledger.records import Need, Record, Refused
+from biollm.ledger.store import Ledger
+
+__all__ = ["Ledger", "Need", "Record", "Refused"]
