@@ -27,13 +27,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from biollm._files import locked, write_private
 from biollm._openai_face import problem
+from biollm._ownership import is_private
 from biollm._shared import ledger
 from biollm.config import values as forms
 from biollm.config import yaml
 from biollm.config.paths import config_dirs, own_dir, state_dir
 from biollm.errors import ConfigError, Problem
 from biollm.ledger import Need, Refused
-from biollm.owners import is_private
 
 MAX_BODY, MAX_LOGIN = 32 << 20, 4096  # bytes
 KEYS = "gateway_keys.yaml"

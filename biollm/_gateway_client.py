@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from biollm import __version__, errors
+from biollm._ownership import is_local, is_private, objection
 from biollm.config.paths import FALSE, config_dirs, state_dir
-from biollm.owners import is_local, is_private, objection
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage, known
 
 if TYPE_CHECKING:

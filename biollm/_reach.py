@@ -16,13 +16,13 @@ from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from biollm._background import apart, background
+from biollm._ownership import address, is_this_host, objection
 from biollm.endpoints import PROOF, challenge, proof, unproven
-from biollm.owners import address, is_this_host, objection
 from biollm.routing import Deployment
 
 if TYPE_CHECKING:
     from biollm.config import Cluster
-    from biollm.credentials import Credential
+    from biollm.providers.credentials import Credential
 
 _Place = tuple[str, str, bool, tuple[str, ...], tuple[str, ...]]
 _STEPS = 12

@@ -21,7 +21,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import litellm
 
-from biollm import _reach, balance, embedded, guard, prices, routing
+from biollm import _reach, balance, guard, prices, routing
 from biollm._answers import (
     content,
     delta,
@@ -39,11 +39,12 @@ from biollm._background import apart, background, called
 from biollm._plain import ANSWER_SIZES
 from biollm._plain import text as plain
 from biollm._run import BREATH, Request, Run, Sent
-from biollm.credentials import Credential, hide
 from biollm.errors import CompletionError, DeadlineError, InterruptedStreamError
 from biollm.guard import RefusalError, Turn
 from biollm.ledger import Need, Record
 from biollm.outcomes import BROKE_OFF, CUT, CUT_SHORT, Verdict, classify, timed_out, unreachable
+from biollm.providers import embedded
+from biollm.providers.credentials import Credential, hide
 from biollm.routing import Deployment
 from biollm.rungs import Rung, Rungs, cooling_keys, note_refusal
 from biollm.structured import Message, repair

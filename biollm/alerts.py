@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biollm._files import locked, write_private
+from biollm._ownership import is_private
 from biollm.config.paths import own_dir
 from biollm.errors import Problem
-from biollm.owners import is_private
 from biollm.types import known
 
 if TYPE_CHECKING:

@@ -13,13 +13,14 @@ from pathlib import Path
 from shlex import quote
 from urllib.parse import urlsplit
 
-from biollm import _scheduler, credentials, slurm, weights
+from biollm import _scheduler, slurm, weights
+from biollm._ownership import address, is_this_host
 from biollm.config import Config
 from biollm.config.paths import is_shared, own_dir, state_dir
 from biollm.config.site import run_dir
 from biollm.errors import BiollmError
 from biollm.ledger.sqlite import on_network
-from biollm.owners import address, is_this_host
+from biollm.providers import credentials
 
 _COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
 

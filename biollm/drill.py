@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from biollm._background import background
 from biollm._broken import Stage
+from biollm._ownership import address
 from biollm._run import Request
 from biollm._shared import watch
 from biollm.client import import_waterfall
 from biollm.config import Config
 from biollm.config.paths import state_dir
-from biollm.credentials import Credential, of_secret
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger
-from biollm.owners import address
 from biollm.prices import prices
+from biollm.providers.credentials import Credential, of_secret
 from biollm.routing import Deployment, Wants
 from biollm.rungs import Rungs
 from biollm.types import Usage

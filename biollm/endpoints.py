@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from biollm._ownership import is_this_host, uids
 from biollm.config.site import places, present_dir
-from biollm.owners import is_this_host, uids
 
 if TYPE_CHECKING:
     from biollm.config import Cluster

@@ -13,7 +13,7 @@ from biollm._background import apart, background
 from biollm._shared import ledger, watch
 from biollm.config import Config, load_config
 from biollm.config.paths import state_dir
-from biollm.credentials import Credential, hide
+from biollm.providers.credentials import Credential, hide
 from biollm.routing import Deployment, Wants
 from biollm.rungs import Rungs
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from biollm.owners import in_the_clear, is_local
+from biollm._ownership import in_the_clear, is_local
 
 if TYPE_CHECKING:
     from biollm.config import Account, Config, Limit, Model, Provider

@@ -13,12 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from biollm import credentials, embedded, endpoints, routing
+from biollm import endpoints, routing
+from biollm._ownership import in_the_clear
 from biollm.config import Config
-from biollm.credentials import Credential
 from biollm.errors import UnknownNameError
 from biollm.ledger import Ledger, Need, quotas
-from biollm.owners import in_the_clear
+from biollm.providers import credentials, embedded
+from biollm.providers.credentials import Credential
 from biollm.routing import Deployment, Policy, Wants
 from biollm.types import Usage
 

@@ -21,13 +21,13 @@ from typing import TypeVar
 
 from biollm import _scheduler, weights
 from biollm._files import locked, private_folder, write_private
+from biollm._ownership import uids
 from biollm._scheduler import Queue
 from biollm.config import Cluster, Model
 from biollm.config.site import log_dir, node_files, own_dir, present_dir, run_dir
 from biollm.endpoints import Endpoint, Records, Watch, ask, file_time, load
 from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.launch import LaunchScript, Options, render
-from biollm.owners import uids
 from biollm.sbatch import header, request
 from biollm.tickets import Job, Ticket, failure, find, gpu_hours, judge, read, save, server_log, sweep, tail, tickets
 

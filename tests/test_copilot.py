@@ -18,13 +18,13 @@ import pytest
 from behaviours import limited
 from provider import Loopback
 
-from biollm import copilot, credentials
 from biollm.client import get_model_client
 from biollm.config import Account, Provider
-from biollm.copilot import Token
-from biollm.credentials import Credential
 from biollm.errors import UnavailableError
 from biollm.health import check_all_providers
+from biollm.providers import copilot, credentials
+from biollm.providers.copilot import Token
+from biollm.providers.credentials import Credential
 
 LOGIN, DEVICE = "gho_planted_login_0123456789", "device-0123456789"
 WAIT = {"error": "authorization_pending"}

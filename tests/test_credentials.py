@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from biollm import credentials
 from biollm.config import Account, Provider
-from biollm.credentials import Credential
+from biollm.providers import credentials
+from biollm.providers.credentials import Credential
 
 SECRET = "sk-planted-0123456789"
 

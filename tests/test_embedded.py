@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from biollm import embedded
 from biollm.config import Model
 from biollm.errors import UnavailableError
+from biollm.providers import embedded
 
 GGUF = b"GGUF" + bytes(range(256)) * 12_000  # 3 MB
 TOKEN = "hf_planted_0123456789"

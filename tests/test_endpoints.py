@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from provider import Loopback
 
+from biollm._ownership import listener_trusted, uids
 from biollm.client import get_model_client
 from biollm.config import Cluster
 from biollm.endpoints import PROOF, Records, Watch, ask, load, proof, read_key
 from biollm.endpoints import START as START_HEADER
-from biollm.owners import listener_trusted, uids
 
 START = "0123456789abcdef0123456789abcdef"
 METRICS = 'vllm:num_requests_running{model="m"} 2.0\nvllm:num_requests_waiting{model="m"} 1.0\nvllm:other 5\n'

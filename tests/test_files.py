@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from test_fit import PUBLISHED
 
-from biollm import embedded
 from biollm._files import locked, write_private
+from biollm.providers import embedded
 
 Biollm = Callable[..., Any]
 WRITES = {  # command -> the file that it writes for the user

@@ -20,10 +20,10 @@ import pytest
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 import litellm
 
-from biollm import embedded
-from biollm._llama import _request
 from biollm.config import load_config
 from biollm.errors import UnavailableError
+from biollm.providers import embedded
+from biollm.providers.llama import _request
 
 pytestmark = pytest.mark.slow
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -293,7 +293,7 @@ def test_registering_twice_leaves_one_entry_and_those_of_others() -> None:
 def test_forked_children_answer_for_themselves_and_end(address: str) -> None:
     code = """
         import asyncio, os, sys, litellm
-        from biollm import embedded
+        from biollm.providers import embedded
         embedded.register()
         def ask():
             call = litellm.acompletion(model="biollm_embedded/x", api_base=sys.argv[1], max_tokens=3,

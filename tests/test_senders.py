@@ -21,7 +21,6 @@ from conftest import Ran
 from provider import Loopback, Server
 from test_node import Job, listens
 
-from biollm import copilot
 from biollm._background import background
 from biollm._lean import OWN_HANDLER
 from biollm._reach import TRUSTED, trust
@@ -29,10 +28,11 @@ from biollm._shared import watch
 from biollm.client import Client, CompletionError, get_model_client
 from biollm.config import load_config
 from biollm.config.site import run_dir
-from biollm.credentials import of_secret
 from biollm.endpoints import START, Endpoint, ask
 from biollm.errors import UnavailableError
 from biollm.health import check
+from biollm.providers import copilot
+from biollm.providers.credentials import of_secret
 from biollm.routing import deployments
 
 Write = Callable[..., Path]

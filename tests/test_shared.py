@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from test_embedded import FILE, GGUF, HUB, model, serve
 
-from biollm import _admission, alerts, copilot, embedded
+from biollm import _admission, alerts
 from biollm._files import write_private
 from biollm.config import Cluster, Limit, load_config, site
 from biollm.config.paths import own_dir, state_dir
 from biollm.doctor import check
 from biollm.ledger import Ledger, Need, Record
+from biollm.providers import copilot, embedded
 from biollm.top import Top
 
 GROUP, ANN, BOB = 65500, 65501, 65502

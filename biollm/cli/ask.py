@@ -350,9 +350,9 @@ def login(
     account: Annotated[str | None, typer.Option(metavar="NAME", help="Which of the provider's accounts.")] = None,
 ) -> None:
     """Log in where a browser takes the place of a key."""
-    from biollm import copilot
     from biollm.config import load_config
     from biollm.config.paths import state_dir
+    from biollm.providers import copilot
 
     if provider != "github_copilot":
         raise UsageError(
@@ -374,9 +374,9 @@ def embedded_pull(
     ] = None,
 ) -> None:
     """Fetch the weights of the embedded model, once."""
-    from biollm import embedded
     from biollm.config import load_config
     from biollm.config.paths import state_dir
+    from biollm.providers import embedded
 
     models = {key: each for key, each in load_config().models.items() if each.type == "embedded"}
     chosen = model or next(iter(models), "")

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError, create_model
 
+from biollm._ownership import in_the_clear
 from biollm.config import values as forms
 from biollm.config.layers import FILES, SYNONYMS, TOP, Layers
 from biollm.config.paths import config_dirs, wants_local_only
@@ -34,7 +35,6 @@ from biollm.config.schema import Routing as Routing
 from biollm.config.values import Limit as Limit
 from biollm.config.yaml import KeyPath, dotted
 from biollm.errors import ConfigError, Problem, UnknownNameError, nearest
-from biollm.owners import in_the_clear
 
 Value = TypeVar("Value", bound=BaseModel)
 

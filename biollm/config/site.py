@@ -6,11 +6,11 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from biollm._ownership import is_private
 from biollm.config import Cluster, Model
 from biollm.config.paths import own_dir as own_state
 from biollm.config.paths import state_dir
 from biollm.errors import UsageError
-from biollm.owners import is_private
 
 
 def run_dir(cluster: Cluster) -> Path:

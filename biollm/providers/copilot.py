@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from biollm._files import locked, write_private
+from biollm._ownership import in_the_clear
 from biollm.config.paths import own_dir
 from biollm.errors import UnavailableError
-from biollm.owners import in_the_clear
 
 if TYPE_CHECKING:
     import httpx

@@ -68,7 +68,7 @@ def register() -> None:
     """Make LiteLLM know the provider "biollm_embedded"; a second call changes nothing. Imports litellm."""
     import litellm
 
-    from biollm._llama import PROVIDER, EmbeddedLLM
+    from biollm.providers.llama import PROVIDER, EmbeddedLLM
 
     if all(item["provider"] != PROVIDER for item in litellm.custom_provider_map):
         litellm.custom_provider_map.append({"provider": PROVIDER, "custom_handler": EmbeddedLLM()})

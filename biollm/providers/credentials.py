@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from biollm import copilot
+from biollm.providers import copilot
 
 if TYPE_CHECKING:
     from biollm.config import Account, Provider
