@@ -9,8 +9,8 @@ from typing import Any
 
 from biollm._plain import text
 from biollm._run import Sent
-from biollm.endpoints import START
 from biollm.outcomes import BROKE_OFF, CUT, EMPTY, FILTERED, NO_CHOICES, USED_UP, Verdict
+from biollm.slurm.endpoints import START
 from biollm.types import Usage
 
 STRANGER = Verdict("stranger", "the answer does not name its server's start: another program has its port")

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from biollm.endpoints import PROOF, START, proof
+from biollm.slurm.endpoints import PROOF, START, proof
 
 _OK = {"id": "drill", "object": "chat.completion", "created": 0, "model": "drill"}
 _USAGE = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}

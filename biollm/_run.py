@@ -25,7 +25,7 @@ from biollm.structured import Message, Shape
 from biollm.types import Attempt, Outcome
 
 if TYPE_CHECKING:
-    from biollm.tickets import Job
+    from biollm.slurm.submissions import Job
 
 # Seconds. A pass over the waterfall is repeated no sooner than this after a failure that cools nothing, and not at
 # all when the soonest rung frees later than a person would wait.

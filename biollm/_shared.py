@@ -6,8 +6,8 @@ from biollm._background import background
 from biollm.config import Cluster
 from biollm.config.paths import state_dir
 from biollm.config.site import run_dir
-from biollm.endpoints import Watch
 from biollm.ledger import Ledger
+from biollm.slurm.endpoints import Watch
 
 
 def ledger() -> Ledger:

@@ -17,8 +17,8 @@ from weakref import WeakSet
 
 from biollm._background import background
 from biollm._reach import trust
-from biollm.endpoints import Figures, figures
 from biollm.providers.credentials import Credential
+from biollm.slurm.endpoints import Figures, figures
 
 if TYPE_CHECKING:
     from biollm.routing import Deployment

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from biollm._waterfall import Waterfall
-    from biollm.endpoints import Watch
-    from biollm.tickets import Job
+    from biollm.slurm.endpoints import Watch
+    from biollm.slurm.submissions import Job
 
 __all__ = [
     "AllLimitedError",

@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 from urllib.parse import urlsplit
 
-from biollm import _scheduler, slurm, weights
+from biollm import slurm
 from biollm._ownership import address, is_this_host
 from biollm.config import Config
 from biollm.config.paths import is_shared, own_dir, state_dir
@@ -21,6 +21,7 @@ from biollm.config.site import run_dir
 from biollm.errors import BiollmError
 from biollm.ledger.sqlite import on_network
 from biollm.providers import credentials
+from biollm.slurm import commands, weights
 
 _COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
 
@@ -120,7 +121,7 @@ def _run_dir(config: Config) -> Check:
 def _all_here() -> bool:
     """Is every node of the cluster this very host?"""
     with suppress(BiollmError):
-        return all(map(is_this_host, _scheduler.nodes().values()))
+        return all(map(is_this_host, commands.nodes().values()))
     return True
 
 

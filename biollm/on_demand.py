@@ -5,8 +5,8 @@ from __future__ import annotations
 from biollm import routing, slurm
 from biollm.config import Config, Model
 from biollm.errors import BiollmError, UnavailableError
-from biollm.launch import render
 from biollm.routing import Wants
+from biollm.slurm.launch import render
 
 
 def startable(config: Config, wants: Wants) -> Model:

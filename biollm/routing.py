@@ -15,7 +15,7 @@ from biollm._ownership import in_the_clear, is_local
 
 if TYPE_CHECKING:
     from biollm.config import Account, Config, Limit, Model, Provider
-    from biollm.endpoints import Endpoint
+    from biollm.slurm.endpoints import Endpoint
 
 GROUP, LOCAL_GROUP = "biollm", "biollm-local"
 LEAST_ANSWER = 2048  # tokens; where fewer can be had, and more were wanted, the next deployment is asked

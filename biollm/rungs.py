@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from biollm import endpoints, routing
+from biollm import routing
 from biollm._ownership import in_the_clear
 from biollm.config import Config
 from biollm.errors import UnknownNameError
@@ -21,12 +21,13 @@ from biollm.ledger import Ledger, Need, quotas
 from biollm.providers import credentials, embedded
 from biollm.providers.credentials import Credential
 from biollm.routing import Deployment, Policy, Wants
+from biollm.slurm import endpoints
 from biollm.types import Usage
 
 if TYPE_CHECKING:
     from biollm.balance import Load
-    from biollm.endpoints import Endpoint
     from biollm.prices import Cost
+    from biollm.slurm.endpoints import Endpoint
 
 _REMEMBERED = 3600.0  # seconds for which a model's refusal of images is remembered in this process
 _refused: dict[tuple[str, str, frozenset[str]], float] = {}

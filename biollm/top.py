@@ -22,14 +22,14 @@ from biollm.alerts import firing
 from biollm.config import Config, Limit
 from biollm.config.paths import state_dir
 from biollm.config.values import short
-from biollm.endpoints import Endpoint
 from biollm.errors import BiollmError
 from biollm.ledger import Ledger, Need
 from biollm.ledger.quotas import excess
 from biollm.ledger.sqlite import read
 from biollm.routing import Wants
 from biollm.rungs import Rung, Rungs, Standing, explain
-from biollm.tickets import Job
+from biollm.slurm.endpoints import Endpoint
+from biollm.slurm.submissions import Job
 
 MINUTES = 30  # of the series
 _JOBS_S = 5.0  # seconds between two questions about jobs

@@ -352,15 +352,15 @@ def _local(
 
 def _gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
     """Return model -> GPU hours of this user's jobs, from their first sign of life to their last, or to now."""
-    from biollm import _scheduler
     from biollm.config.site import present_dir
-    from biollm.tickets import judge, tickets
+    from biollm.slurm import commands
+    from biollm.slurm.submissions import judge, tickets
 
     hours: dict[str, float] = {}
     known = [ticket for ticket in tickets(config.cluster) if ticket.events]
     if not known:
         return hours
-    queue = _scheduler.queue(present_dir(config.cluster), config.cluster.name)
+    queue = commands.queue(present_dir(config.cluster), config.cluster.name)
     for ticket in known:
         end = ticket.seen if judge(ticket, queue, (), until).over else until
         seconds = min(end, until) - max(float(ticket.events[0]["at"]), since)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from biollm.config import load_config
-from biollm.endpoints import Endpoint
 from biollm.ledger import Ledger, Need, Record
 from biollm.rungs import Rungs
-from biollm.tickets import Job, Ticket
+from biollm.slurm.endpoints import Endpoint
+from biollm.slurm.submissions import Job, Ticket
 from biollm.top import Top
 
 NOW = 4102488040.0  # noon of 2100-01-01: a cooldown then is still to come

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from behaviours import HTTP_500, OK, Behaviour
 
-from biollm.endpoints import PROOF, START, proof
+from biollm.slurm.endpoints import PROOF, START, proof
 
 Json = dict[str, Any]
 T = TypeVar("T")

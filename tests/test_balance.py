@@ -20,10 +20,10 @@ from biollm import balance
 from biollm._background import background
 from biollm.client import Client, get_model_client
 from biollm.config.site import run_dir
-from biollm.endpoints import Endpoint, Figures, figures
 from biollm.errors import CompletionError
 from biollm.providers.credentials import of_secret
 from biollm.routing import Deployment, deployments
+from biollm.slurm.endpoints import Endpoint, Figures, figures
 
 OLDER = "vllm:gpu_cache_usage_perc"
 

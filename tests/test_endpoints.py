@@ -21,8 +21,8 @@ from provider import Loopback
 from biollm._ownership import listener_trusted, uids
 from biollm.client import get_model_client
 from biollm.config import Cluster
-from biollm.endpoints import PROOF, Records, Watch, ask, load, proof, read_key
-from biollm.endpoints import START as START_HEADER
+from biollm.slurm.endpoints import PROOF, Records, Watch, ask, load, proof, read_key
+from biollm.slurm.endpoints import START as START_HEADER
 
 START = "0123456789abcdef0123456789abcdef"
 METRICS = 'vllm:num_requests_running{model="m"} 2.0\nvllm:num_requests_waiting{model="m"} 1.0\nvllm:other 5\n'
@@ -260,7 +260,7 @@ def test_a_watch_says_nothing_when_the_program_ends(cluster: Cluster, tmp_path: 
 import atexit, time
 from pathlib import Path
 from biollm.config import Cluster
-from biollm.endpoints import Watch
+from biollm.slurm.endpoints import Watch
 atexit.register(time.sleep, 3)
 Watch(Cluster(name="lab", run_dir=Path({str(tmp_path)!r})), interval=0.01).alive()
 """

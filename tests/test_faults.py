@@ -39,7 +39,7 @@ from biollm.client import (
     get_model_client,
 )
 from biollm.config.site import run_dir
-from biollm.endpoints import Endpoint
+from biollm.slurm.endpoints import Endpoint
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from biollm.architecture import architecture_from_config
 from biollm.config import Architecture, Cluster, Config, Model, load_config
 from biollm.errors import DoesNotFitError, UsageError
-from biollm.fit import FitReport, fit, gpu_gib, token_count
+from biollm.slurm.architecture import architecture_from_config
+from biollm.slurm.memory import FitReport, fit, gpu_gib, token_count
 
 K = 1024
 # The keys of each model's published config.json that count.

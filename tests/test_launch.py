@@ -16,9 +16,10 @@ import pytest
 
 from biollm import __version__
 from biollm.config import Cluster, Environment, Model, load_config
-from biollm.config.site import node_files, weights_dir
+from biollm.config.site import weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, UsageError
-from biollm.launch import LaunchScript, Options, override, render
+from biollm.slurm.launch import LaunchScript, Options, override, render
+from biollm.slurm.supervisor import node_files
 
 GOLDEN = Path(__file__).parent / "golden"
 BIN = Path(sys.executable).parent

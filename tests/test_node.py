@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 
-from biollm import _node
+from biollm.slurm.supervisor import supervisor
 
 pytestmark = pytest.mark.slow  # each takes seconds
-PACKAGE = Path(_node.__file__).parent
+PACKAGE = Path(supervisor.__file__).parent
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
 
@@ -48,8 +48,8 @@ class Job:
         """Start a job with one stand-in server for each of `fakes`; return its process id."""
         lib = self.run / "lib"
         lib.mkdir(parents=True, exist_ok=True)
-        shutil.copy(PACKAGE / "_node.py", lib / "biollm_node_0.py")
-        shutil.copy(PACKAGE / "_node_guard.py", lib / "biollm_node_0_guard.py")
+        shutil.copy(PACKAGE / "supervisor.py", lib / "biollm_node_0.py")
+        shutil.copy(PACKAGE / "auth_middleware.py", lib / "biollm_node_0_guard.py")
         (self.run / "nodes-lab.json").write_text(json.dumps({"node1": "127.0.0.1"}))
         models = [self._model(f"m{n}", fake, spec) for n, fake in enumerate(fakes)]
         text = {
@@ -111,7 +111,7 @@ class Job:
 
 
 def test_the_node_files_need_no_newer_python_than_3_9() -> None:
-    for name in ("_node.py", "_node_guard.py"):
+    for name in ("supervisor.py", "auth_middleware.py"):
         ast.parse((PACKAGE / name).read_text(), feature_version=(3, 9))
 
 
@@ -193,7 +193,7 @@ def test_a_server_does_not_start_with_an_empty_key(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("\n")
     end, lifeline = os.pipe()
     env = {"BIOLLM_START": "0", "BIOLLM_KEY_FILE": str(tmp_path / "key"), "BIOLLM_LIFELINE": str(end)}
-    make = [sys.executable, "-c", "from biollm._node_guard import Guard; Guard(None)"]
+    make = [sys.executable, "-c", "from biollm.slurm.supervisor.auth_middleware import Guard; Guard(None)"]
     ran = subprocess.run(make, env={**os.environ, **env}, capture_output=True, pass_fds=[end, lifeline],
                          start_new_session=True, text=True, timeout=30, check=False)  # fmt: skip
     os.close(end)
@@ -444,7 +444,7 @@ def test_an_idle_chain_stops_its_next_link(job: Job) -> None:
 def test_each_model_gets_a_slice_of_the_granted_devices(
     gpus: list[int], granted: str | None, pieces: list[str | None]
 ) -> None:
-    assert _node.slices(gpus, granted) == pieces
+    assert supervisor.slices(gpus, granted) == pieces
 
 
 def test_the_walltime_left_counts_down_in_the_record(job: Job) -> None:

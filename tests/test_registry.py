@@ -12,9 +12,9 @@ from test_fit import PUBLISHED
 
 from biollm.config import Cluster, load_config
 from biollm.errors import UsageError
-from biollm.fit import fit
-from biollm.launch import render
-from biollm.registry import add, entry, unregistered
+from biollm.slurm.add_model import add, entry, unregistered
+from biollm.slurm.launch import render
+from biollm.slurm.memory import fit
 
 A3 = Cluster(gpu_memory_gib=79.1)
 MINE = """\

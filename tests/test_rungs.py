@@ -12,10 +12,10 @@ from provider import Loopback
 
 from biollm._background import apart
 from biollm.config import load_config
-from biollm.endpoints import Endpoint
 from biollm.ledger import Ledger, Need, Refused
 from biollm.routing import Wants
 from biollm.rungs import Rungs, explain, note_refusal
+from biollm.slurm.endpoints import Endpoint
 
 Write = Callable[..., Path]
 

@@ -28,12 +28,12 @@ from biollm._shared import watch
 from biollm.client import Client, CompletionError, get_model_client
 from biollm.config import load_config
 from biollm.config.site import run_dir
-from biollm.endpoints import START, Endpoint, ask
 from biollm.errors import UnavailableError
 from biollm.health import check
 from biollm.providers import copilot
 from biollm.providers.credentials import of_secret
 from biollm.routing import deployments
+from biollm.slurm.endpoints import START, Endpoint, ask
 
 Write = Callable[..., Path]
 Biollm = Callable[..., Ran]

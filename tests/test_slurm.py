@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from biollm import _scheduler, slurm
+from biollm import slurm
 from biollm.config import Cluster, Environment, Model
 from biollm.errors import SlurmError, UnavailableError, UsageError
-from biollm.launch import Options
-from biollm.tickets import Job, Ticket
+from biollm.slurm import commands
+from biollm.slurm.launch import Options
+from biollm.slurm.submissions import Job, Ticket
 
 Answer = Callable[[str, str], None]
 
@@ -68,28 +69,28 @@ def test_a_refusal_becomes_a_sentence_with_its_mend(answer: Answer, said: str, s
         "sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1".replace("user's", "users")
     )
     with pytest.raises(SlurmError, match=sentence.replace("(", r"\(")) as caught:
-        _scheduler.submit(Path("job.sh"), [], [])
+        commands.submit(Path("job.sh"), [], [])
     assert caught.value.hint is mend or str(mend) in str(caught.value.hint)
 
 
 def test_a_missing_command_says_where_to_run_this(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SlurmError, match="There is no sbatch on this machine") as caught:
-        _scheduler.submit(Path("job.sh"), [], [])
+        commands.submit(Path("job.sh"), [], [])
     assert "login node" in str(caught.value.hint)
 
 
 def test_a_command_that_hangs_is_ended(answer: Answer) -> None:
     answer("squeue", "exec sleep 60")
-    with pytest.raises(_scheduler.ControllerAwayError, match="no answer within 1 s"):
-        _scheduler.run("squeue", timeout=1)
+    with pytest.raises(commands.ControllerAwayError, match="no answer within 1 s"):
+        commands.run("squeue", timeout=1)
 
 
 def test_only_what_is_allowed_reaches_slurm(answer: Answer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
     answer("sbatch", "env >&2; echo '12;cluster'; env | grep -q -e planted -e CPUS_PER_TASK && exit 1; exit 0")
-    assert _scheduler.submit(Path("job.sh"), ["--ticket", "t"], []) == "12"
+    assert commands.submit(Path("job.sh"), ["--ticket", "t"], []) == "12"
     call = (tmp_path / "calls.txt").read_text()
     assert call.startswith("sbatch --parsable --export=PATH,HOME")
     assert call.endswith("job.sh --ticket t\n")
@@ -118,11 +119,11 @@ def test_a_long_queue_is_asked_more_rarely_and_a_change_or_a_submission_wakes_it
 ) -> None:
     def queue(age: float, since: float = 0.0) -> int:
         aged(tmp_path, age)
-        _scheduler.queue(tmp_path, "lab", since)
+        commands.queue(tmp_path, "lab", since)
         return (tmp_path / "calls.txt").read_text().count("squeue")
 
     answer("squeue", "echo '7|PENDING|Resources|N/A|'")
-    _scheduler.queue(tmp_path, "lab")
+    commands.queue(tmp_path, "lab")
     assert queue(4) == 1
     assert queue(6) == 2  # unchanged: 7.5 s from now on
     assert queue(6) == 2
@@ -137,7 +138,7 @@ def test_a_long_queue_is_asked_more_rarely_and_a_change_or_a_submission_wakes_it
 def test_an_estimated_start_is_in_iso_8601_utc_whatever_the_clusters_time_zone(answer: Answer, tmp_path: Path) -> None:
     start = "TZ=${TZ:-America/Chicago} date -d @1795003200 +%FT%T"
     answer("squeue", f"echo \"7|PENDING|Resources|$({start})|\"; echo '8|PENDING|Priority|N/A|'")
-    rows = _scheduler.queue(tmp_path, "lab").rows
+    rows = commands.queue(tmp_path, "lab").rows
     assert (rows["7"].start, rows["8"].start) == ("2026-11-18T12:00:00+00:00", "")
 
 
@@ -146,17 +147,17 @@ def test_a_look_at_the_queue_by_a_newer_version_is_read(answer: Answer, tmp_path
     rows = [["7", "RUNNING", "", "", "node1", "one more column"]]
     told = {"rows": rows, "error": "", "interval": 5.0, "more": 1}
     (tmp_path / f"queue-lab-{os.getuid()}.json").write_text(json.dumps(told))
-    assert _scheduler.queue(tmp_path, "lab").rows["7"].node == "node1"
+    assert commands.queue(tmp_path, "lab").rows["7"].node == "node1"
 
 
 def test_an_unreachable_controller_is_an_error_in_the_queue_with_what_was_seen_last(
     answer: Answer, tmp_path: Path
 ) -> None:
     answer("squeue", "echo '7|RUNNING|None|N/A|node1'")
-    _scheduler.queue(tmp_path, "lab")
+    commands.queue(tmp_path, "lab")
     answer("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1")
     aged(tmp_path, 10)
-    queue = _scheduler.queue(tmp_path, "lab")
+    queue = commands.queue(tmp_path, "lab")
     assert queue.rows["7"].state == "RUNNING"
     assert "does not answer" in queue.error
 
@@ -165,7 +166,7 @@ def test_node_addresses_come_from_the_controller(answer: Answer) -> None:
     answer(
         "scontrol", "echo 'NodeName=n1 Arch=x NodeAddr=10.0.0.1 OS=Linux 5 State=IDLE'; echo 'NodeName=n2 State=DOWN'"
     )
-    assert _scheduler.nodes() == {"n1": "10.0.0.1", "n2": "n2"}
+    assert commands.nodes() == {"n1": "10.0.0.1", "n2": "n2"}
 
 
 def test_up_refuses_before_queueing_when_weights_or_environment_are_missing(site: Cluster, model: Model) -> None:

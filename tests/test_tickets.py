@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from biollm._scheduler import Queue, Row
 from biollm.config import Cluster
-from biollm.endpoints import Endpoint
 from biollm.errors import UsageError
-from biollm.tickets import Ticket, failure, find, gpu_hours, judge, read, save, sweep, tickets
+from biollm.slurm.commands import Queue, Row
+from biollm.slurm.endpoints import Endpoint
+from biollm.slurm.submissions import Ticket, failure, find, gpu_hours, judge, read, save, sweep, tickets
 
 TICKET = Ticket("t", "7", ("a",), 1, 3600, Path("/none"), submitted=100.0)
 A, B, C = "0123456789ab4cde8f0123456789abcd", "f" * 12 + "4abc9" + "0" * 15, "a" * 12 + "4000b" + "1" * 15

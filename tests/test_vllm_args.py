@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from biollm.config import Config, load_config
-from biollm.vllm_args import argv, problems, snapshot
+from biollm.slurm.vllm_flags import argv, problems, snapshot
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hub import COMMIT, Hub
 from biollm.config import Cluster, Model
 from biollm.config.site import weights_dir
 from biollm.errors import UnavailableError, UsageError
-from biollm.weights import present, published_config, pull
+from biollm.slurm.weights import present, published_config, pull
 
 INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
 FILES = {

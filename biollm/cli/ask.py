@@ -23,7 +23,7 @@ from biollm.errors import CompletionError, UnknownNameError, UsageError
 if TYPE_CHECKING:
     from biollm._gateway_client import Line
     from biollm.client import Piece
-    from biollm.tickets import Job
+    from biollm.slurm.submissions import Job
     from biollm.types import Completion
 
 Provider = Annotated[str | None, typer.Option(metavar="NAME", help="Only this provider may answer.")]

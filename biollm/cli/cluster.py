@@ -14,9 +14,9 @@ from biollm.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from biollm.config import Config, Model
-    from biollm.fit import FitReport
-    from biollm.launch import Options
-    from biollm.tickets import Job
+    from biollm.slurm.launch import Options
+    from biollm.slurm.memory import FitReport
+    from biollm.slurm.submissions import Job
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="One or several models.")]
 Set = Annotated[
@@ -52,7 +52,7 @@ def render_slurm(
     """
     from biollm._files import write_for_user
     from biollm.config import load_config
-    from biollm.launch import render
+    from biollm.slurm.launch import render
 
     config = load_config()
     options = _options(partition=partition, account=account, qos=qos, time=time, gpus=gpus, force=force)
@@ -67,7 +67,7 @@ def render_slurm(
 
 def _options(*, time: str | None, **rest: Any) -> Options:
     from biollm.config.values import walltime
-    from biollm.launch import Options
+    from biollm.slurm.launch import Options
 
     try:
         return Options(walltime=walltime(time) if time else None, **rest)
@@ -77,7 +77,7 @@ def _options(*, time: str | None, **rest: Any) -> Options:
 
 def _chosen(config: Config, names: list[str], changes: list[str] | None = None) -> list[Model]:
     """Return the local models of these names, with `--set` applied to each."""
-    from biollm.launch import override
+    from biollm.slurm.launch import override
 
     local = {key: model for key, model in config.models.items() if model.type == "local"}
     chosen: list[Model] = []
@@ -112,8 +112,8 @@ def fit(
     With how many tokens, and what would make it fit. Exit 78 when one does not.
     """
     from biollm.config import load_config
-    from biollm.fit import fit as compute
-    from biollm.registry import unregistered
+    from biollm.slurm.add_model import unregistered
+    from biollm.slurm.memory import fit as compute
 
     config = load_config()
     local = [key for key, each in config.models.items() if each.type == "local" and each.architecture]
@@ -159,8 +159,8 @@ def pull(models: Models) -> None:
 
     Goes on where it was interrupted; looks for free space first.
     """
-    from biollm import weights
     from biollm.config import load_config
+    from biollm.slurm import weights
 
     config, progress = load_config(), Progress()
     for model in _chosen(config, models):
@@ -341,12 +341,12 @@ def models_add(
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name here.")] = None,
 ) -> None:
     """Add a model, with its architecture, to models.yaml."""
-    from biollm import registry
     from biollm.config import load_config
     from biollm.config.paths import config_dirs
+    from biollm.slurm import add_model
 
     folder, cluster = config_dirs()[-1][1], load_config().cluster
-    key, file = registry.add(hf_id, folder, cluster, config=config_json, name=name)
+    key, file = add_model.add(hf_id, folder, cluster, config=config_json, name=name)
     print(
         f"{key}: added to {file}. `biollm fit {key}` says what it needs, `biollm pull {key}` and `biollm up {key}` start it."
     )

@@ -1,9 +1,7 @@
-"""Says where a site keeps things: run directory, logs, caches, weights, and the file its nodes run. Pure."""
+"""Where a site keeps things: run directory, logs, caches and weights. Pure."""
 
 from __future__ import annotations
 
-import hashlib
-from functools import cache
 from pathlib import Path
 
 from biollm._ownership import is_private
@@ -63,18 +61,3 @@ def weights_dir(model: Model, cluster: Cluster) -> Path:
         raise UsageError(f"{model.key} is no local model: it needs `type: local`, and an hf_id or a path.")
     suffix = f"@{model.revision.replace('/', '_')}" if model.revision else ""
     return models_dir(cluster) / f"{model.hf_id}{suffix}"
-
-
-def node_files(cluster: Cluster) -> dict[Path, str]:
-    """Return what must lie in own_dir before a job starts, path -> text; the supervisor comes first.
-
-    A new version has another name, so that running jobs keep theirs.
-    """
-    stem, texts = _node_source()
-    return {own_dir(cluster) / "lib" / f"{stem}{part}.py": text for part, text in texts.items()}
-
-
-@cache
-def _node_source() -> tuple[str, dict[str, str]]:
-    texts = {part: (Path(__file__).parent / f"_node{part}.py").read_text() for part in ("", "_guard")}
-    return f"biollm_node_{hashlib.sha256(''.join(texts.values()).encode()).hexdigest()[:12]}", texts

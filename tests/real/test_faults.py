@@ -22,10 +22,10 @@ from slurm_lab import SlurmLab, wait_until
 from biollm import slurm
 from biollm.client import get_model_client
 from biollm.config import Cluster, Model
-from biollm.endpoints import Records, Watch, ask, read_key
 from biollm.errors import JobFailedError, SlurmError, UsageError
-from biollm.launch import Options
-from biollm.tickets import Job
+from biollm.slurm.endpoints import Records, Watch, ask, read_key
+from biollm.slurm.launch import Options
+from biollm.slurm.submissions import Job
 
 pytestmark = pytest.mark.real
 Make = Callable[..., Model]

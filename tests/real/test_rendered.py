@@ -11,8 +11,8 @@ from slurm_lab import SlurmLab
 
 from biollm.config import Cluster, Model
 from biollm.config.paths import data_dir
-from biollm.launch import render
-from biollm.vllm_args import argv, problems, snapshot
+from biollm.slurm.launch import render
+from biollm.slurm.vllm_flags import argv, problems, snapshot
 
 pytestmark = pytest.mark.real
 HOSTILE = [

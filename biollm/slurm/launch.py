@@ -24,13 +24,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from biollm import __version__, vllm_args
+from biollm import __version__
 from biollm.config import Cluster, Model
 from biollm.config.paths import data_dir
-from biollm.config.site import cache_dir, log_dir, models_dir, node_files, own_dir, run_dir, weights_dir
+from biollm.config.site import cache_dir, log_dir, models_dir, own_dir, run_dir, weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, Problem, UsageError, nearest
-from biollm.fit import fit
-from biollm.sbatch import Request, header, request
+from biollm.slurm import vllm_flags
+from biollm.slurm.memory import fit
+from biollm.slurm.sbatch import Request, header, request
+from biollm.slurm.supervisor import node_files
 
 _SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
@@ -164,7 +166,7 @@ def _quoted(value: object) -> str:
 def _sized(model: Model, options: Options) -> Model:
     """Return `model` with checked flags, and a tensor-parallel size that matches its GPUs."""
     args = dict(model.vllm_args)
-    found = list(vllm_args.problems(args))
+    found = list(vllm_flags.problems(args))
     published, quantization = model.architecture and model.architecture.dtype, args.get("quantization")
     if quantization in _CHECKPOINTS and published in ("bfloat16", "float16", "float32"):
         found.append(("quantization", f"is {quantization}, but {model.hf_id} is {published}: name such a checkpoint."))
@@ -262,7 +264,7 @@ def _spec(models: Sequence[Model], cluster: Cluster, job: Request, options: Opti
         if job.nodes > 1:
             args = {"nnodes": job.nodes, "distributed_executor_backend": "mp", **args}
         argv = ["vllm", "serve", str(weights_dir(model, cluster)), "--served-model-name", model.key]
-        server = {"name": model.key, "argv": argv + vllm_args.argv(args), "gpus": model.gpus_required // job.nodes}
+        server = {"name": model.key, "argv": argv + vllm_flags.argv(args), "gpus": model.gpus_required // job.nodes}
         servers.append(server | {"start_timeout": model.start_timeout})
     return {
         "v": 1, "cluster": cluster.name, "run_dir": str(own_dir(cluster)), "log_dir": str(log_dir(cluster)),

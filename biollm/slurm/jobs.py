@@ -19,17 +19,31 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TypeVar
 
-from biollm import _scheduler, weights
-from biollm._files import locked, private_folder, write_private
+from biollm._files import file_time, locked, private_folder, write_private
 from biollm._ownership import uids
-from biollm._scheduler import Queue
 from biollm.config import Cluster, Model
-from biollm.config.site import log_dir, node_files, own_dir, present_dir, run_dir
-from biollm.endpoints import Endpoint, Records, Watch, ask, file_time, load
+from biollm.config.site import log_dir, own_dir, present_dir, run_dir
 from biollm.errors import SlurmError, UnavailableError, UsageError
-from biollm.launch import LaunchScript, Options, render
-from biollm.sbatch import header, request
-from biollm.tickets import Job, Ticket, failure, find, gpu_hours, judge, read, save, server_log, sweep, tail, tickets
+from biollm.slurm import commands, weights
+from biollm.slurm.commands import Queue
+from biollm.slurm.endpoints import Endpoint, Records, Watch, ask, load
+from biollm.slurm.launch import LaunchScript, Options, render
+from biollm.slurm.sbatch import header, request
+from biollm.slurm.submissions import (
+    Job,
+    Ticket,
+    failure,
+    find,
+    gpu_hours,
+    judge,
+    read,
+    save,
+    server_log,
+    sweep,
+    tail,
+    tickets,
+)
+from biollm.slurm.supervisor import node_files
 
 OnState = Callable[[Job], None]
 T = TypeVar("T")
@@ -211,10 +225,10 @@ def down(cluster: Cluster, target: str | None = None, *, wait: bool = True) -> l
     for job in jobs:  # whoever starts meanwhile finds the mark
         (job.ticket.folder / f"{job.ticket.chain or job.ticket.id}.stop").touch(mode=0o600)
     if jobs:
-        _scheduler.run("scancel", "--state=PENDING", *(job.ticket.job for job in jobs))
+        commands.run("scancel", "--state=PENDING", *(job.ticket.job for job in jobs))
     for flags, spans in (["--batch"], False), ([], True):  # a job on several nodes runs in a step
         if running := [job.ticket.job for job in jobs if (job.ticket.nodes > 1) == spans]:
-            _scheduler.run("scancel", "--state=RUNNING", "--signal=USR1", *flags, *running)
+            commands.run("scancel", "--state=RUNNING", "--signal=USR1", *flags, *running)
     if wait:
         _await_end([job.ticket for job in jobs], cluster)
     return [job.ticket for job in jobs]
@@ -251,7 +265,7 @@ def try_one_gpu(cluster: Cluster) -> None:
     with NamedTemporaryFile("w", suffix=".sh") as script:
         script.write("".join(["#!/bin/bash\n", *(f"#SBATCH {option}\n" for option in options), "true\n"]))
         script.flush()
-        _scheduler.run("sbatch", "--test-only", script.name)
+        commands.run("sbatch", "--test-only", script.name)
 
 
 def _ready_to_submit(
@@ -289,7 +303,7 @@ def _submit_all(
                 new.append(_submit(script, cluster, ticket, after, share))
             except SlurmError:
                 if new:  # all or none
-                    _scheduler.run("scancel", *(ticket.job for ticket in new))
+                    commands.run("scancel", *(ticket.job for ticket in new))
                 raise
     return new
 
@@ -338,7 +352,7 @@ def _prepare(cluster: Cluster, share: str, known: Sequence[Job]) -> None:
         if path.stat().st_uid not in uids(cluster.trusted_owners) or path.read_text() != text:
             raise SlurmError(f"{path} is not what this version put there.", hint="Remove it, or use your own run_dir.")
     nodes = folder / f"nodes-{cluster.name}.json"
-    write_private(nodes, json.dumps(_scheduler.nodes()))
+    write_private(nodes, json.dumps(commands.nodes()))
     nodes.chmod(0o644)
     for path in (run_dir(cluster), folder, folder / "records", folder / "starts") if share else ():
         shutil.chown(path, group=share)
@@ -351,7 +365,7 @@ def _submit(script: LaunchScript, cluster: Cluster, ticket: Ticket, options: lis
     arguments = ["--ticket", ticket.id, *(["--share", share] if share else [])]
     if ticket.chain:
         arguments += ["--chain", ticket.chain, "--link", str(ticket.link), "--links", str(ticket.links)]
-    job = _scheduler.submit(path, arguments, options)
+    job = commands.submit(path, arguments, options)
     log = Path(script.request.log.replace("%%", "%").replace("%j", job))
     return save(replace(ticket, job=job, log=log), cluster)
 
@@ -372,7 +386,7 @@ def _own_dir(cluster: Cluster) -> Path:
 
 
 def _queue(cluster: Cluster, since: float = 0.0) -> Queue:
-    return _scheduler.queue(present_dir(cluster), cluster.name, since)
+    return commands.queue(present_dir(cluster), cluster.name, since)
 
 
 def _judged(chosen: Sequence[Ticket], cluster: Cluster) -> list[Job]:
@@ -396,6 +410,6 @@ def _await_end(stopping: Sequence[Ticket], cluster: Cluster) -> None:
     deadline = time.monotonic() + cluster.drain + 30
     while waiting := [job.ticket for job in _judged(stopping, cluster) if not job.over]:
         if time.monotonic() > deadline:
-            _scheduler.run("scancel", *(ticket.job for ticket in waiting))
+            commands.run("scancel", *(ticket.job for ticket in waiting))
             return
         time.sleep(0.5)

@@ -10,11 +10,11 @@ from typing import Any, cast
 import yaml
 
 from biollm._files import write_for_user
-from biollm.architecture import architecture_from_config
 from biollm.config import Architecture, Cluster, Model
 from biollm.errors import UsageError
-from biollm.fit import fit
-from biollm.weights import published_config
+from biollm.slurm.architecture import architecture_from_config
+from biollm.slurm.memory import fit
+from biollm.slurm.weights import published_config
 
 
 def entry(hf_id: str, published: dict[str, Any], cluster: Cluster, key: str | None = None) -> Model:

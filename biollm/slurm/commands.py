@@ -14,8 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from biollm._files import locked, write_private
-from biollm.endpoints import file_time
+from biollm._files import file_time, locked, write_private
 from biollm.errors import SlurmError
 
 ASK_S, REST_S = 5.0, 30.0  # between two questions about the queue: at first, and at most while all jobs wait

@@ -42,7 +42,7 @@ class Guard:
         lifeline = int(os.environ["BIOLLM_LIFELINE"])
         threading.Thread(target=_die_with_supervisor, args=(lifeline,), daemon=True).start()
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: D102
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return

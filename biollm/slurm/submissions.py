@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biollm._files import write_private
-from biollm._scheduler import Queue, Row
 from biollm.config import Cluster
 from biollm.config.site import own_dir, places
-from biollm.endpoints import Endpoint
 from biollm.errors import JobFailedError, UsageError
+from biollm.slurm.commands import Queue, Row
+from biollm.slurm.endpoints import Endpoint
 from biollm.types import known
 
 Phase = Literal["pending", "starting", "ready", "draining", "ended", "failed", "unknown"]
