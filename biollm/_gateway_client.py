@@ -27,9 +27,9 @@ from biollm.config.paths import FALSE, config_dirs, state_dir
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage, known
 
 if TYPE_CHECKING:
-    from biollm._run import Request
     from biollm.client import Piece
     from biollm.config import Cluster
+    from biollm.routing.request import Request
 
 Json = dict[str, Any]
 Dial = Callable[[], HTTPConnection]

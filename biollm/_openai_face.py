@@ -16,7 +16,8 @@ from uuid import uuid4
 
 from biollm import errors
 from biollm.config.paths import tags_of
-from biollm.routing import GROUP, LOCAL_GROUP, models_of
+from biollm.routing.deployments import models_of
+from biollm.routing.router_config import GROUP, LOCAL_GROUP
 from biollm.types import Attempt, Completion
 
 if TYPE_CHECKING:

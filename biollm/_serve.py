@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biollm import _lean
 from biollm._background import background
 from biollm._files import private_folder, write_private
 from biollm._gateway_client import RECORD, SOCKET, connect, folders, identity, record
@@ -30,6 +29,7 @@ from biollm._ownership import is_private
 from biollm._shared import ledger
 from biollm.config.paths import own_dir, state_dir
 from biollm.errors import ConfigError, UnavailableError, UsageError
+from biollm.routing import lean
 
 if TYPE_CHECKING:
     import uvicorn
@@ -77,7 +77,8 @@ def serve(
         from biollm import gateway
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed.", hint="pip install 'biollm[serve]'") from None
-    from biollm.client import Client, import_waterfall
+    from biollm.client import Client
+    from biollm.routing import import_waterfall
 
     os.environ["BIOLLM_GATEWAY"] = "off"  # it asks nobody but itself
     mine, busy, end = identity(), _Busy(), threading.Event()
@@ -109,7 +110,7 @@ def serve(
         if client.config.alerts.active:
             threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
         import_waterfall()  # here, so that the first request need not wait for it
-        _lean.settle()
+        lean.settle()
         try:
             _until_the_end(end, busy, idle, folder / SOCKET, (folder / SOCKET).stat().st_ino)
         finally:

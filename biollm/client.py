@@ -7,21 +7,15 @@ print(get_model_client().complete("Why did this job fail? ..."))
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
-import os
 import time
-import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from biollm import balance
 from biollm._background import apart, background, called
 from biollm._gateway_client import Line, body_of, identity, reach
-from biollm._plain import ANSWER_SIZES, Reader, text, texts
-from biollm._run import Request
 from biollm._shared import ledger, watch
 from biollm.config import Config, Limit, load_config
 from biollm.config.paths import environment_tags, state_dir, wants_local_only
@@ -39,16 +33,19 @@ from biollm.errors import (
     UsageError,
     nearest,
 )
-from biollm.health import check_all_providers
-from biollm.routing import Deployment, Policy, Wants
-from biollm.rungs import Rung, Rungs, check_names, explain
-from biollm.structured import Message, Shape
+from biollm.routing import import_waterfall, load_balancing
+from biollm.routing.candidates import Rung, Rungs, check_names, explain
+from biollm.routing.deployments import Deployment, Policy, Wants
+from biollm.routing.health import check_all_providers
+from biollm.routing.normalize import ANSWER_SIZES, Reader, text, texts
+from biollm.routing.request import Request
+from biollm.routing.structured import Message, Shape
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from biollm._waterfall import Waterfall
+    from biollm.routing.waterfall import Waterfall
     from biollm.slurm.endpoints import Watch
     from biollm.slurm.submissions import Job
 
@@ -274,7 +271,7 @@ class Client:
         request = self._request(prompt, options)
         rungs = Rungs(self.config, ledger(), state_dir(), self.policy(), watch(self.config.cluster).alive)
         found = explain(rungs, request.wants)
-        return background().run(balance.of_process().weighed(found, rungs))
+        return background().run(load_balancing.of_process().weighed(found, rungs))
 
     def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
         """Return each limit of the deployment's account, how much of it is used, and when it resets (epoch seconds)."""
@@ -416,7 +413,8 @@ class Client:
 
         The job stays when the deadline passes or the caller leaves. No thread waits: a step is short.
         """
-        from biollm import on_demand, slurm
+        from biollm import slurm
+        from biollm.routing import on_demand
 
         if isinstance(error, RequestRejectedError | ContentPolicyError | DeadlineError):
             raise error
@@ -502,24 +500,6 @@ def get_model_client(
 ) -> Client:
     """Return a Client; see there."""
     return Client(provider, model, config_dir=config_dir, **defaults)
-
-
-def import_waterfall() -> type[Waterfall]:
-    """Import LiteLLM with its fetch of the price map switched off, and leave the environment as it was."""
-    name = "LITELLM_LOCAL_MODEL_COST_MAP"
-    before, collects = os.environ.get(name), gc.isenabled()
-    os.environ[name] = before or "True"
-    gc.disable()  # an import makes much and drops little: to look for garbage takes a sixth of its time
-    # Pydantic's remark on one of LiteLLM's own types, at the first stream.
-    warnings.filterwarnings("ignore", message="Item 'summary' on TypedDict class")
-    try:
-        from biollm._waterfall import Waterfall
-    finally:
-        if before is None:
-            del os.environ[name]
-        if collects:
-            gc.enable()
-    return Waterfall
 
 
 def _let_go(making: asyncio.Future[Waterfall] | None) -> None:

@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 from biollm._background import background
 from biollm._broken import Stage
 from biollm._ownership import address
-from biollm._run import Request
 from biollm._shared import watch
-from biollm.client import import_waterfall
 from biollm.config import Config
 from biollm.config.paths import state_dir
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger
-from biollm.prices import prices
 from biollm.providers.credentials import Credential, of_secret
-from biollm.routing import Deployment, Wants
-from biollm.rungs import Rungs
+from biollm.routing import import_waterfall
+from biollm.routing.candidates import Rungs
+from biollm.routing.deployments import Deployment, Wants
+from biollm.routing.pricing import prices
+from biollm.routing.request import Request
 from biollm.types import Usage
 
 if TYPE_CHECKING:
-    from biollm._waterfall import Waterfall
+    from biollm.routing.waterfall import Waterfall
 
 _RESTS = 400 * 86400.0  # seconds after which nothing rests any more
 TRIES = 2  # requests to one rung for one call

@@ -27,7 +27,7 @@ from biollm import metrics, page
 from biollm._background import apart
 from biollm._shared import ledger
 from biollm.errors import BiollmError, UsageError
-from biollm.rungs import check_names
+from biollm.routing.candidates import check_names
 from biollm.top import Top
 from biollm.types import Completion, StreamChunk, StreamRestarted
 

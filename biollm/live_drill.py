@@ -17,16 +17,16 @@ from typing import Literal
 from biollm._background import background
 from biollm._shared import ledger as shared_ledger
 from biollm._shared import watch
-from biollm.client import import_waterfall
 from biollm.config import Config
 from biollm.config.paths import state_dir
 from biollm.drill import Played, Theatre
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger, Need, Record, Refused
 from biollm.ledger.quotas import Cooldown
-from biollm.prices import price
-from biollm.routing import Deployment, Wants
-from biollm.rungs import Rung, Rungs, explain
+from biollm.routing import import_waterfall
+from biollm.routing.candidates import Rung, Rungs, explain
+from biollm.routing.deployments import Deployment, Wants
+from biollm.routing.pricing import price
 from biollm.types import Usage
 
 LIMIT = 0.05  # USD

@@ -26,8 +26,8 @@ from biollm.errors import BiollmError
 from biollm.ledger import Ledger, Need
 from biollm.ledger.quotas import excess
 from biollm.ledger.sqlite import read
-from biollm.routing import Wants
-from biollm.rungs import Rung, Rungs, Standing, explain
+from biollm.routing.candidates import Rung, Rungs, Standing, explain
+from biollm.routing.deployments import Wants
 from biollm.slurm.endpoints import Endpoint
 from biollm.slurm.submissions import Job
 

@@ -6,7 +6,6 @@ of a job cost. All is taken from the ledger and Slurm's jobs; nothing is sent.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import time
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import Literal, get_args
 
 from biollm.config import Config
@@ -29,7 +27,6 @@ from biollm.ledger.quotas import period
 By = Literal["provider", "account", "model", "day", "hour", "tag"]
 Tally = tuple[Counter[float], Counter[float]]
 Cells = Sequence[tuple[Key, Cell]]
-PRICES = "model_prices_and_context_window_backup.json"  # LiteLLM's map of models, a file of its package
 WEEK = 7 * 86400.0  # seconds: the report's usual length, and how long Slurm's jobs are remembered
 _GRAIN = {"day": 24, "hour": 1}  # hours
 _ATTEMPTS = ("provider", "account", "model")  # whose rows count attempts: a request can ask several of them
@@ -282,10 +279,10 @@ def quantiles(counts: Mapping[float, int], shares: Sequence[float], *, exact: bo
 
 def quotas(config: Config, ledger: Ledger) -> Iterator[Quota]:
     """Yield every limit of the deployments that the data policy allows, as it stands now."""
-    from biollm import routing
+    from biollm.routing import deployments
 
     now, seen = time.time(), set[str]()
-    for deployment in routing.deployments(config):
+    for deployment in deployments.build_deployments(config):
         if deployment.scope in seen:
             continue
         seen.add(deployment.scope)
@@ -298,34 +295,11 @@ def quotas(config: Config, ledger: Ledger) -> Iterator[Quota]:
             yield Quota(deployment.scope, str(limit), limit.kind, limit.amount, used, left, resets, exhausted)
 
 
-def price_map() -> dict[str, dict[str, object]]:
-    """Return LiteLLM's prices, model -> facts, from its file: importing it takes seconds."""
-    import orjson
-
-    found = importlib.util.find_spec("litellm")
-    if found is None or not found.submodule_search_locations:
-        return {}
-    return orjson.loads(Path(found.submodule_search_locations[0], PRICES).read_bytes())
-
-
-def listed(prices: Mapping[str, Mapping[str, object]], provider: str, model: str) -> tuple[str, Mapping[str, object]]:
-    """Return the name and the facts under which LiteLLM's map lists a provider's model; ("", {}) where it does not."""
-    for name in (f"{provider}/{model}", model):  # OpenAI's and some others' models stand there by their bare names
-        facts = prices.get(name, {})
-        if facts and (name != model or str(facts.get("litellm_provider")).startswith(provider)):
-            return name, facts
-    return "", {}
-
-
-def per_token(facts: Mapping[str, object]) -> tuple[float, float] | None:
-    """Return the USD per token of prompt and of answer; None unless both are known."""
-    sent, got = facts.get("input_cost_per_token"), facts.get("output_cost_per_token")
-    return (float(sent), float(got)) if isinstance(sent, int | float) and isinstance(got, int | float) else None
-
-
 @cache
 def _price(model: str | None) -> tuple[float, float] | None:
     """Return the USD per token of prompt and of answer; None where no model is named, or LiteLLM has no price."""
+    from biollm.routing.pricing import per_token, price_map
+
     return per_token(price_map().get(model, {})) if model else None
 
 

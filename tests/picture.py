@@ -9,7 +9,7 @@ from pathlib import Path
 
 from biollm.config import load_config
 from biollm.ledger import Ledger, Need, Record
-from biollm.rungs import Rungs
+from biollm.routing.candidates import Rungs
 from biollm.slurm.endpoints import Endpoint
 from biollm.slurm.submissions import Job, Ticket
 from biollm.top import Top

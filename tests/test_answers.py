@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from biollm._answers import fold
-from biollm.client import import_waterfall
+from biollm.routing import import_waterfall
+from biollm.routing.responses import fold
 
 TOOL = {"index": 0, "id": "call-1", "type": "function", "function": {"name": "blast", "arguments": "{}"}}
 END: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]

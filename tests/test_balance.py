@@ -16,13 +16,13 @@ import pytest
 from behaviours import HANG, HTTP_429, HTTP_500, OK, Behaviour, limited
 from provider import Loopback, Request, Server
 
-from biollm import balance
 from biollm._background import background
 from biollm.client import Client, get_model_client
 from biollm.config.site import run_dir
 from biollm.errors import CompletionError
 from biollm.providers.credentials import of_secret
-from biollm.routing import Deployment, deployments
+from biollm.routing import load_balancing
+from biollm.routing.deployments import Deployment, build_deployments
 from biollm.slurm.endpoints import Endpoint, Figures, figures
 
 OLDER = "vllm:gpu_cache_usage_perc"
@@ -155,8 +155,8 @@ def test_the_look_is_kept_for_a_second_and_then_renewed(net: Loopback, replicas:
     one.metrics, two.metrics = said(0), said(9)
     while client.complete("hi").text == "second":
         assert time.monotonic() - began < 30
-    assert time.monotonic() - began >= balance.FRESH
-    assert looks(one) <= 1 + (time.monotonic() - began) / balance.FRESH
+    assert time.monotonic() - began >= load_balancing.FRESH
+    assert looks(one) <= 1 + (time.monotonic() - began) / load_balancing.FRESH
 
 
 def test_twenty_at_once_spread_evenly(net: Loopback, replicas: Replicas) -> None:
@@ -260,13 +260,13 @@ def test_a_cloud_api_is_never_asked_for_metrics(net: Loopback, replicas: Replica
     one, two = net.serve(), net.serve()
     one.metrics, two.metrics = said(1), said(2)
     client = replicas(one, two)
-    found = deployments(client.config, [*_alive(client)])
+    found = build_deployments(client.config, [*_alive(client)])
 
-    def ask(local: bool) -> dict[str, balance.Load]:
+    def ask(local: bool) -> dict[str, load_balancing.Load]:
         some = [replace(each, local=local) for each in found]
         return background().run(fresh.loads(some, keyed(client, found)))
 
-    fresh, deadline = balance.Balance(), time.monotonic() + 30
+    fresh, deadline = load_balancing.Balance(), time.monotonic() + 30
     assert [load.told for load in ask(local=False).values()] == [None, None]
     assert (looks(one), looks(two)) == (0, 0)
     while [load.others for load in ask(local=True).values()] != [1, 2]:
@@ -297,7 +297,7 @@ def test_what_is_over_is_no_longer_under_way(net: Loopback, waterfall: Callable[
     waterfall(
         limited={"base_url": net.serve().url, "rate_limit": "1/day"}, failing=net.serve(then=HTTP_429), good=net.serve()
     )
-    client, under_way = get_model_client(), balance.of_process().under_way
+    client, under_way = get_model_client(), load_balancing.of_process().under_way
     seen: list[int] = []
     for _ in range(2):
         client.complete("hi", on_send=lambda _: seen.append(len(under_way)))
@@ -344,12 +344,12 @@ def test_a_look_is_bounded_whatever_hangs(net: Loopback, replicas: Replicas) -> 
     servers = [net.serve(then=hangs) for _ in range(8)]
     client = replicas(*servers)
     client.complete("hi", model="mine")  # imports, connections
-    found = deployments(client.config, [*_alive(client)])
-    fresh = balance.Balance()
+    found = build_deployments(client.config, [*_alive(client)])
+    fresh = load_balancing.Balance()
     waited = []
     for _ in range(2):
         began = time.monotonic()
         background().run(fresh.loads(found, keyed(client, found)))
         waited.append(time.monotonic() - began)
-    assert waited[0] < balance.PATIENCE, "all at once"
+    assert waited[0] < load_balancing.PATIENCE, "all at once"
     assert waited[1] < waited[0], "and not again"

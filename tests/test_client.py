@@ -1001,7 +1001,7 @@ def test_a_long_run_keeps_few_connections_open(
 
 
 def test_configurations_that_nobody_uses_are_forgotten(net: Loopback, waterfall: Write) -> None:
-    from biollm._waterfall import Waterfall
+    from biollm.routing.waterfall import Waterfall
 
     server, begun = net.serve(), len(cast("Any", sys.modules["litellm"])._async_success_callback)
     for number in range(12):

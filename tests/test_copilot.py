@@ -21,10 +21,10 @@ from provider import Loopback
 from biollm.client import get_model_client
 from biollm.config import Account, Provider
 from biollm.errors import UnavailableError
-from biollm.health import check_all_providers
 from biollm.providers import copilot, credentials
 from biollm.providers.copilot import Token
 from biollm.providers.credentials import Credential
+from biollm.routing.health import check_all_providers
 
 LOGIN, DEVICE = "gho_planted_login_0123456789", "device-0123456789"
 WAIT = {"error": "authorization_pending"}

@@ -13,9 +13,9 @@ import pytest
 from provider import Loopback
 from test_node import Job
 
-from biollm._lean import OWN_HANDLER
 from biollm.config import load_config
 from biollm.drill import FAULTS, HARMLESS, IN_PROCESS, Cell, drill
+from biollm.routing.lean import OWN_HANDLER
 
 pytestmark = pytest.mark.slow  # each takes seconds
 

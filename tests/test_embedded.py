@@ -316,7 +316,7 @@ def test_the_address_tells_file_context_and_threads() -> None:
 
 def test_importing_and_asking_loads_neither_litellm_nor_httpx() -> None:
     code = (
-        "import sys; from pathlib import Path; from types import SimpleNamespace as N; from biollm import embedded;"
+        "import sys; from pathlib import Path; from types import SimpleNamespace as N; from biollm.providers import embedded;"
         "embedded.ready(N(gguf='/x.gguf', key='k', revision=None), Path('/tmp'));"
         "print({'litellm', 'httpx', 'xllamacpp'} & set(sys.modules))"
     )

@@ -30,8 +30,8 @@ from biollm.client import (
 )
 from biollm.config import load_config
 from biollm.config.paths import state_dir
-from biollm.health import check, check_all_providers
 from biollm.ledger import Ledger
+from biollm.routing.health import check, check_all_providers
 
 Write = Callable[..., Path]
 STREAMS = [pytest.param(False, id="whole"), pytest.param(True, id="stream")]

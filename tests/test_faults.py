@@ -30,7 +30,6 @@ from behaviours import Behaviour
 from provider import Certificates, Loopback, Request, Server
 
 from biollm._background import background
-from biollm._lean import OWN_HANDLER
 from biollm.client import (
     Attempt,
     Client,
@@ -39,6 +38,7 @@ from biollm.client import (
     get_model_client,
 )
 from biollm.config.site import run_dir
+from biollm.routing.lean import OWN_HANDLER
 from biollm.slurm.endpoints import Endpoint
 
 pytestmark = pytest.mark.timeout(60)

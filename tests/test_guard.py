@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from provider import Loopback
 
-from biollm import guard
-from biollm.client import import_waterfall
-from biollm.guard import Turn
 from biollm.ledger import Ledger, Need
+from biollm.routing import callback, import_waterfall
+from biollm.routing.callback import Turn
 
 ASK = [{"role": "user", "content": "hi"}]
 ORPHAN = [*ASK, {"role": "tool", "tool_call_id": "call_1", "content": "42"}]
@@ -52,8 +51,8 @@ async def _ask(model: str, url: str, messages: list[Any], stream: bool, turn: Tu
     import_waterfall()
     import litellm
 
-    guard.install()
-    guard.current.set(turn)
+    callback.install()
+    callback.current.set(turn)
     params = {"model": model, "api_base": url, "api_key": "none", "drop_params": True}
     entry = {"model_name": "biollm", "litellm_params": params, "model_info": {"id": "a"}}
     router: Any = litellm.Router(model_list=[entry], num_retries=0, disable_cooldowns=True)  # pyright: ignore

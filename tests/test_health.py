@@ -13,7 +13,7 @@ from provider import Loopback
 
 from biollm.client import check_all_providers
 from biollm.config import load_config
-from biollm.health import check
+from biollm.routing.health import check
 
 Write = Callable[..., Path]
 

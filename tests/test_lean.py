@@ -30,7 +30,7 @@ def test_a_program_of_ours_asks_without_openais_sdk(own: bool, net: Loopback, wa
     server = net.serve(text="here")
     waterfall(only=server)
     code = f"""
-        from biollm import _lean
+        from biollm.routing import lean
         {own} and _lean.own_handler()
         from biollm.client import get_model_client
         client = get_model_client()
@@ -44,8 +44,8 @@ def test_a_program_of_ours_asks_without_openais_sdk(own: bool, net: Loopback, wa
 def test_the_tokenizer_is_loaded_by_who_counts() -> None:
     code = """
         import json, sys
-        from biollm import _lean
-        from biollm.client import import_waterfall
+        from biollm.routing import lean
+        from biollm.routing import import_waterfall
         import_waterfall()
         _lean.settle()
         import litellm

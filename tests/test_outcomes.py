@@ -16,9 +16,9 @@ from failures import CASES, NOW, WORDINGS, Case, gemini, openai, quota, retry
 from provider import Loopback
 
 from biollm._shared import ledger
-from biollm._waits import retry_after
 from biollm.client import ContentPolicyError, get_model_client
-from biollm.outcomes import classify, timed_out
+from biollm.routing.failures import classify, timed_out
+from biollm.routing.reset_times import retry_after
 
 
 def answered(status: int, text: str = "no", headers: dict[str, str] | None = None, kind: str = "APIError") -> Exception:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from biollm._plain import Reader, text, texts
 from biollm.errors import UsageError
+from biollm.routing.normalize import Reader, text, texts
 
 BAD, GOOD = "bad \udcff", "bad \ufffd"
 PNG = "data:image/png;base64,iVBORw0KGgo="

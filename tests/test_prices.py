@@ -15,13 +15,14 @@ from provider import Loopback
 
 from biollm import metrics
 from biollm._shared import ledger
-from biollm.client import get_model_client, import_waterfall
+from biollm.client import get_model_client
 from biollm.config import load_config
 from biollm.errors import CompletionError, ConfigError
-from biollm.prices import price
-from biollm.routing import Deployment, deployments
+from biollm.routing import import_waterfall
+from biollm.routing.deployments import Deployment, build_deployments
+from biollm.routing.pricing import price, price_map
 from biollm.types import Usage
-from biollm.usage import price_map, report
+from biollm.usage import report
 
 Write = Callable[..., Path]
 CHEAPEST: dict[str, Any] = {"routing": {"policy": "cheapest"}}
@@ -233,7 +234,7 @@ def test_a_price_is_litellms_with_cached_and_reasoning_tokens_and_tiers(waterfal
     compared = 0
     waterfall(one=paid("odd"))
     config = load_config()
-    (base,) = deployments(config)[:1]
+    (base,) = build_deployments(config)[:1]
     for provider, model in kinds.values():
         known = price(of_map(base, provider, model), config)
         for usage in asked if known else ():
@@ -259,7 +260,7 @@ def test_a_price_is_litellms_with_cached_and_reasoning_tokens_and_tiers(waterfal
 def test_a_price_that_nobody_knows_is_none_and_not_zero(waterfall: Write, provider: str, model: str) -> None:
     waterfall(one=paid("odd"))
     config = load_config()
-    assert price(of_map(deployments(config)[0], provider, model), config) is None
+    assert price(of_map(build_deployments(config)[0], provider, model), config) is None
 
 
 DETAILS = {

@@ -13,9 +13,9 @@ import typer
 import yaml
 from provider import Json, Loopback, instance
 
-from biollm import outcomes
 from biollm.cli import app
 from biollm.config import load_config
+from biollm.routing import failures
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -92,8 +92,8 @@ def test_every_command_is_named() -> None:
         ("unreachable", "the address: 10 min, then longer"),
     ],
 )
-def test_its_table_of_cooldowns_is_the_code(kind: outcomes.Kind, words: str) -> None:
-    ladder = outcomes.RULES[kind].ladder
+def test_its_table_of_cooldowns_is_the_code(kind: failures.Kind, words: str) -> None:
+    ladder = failures.RULES[kind].ladder
     numbers, unit = re.findall(r"([\d, ]+) (s|min|h)\b", words)[0]
     stated = [float(number) * {"s": 1, "min": 60, "h": 3600}[unit] for number in numbers.split(",")]
     assert stated == list(ladder[ladder[0] == 0 :][: len(stated)])

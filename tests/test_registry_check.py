@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from biollm.config import load_config
-from biollm.registry_check import check
-from biollm.usage import price_map
+from biollm.routing.config_check import check
+from biollm.routing.pricing import price_map
 
 TODAY = date(2026, 11, 24)
 PRICES = {

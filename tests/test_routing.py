@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from biollm import routing
+from biollm import _ownership
 from biollm.config import Config, Limit, Model, load_config
-from biollm.routing import Wants
+from biollm.routing import deployments, router_config
+from biollm.routing.deployments import Wants
 
 GOLDEN = Path(__file__).parent / "golden" / "shipped_waterfall.json"
 
@@ -47,13 +48,13 @@ def server(start: str, model: str = "mine") -> Any:
 
 
 def test_the_shipped_waterfall_is_the_recorded_one() -> None:
-    found = routing.deployments(load_config())
-    shown = routing.model_list(found, {d.id: {"api_key": f"os.environ/{d.account.env_key}"} for d in found})
+    found = deployments.build_deployments(load_config())
+    shown = router_config.model_list(found, {d.id: {"api_key": f"os.environ/{d.account.env_key}"} for d in found})
     assert shown == json.loads(GOLDEN.read_text()), "if this is meant, write the new list into tests/golden"
 
 
 def test_priority_then_place_in_the_list_becomes_order_and_accounts_share_it(config: Config) -> None:
-    found = [(d.order, d.id) for d in routing.deployments(config)]
+    found = [(d.order, d.id) for d in deployments.build_deployments(config)]
     assert found == [
         (1, "one/big"),
         (2, "two.lab/big"),
@@ -67,7 +68,7 @@ def test_priority_then_place_in_the_list_becomes_order_and_accounts_share_it(con
 
 def test_a_model_of_its_own_priority_goes_before_its_place(config: Config) -> None:
     small = replace_model(config, "small", priority=1)
-    assert next(d.model for d in routing.deployments(small) if d.provider.name == "two") == "small"
+    assert next(d.model for d in deployments.build_deployments(small) if d.provider.name == "two") == "small"
 
 
 def replace_model(config: Config, key: str, **changes: Any) -> Config:
@@ -78,12 +79,14 @@ def replace_model(config: Config, key: str, **changes: Any) -> Config:
 def test_a_local_model_that_no_provider_lists_follows_the_listed_ones(config: Config) -> None:
     model = config.models["mine"].model_copy(update={"key": "added"})
     more = replace(config, models={**config.models, "added": model})
-    assert [d.model for d in routing.deployments(more) if d.provider.name == "gpu"] == ["mine", "added"]
+    assert [d.model for d in deployments.build_deployments(more) if d.provider.name == "gpu"] == ["mine", "added"]
 
 
 def test_running_servers_are_replicas_of_one_order(config: Config) -> None:
     found = [
-        d for d in routing.deployments(config, [server("1"), server("2"), server("3", "other")]) if d.model == "mine"
+        d
+        for d in deployments.build_deployments(config, [server("1"), server("2"), server("3", "other")])
+        if d.model == "mine"
     ]
     assert [(d.order, d.id, d.base_url) for d in found] == [
         (4, "gpu/mine#1", "http://n1:801/v1"),
@@ -93,12 +96,15 @@ def test_running_servers_are_replicas_of_one_order(config: Config) -> None:
 
 
 def test_a_local_model_without_a_server_stays_visible_without_an_address(config: Config) -> None:
-    (mine,) = [d for d in routing.deployments(config) if d.model == "mine"]
+    (mine,) = [d for d in deployments.build_deployments(config) if d.model == "mine"]
     assert (mine.base_url, mine.local) == (None, True)
 
 
 def test_local_only_keeps_what_never_leaves_whatever_its_type(config: Config) -> None:
-    assert [d.id for d in routing.deployments(config, [server("1")], "local_only")] == ["gpu/mine#1", "near/tiny"]
+    assert [d.id for d in deployments.build_deployments(config, [server("1")], "local_only")] == [
+        "gpu/mine#1",
+        "near/tiny",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -120,11 +126,11 @@ def test_local_only_keeps_what_never_leaves_whatever_its_type(config: Config) ->
 def test_local_means_loopback_or_a_host_the_site_calls_its_own(
     url: str | None, hosts: tuple[str, ...], local: bool
 ) -> None:
-    assert routing.is_local(url, hosts) is local
+    assert _ownership.is_local(url, hosts) is local
 
 
 def test_limits_belong_to_the_account_or_to_its_model(config: Config) -> None:
-    scopes = {d.id: d.scope for d in routing.deployments(config)}
+    scopes = {d.id: d.scope for d in deployments.build_deployments(config)}
     assert scopes["two.lab/big"] == scopes["two.lab/small"] == "two/lab"
     assert scopes["one/big"] == "one/default:big"
 
@@ -140,12 +146,12 @@ def test_limits_belong_to_the_account_or_to_its_model(config: Config) -> None:
     ],
 )
 def test_the_tightest_rate_becomes_rpm(limits: list[Limit], rpm: int | None) -> None:
-    assert routing.requests_per_minute(limits) == rpm
+    assert router_config.requests_per_minute(limits) == rpm
 
 
 def test_both_groups_and_only_deployments_with_a_key(config: Config) -> None:
-    found = routing.deployments(config, [server("1")])
-    made = routing.model_list(found, {"one/big": {"api_key": "k"}, "gpu/mine#1": {"api_key": "s"}})
+    found = deployments.build_deployments(config, [server("1")])
+    made = router_config.model_list(found, {"one/big": {"api_key": "k"}, "gpu/mine#1": {"api_key": "s"}})
     assert [(e["model_name"], e["model_info"]["id"]) for e in made] == [
         ("biollm", "one/big"),
         ("biollm", "gpu/mine#1"),
@@ -179,8 +185,8 @@ def test_both_groups_and_only_deployments_with_a_key(config: Config) -> None:
 def test_what_a_request_needs_rules_deployments_out(
     config: Config, ident: str, wants: Wants, reason: str | None
 ) -> None:
-    (deployment,) = [d for d in routing.deployments(config, [server("1")]) if d.id == ident]
-    said = routing.obstacle(deployment, wants)
+    (deployment,) = [d for d in deployments.build_deployments(config, [server("1")]) if d.id == ident]
+    said = deployments.obstacle(deployment, wants)
     assert said is None if reason is None else said and reason in said
 
 
@@ -203,8 +209,8 @@ SMALL = "embedded/smollm2-135m"
 def test_images_go_to_who_may_take_them(
     tmp_path: Path, ident: str, vision: bool | None, media: tuple[str, ...], reason: str | None
 ) -> None:
-    [found] = [d for d in routing.deployments(_config(tmp_path, shipped=True)) if d.id == ident]
-    assert routing.obstacle(replace(found, vision=vision), Wants(media=frozenset(media))) == reason
+    [found] = [d for d in deployments.build_deployments(_config(tmp_path, shipped=True)) if d.id == ident]
+    assert deployments.obstacle(replace(found, vision=vision), Wants(media=frozenset(media))) == reason
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def test_images_go_to_who_may_take_them(
 def test_models_yaml_comes_before_litellms_map(
     config: Config, said: bool | None, facts: dict[str, Any], vision: bool | None
 ) -> None:
-    assert routing.informed(replace(routing.deployments(config)[0], vision=said), facts).vision is vision
+    assert deployments.informed(replace(deployments.build_deployments(config)[0], vision=said), facts).vision is vision
 
 
 @pytest.mark.parametrize(
@@ -249,10 +255,10 @@ def test_a_long_answer_is_shortened_to_what_fits(
     config: Config, context: int | None, most: int | None, prompt: int, wanted: int | None, asked: int | None,
     reason: str | None,
 ) -> None:  # fmt: skip
-    deployment = replace(routing.deployments(config)[0], context_length=context, max_output=most)
+    deployment = replace(deployments.build_deployments(config)[0], context_length=context, max_output=most)
     wants = Wants(prompt=prompt, prompt_most=2 * prompt, answer=wanted)
-    assert routing.obstacle(deployment, wants) == reason
-    assert routing.allowance(deployment, wants) == asked
+    assert deployments.obstacle(deployment, wants) == reason
+    assert deployments.allowance(deployment, wants) == asked
 
 
 @pytest.mark.parametrize(
@@ -274,21 +280,25 @@ def test_a_server_takes_what_the_flags_of_vllm_say(
     config: Config, flags: dict[str, Any], context: int, tools: bool
 ) -> None:
     model = Model(key="mine", hf_id="lab/mine", context_length=32768, vllm_args=flags)
-    (mine,) = [d for d in routing.deployments(replace(config, models={"mine": model})) if d.model == "mine"]
+    (mine,) = [d for d in deployments.build_deployments(replace(config, models={"mine": model})) if d.model == "mine"]
     assert (mine.context_length, mine.tools) == (context, tools)
 
 
 def test_an_openai_deployment_has_its_own_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "https://elsewhere.example/v1")
     config = _config(tmp_path, shipped=True)
-    assert {d.base_url for d in routing.deployments(config) if d.provider.name == "openai"} == {
+    assert {d.base_url for d in deployments.build_deployments(config) if d.provider.name == "openai"} == {
         "https://api.openai.com/v1"
     }
 
 
 def test_copilot_accounts_go_to_the_openai_dialect(tmp_path: Path) -> None:
     config = _config(tmp_path, shipped=True)
-    models = {d.litellm_model.split("/")[0] for d in routing.deployments(config) if d.provider.name == "github_copilot"}
+    models = {
+        d.litellm_model.split("/")[0]
+        for d in deployments.build_deployments(config)
+        if d.provider.name == "github_copilot"
+    }
     assert models == {"openai"}
 
 
@@ -296,7 +306,7 @@ def test_the_proxy_file_holds_no_key_and_says_what_it_leaves_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-0123456789")
-    made, left_out = routing.proxy_config(_config(tmp_path, shipped=True))
+    made, left_out = router_config.proxy_config(_config(tmp_path, shipped=True))
     keys = {entry["litellm_params"]["api_key"] for entry in made["model_list"]}
     assert all(key == "none" or key.startswith("os.environ/") for key in keys)
     assert "sk-planted" not in json.dumps(made)
@@ -337,6 +347,6 @@ def test_an_attempt_has_the_time_that_its_kind_of_server_needs(
         f"inherit: false\nmodels:\n  thinker: {{type: api, capabilities: [reasoning]}}\n  plain: {{{kind}, {weights}}}\n"
     )
     config = load_config(tmp_path)
-    (one,) = routing.deployments(config)
-    found = [routing.attempt_timeout(one, config, stream=stream) for stream in (False, True)]
+    (one,) = deployments.build_deployments(config)
+    found = [deployments.attempt_timeout(one, config, stream=stream) for stream in (False, True)]
     assert found == [whole, streamed]

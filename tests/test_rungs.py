@@ -13,8 +13,8 @@ from provider import Loopback
 from biollm._background import apart
 from biollm.config import load_config
 from biollm.ledger import Ledger, Need, Refused
-from biollm.routing import Wants
-from biollm.rungs import Rungs, explain, note_refusal
+from biollm.routing.candidates import Rungs, explain, note_refusal
+from biollm.routing.deployments import Wants
 from biollm.slurm.endpoints import Endpoint
 
 Write = Callable[..., Path]

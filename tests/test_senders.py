@@ -22,17 +22,17 @@ from provider import Loopback, Server
 from test_node import Job, listens
 
 from biollm._background import background
-from biollm._lean import OWN_HANDLER
-from biollm._reach import TRUSTED, trust
 from biollm._shared import watch
 from biollm.client import Client, CompletionError, get_model_client
 from biollm.config import load_config
 from biollm.config.site import run_dir
 from biollm.errors import UnavailableError
-from biollm.health import check
 from biollm.providers import copilot
 from biollm.providers.credentials import of_secret
-from biollm.routing import deployments
+from biollm.routing.deployments import build_deployments
+from biollm.routing.health import check
+from biollm.routing.host_check import TRUSTED, trust
+from biollm.routing.lean import OWN_HANDLER
 from biollm.slurm.endpoints import START, Endpoint, ask
 
 Write = Callable[..., Path]
@@ -292,7 +292,7 @@ def test_what_was_looked_up_a_moment_ago_costs_microseconds(net: Loopback, water
     waterfall(first=net.serve())
     client = get_model_client()
     client.complete("hi")
-    (deployment,) = deployments(client.config)
+    (deployment,) = build_deployments(client.config)
 
     async def ask(times: int) -> float:
         began = time.perf_counter()

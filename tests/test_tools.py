@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow  # each takes seconds
 TOOL = {"type": "function", "function": {"name": "blast", "parameters": {"type": "object", "properties": {}}}}
 NO_MCP = f"import json, sys; sys.modules['mcp'] = None; TOOL = {TOOL!r}\n"
 BARE = """
-from biollm.client import import_waterfall
+from biollm.routing import import_waterfall
 import_waterfall()
 import litellm
 params = {"model": "openai/small", "api_base": sys.argv[1], "api_key": "none"}

@@ -14,9 +14,9 @@ import pytest
 from behaviours import Behaviour
 from provider import Loopback
 
-from biollm._lean import OWN_HANDLER
 from biollm._shared import ledger
 from biollm.client import Client, CompletionError, InterruptedStreamError, get_model_client
+from biollm.routing.lean import OWN_HANDLER
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from biollm import __version__, _lean
+from biollm import __version__
 from biollm.cli import alerts, ask, cluster, drill, serve, show, top, usage
 from biollm.errors import BiollmError
+from biollm.routing import lean
 
 _EPILOG = (
     "Exit codes: 0 ok, 2 usage, 69 nobody can answer, 75 all limited (retry later), 77 keys refused or missing, "
@@ -67,7 +68,7 @@ for group in (_EMBEDDED, _MODELS, _SERVE):
 
 def main() -> None:
     """Run the command line and exit; what went wrong is one sentence on stderr."""
-    _lean.own_handler()
+    lean.own_handler()
     code = _run()
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -140,7 +140,7 @@ def _line(
     """
     from biollm._gateway_client import body, named, reach
     from biollm.config.paths import environment_tags, wants_local_only
-    from biollm.structured import Shape
+    from biollm.routing.structured import Shape
 
     if named():
         return None

@@ -19,11 +19,11 @@ def models_list(context: typer.Context, as_json: Json = False) -> None:
     """List every model that a provider serves, in waterfall order."""
     if context.invoked_subcommand:
         return
-    from biollm import routing
     from biollm.config import load_config
+    from biollm.routing import deployments
 
     settings = load_config()
-    facts = [_model(settings, each) for each in {d.order: d for d in routing.deployments(settings)}.values()]
+    facts = [_model(settings, each) for each in {d.order: d for d in deployments.build_deployments(settings)}.values()]
     if as_json:
         _print.as_json(facts)
         return
@@ -112,8 +112,8 @@ def health(
 
     All at once, by their lists of models: no billable tokens. Exit 69 when none is there.
     """
-    from biollm import health as checks
     from biollm.config import load_config
+    from biollm.routing import health as checks
 
     progress = _print.Progress(quiet=as_json)
     progress.say("asking every provider")
@@ -180,19 +180,20 @@ def _registry(settings: Config) -> list[Problem]:
     from datetime import UTC, datetime
     from importlib.metadata import version
 
-    from biollm import alerts, registry_check, usage
+    from biollm import alerts
+    from biollm.routing import config_check, pricing
 
-    source = f"litellm {version('litellm')}'s {usage.PRICES}"
-    found = registry_check.check(settings, datetime.now(UTC).date(), usage.price_map(), source)
+    source = f"litellm {version('litellm')}'s {pricing.PRICES}"
+    found = config_check.check(settings, datetime.now(UTC).date(), pricing.price_map(), source)
     return [*found, *alerts.unready(settings)]
 
 
 def _litellm(settings: Config) -> None:
     import yaml
 
-    from biollm import routing
+    from biollm.routing import router_config
 
-    made, left_out = routing.proxy_config(settings)
+    made, left_out = router_config.proxy_config(settings)
     for sentence in left_out:
         print(f"# left out: {sentence}")
     print(yaml.safe_dump(made, sort_keys=False), end="")

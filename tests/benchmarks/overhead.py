@@ -81,7 +81,7 @@ def _router(folder: Path) -> Any:
     import litellm
 
     from biollm.config import load_config
-    from biollm.routing import router_settings
+    from biollm.routing.router_config import router_settings
 
     return litellm.Router(model_list=model_list(folder), **router_settings(load_config(folder)))
 

@@ -74,9 +74,10 @@ def environment(scratch: Path) -> dict[str, str]:
 def model_list(folder: Path) -> list[dict[str, Any]]:
     """Return the deployments of a configuration as a bare Router takes them."""
     from biollm.config import load_config
-    from biollm.routing import GROUP, deployments, model_list
+    from biollm.routing.deployments import build_deployments
+    from biollm.routing.router_config import GROUP, model_list
 
-    found = deployments(load_config(folder))
+    found = build_deployments(load_config(folder))
     entries = model_list(found, {deployment.id: {"api_key": KEY} for deployment in found})
     return [entry for entry in entries if entry["model_name"] == GROUP]
 

@@ -17,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from biollm._background import apart, background
 from biollm._ownership import address, is_this_host, objection
-from biollm.routing import Deployment
+from biollm.routing.deployments import Deployment
 from biollm.slurm.endpoints import PROOF, challenge, proof, unproven
 
 if TYPE_CHECKING:

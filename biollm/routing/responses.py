@@ -7,9 +7,9 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from biollm._plain import text
-from biollm._run import Sent
-from biollm.outcomes import BROKE_OFF, CUT, EMPTY, FILTERED, NO_CHOICES, USED_UP, Verdict
+from biollm.routing.failures import BROKE_OFF, CUT, EMPTY, FILTERED, NO_CHOICES, USED_UP, Verdict
+from biollm.routing.normalize import text
+from biollm.routing.request import Sent
 from biollm.slurm.endpoints import START
 from biollm.types import Usage
 

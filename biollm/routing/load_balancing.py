@@ -12,51 +12,19 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 from biollm._background import background
-from biollm._reach import trust
 from biollm.providers.credentials import Credential
+from biollm.routing.candidates import Load, Rung, Rungs
+from biollm.routing.deployments import Deployment
+from biollm.routing.host_check import trust
 from biollm.slurm.endpoints import Figures, figures
-
-if TYPE_CHECKING:
-    from biollm.routing import Deployment
-    from biollm.rungs import Rung, Rungs
 
 LOOK, PATIENCE = 0.3, 2.0  # seconds that requests wait at most for what the servers say; that a server has to say it
 FRESH, STALE = 1.0, 5.0  # seconds: older figures are asked for again beside the request; still older ones before it
 SILENT = 30.0  # seconds for which a server that said nothing of use is not asked again
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a replica has to do.
-
-    Attributes:
-        own: This process's requests under way there.
-        others: Everybody else's. A silent server is taken to have as many as the busiest that speaks, so that it is
-            not sought for its silence.
-        cache: Share of its key-value cache in use.
-        told: What its server said, or None where it said nothing.
-    """
-
-    own: int
-    others: int
-    cache: float
-    told: Figures | None
-
-    @property
-    def rank(self) -> tuple[int, float]:
-        """Return what the least busy has least of; the cache tells between equal numbers of requests, in tenths."""
-        return self.own + self.others, round(self.cache, 1)
-
-    def __str__(self) -> str:
-        told, total = self.told, f"{self.own} of this process = {self.own + self.others} under way"
-        if told:
-            said = f"{told.running} running, {told.waiting} waiting, cache {told.cache:.0%}"
-            return f"{self.others} of others + {total} ({said})"
-        return f"{self.others} assumed + {total} (no metrics)" if self.others else total.replace(f" = {self.own}", "")
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from biollm import routing, slurm
+from biollm import slurm
 from biollm.config import Config, Model
 from biollm.errors import BiollmError, UnavailableError
-from biollm.routing import Wants
+from biollm.routing import deployments
+from biollm.routing.deployments import Wants
 from biollm.slurm.launch import render
 
 
@@ -16,12 +17,12 @@ def startable(config: Config, wants: Wants) -> Model:
         UnavailableError: There is none; the message says why for each.
     """
     why: list[str] = []
-    for deployment in routing.deployments(config):
-        if deployment.provider.type != "local" or not routing.asked_for(deployment, wants):
+    for deployment in deployments.build_deployments(config):
+        if deployment.provider.type != "local" or not deployments.asked_for(deployment, wants):
             continue
         if (model := config.models.get(deployment.model)) is None:
             continue
-        reason = routing.obstacle(deployment, wants) or _cannot_start(config, model)
+        reason = deployments.obstacle(deployment, wants) or _cannot_start(config, model)
         if reason is None:
             return model
         why.append(f"  {model.key}: {reason}")

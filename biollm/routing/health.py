@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from biollm import _reach
 from biollm._background import apart, background
 from biollm._shared import ledger, watch
 from biollm.config import Config, load_config
 from biollm.config.paths import state_dir
 from biollm.providers.credentials import Credential, hide
-from biollm.routing import Deployment, Wants
-from biollm.rungs import Rungs
+from biollm.routing import host_check
+from biollm.routing.candidates import Rungs
+from biollm.routing.deployments import Deployment, Wants
 
 if TYPE_CHECKING:
     import httpx
@@ -117,7 +117,7 @@ async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClien
                 if renewed is None:
                     return Health(first.provider.name, who, False, error=rungs.missing(first))
                 known = renewed
-            if why := await _reach.trust().objection(first, known, rungs.config.cluster):
+            if why := await host_check.trust().objection(first, known, rungs.config.cluster):
                 return Health(first.provider.name, who, False, error=why)
             started = time.perf_counter()
             listed = await _models(client, first, known)

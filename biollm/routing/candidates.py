@@ -13,26 +13,65 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from biollm import routing
 from biollm._ownership import in_the_clear
 from biollm.config import Config
 from biollm.errors import UnknownNameError
 from biollm.ledger import Ledger, Need, quotas
 from biollm.providers import credentials, embedded
 from biollm.providers.credentials import Credential
-from biollm.routing import Deployment, Policy, Wants
+from biollm.routing.deployments import (
+    LEAST_ANSWER,
+    Deployment,
+    Policy,
+    Wants,
+    allowance,
+    asked_for,
+    build_deployments,
+    informed,
+    models_of,
+    obstacle,
+)
 from biollm.slurm import endpoints
 from biollm.types import Usage
 
 if TYPE_CHECKING:
-    from biollm.balance import Load
-    from biollm.prices import Cost
-    from biollm.slurm.endpoints import Endpoint
+    from biollm.routing.pricing import Cost
+    from biollm.slurm.endpoints import Endpoint, Figures
 
 _REMEMBERED = 3600.0  # seconds for which a model's refusal of images is remembered in this process
 _refused: dict[tuple[str, str, frozenset[str]], float] = {}
 
 Standing = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a replica has to do.
+
+    Attributes:
+        own: This process's requests under way there.
+        others: Everybody else's. A silent server is taken to have as many as the busiest that speaks, so that it is
+            not sought for its silence.
+        cache: Share of its key-value cache in use.
+        told: What its server said, or None where it said nothing.
+    """
+
+    own: int
+    others: int
+    cache: float
+    told: Figures | None
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Return what the least busy has least of; the cache tells between equal numbers of requests, in tenths."""
+        return self.own + self.others, round(self.cache, 1)
+
+    def __str__(self) -> str:
+        told, total = self.told, f"{self.own} of this process = {self.own + self.others} under way"
+        if told:
+            said = f"{told.running} running, {told.waiting} waiting, cache {told.cache:.0%}"
+            return f"{self.others} of others + {total} ({said})"
+        return f"{self.others} assumed + {total} (no metrics)" if self.others else total.replace(f" = {self.own}", "")
 
 
 @dataclass(frozen=True)
@@ -123,7 +162,7 @@ class Rungs:
         if self._servers is not None and self._starts(servers) == self._starts(self._servers):
             deployments, sought = None, [each for each in self.deployments if each.id in missing]
         else:
-            deployments = routing.deployments(self.config, servers, self.policy)
+            deployments = build_deployments(self.config, servers, self.policy)
             sought = [each for each in deployments if each.id not in known and each.id not in missing]
         return Survey(servers, deployments, [(each, self._look(each, False, servers)) for each in sought])
 
@@ -198,12 +237,12 @@ class Rungs:
         if not kinds & {"tokens", "usd"}:
             return need
         typical = self.ledger.typical(deployment.id)
-        expected = Usage(wants.prompt_most, min(typical, routing.allowance(deployment, wants) or typical))
+        expected = Usage(wants.prompt_most, min(typical, allowance(deployment, wants) or typical))
         usd = 0.0
         if "usd" in kinds:
-            from biollm import prices
+            from biollm.routing import pricing
 
-            price = prices.price(deployment, self.config)
+            price = pricing.price(deployment, self.config)
             usd = price.usd(expected) if price else 0.0
         return replace(need, tokens=expected.total_tokens, usd=usd)
 
@@ -213,18 +252,18 @@ class Rungs:
 
     def standing(self, wants: Wants, *, skip: Iterable[str] = ()) -> list[Rung]:
         """Return how each deployment asked for stands, in waterfall order, but those in `skip`."""
-        asks = wants.media or (wants.answer or 0) > routing.LEAST_ANSWER
+        asks = wants.media or (wants.answer or 0) > LEAST_ANSWER
         if asks and not self._informed:  # reading the map takes 50 ms
             self.deployments, self._informed = _informed(self.deployments), True
         blocked, now = self.ledger.blocked(), time.time()
         found: list[tuple[Deployment, Cost | None]] = [(deployment, None) for deployment in self.deployments]
         if self.config.policy == "cheapest":
-            from biollm import prices
+            from biollm.routing import pricing
 
-            found = prices.cheapest(self.deployments, wants, self.config)
+            found = pricing.cheapest(self.deployments, wants, self.config)
         rungs: list[Rung] = []
         for deployment, cost in found:
-            if deployment.id not in skip and routing.asked_for(deployment, wants):
+            if deployment.id not in skip and asked_for(deployment, wants):
                 rung = self._stand(deployment, wants, blocked, now)
                 rungs.append(replace(rung, cost=cost) if cost else rung)
         return rungs
@@ -232,7 +271,7 @@ class Rungs:
     def _stand(self, deployment: Deployment, wants: Wants, blocked: Any, now: float) -> Rung:
         if missing := self._missing.get(deployment.id):
             return Rung(deployment, *missing)
-        if reason := routing.obstacle(deployment, wants):
+        if reason := obstacle(deployment, wants):
             return Rung(deployment, "unfit", reason)
         if wants.media and refuses(deployment, wants.media):
             return Rung(deployment, "unfit", f"refused {' and '.join(sorted(wants.media))} before")
@@ -261,13 +300,13 @@ def _informed(found: Iterable[Deployment]) -> list[Deployment]:
             prefix, _, model = each.litellm_model.partition("/")
             asked[each.id] = (each.provider.litellm_provider, prefix, model)
     facts = _facts(frozenset(asked.values()))
-    return [routing.informed(each, facts[asked[each.id]] if each.id in asked else {}) for each in found]
+    return [informed(each, facts[asked[each.id]] if each.id in asked else {}) for each in found]
 
 
 @cache
 def _facts(asked: frozenset[tuple[str, str, str]]) -> dict[tuple[str, str, str], Mapping[str, object]]:
     """Return what LiteLLM's map says of (provider, prefix, model); the map is large, so only that is kept."""
-    from biollm.usage import listed, price_map
+    from biollm.routing.pricing import listed, price_map
 
     known = price_map()
     return {key: listed(known, key[0], key[2])[1] or listed(known, key[1], key[2])[1] for key in asked}
@@ -303,7 +342,7 @@ def check_names(config: Config, provider: str | None, model: str | None) -> None
         config.provider(provider)
     if model is not None:
         among = [p for p in config.providers if provider in (None, p.name)]
-        names = [name for each in among for name in routing.models_of(config, each)]
+        names = [name for each in among for name in models_of(config, each)]
         if model not in names:
             raise UnknownNameError("model", model, names)
 

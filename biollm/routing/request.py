@@ -18,10 +18,10 @@ from biollm.errors import (
     KeysRefusedError,
     RequestRejectedError,
 )
-from biollm.outcomes import Verdict
-from biollm.routing import Deployment, Wants
-from biollm.rungs import Rung
-from biollm.structured import Message, Shape
+from biollm.routing.candidates import Rung
+from biollm.routing.deployments import Deployment, Wants
+from biollm.routing.failures import Verdict
+from biollm.routing.structured import Message, Shape
 from biollm.types import Attempt, Outcome
 
 if TYPE_CHECKING:

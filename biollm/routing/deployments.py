@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from biollm._ownership import in_the_clear, is_local
+from biollm._ownership import is_local
 
 if TYPE_CHECKING:
     from biollm.config import Account, Config, Limit, Model, Provider
     from biollm.slurm.endpoints import Endpoint
 
-GROUP, LOCAL_GROUP = "biollm", "biollm-local"
 LEAST_ANSWER = 2048  # tokens; where fewer can be had, and more were wanted, the next deployment is asked
 Policy = Literal["any", "no_training", "local_only"]
 
@@ -103,7 +102,9 @@ class Wants:
     raw: bool = False
 
 
-def deployments(config: Config, endpoints: Iterable[Endpoint] = (), policy: Policy | None = None) -> list[Deployment]:
+def build_deployments(
+    config: Config, endpoints: Iterable[Endpoint] = (), policy: Policy | None = None
+) -> list[Deployment]:
     """Return every deployment in waterfall order; with a local_only policy, those that never leave the cluster.
 
     A local model without a server stands there too, without an address, so that it can be explained.
@@ -259,88 +260,3 @@ def attempt_timeout(deployment: Deployment, config: Config, *, stream: bool) -> 
         reasons = "reasoning" in (deployment.capabilities or ())
         return config.stream_timeout or (_REASONING_STREAM if reasons else _STREAM)
     return deployment.provider.timeout or config.timeout
-
-
-def router_settings(config: Config) -> dict[str, Any]:
-    """Return the Router's settings: no retries, no cooldowns of its own (the ledger has them), finite timeouts."""
-    return {
-        "num_retries": 0,
-        "allowed_fails": 0,
-        "disable_cooldowns": True,
-        "timeout": config.timeout,
-        "stream_timeout": config.stream_timeout or config.timeout,
-    }
-
-
-def model_list(found: Iterable[Deployment], keys: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return LiteLLM's `model_list`: group `biollm`, and `biollm-local` with the deployments that never leave.
-
-    Args:
-        found: The deployments; those without an entry in `keys` are left out.
-        keys: Deployment id -> further `litellm_params`: `api_key`, `extra_headers`, `api_base`.
-    """
-    entries: list[dict[str, Any]] = []
-    for deployment in found:
-        if deployment.id not in keys:
-            continue
-        entry = _entry(deployment, keys[deployment.id])
-        entries.append(entry)
-        if deployment.local:
-            twin = {**entry["model_info"], "id": f"{deployment.id}@local"}
-            params = dict(entry["litellm_params"])
-            entries.append({"model_name": LOCAL_GROUP, "litellm_params": params, "model_info": twin})
-    return entries
-
-
-def _entry(deployment: Deployment, key: Mapping[str, Any]) -> dict[str, Any]:
-    params: dict[str, Any] = {
-        "model": deployment.litellm_model,
-        "order": deployment.order,
-        "drop_params": True,
-    }
-    if deployment.base_url:
-        params["api_base"] = deployment.base_url
-    if rpm := requests_per_minute(deployment.limits):
-        params["rpm"] = rpm
-    if deployment.provider.timeout:
-        params["timeout"] = deployment.provider.timeout
-    info = {"id": deployment.id, "provider": deployment.provider.name, "account": deployment.account.name}
-    return {"model_name": GROUP, "litellm_params": {**params, **key}, "model_info": info}
-
-
-def requests_per_minute(limits: Iterable[Limit]) -> int | None:
-    """Return the requests of the tightest limit per second or minute, as LiteLLM's `rpm`, or None."""
-    rates = [
-        limit.amount * (60 / limit.seconds) for limit in limits if limit.kind == "requests" and limit.seconds <= 60
-    ]
-    return max(1, int(min(rates))) if rates else None
-
-
-def proxy_config(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Return a config.yaml for the LiteLLM proxy, and a sentence for each deployment it cannot express.
-
-    Keys appear as `os.environ/NAME` only. The proxy counts requests per deployment and clock minute; token and
-    dollar budgets, shared accounts and data policies exist in biollm alone.
-    """
-    keys: dict[str, dict[str, Any]] = {}
-    left_out: list[str] = []
-    found = deployments(config)
-    for deployment in found:
-        if deployment.embedded or deployment.provider.litellm_provider == "github_copilot":
-            left_out.append(f"{deployment.id}: its answers or its tokens come from biollm's own process")
-        elif deployment.account.key_file:
-            left_out.append(f"{deployment.id}: its key lies in a file, which the proxy does not read")
-        elif deployment.provider.type == "local" and not deployment.base_url:
-            left_out.append(f"{deployment.id}: its servers come and go with their jobs and keys of their own")
-        elif deployment.account.env_key and (
-            why := in_the_clear(deployment.base_url or "", config.cluster.local_hosts)
-        ):
-            left_out.append(f"{deployment.id}: {why}")
-        elif deployment.account.env_key:
-            keys[deployment.id] = {"api_key": f"os.environ/{deployment.account.env_key}"}
-        else:
-            keys[deployment.id] = {"api_key": "none"}
-    settings = {**router_settings(config), "optional_pre_call_checks": ["enforce_model_rate_limits"]}
-    made = {"model_list": model_list(found, keys), "router_settings": settings}
-    # Where a variable is not set, LiteLLM would send OPENAI_API_KEY to whatever host speaks OpenAI's dialect.
-    return {**made, "litellm_settings": {"openai_key": "none"}}, left_out

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from biollm import _waits
+from biollm.routing import reset_times
 
 Rests = Literal["", "account", "key", "endpoint", "deployment"]
 Kind = Literal[
@@ -266,11 +266,11 @@ def answered(names: str, status: int, headers: Mapping[str, str], text: str, now
     text = text[:_JSON]
     html = "<html" in text.lower() and "{" not in text[: text.find("<")]
     if body is None and not html:
-        body = _waits.parse(text)
+        body = reset_times.parse(text)
     said = _message(text, body)
-    fields = list(_waits.walk(body))
+    fields = list(reset_times.walk(body))
     codes = frozenset(value.lower() for key, value in fields if key in _CODE_FIELDS and isinstance(value, str))
-    wait, date = _waits.stated(headers, body, said, now), _waits.date_in(said, now)
+    wait, date = reset_times.stated(headers, body, said, now), reset_times.date_in(said, now)
     reason = f"HTTP {status}: {_clip(said)}"
     kind = _kind(status, codes, said.lower(), html=html, frees=wait is not None and date is None)
     if kind == "malformed" and "ContextWindowExceeded" in names:
@@ -446,7 +446,7 @@ def _own(said: str) -> str:
 
 def _message(text: str, body: Any = None) -> str:
     """Return what the provider said on one line, without JSON or LiteLLM's prefixes."""
-    told = [value for key, value in _waits.walk(body) if key in _TEXT_FIELDS and isinstance(value, str)]
+    told = [value for key, value in reset_times.walk(body) if key in _TEXT_FIELDS and isinstance(value, str)]
     if told:
         text = ". ".join(dict.fromkeys(told[:3]))
     elif quoted := re.search(r'"(?:message|msg)":\s*"((?:[^"\\]|\\.)*)"', text):

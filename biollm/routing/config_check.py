@@ -12,9 +12,8 @@ from datetime import date
 
 from biollm.config import Config, Provider
 from biollm.errors import Problem
-from biollm.prices import priced
-from biollm.routing import models_of
-from biollm.usage import listed, per_token
+from biollm.routing.deployments import models_of
+from biollm.routing.pricing import listed, per_token, priced
 
 NEAR = 60  # days before a model's end at which it is named
 Facts = Mapping[str, object]

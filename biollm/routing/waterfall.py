@@ -21,8 +21,20 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import litellm
 
-from biollm import _reach, balance, guard, prices, routing
-from biollm._answers import (
+from biollm._background import apart, background, called
+from biollm.errors import CompletionError, DeadlineError, InterruptedStreamError
+from biollm.ledger import Need, Record
+from biollm.providers import embedded
+from biollm.providers.credentials import Credential, hide
+from biollm.routing import callback, deployments, host_check, load_balancing, pricing, router_config
+from biollm.routing.callback import RefusalError, Turn
+from biollm.routing.candidates import Rung, Rungs, cooling_keys, note_refusal
+from biollm.routing.deployments import Deployment
+from biollm.routing.failures import BROKE_OFF, CUT, CUT_SHORT, Verdict, classify, timed_out, unreachable
+from biollm.routing.normalize import ANSWER_SIZES
+from biollm.routing.normalize import text as plain
+from biollm.routing.request import BREATH, Request, Run, Sent
+from biollm.routing.responses import (
     content,
     delta,
     emptiness,
@@ -35,19 +47,7 @@ from biollm._answers import (
     tool_calls,
     without_text,
 )
-from biollm._background import apart, background, called
-from biollm._plain import ANSWER_SIZES
-from biollm._plain import text as plain
-from biollm._run import BREATH, Request, Run, Sent
-from biollm.errors import CompletionError, DeadlineError, InterruptedStreamError
-from biollm.guard import RefusalError, Turn
-from biollm.ledger import Need, Record
-from biollm.outcomes import BROKE_OFF, CUT, CUT_SHORT, Verdict, classify, timed_out, unreachable
-from biollm.providers import embedded
-from biollm.providers.credentials import Credential, hide
-from biollm.routing import Deployment
-from biollm.rungs import Rung, Rungs, cooling_keys, note_refusal
-from biollm.structured import Message, repair
+from biollm.routing.structured import Message, repair
 from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
 
 CONNECT = 3.0  # seconds that a host has to take a connection
@@ -68,9 +68,9 @@ class Waterfall:
     def __init__(self, rungs: Rungs) -> None:
         self.rungs = rungs
         self.ledger = rungs.ledger
-        self._reach = _reach.Reach(CONNECT)
-        self._servers = _reach.FixedServers()
-        self._balance = balance.of_process()
+        self._reach = host_check.Reach(CONNECT)
+        self._servers = host_check.FixedServers()
+        self._balance = load_balancing.of_process()
         self._refreshed = -_NEWS
         embedded.register()
         if (close := _LITELLM.close_litellm_async_clients) not in background().closing:
@@ -79,7 +79,7 @@ class Waterfall:
         self._surveyed = 0.0
         rungs.refresh()
         rungs.ledger.refresh()
-        self._router: Any = _LITELLM.Router(model_list=self._entries(), **routing.router_settings(rungs.config))
+        self._router: Any = _LITELLM.Router(model_list=self._entries(), **router_config.router_settings(rungs.config))
 
     def let_go(self) -> None:
         """Take back what the Router registered with LiteLLM; it still serves."""
@@ -88,7 +88,7 @@ class Waterfall:
     def _entries(self) -> list[dict[str, Any]]:
         keys = {ident: _params(found) for ident, found in self.rungs.credentials.items()}
         _keep_off_proxies(self.rungs.deployments)
-        return routing.model_list(self.rungs.deployments, keys)
+        return router_config.model_list(self.rungs.deployments, keys)
 
     async def _follow(self) -> None:
         """Bring the Router up to date with the servers that run, without waiting long for a slow file system."""
@@ -271,7 +271,7 @@ class Waterfall:
 
     def _size(self, run: Run, deployment: Deployment) -> int | None:
         """Return the tokens of answer to ask a deployment for: what it has room for and its account can pay."""
-        sizes = (routing.allowance(deployment, run.request.wants), run.caps.get(deployment.id))
+        sizes = (deployments.allowance(deployment, run.request.wants), run.caps.get(deployment.id))
         return min((size for size in sizes if size), default=None)
 
     def _spare(self, run: Run, sent: Sent | None) -> None:
@@ -317,10 +317,10 @@ class Waterfall:
             watch = self._reach.watch(sent.deployment, scope)
 
         turn.on_choice, turn.on_send = on_choice, on_send
-        token = guard.current.set(turn)
+        token = callback.current.set(turn)
         failure: Verdict | None = None
         try:
-            guard.install()
+            callback.install()
             async with scope:
                 sent.response = await self._call(run, rungs[0], messages, limit, stream)
                 # LiteLLM keeps no headers of a plain text completion.
@@ -340,7 +340,7 @@ class Waterfall:
                 raise sent.broken from None
             failure = classify(error, time.time(), shortened=shortened, handed=turn.handed)
         finally:
-            guard.current.reset(token)
+            callback.current.reset(token)
             turn.on_choice = turn.on_send = None  # a connection that is kept open keeps the turn it was opened in
             if watch:
                 watch.cancel()
@@ -356,7 +356,7 @@ class Waterfall:
 
     def _limit(self, request: Request, deployment: Deployment, stream: bool) -> tuple[float, bool]:
         """Return the seconds an attempt may take, and whether the caller made them fewer than configured."""
-        configured = routing.attempt_timeout(deployment, self.rungs.config, stream=stream)
+        configured = deployments.attempt_timeout(deployment, self.rungs.config, stream=stream)
         limit = request.timeout if request.timeout is not None else configured
         return limit, limit < configured
 
@@ -374,7 +374,7 @@ class Waterfall:
             params["_skip_mcp_handler"] = True  # without it LiteLLM wants the mcp package for any tool
         # The host program's LiteLLM callbacks see nothing of ours.
         params |= {"disable_fallbacks": True, "no-log": True}
-        group = routing.LOCAL_GROUP if request.wants.policy == "local_only" else routing.GROUP
+        group = router_config.LOCAL_GROUP if request.wants.policy == "local_only" else router_config.GROUP
         if request.middle:
             prompt, suffix = request.middle
             if suffix is not None and first.fim:
@@ -409,10 +409,10 @@ class Waterfall:
             known = found or known
         sent = Sent(deployment, None, time.time(), time.perf_counter())
         limit, shortened = self._limit(run.request, deployment, stream=False)
-        limit = min(limit, _reach.PATIENCE)
+        limit = min(limit, host_check.PATIENCE)
         try:
             async with asyncio.timeout(limit):
-                reason = reason or await _reach.trust().objection(deployment, known, self.rungs.config.cluster)
+                reason = reason or await host_check.trust().objection(deployment, known, self.rungs.config.cluster)
         except Exception as error:  # a server that was found does not take the connection, or does not speak
             late = timed_out(limit, shortened=shortened) if isinstance(error, TimeoutError) else None
             failure = late or classify(error, time.time(), shortened=shortened)
@@ -428,7 +428,7 @@ class Waterfall:
         return not reason
 
     def _renew(self, deployment: Deployment, found: Credential) -> None:
-        for entry in routing.model_list([deployment], {deployment.id: _params(found)}):
+        for entry in router_config.model_list([deployment], {deployment.id: _params(found)}):
             self._router.upsert_deployment(_LITELLM.Deployment(**entry))
 
     async def _reread_key(self, run: Run, deployment: Deployment, verdict: Verdict) -> None:
@@ -452,7 +452,7 @@ class Waterfall:
         """Put on cooldown what the failure concerns, decide what is asked next, and note the attempt."""
         deployment, rule = sent.deployment, failure.rule
         if failure.status is None:
-            _reach.trust().forget(deployment)
+            host_check.trust().forget(deployment)
         reason, until = self._redact(failure.reason), 0.0
         if not failure.sent and sent.reservation is not None:
             self.ledger.release(sent.reservation, deployment.scope)
@@ -612,7 +612,7 @@ class Waterfall:
 
     def _usd(self, deployment: Deployment, usage: Usage, response: Any) -> float | None:
         """Return the price of an answer in USD; None where it is unknown."""
-        price = prices.price(deployment, self.rungs.config)
+        price = pricing.price(deployment, self.rungs.config)
         return price and price.usd(usage, service_tier(response))
 
     async def _relay(self, run: Run, sent: Sent) -> AsyncGenerator[str | Verdict, None]:

@@ -9,18 +9,20 @@ discounts by the hour, and what is not priced per token of text (images, audio, 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 from biollm.config import Config
-from biollm.routing import Deployment, Wants
+from biollm.routing.deployments import Deployment, Wants
 from biollm.types import Usage
-from biollm.usage import listed, per_token, price_map
 
+PRICES = "model_prices_and_context_window_backup.json"  # LiteLLM's map of models, a file of its package
 ANSWER = 500  # tokens that an answer is taken to have where the request sets no max_tokens
 _SENT, _GOT, _THOUGHT = "input_cost_per_token", "output_cost_per_token", "output_cost_per_reasoning_token"
 _READ, _WRITTEN = "cache_read_input_token_cost", "cache_creation_input_token_cost"
@@ -167,3 +169,28 @@ def cheapest(found: Sequence[Deployment], wants: Wants, config: Config) -> list[
         (replace(each, order=places.setdefault(each.order, len(places) + 1)), expected[each.id])
         for each in sorted(found, key=rank)
     ]
+
+
+def price_map() -> dict[str, dict[str, object]]:
+    """Return LiteLLM's prices, model -> facts, from its file: importing it takes seconds."""
+    import orjson
+
+    found = importlib.util.find_spec("litellm")
+    if found is None or not found.submodule_search_locations:
+        return {}
+    return orjson.loads(Path(found.submodule_search_locations[0], PRICES).read_bytes())
+
+
+def listed(prices: Mapping[str, Mapping[str, object]], provider: str, model: str) -> tuple[str, Mapping[str, object]]:
+    """Return the name and the facts under which LiteLLM's map lists a provider's model; ("", {}) where it does not."""
+    for name in (f"{provider}/{model}", model):  # OpenAI's and some others' models stand there by their bare names
+        facts = prices.get(name, {})
+        if facts and (name != model or str(facts.get("litellm_provider")).startswith(provider)):
+            return name, facts
+    return "", {}
+
+
+def per_token(facts: Mapping[str, object]) -> tuple[float, float] | None:
+    """Return the USD per token of prompt and of answer; None unless both are known."""
+    sent, got = facts.get("input_cost_per_token"), facts.get("output_cost_per_token")
+    return (float(sent), float(got)) if isinstance(sent, int | float) and isinstance(got, int | float) else None

@@ -1,0 +1,33 @@
+"""From configuration to LiteLLM's Router, and the loop that asks until one deployment answers.
+
+Imports `config`, `ledger`, `providers` and `slurm`. Start at `router_config.py` (priority becomes `order`, rate limits
+become `rpm`), then `waterfall.py`; `failures.py` says what each failure means.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from biollm.routing.waterfall import Waterfall
+
+
+def import_waterfall() -> type[Waterfall]:
+    """Import LiteLLM with its fetch of the price map switched off, and leave the environment as it was."""
+    name = "LITELLM_LOCAL_MODEL_COST_MAP"
+    before, collects = os.environ.get(name), gc.isenabled()
+    os.environ[name] = before or "True"
+    gc.disable()  # an import makes much and drops little: to look for garbage takes a sixth of its time
+    # Pydantic's remark on one of LiteLLM's own types, at the first stream.
+    warnings.filterwarnings("ignore", message="Item 'summary' on TypedDict class")
+    try:
+        from biollm.routing.waterfall import Waterfall
+    finally:
+        if before is None:
+            del os.environ[name]
+        if collects:
+            gc.enable()
+    return Waterfall
