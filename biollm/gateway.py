@@ -32,7 +32,8 @@ from biollm.top import Top
 from biollm.types import Completion, StreamChunk, StreamRestarted
 
 if TYPE_CHECKING:
-    from biollm.client import Client, Options, Piece
+    from biollm.client import Client, Options
+    from biollm.types import Piece
 
 _STREAM = {"content-type": "text/event-stream", "cache-control": "no-store", "x-accel-buffering": "no"}
 _PAGE = {"cache-control": "no-store", "x-content-type-options": "nosniff", "x-frame-options": "DENY"}

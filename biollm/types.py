@@ -117,3 +117,6 @@ class StreamRestarted:
 
     def __str__(self) -> str:
         return ""
+
+
+Piece = StreamChunk | StreamRestarted

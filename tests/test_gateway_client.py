@@ -26,7 +26,6 @@ from conftest import Ran, until
 from provider import Loopback
 from pydantic import BaseModel
 
-from biollm import _gateway_client as gate
 from biollm import _openai_face
 from biollm._shared import ledger
 from biollm.client import (
@@ -41,6 +40,7 @@ from biollm.client import (
     UsageError,
     get_model_client,
 )
+from biollm.client import remote as gate
 from biollm.errors import UnavailableError
 from biollm.types import Attempt, Completion, Usage
 

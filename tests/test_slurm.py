@@ -99,9 +99,7 @@ def test_only_what_is_allowed_reaches_slurm(answer: Answer, monkeypatch: pytest.
 @pytest.mark.slow
 def test_many_waiting_processes_ask_the_controller_once(answer: Answer, tmp_path: Path) -> None:
     answer("squeue", "sleep 2; echo '7|PENDING|Resources|N/A|'")
-    ask = (
-        f"from pathlib import Path; from biollm.slurm import commands as s; print(s.queue(Path({str(tmp_path)!r}), 'lab'))"
-    )
+    ask = f"from pathlib import Path; from biollm.slurm import commands as s; print(s.queue(Path({str(tmp_path)!r}), 'lab'))"
     asking = [subprocess.Popen([sys.executable, "-c", ask], stdout=-1, text=True) for _ in range(8)]
     assert all("PENDING" in process.communicate()[0] for process in asking)
     assert (tmp_path / "calls.txt").read_text().count("squeue") == 1

@@ -21,10 +21,9 @@ from biollm.cli.cluster import state_line
 from biollm.errors import CompletionError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
-    from biollm._gateway_client import Line
-    from biollm.client import Piece
+    from biollm.client.remote import Line
     from biollm.slurm.submissions import Job
-    from biollm.types import Completion
+    from biollm.types import Completion, Piece
 
 Provider = Annotated[str | None, typer.Option(metavar="NAME", help="Only this provider may answer.")]
 Model = Annotated[str | None, typer.Option(metavar="NAME", help="Only this model may answer.")]
@@ -104,8 +103,8 @@ def complete(
             progress.say("asking the gateway")
             answer = _stream(line.stream(), progress) if live else line.complete()
         else:
-            from biollm._gateway_client import named
             from biollm.client import Client
+            from biollm.client.remote import named
 
             client, more = Client(provider, model), {"response_model": shape, "start_local": start, "wait": wait}
             told = {} if named() and not start else {"on_send": sending, "on_state": waiting}
@@ -138,7 +137,7 @@ def _line(
 
     One that BIOLLM_GATEWAY names has a configuration of its own: what the one here says of data is read first.
     """
-    from biollm._gateway_client import body, named, reach
+    from biollm.client.remote import body, named, reach
     from biollm.config.paths import environment_tags, wants_local_only
     from biollm.routing.structured import Shape
 

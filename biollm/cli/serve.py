@@ -42,7 +42,7 @@ def serve(
 def status(as_json: Json = False) -> None:
     """Say whether the gateway runs; exit 1 if not."""
     from biollm import _serve
-    from biollm._gateway_client import identity
+    from biollm.client.remote import identity
 
     told = _serve.running()
     if told is None:

@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any, cast
 from biollm import __version__, errors
 from biollm._ownership import is_local, is_private, objection
 from biollm.config.paths import FALSE, config_dirs, state_dir
-from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage, known
+from biollm.types import Attempt, Completion, Piece, StreamChunk, StreamRestarted, Usage, known
 
 if TYPE_CHECKING:
-    from biollm.client import Piece
     from biollm.config import Cluster
     from biollm.routing.request import Request
 

@@ -1,8 +1,4 @@
-"""The typed client: one call that always gets an answer.
-
-from biollm.client import get_model_client
-print(get_model_client().complete("Why did this job fail? ..."))
-"""
+"""The client: options, one waterfall per configuration, and the way to a running gateway."""
 
 from __future__ import annotations
 
@@ -15,32 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from biollm._background import apart, background, called
-from biollm._gateway_client import Line, body_of, identity, reach
 from biollm._shared import ledger, watch
+from biollm.client.remote import Line, body_of, identity, reach
 from biollm.config import Config, Limit, load_config
 from biollm.config.paths import environment_tags, state_dir, wants_local_only
 from biollm.errors import (
-    AllLimitedError,
     BiollmError,
     CompletionError,
-    ConfigError,
     ContentPolicyError,
     DeadlineError,
     InterruptedStreamError,
-    KeysRefusedError,
     RequestRejectedError,
-    UnknownNameError,
     UsageError,
     nearest,
 )
 from biollm.routing import import_waterfall, load_balancing
 from biollm.routing.candidates import Rung, Rungs, check_names, explain
 from biollm.routing.deployments import Deployment, Policy, Wants
-from biollm.routing.health import check_all_providers
 from biollm.routing.normalize import ANSWER_SIZES, Reader, text, texts
 from biollm.routing.request import Request
 from biollm.routing.structured import Message, Shape
-from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
+from biollm.types import Completion, Piece
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -49,33 +40,7 @@ if TYPE_CHECKING:
     from biollm.slurm.endpoints import Watch
     from biollm.slurm.submissions import Job
 
-__all__ = [
-    "AllLimitedError",
-    "Attempt",
-    "BiollmError",
-    "Client",
-    "Completion",
-    "CompletionError",
-    "ConfigError",
-    "ContentPolicyError",
-    "DeadlineError",
-    "Defaults",
-    "InterruptedStreamError",
-    "KeysRefusedError",
-    "ModelRouter",
-    "Options",
-    "RequestRejectedError",
-    "StreamChunk",
-    "StreamRestarted",
-    "UnknownNameError",
-    "Usage",
-    "UsageError",
-    "check_all_providers",
-    "get_model_client",
-]
-
 Prompt = str | Sequence[Message]
-Piece = StreamChunk | StreamRestarted
 _STRICTNESS: tuple[Policy, ...] = ("any", "no_training", "local_only")
 # Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
 _CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256

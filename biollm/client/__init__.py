@@ -1,0 +1,64 @@
+"""The typed client: one call that always gets an answer.
+
+from biollm.client import get_model_client
+print(get_model_client().complete("Why did this job fail? ..."))
+
+Imports `routing` and what is below it. Start at `client.py`; `remote.py` asks a running gateway instead.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from biollm.errors import (
+    AllLimitedError,
+    BiollmError,
+    CompletionError,
+    ConfigError,
+    ContentPolicyError,
+    DeadlineError,
+    InterruptedStreamError,
+    KeysRefusedError,
+    RequestRejectedError,
+    UnknownNameError,
+    UsageError,
+)
+from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usage
+
+if TYPE_CHECKING:
+    from biollm.client.client import Client, Defaults, ModelRouter, Options, get_model_client
+    from biollm.routing.health import check_all_providers
+
+__all__ = [
+    "AllLimitedError",
+    "Attempt",
+    "BiollmError",
+    "Client",
+    "Completion",
+    "CompletionError",
+    "ConfigError",
+    "ContentPolicyError",
+    "DeadlineError",
+    "Defaults",
+    "InterruptedStreamError",
+    "KeysRefusedError",
+    "ModelRouter",
+    "Options",
+    "RequestRejectedError",
+    "StreamChunk",
+    "StreamRestarted",
+    "UnknownNameError",
+    "Usage",
+    "UsageError",
+    "check_all_providers",
+    "get_model_client",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: `biollm.client.remote` does without the configuration."""
+    if name in __all__:
+        home = "biollm.routing.health" if name == "check_all_providers" else "biollm.client.client"
+        return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
