@@ -20,11 +20,11 @@ import pytest
 import yaml
 from provider import Loopback, Server
 
-from biollm import _serve
 from biollm._shared import ledger
 from biollm.cli import _run
 from biollm.config import load_config
 from biollm.errors import UnavailableError
+from biollm.gateway import server as _serve
 from biollm.providers import embedded
 
 KEYS = "LIGHTNING_API_KEY GOOGLE_API_KEY GEMINI_API_KEY OPENAI_API_KEY HF_TOKEN OPENAI_BASE_URL OPENAI_API_BASE"

@@ -23,8 +23,8 @@ import yaml
 from behaviours import OK, Behaviour
 from provider import Choice, Loopback, Request, Server
 
-from biollm import _serve
 from biollm.client import Client, CompletionError, Options, StreamRestarted
+from biollm.gateway import server as _serve
 
 TEXT = " ".join(f"word{number}" for number in range(60))
 HEAD = 2  # pieces of a stream before its first word: the headers, the role

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from biollm.config import load_config
 from biollm.ledger import Ledger, Need, Record
+from biollm.monitoring.snapshot import Top
 from biollm.routing.candidates import Rungs
 from biollm.slurm.endpoints import Endpoint
 from biollm.slurm.submissions import Job, Ticket
-from biollm.top import Top
 
 NOW = 4102488040.0  # noon of 2100-01-01: a cooldown then is still to come
 RUNGS = {

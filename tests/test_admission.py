@@ -16,9 +16,9 @@ from conftest import until
 from provider import Loopback
 from starlette.responses import PlainTextResponse
 
-from biollm import _admission
 from biollm._shared import ledger
 from biollm.errors import ConfigError
+from biollm.gateway import auth
 
 Waterfall = Callable[..., Path]
 ANN, BOB = "ann-0123456789abcdef", "bob-0123456789abcdef"
@@ -84,7 +84,7 @@ def test_every_route_but_health_needs_a_key(url: str) -> None:
             assert client.get("/health", headers={"host": host}).status_code == status, host
             assert client.get("/v1/models", headers={**ann, "host": host}).status_code == status, host
             assert client.post(CHAT, json=HI, headers={"host": host}).status_code == max(status, 401), host
-        assert announced(url, CHAT, _admission.MAX_BODY + 1, ann) == 413
+        assert announced(url, CHAT, auth.MAX_BODY + 1, ann) == 413
         assert client.post(CHAT, headers=ann, content=iter([b"{}"])).status_code == 411
 
         bob = {"authorization": f"Bearer {BOB}"}
@@ -123,16 +123,16 @@ def test_a_browser_logs_in_to_see_the_page_and_no_more(url: str) -> None:
 
 
 def test_a_random_key_is_made_once_in_a_private_file(state: Path) -> None:
-    (key,), where = _admission.keys()
+    (key,), where = auth.keys()
     file = state / "gateway.key"
     assert where == str(file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert file.read_text().strip() == key.secret
     assert len(key.secret) >= 43
     assert key.secret not in repr(key)
-    assert _admission.keys()[0] == (key,)
+    assert auth.keys()[0] == (key,)
     file.chmod(0o644)  # others may have read it
-    assert _admission.keys()[0] != (key,)
+    assert auth.keys()[0] != (key,)
 
 
 MODELS = ("GET", "/v1/models")
@@ -153,7 +153,7 @@ def test_a_file_without_a_whole_key_gets_a_new_one_with_one_warning(
     (state / "gateway.key").write_bytes(kept)
     (state / "gateway.key").chmod(0o600)
     with ThreadPoolExecutor(4) as pool:
-        made = {found[0].secret for found, _ in pool.map(lambda _: _admission.keys(), range(4))}
+        made = {found[0].secret for found, _ in pool.map(lambda _: auth.keys(), range(4))}
     assert (len(made), len((state / "gateway.key").read_text().strip())) == (1, 43)
     (warning,) = caplog.messages
     assert str(state / "gateway.key") in warning and "short-secret" not in warning
@@ -173,7 +173,7 @@ def test_an_emptied_key_file_admits_nobody(
 
 
 def test_a_key_that_is_empty_is_equal_to_none() -> None:
-    app = _admission.Admission(PlainTextResponse("in"), [_admission.Key("empty", "")], "gateway")
+    app = auth.Admission(PlainTextResponse("in"), [auth.Key("empty", "")], "gateway")
 
     async def ask(*how: Any, **more: Any) -> int:
         transport = httpx.ASGITransport(app)
@@ -197,12 +197,12 @@ def test_a_variable_that_is_too_short_is_a_configuration_error(
 
 def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIOLLM_GATEWAY_KEY", "from-the-environment")
-    found, where = _admission.keys()
+    found, where = auth.keys()
     assert ([key.secret for key in found], where) == (["from-the-environment"], "BIOLLM_GATEWAY_KEY")
     file = waterfall() / "gateway_keys.yaml"
     file.write_text(KEYS)
     file.chmod(0o600)
-    found, where = _admission.keys()
+    found, where = auth.keys()
     assert ([key.name for key in found], where) == (["ann", "bob", "environment"], str(file))
     assert str(found[1].limits[0]) == "1/day"
 
@@ -227,6 +227,6 @@ def test_a_wrong_file_of_keys_is_told_without_them(waterfall: Waterfall, text: s
     file.write_text(text)
     file.chmod(mode)
     with pytest.raises(ConfigError) as error:
-        _admission.keys()
+        auth.keys()
     assert told in str(error.value)
     assert ANN not in str(error.value) and "short-secret" not in str(error.value)

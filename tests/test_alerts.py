@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import pytest
 from conftest import Ran, until
 from provider import Loopback
 
-from biollm import alerts
 from biollm._shared import ledger
 from biollm.config import Alerts, ConfigError, load_config
 from biollm.ledger import Record
-from biollm.top import JobView, RungView, Snapshot, Top
-from biollm.usage import Quota, Report, Row
+from biollm.monitoring import alerts
+from biollm.monitoring.snapshot import JobView, RungView, Snapshot, Top
+from biollm.monitoring.usage import Quota, Report, Row
 
 Biollm = Callable[..., Ran]
 Waterfall = Callable[..., Path]
@@ -163,7 +164,8 @@ def test_everybody_is_told_once_of_the_beginning_and_once_of_the_end(
     sent("failed")
     assert [look(state, said) for _ in range(3)] == [["error_rate"]] * 3
     text = "100% of 10 requests got no answer in the last 15 min"
-    assert Top.of_process(load_config()).snapshot().alerts == (text,)
+    config = load_config()
+    assert Top.of_process(config, partial(alerts.firing, config)).snapshot().alerts == (text,)
     sent("ok", 90)
     assert [look(state, said) for _ in range(3)] == [[]] * 3
     assert said == [f"ALERT  {text}", f"ALERT  resolved: {text}"]

@@ -20,7 +20,7 @@ from biollm._shared import ledger as shared_ledger
 from biollm.client import get_model_client
 from biollm.config import Limit, load_config
 from biollm.ledger import Ledger, Need, Record, Refused
-from biollm.top import Top
+from biollm.monitoring.snapshot import Top
 
 Write = Callable[..., Path]
 NOON = 1_795_003_200.0

@@ -11,7 +11,7 @@ import pytest
 from provider import Loopback
 
 from biollm.config import load_config
-from biollm.doctor import Check, check
+from biollm.monitoring.doctor import Check, check
 
 Waterfall = Callable[..., Path]
 

@@ -19,10 +19,10 @@ from conftest import until
 from provider import Loopback
 from starlette.types import ASGIApp
 
-from biollm import _openai_face as face
-from biollm import gateway
 from biollm._shared import ledger
 from biollm.client import Client
+from biollm.gateway import app as gateway
+from biollm.gateway import openai_api as face
 
 CHAT = "/v1/chat/completions"
 HI = {"model": "biollm", "messages": [{"role": "user", "content": "hi"}]}

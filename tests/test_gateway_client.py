@@ -26,7 +26,6 @@ from conftest import Ran, until
 from provider import Loopback
 from pydantic import BaseModel
 
-from biollm import _openai_face
 from biollm._shared import ledger
 from biollm.client import (
     AllLimitedError,
@@ -42,6 +41,7 @@ from biollm.client import (
 )
 from biollm.client import remote as gate
 from biollm.errors import UnavailableError
+from biollm.gateway import openai_api
 from biollm.types import Attempt, Completion, Usage
 
 pytestmark = pytest.mark.slow  # each takes seconds
@@ -470,7 +470,7 @@ def test_tokens_and_price_arrive_as_the_gateway_counted_them(runtime: Path) -> N
     usage = Usage(10, 5, cached_tokens=4, cache_write_tokens=1, reasoning_tokens=3, estimated=True)
     raw = SimpleNamespace(choices=[choice])
     sent = Completion("hello", "p", "a", "m", "p/m", usage, None, finish_reason="stop", raw=raw)
-    told = _openai_face.answer(sent)
+    told = openai_api.answer(sent)
     assert told["usage"] == {
         "prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15, "estimated": True,
         "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 1},

@@ -15,7 +15,7 @@ from test_drill import job, lab
 from biollm._shared import ledger
 from biollm.config import load_config
 from biollm.live_drill import MAX_TOKENS, PROMPT_TOKENS, live_drill
-from biollm.usage import report
+from biollm.monitoring.usage import report
 
 __all__ = ["job", "lab"]
 Paid = Callable[..., dict[str, Any]]

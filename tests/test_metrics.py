@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from biollm import metrics
 from biollm.config import load_config
 from biollm.ledger import Ledger, Record, history
+from biollm.monitoring import metrics
 
 DASHBOARD = Path(__file__).parent.parent / "examples" / "grafana_dashboard.json"
 ODD = 'a "b" \\ c\nd'

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from picture import group
 
-from biollm import page
-from biollm.top import RungView, Snapshot
+from biollm.monitoring import page
+from biollm.monitoring.snapshot import RungView, Snapshot
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\"'__POLICY__\\1\u2028"
 

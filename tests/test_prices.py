@@ -13,16 +13,16 @@ from behaviours import HTTP_500, OK, Behaviour
 from conftest import until
 from provider import Loopback
 
-from biollm import metrics
 from biollm._shared import ledger
 from biollm.client import get_model_client
 from biollm.config import load_config
 from biollm.errors import CompletionError, ConfigError
+from biollm.monitoring import metrics
+from biollm.monitoring.usage import report
 from biollm.routing import import_waterfall
 from biollm.routing.deployments import Deployment, build_deployments
 from biollm.routing.pricing import price, price_map
 from biollm.types import Usage
-from biollm.usage import report
 
 Write = Callable[..., Path]
 CHEAPEST: dict[str, Any] = {"routing": {"policy": "cheapest"}}

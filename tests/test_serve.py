@@ -21,10 +21,10 @@ import pytest
 from conftest import Ran, until
 from provider import Loopback
 
-from biollm import _serve
 from biollm._ownership import is_private
 from biollm.client import StreamChunk, get_model_client
 from biollm.errors import UsageError
+from biollm.gateway import server as _serve
 
 pytestmark = pytest.mark.slow  # each takes seconds
 

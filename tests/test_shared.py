@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 from test_embedded import FILE, GGUF, HUB, model, serve
 
-from biollm import _admission, alerts
 from biollm._files import write_private
 from biollm.config import Cluster, Limit, load_config, site
 from biollm.config.paths import own_dir, state_dir
-from biollm.doctor import check
+from biollm.gateway import auth
 from biollm.ledger import Ledger, Need, Record
+from biollm.monitoring import alerts
+from biollm.monitoring.doctor import check
+from biollm.monitoring.snapshot import Top
 from biollm.providers import copilot, embedded
-from biollm.top import Top
 
 GROUP, ANN, BOB = 65500, 65501, 65502
 root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as two other users")
@@ -87,7 +88,7 @@ def counted() -> list[float]:
 
 
 def key() -> list[str]:
-    (found,), where = _admission.keys()
+    (found,), where = auth.keys()
     return [found.secret, where]
 
 

@@ -28,7 +28,8 @@ from biollm._shared import ledger
 from biollm.client import get_model_client
 from biollm.config import load_config
 from biollm.ledger import Ledger, Need
-from biollm.top import Minute, Quota, RungView, Snapshot, Top, render
+from biollm.monitoring.dashboard import render
+from biollm.monitoring.snapshot import Minute, Quota, RungView, Snapshot, Top
 
 UPDATE = os.environ.get("BIOLLM_UPDATE") == "1"
 RECORDING = Path(__file__).parent.parent / "examples" / "top.txt"

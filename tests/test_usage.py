@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from provider import Loopback
 
-from biollm import metrics, usage
 from biollm._shared import ledger
 from biollm.client import Client
 from biollm.config import Config, load_config
 from biollm.config.site import own_dir
 from biollm.errors import UsageError
 from biollm.ledger import Ledger, Need, Record, history
-from biollm.usage import Report
+from biollm.monitoring import metrics, usage
+from biollm.monitoring.usage import Report
 
 HOUR = 3600.0
 NOON = 1_795_003_200.0  # an hour's first second

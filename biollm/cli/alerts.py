@@ -19,11 +19,11 @@ def alerts(
 
     Made for cron: each alert is told once. Exit 1 while one fires. Asks no provider.
     """
-    from biollm import alerts as rules
     from biollm._shared import ledger
     from biollm.config import load_config
     from biollm.config.paths import state_dir
-    from biollm.top import Top
+    from biollm.monitoring import alerts as rules
+    from biollm.monitoring.snapshot import Top
 
     config = load_config()
     shot = Top.of_process(config).snapshot()

@@ -316,8 +316,8 @@ def doctor(as_json: Json = False) -> None:
 
     Exit 1 when something is wrong.
     """
-    from biollm import doctor as checks
     from biollm.config import load_config
+    from biollm.monitoring import doctor as checks
 
     found = checks.check(load_config())
     if as_json:

@@ -27,24 +27,24 @@ def serve(
     """
     if context.invoked_subcommand:
         return
-    from biollm import _serve
+    from biollm.gateway import server
 
     if not detach:
-        _serve.serve(host=host, port=port, idle=idle_timeout, say=lambda line: typer.echo(line, err=True))
+        server.serve(host=host, port=port, idle=idle_timeout, say=lambda line: typer.echo(line, err=True))
         return
-    idle = _serve.IDLE if idle_timeout is None else idle_timeout
+    idle = server.IDLE if idle_timeout is None else idle_timeout
     tcp = [] if port is None else ["--port", str(port), "--host", host]
-    _, log = _serve.detach([*tcp, "--idle-timeout", str(idle)])
+    _, log = server.detach([*tcp, "--idle-timeout", str(idle)])
     typer.echo(log.read_text(errors="replace").strip())
     typer.echo(f"ends after {idle / 3600:g} h without a request; its log is {log}")
 
 
 def status(as_json: Json = False) -> None:
     """Say whether the gateway runs; exit 1 if not."""
-    from biollm import _serve
     from biollm.client.remote import identity
+    from biollm.gateway import server
 
-    told = _serve.running()
+    told = server.running()
     if told is None:
         _print.as_json({"running": False}) if as_json else typer.echo("No gateway runs.")
         raise typer.Exit(1)
@@ -68,11 +68,11 @@ def status(as_json: Json = False) -> None:
 
 def stop() -> None:
     """End the gateway once its answers under way are finished."""
-    from biollm import _serve
+    from biollm.gateway import server
 
-    if _serve.running() is None:
+    if server.running() is None:
         typer.echo("No gateway runs.")
-    elif _serve.stop(60):
+    elif server.stop(60):
         typer.echo("Stopped.")
     else:
         typer.echo("It takes no more requests, and ends when those under way are answered.")

@@ -180,7 +180,7 @@ def _registry(settings: Config) -> list[Problem]:
     from datetime import UTC, datetime
     from importlib.metadata import version
 
-    from biollm import alerts
+    from biollm.monitoring import alerts
     from biollm.routing import config_check, pricing
 
     source = f"litellm {version('litellm')}'s {pricing.PRICES}"

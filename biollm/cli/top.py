@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from biollm.top import Snapshot
+    from biollm.monitoring.snapshot import Snapshot
 
 _ENTER, _LEAVE = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"  # the other screen, without a cursor; and back
 
@@ -26,13 +26,18 @@ def top(
 
     `q` quits. Sends nothing.
     """
-    from biollm.config import load_config
-    from biollm.top import Top, render
+    from functools import partial
 
-    view = Top.of_process(load_config())
+    from biollm.config import load_config
+    from biollm.monitoring.alerts import firing
+    from biollm.monitoring.dashboard import render
+    from biollm.monitoring.snapshot import Top
+
+    config = load_config()
+    view = Top.of_process(config, partial(firing, config))
     if html:
-        from biollm import page
         from biollm._files import write_for_user
+        from biollm.monitoring import page
 
         write_for_user(html, page.html(view.snapshot()))
     elif once or not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -58,7 +63,7 @@ def _live(take: Callable[[], Snapshot], interval: float) -> None:
     import termios
     import tty
 
-    from biollm.top import render
+    from biollm.monitoring.dashboard import render
 
     color, keys = "NO_COLOR" not in os.environ, sys.stdin.fileno()
     before = termios.tcgetattr(keys)

@@ -13,7 +13,7 @@ from biollm.cli import _print
 from biollm.cli._print import Json
 
 if TYPE_CHECKING:
-    from biollm.usage import Report, Row
+    from biollm.monitoring.usage import Report, Row
 
 _BAR = 40  # columns
 _TIMES = ("since", "until", "resets_at", "exhausted_at")
@@ -43,11 +43,11 @@ def usage(
     """
     import time
 
-    from biollm import metrics
-    from biollm import usage as reports
     from biollm.config import load_config
     from biollm.config.paths import state_dir
     from biollm.ledger import Ledger, history
+    from biollm.monitoring import metrics
+    from biollm.monitoring import usage as reports
 
     ledger, now = Ledger(state_dir()), time.time()
     for file in merge or ():

@@ -13,10 +13,11 @@ _INTERVAL = 2.0  # seconds between two redraws, the default of `biollm top`
 
 def measure(address: str, scratch: Path) -> list[Bar]:
     """Return the share of a core that redrawing takes, by the CPU time of snapshot and text; and the page's size."""
-    from biollm import page
     from biollm.config import load_config
     from biollm.ledger import Ledger, Record
-    from biollm.top import Top, render
+    from biollm.monitoring import page
+    from biollm.monitoring.dashboard import render
+    from biollm.monitoring.snapshot import Top
 
     folder = waterfall(scratch / "top", **{f"rung{n}": f"{address}/ok/v1" for n in range(12)})
     state = scratch / "top-state"

@@ -20,8 +20,8 @@ from picture import group
 from programs import end
 from provider import Loopback
 
-from biollm import page
 from biollm.client import get_model_client
+from biollm.monitoring import page
 
 pytestmark = pytest.mark.real
 UPDATE = os.environ.get("BIOLLM_UPDATE") == "1"

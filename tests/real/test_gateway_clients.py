@@ -17,8 +17,8 @@ import uvicorn
 from behaviours import OK, Behaviour
 from provider import Loopback, Request, Server
 
-from biollm import gateway
 from biollm.client import Client
+from biollm.gateway import app
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]  # the first run installs 200 MB
 HERE = "127.0.0.1"
@@ -191,7 +191,7 @@ def served(net: Loopback, waterfall: Callable[..., Path], monkeypatch: pytest.Mo
     waterfall(first=net.refusing(), second={"base_url": provider.url, "json_schema": True})
     with socket.socket() as listener:
         listener.bind((HERE, 0))
-        server = uvicorn.Server(uvicorn.Config(gateway.app(Client()), lifespan="off", log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app.app(Client()), lifespan="off", log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         end = time.monotonic() + 60

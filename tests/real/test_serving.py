@@ -21,10 +21,10 @@ from slurm_lab import SlurmLab, wait_until
 from biollm import slurm
 from biollm.client import Client, get_model_client
 from biollm.config import Cluster, Environment, Model
+from biollm.monitoring.snapshot import Top
 from biollm.slurm.endpoints import Endpoint, ask, figures, read_key
 from biollm.slurm.launch import Options
 from biollm.slurm.submissions import Job
-from biollm.top import Top
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 ARGS = {"enforce_eager": True, "max_model_len": 1024}

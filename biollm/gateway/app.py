@@ -22,13 +22,14 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from biollm import _openai_face as face
-from biollm import metrics, page
 from biollm._background import apart
 from biollm._shared import ledger
 from biollm.errors import BiollmError, UsageError
+from biollm.gateway import openai_api as face
+from biollm.monitoring import metrics, page
+from biollm.monitoring.alerts import firing
+from biollm.monitoring.snapshot import Top
 from biollm.routing.candidates import check_names
-from biollm.top import Top
 from biollm.types import Completion, StreamChunk, StreamRestarted
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class _Gateway:
         return _Events(page.events(self._picture().snapshot), {})
 
     def _picture(self) -> Top:
-        self._top = self._top or Top.of_process(self._client.config)
+        self._top = self._top or Top.of_process(self._client.config, partial(firing, self._client.config))
         return self._top
 
     async def _whole(self, asked: face.Asked) -> Completion:

@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from biollm._background import apart
-from biollm.top import Snapshot, render
+from biollm.monitoring.dashboard import render
+from biollm.monitoring.snapshot import Snapshot
 
 
 def html(snapshot: Snapshot) -> str:
@@ -22,7 +23,7 @@ def html(snapshot: Snapshot) -> str:
     Nothing in the snapshot can become markup: it is JSON without "<", and the script writes text only. The policy
     admits this page's own script and style alone, by their hashes.
     """
-    page = (Path(__file__).parent / "_page.html").read_text()
+    page = (Path(__file__).parent / "page.html").read_text()
     script, style = (_hash(page, tag) for tag in ("script", "style"))
     policy = (
         f"default-src 'none'; script-src {script}; style-src {style}; img-src data:; connect-src 'self'; "

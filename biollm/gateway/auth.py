@@ -26,13 +26,13 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from biollm._files import locked, write_private
-from biollm._openai_face import problem
 from biollm._ownership import is_private
 from biollm._shared import ledger
 from biollm.config import values as forms
 from biollm.config import yaml
 from biollm.config.paths import config_dirs, own_dir, state_dir
 from biollm.errors import ConfigError, Problem
+from biollm.gateway.openai_api import problem
 from biollm.ledger import Need, Refused
 
 MAX_BODY, MAX_LOGIN = 32 << 20, 4096  # bytes
@@ -130,7 +130,7 @@ class Admission:
         # Browsers send a cookie to every port of a host, so it is no key: it opens the pages, until this process ends.
         self._cookie = secrets.token_urlsafe(32)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
         if scope["type"] == "http":
             answer = await self._judge(Request(scope, receive), scope)
             await (answer or self._inner)(scope, receive, send)

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from biollm._files import locked, write_private
 from biollm._ownership import is_private
-from biollm.config.paths import own_dir
+from biollm.config.paths import own_dir, state_dir
 from biollm.errors import Problem
 from biollm.types import known
 
 if TYPE_CHECKING:
     from biollm.config import Alerts, Config
     from biollm.ledger import Ledger
-    from biollm.top import Snapshot
-    from biollm.usage import Report
+    from biollm.monitoring.snapshot import Snapshot
+    from biollm.monitoring.usage import Report
 
 PATIENCE = 10.0  # seconds for a target
 _KEEP = 86400.0  # seconds for which a target that fails is tried again
@@ -97,7 +97,7 @@ def check(
         log: Its stderr is a log, which nobody is mailed: the next one that has another tells there, too.
         patience: Seconds for each target.
     """
-    from biollm.usage import report
+    from biollm.monitoring.usage import report
 
     rules = config.alerts
     usage = report(config, ledger, time.time() - rules.window)
@@ -116,11 +116,11 @@ def check(
     return [alert for alert in kept if _holds(alert, rules.window, now)]
 
 
-def firing(state: Path, window: float) -> list[str]:
+def firing(config: Config) -> list[str]:
     """Return what held when somebody last looked; nothing where that is over two hours ago."""
-    looked, _, kept = _load(state)
+    looked, _, kept = _load(state_dir())
     fresh = time.time() - looked < _FRESH
-    return [alert.text for alert in kept if fresh and _holds(alert, window, looked)]
+    return [alert.text for alert in kept if fresh and _holds(alert, config.alerts.window, looked)]
 
 
 def holding(rules: Alerts, usage: Report, snapshot: Snapshot, down: Mapping[str, float]) -> Iterator[Alert]:

@@ -74,7 +74,7 @@ def serve(
         UsageError: One runs already, the port is taken, or no folder is fit for the socket.
     """
     try:
-        from biollm import gateway
+        from biollm.gateway import app as gateway
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed.", hint="pip install 'biollm[serve]'") from None
     from biollm.client import Client
@@ -94,7 +94,7 @@ def serve(
         }
         sockets, notes = [_unix(folder / SOCKET)], [f"listening on {folder / SOCKET} (pid {os.getpid()})"]
         if port is not None:
-            from biollm._admission import Admission, keys
+            from biollm.gateway.auth import Admission, keys
 
             known, where = keys()
             sockets.append(_tcp(host, port))
@@ -129,8 +129,8 @@ def _lacks(config: Config) -> list[str]:
 
 def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> None:
     """Look every minute whether a rule of `alerts:` holds; in a thread of its own, so that no target delays an answer."""
-    from biollm import alerts
-    from biollm.top import Top
+    from biollm.monitoring import alerts
+    from biollm.monitoring.snapshot import Top
 
     top = Top.of_process(config)
     while not end.is_set():
