@@ -20,7 +20,7 @@ import pytest
 import yaml
 from provider import Loopback, Server
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.cli import _run
 from biollm.config import load_config
 from biollm.errors import UnavailableError

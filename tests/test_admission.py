@@ -16,7 +16,7 @@ from conftest import until
 from provider import Loopback
 from starlette.responses import PlainTextResponse
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.errors import ConfigError
 from biollm.gateway import auth
 

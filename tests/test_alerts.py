@@ -17,7 +17,7 @@ import pytest
 from conftest import Ran, until
 from provider import Loopback
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.config import Alerts, ConfigError, load_config
 from biollm.ledger import Record
 from biollm.monitoring import alerts

@@ -16,7 +16,7 @@ import pytest
 from behaviours import HANG, HTTP_429, HTTP_500, OK, Behaviour, limited
 from provider import Loopback, Request, Server
 
-from biollm._background import background
+from biollm._runtime import background
 from biollm.client import Client, get_model_client
 from biollm.config.site import run_dir
 from biollm.errors import CompletionError

@@ -16,7 +16,7 @@ import pytest
 from behaviours import Behaviour
 from provider import Loopback
 
-from biollm._shared import ledger as shared_ledger
+from biollm._runtime import ledger as shared_ledger
 from biollm.client import get_model_client
 from biollm.config import Limit, load_config
 from biollm.ledger import Ledger, Need, Record, Refused

@@ -538,7 +538,7 @@ LIGHT = [
     ["config", "--litellm"], ["config", "--schema", "models"], ["init"], ["health"], ["fit"],
     ["render-slurm", "qwen-coder-32b"],
 ]  # fmt: skip
-LOADED = "import sys; from biollm.cli import _run; _run(); print('\\n', *sys.modules, file=sys.stderr)"
+LOADED = "import sys; from biollm.cli.app import _run; _run(); print('\\n', *sys.modules, file=sys.stderr)"
 
 
 @pytest.mark.parametrize("argv", LIGHT, ids=" ".join)

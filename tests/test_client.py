@@ -39,7 +39,7 @@ from conftest import until
 from provider import Json, Loopback
 from pydantic import BaseModel
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.client import (
     AllLimitedError,
     BiollmError,

@@ -14,7 +14,7 @@ from provider import Loopback
 from test_node import Job
 
 from biollm.config import load_config
-from biollm.drill import FAULTS, HARMLESS, IN_PROCESS, Cell, drill
+from biollm.drill.drill import FAULTS, HARMLESS, IN_PROCESS, Cell, drill
 from biollm.routing.lean import OWN_HANDLER
 
 pytestmark = pytest.mark.slow  # each takes seconds

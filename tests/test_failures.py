@@ -15,7 +15,7 @@ from conftest import until
 from failures import CASES, Case
 from provider import Json, Loopback, Request, Server
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.client import (
     AllLimitedError,
     Client,

@@ -29,7 +29,7 @@ import yaml
 from behaviours import Behaviour
 from provider import Certificates, Loopback, Request, Server
 
-from biollm._background import background
+from biollm._runtime import background
 from biollm.client import (
     Attempt,
     Client,

@@ -19,7 +19,7 @@ from conftest import until
 from provider import Loopback
 from starlette.types import ASGIApp
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.client import Client
 from biollm.gateway import app as gateway
 from biollm.gateway import openai_api as face
@@ -444,7 +444,7 @@ def test_figures_and_the_picture_of_now(net: Loopback, serve: Any) -> None:
 
 
 def test_it_runs_on_the_loop_that_asks_too(net: Loopback, waterfall: Callable[..., Path]) -> None:
-    from biollm._background import background
+    from biollm._runtime import background
 
     waterfall(first=net.serve(text="same loop"))
     transport = httpx.ASGITransport(gateway.app(Client()))

@@ -26,7 +26,7 @@ from conftest import Ran, until
 from provider import Loopback
 from pydantic import BaseModel
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.client import (
     AllLimitedError,
     Client,

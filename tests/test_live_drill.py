@@ -12,9 +12,9 @@ from behaviours import HTTP_429, HTTP_500
 from provider import Loopback
 from test_drill import job, lab
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.config import load_config
-from biollm.live_drill import MAX_TOKENS, PROMPT_TOKENS, live_drill
+from biollm.drill.live import MAX_TOKENS, PROMPT_TOKENS, live_drill
 from biollm.monitoring.usage import report
 
 __all__ = ["job", "lab"]

@@ -15,7 +15,7 @@ from behaviours import Behaviour
 from failures import CASES, NOW, WORDINGS, Case, gemini, openai, quota, retry
 from provider import Loopback
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.client import ContentPolicyError, get_model_client
 from biollm.routing.failures import classify, timed_out
 from biollm.routing.reset_times import retry_after

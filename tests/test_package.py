@@ -95,7 +95,7 @@ def test_the_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
 def test_the_wheel_works_far_from_its_source(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "lib")
-    code = "import sys, biollm.cli as c; assert 'lib' in c.__file__; sys.argv = ['biollm', *{}]; sys.exit(c._run())"
+    code = "import sys, biollm.cli.app as c; assert 'lib' in c.__file__; sys.argv = ['biollm', *{}]; sys.exit(c._run())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
     for argv in (["config", "--check"], ["models"], ["explain"], ["render-slurm", "qwen-coder-32b"]):
         command = [sys.executable, "-c", code.format(argv)]

@@ -13,7 +13,7 @@ from behaviours import HTTP_500, OK, Behaviour
 from conftest import until
 from provider import Loopback
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.client import get_model_client
 from biollm.config import load_config
 from biollm.errors import CompletionError, ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from provider import Loopback
 
-from biollm._background import apart
+from biollm._runtime import apart
 from biollm.config import load_config
 from biollm.ledger import Ledger, Need, Refused
 from biollm.routing.candidates import Rungs, explain, note_refusal

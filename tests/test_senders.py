@@ -21,8 +21,7 @@ from conftest import Ran
 from provider import Loopback, Server
 from test_node import Job, listens
 
-from biollm._background import background
-from biollm._shared import watch
+from biollm._runtime import background, watch
 from biollm.client import Client, CompletionError, get_model_client
 from biollm.config import load_config
 from biollm.config.site import run_dir

@@ -24,7 +24,7 @@ import pytest
 from picture import NOW, group, record
 from provider import Loopback
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.client import get_model_client
 from biollm.config import load_config
 from biollm.ledger import Ledger, Need

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from provider import Loopback
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.client import Client
 from biollm.config import Config, load_config
 from biollm.config.site import own_dir

@@ -14,7 +14,7 @@ import pytest
 from behaviours import Behaviour
 from provider import Loopback
 
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.client import Client, CompletionError, InterruptedStreamError, get_model_client
 from biollm.routing.lean import OWN_HANDLER
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from biollm.cli import _print
-from biollm.cli._print import Json
+from biollm.cli import output
+from biollm.cli.output import Json
 
 
 def alerts(
@@ -19,7 +19,7 @@ def alerts(
 
     Made for cron: each alert is told once. Exit 1 while one fires. Asks no provider.
     """
-    from biollm._shared import ledger
+    from biollm._runtime import ledger
     from biollm.config import load_config
     from biollm.config.paths import state_dir
     from biollm.monitoring import alerts as rules
@@ -29,10 +29,10 @@ def alerts(
     shot = Top.of_process(config).snapshot()
     found = rules.check(config, ledger(), shot, state_dir(), lambda line: print(line, file=sys.stderr))
     if as_json:
-        _print.as_json([each.facts for each in found])
+        output.as_json([each.facts for each in found])
     elif not quiet and not config.alerts.active:
         print("There are no rules: write some under `alerts:` in providers.yaml.")
     elif not quiet:
-        print("\n".join(f"since {_print.moment(each.since)}  {each}" for each in found) or "Nothing fires.")
+        print("\n".join(f"since {output.moment(each.since)}  {each}" for each in found) or "Nothing fires.")
     if found:
         raise typer.Exit(1)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from biollm.cli import _print
-from biollm.cli._print import Json
+from biollm.cli import output
+from biollm.cli.output import Json
 from biollm.errors import UsageError
 
 if TYPE_CHECKING:
     from biollm.config import Config
-    from biollm.drill import Cell
+    from biollm.drill.drill import Cell
 
 
 def drill(
@@ -29,8 +29,8 @@ def drill(
     Without --live nothing is sent to a provider and no quota is spent; with it, your limits hold, and rungs without
     a known price are not asked. Exit 1 when a rung that should have answered did not.
     """
-    from biollm import drill as drills
     from biollm.config import load_config
+    from biollm.drill import drill as drills
 
     if spend_limit is not None and not live:
         raise UsageError("--spend-limit goes with --live; otherwise nothing is spent.")
@@ -39,7 +39,7 @@ def drill(
         raise typer.Exit(not _live(config, spend_limit, as_json))
     found = drills.drill(config)
     if as_json:
-        _print.as_json({"ok": found.ok, **vars(found)})
+        output.as_json({"ok": found.ok, **vars(found)})
     else:
         if found.cells:
             rows = [
@@ -47,7 +47,7 @@ def drill(
                  c.next or "nobody", c.seen)
                 for c in found.cells
             ]  # fmt: skip
-            _print.table(
+            output.table(
                 ("broken", "how", "failover", "answered", "after", "asked", "next call", "the user sees"), rows
             )
             print()
@@ -61,7 +61,7 @@ def drill(
 
 
 def _verdict(cell: Cell) -> str:
-    from biollm import drill as drills
+    from biollm.drill import drill as drills
 
     if cell.answered != cell.expected:
         return f"FAILED: not {cell.expected or 'nobody'}"
@@ -76,14 +76,14 @@ def _verdict(cell: Cell) -> str:
 
 def _live(config: Config, limit: float | None, as_json: bool) -> bool:
     """Drill the real rungs, print what came of it, and return whether it is good."""
-    from biollm import live_drill as drills
+    from biollm.drill import live as drills
 
     def say(sentence: str) -> None:
         typer.echo(sentence, err=True)
 
     found = drills.live_drill(config, drills.LIMIT if limit is None else limit, say)
     if as_json:
-        _print.as_json({"ok": found.ok, **vars(found)})
+        output.as_json({"ok": found.ok, **vars(found)})
         return found.ok
     if found.answers:
         rows = [
@@ -96,7 +96,7 @@ def _live(config: Config, limit: float | None, as_json: bool) -> bool:
             )
             for a in found.answers
         ]
-        _print.table(("rung", "state", "after", "USD", "the user sees"), rows)
+        output.table(("rung", "state", "after", "USD", "the user sees"), rows)
         print(f"\nSpent at most {found.spent_usd:.6f} of {found.limit_usd:g} USD.")
     for rung, reason in found.absent.items():
         print(f"{rung} would not answer: {reason}")

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from biollm.cli import _print
-from biollm.cli._print import Json
+from biollm.cli import output
+from biollm.cli.output import Json
 
 
 def serve(
@@ -46,18 +46,18 @@ def status(as_json: Json = False) -> None:
 
     told = server.running()
     if told is None:
-        _print.as_json({"running": False}) if as_json else typer.echo("No gateway runs.")
+        output.as_json({"running": False}) if as_json else typer.echo("No gateway runs.")
         raise typer.Exit(1)
     mine: dict[str, Any] = told.get("identity") or {}
     same = mine == identity()
     facts = {
         "pid": told["pid"],
-        "started": _print.moment(told.get("started")),
+        "started": output.moment(told.get("started")),
         "socket": told["socket"],
         "url": told.get("url"),
     }
     if as_json:
-        _print.as_json({"running": True, **facts, "same_configuration": same, **mine})
+        output.as_json({"running": True, **facts, "same_configuration": same, **mine})
         return
     for name, value in facts.items():
         if value:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biollm.cli import _print
-from biollm.cli._print import Json
+from biollm.cli import output
+from biollm.cli.output import Json
 
 if TYPE_CHECKING:
     from biollm.monitoring.usage import Report, Row
@@ -63,7 +63,7 @@ def usage(
     begin, end = reports.moment(since, now), reports.moment(until, now) if until else now
     report = reports.report(config, ledger, begin, end, by)  # type: ignore[arg-type] # it refuses any other
     if as_json:
-        _print.as_json(_facts(report))
+        output.as_json(_facts(report))
     elif as_csv:
         _csv(report)
     else:
@@ -73,7 +73,7 @@ def usage(
 def _facts(report: Report) -> dict[str, Any]:
     facts = asdict(report)
     for each in (facts, *facts["quotas"], *facts["budgets"]):
-        each.update({name: _print.moment(at) for name, at in each.items() if name in _TIMES})
+        each.update({name: output.moment(at) for name, at in each.items() if name in _TIMES})
     return facts
 
 
@@ -93,11 +93,11 @@ def _told(counts: Mapping[str, int]) -> str:
 
 
 def _show(report: Report) -> None:
-    span = " to ".join(str(_print.moment(at))[:16].replace("T", " ") for at in (report.since, report.until))
+    span = " to ".join(str(output.moment(at))[:16].replace("T", " ") for at in (report.since, report.until))
     said = "exact" if report.exact else "within 2%"
     print(f"{span} UTC; percentiles are {said}.\n")
     head = (report.by, "requests", "errors", "tokens in", "out", "p50", "p95", "p99", "first token", "fallback", "USD")
-    _print.table((*head, "avoided"), [_cells(row) for row in (*report.rows, report.total)])
+    output.table((*head, "avoided"), [_cells(row) for row in (*report.rows, report.total)])
     if report.by in ("day", "hour"):
         _plot(report.rows)
     for what, counts in (("Fallbacks", report.total.fallbacks), ("Failures", report.total.failures)):
@@ -140,7 +140,7 @@ def _quotas(report: Report) -> None:
     from biollm.config.values import short
 
     def at(epoch: float | None) -> str:
-        return (_print.moment(epoch) or "-")[:16].replace("T", " ")
+        return (output.moment(epoch) or "-")[:16].replace("T", " ")
 
     rows = [(q.scope, q.limit, short(round(q.used, 2)), short(round(q.left, 2)), at(q.resets_at),
              at(q.exhausted_at)[:10]) for q in report.quotas]  # fmt: skip
@@ -161,4 +161,4 @@ def _usd(value: float | None) -> str:
 def _section(head: Sequence[str], rows: Iterable[Any]) -> None:
     if rows := list(rows):
         print()
-        _print.table(head, rows)
+        output.table(head, rows)

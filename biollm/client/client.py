@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from biollm._background import apart, background, called
-from biollm._shared import ledger, watch
+from biollm._runtime import apart, background, called, ledger, watch
 from biollm.client.remote import Line, body_of, identity, reach
 from biollm.config import Config, Limit, load_config
 from biollm.config.paths import environment_tags, state_dir, wants_local_only

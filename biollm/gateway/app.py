@@ -22,8 +22,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from biollm._background import apart
-from biollm._shared import ledger
+from biollm._runtime import apart, ledger
 from biollm.errors import BiollmError, UsageError
 from biollm.gateway import openai_api as face
 from biollm.monitoring import metrics, page

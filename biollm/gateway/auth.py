@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from biollm._files import locked, write_private
 from biollm._ownership import is_private
-from biollm._shared import ledger
+from biollm._runtime import ledger
 from biollm.config import values as forms
 from biollm.config import yaml
 from biollm.config.paths import config_dirs, own_dir, state_dir

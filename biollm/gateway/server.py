@@ -22,10 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biollm._background import background
 from biollm._files import private_folder, write_private
 from biollm._ownership import is_private
-from biollm._shared import ledger
+from biollm._runtime import background, ledger
 from biollm.client.remote import RECORD, SOCKET, connect, folders, identity, record
 from biollm.config.paths import own_dir, state_dir
 from biollm.errors import ConfigError, UnavailableError, UsageError

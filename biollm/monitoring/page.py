@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from biollm._background import apart
+from biollm._runtime import apart
 from biollm.monitoring.dashboard import render
 from biollm.monitoring.snapshot import Snapshot
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from biollm._shared import ledger, watch
+from biollm._runtime import ledger, watch
 from biollm.config import Config, Limit
 from biollm.config.paths import state_dir
 from biollm.errors import BiollmError

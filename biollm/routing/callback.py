@@ -21,7 +21,7 @@ import litellm
 from litellm._internal_context import is_internal_call
 from litellm.integrations.custom_logger import CustomLogger
 
-from biollm._background import THREAD
+from biollm._runtime import THREAD
 from biollm.ledger import Ledger, Need, Refused
 
 

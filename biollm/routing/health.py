@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from biollm._background import apart, background
-from biollm._shared import ledger, watch
+from biollm._runtime import apart, background, ledger, watch
 from biollm.config import Config, load_config
 from biollm.config.paths import state_dir
 from biollm.providers.credentials import Credential, hide

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from biollm._background import apart, background
 from biollm._ownership import address, is_this_host, objection
+from biollm._runtime import apart, background
 from biollm.routing.deployments import Deployment
 from biollm.slurm.endpoints import PROOF, challenge, proof, unproven
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
-from biollm._background import background
+from biollm._runtime import background
 from biollm.providers.credentials import Credential
 from biollm.routing.candidates import Load, Rung, Rungs
 from biollm.routing.deployments import Deployment

@@ -21,7 +21,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import litellm
 
-from biollm._background import apart, background, called
+from biollm._runtime import apart, background, called
 from biollm.errors import CompletionError, DeadlineError, InterruptedStreamError
 from biollm.ledger import Need, Record
 from biollm.providers import embedded

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from biollm.cli import _print
-from biollm.cli._print import Json
+from biollm.cli import output
+from biollm.cli.output import Json
 from biollm.errors import Problem
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def models_list(context: typer.Context, as_json: Json = False) -> None:
     settings = load_config()
     facts = [_model(settings, each) for each in {d.order: d for d in deployments.build_deployments(settings)}.values()]
     if as_json:
-        _print.as_json(facts)
+        output.as_json(facts)
         return
     rows = [
         (
@@ -38,7 +38,7 @@ def models_list(context: typer.Context, as_json: Json = False) -> None:
         )
         for f in facts
     ]
-    _print.table(("#", "model", "provider", "type", "context", "capabilities"), rows)
+    output.table(("#", "model", "provider", "type", "context", "capabilities"), rows)
 
 
 def _model(settings: Config, deployment: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def providers(as_json: Json = False) -> None:
         if name not in seen or (seen[name]["standing"] != "ok" and key == "ok"):
             seen[name] = fact
     if as_json:
-        _print.as_json(list(seen.values()))
+        output.as_json(list(seen.values()))
         return
     rows = [
         (
@@ -96,12 +96,12 @@ def providers(as_json: Json = False) -> None:
         )
         for name, f in seen.items()
     ]
-    _print.table(("priority", "provider/account", "type", "standing", "limits", "why not"), rows)
+    output.table(("priority", "provider/account", "type", "standing", "limits", "why not"), rows)
 
 
 def _limit(limit: Limit, used: float, resets: float | None) -> dict[str, Any]:
     facts = {"limit": str(limit), "kind": limit.kind, "amount": limit.amount, "per": limit.unit}
-    return {**facts, "used": used, "resets": _print.moment(resets)}
+    return {**facts, "used": used, "resets": output.moment(resets)}
 
 
 def health(
@@ -115,16 +115,16 @@ def health(
     from biollm.config import load_config
     from biollm.routing import health as checks
 
-    progress = _print.Progress(quiet=as_json)
+    progress = output.Progress(quiet=as_json)
     progress.say("asking every provider")
     found = checks.check(load_config(), timeout=timeout)
     progress.clear()
     if as_json:
-        _print.as_json(found)
+        output.as_json(found)
     else:
         said = {True: "up", False: "down", None: "unknown"}
         rows = [(each.who, said[each.available], _ms(each.latency_ms), _why(each)) for each in found]
-        _print.table(("provider", "state", "ms", "remarks"), rows)
+        output.table(("provider", "state", "ms", "remarks"), rows)
     if not any(each.available is not False for each in found):  # one that could not be asked may be there
         raise typer.Exit(69)
 
@@ -158,22 +158,22 @@ def config(
     from biollm import config as configuration
 
     if schema:
-        _print.as_json(configuration.json_schema(schema))
+        output.as_json(configuration.json_schema(schema))
         return
     settings = configuration.load_config(lenient=lenient)
     warnings = [*settings.warnings, *(_registry(settings) if check else ())]
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     if check and as_json:
-        _print.as_json({"providers": len(settings.providers), "models": len(settings.models), "warnings": warnings})
+        output.as_json({"providers": len(settings.providers), "models": len(settings.models), "warnings": warnings})
     elif check:
         print(f"The configuration is right: {len(settings.providers)} providers, {len(settings.models)} models.")
     elif litellm:
         _litellm(settings)
     elif as_json:
-        _print.as_json({"values": settings, "sources": settings.sources})
+        output.as_json({"values": settings, "sources": settings.sources})
     else:
-        _print.table(("key", "value", "from"), configuration.describe(settings))
+        output.table(("key", "value", "from"), configuration.describe(settings))
 
 
 def _registry(settings: Config) -> list[Problem]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biollm.cli import _print
-from biollm.cli._print import Json, Progress
-from biollm.cli.cluster import state_line
+from biollm.cli import output
+from biollm.cli.output import Json, Progress
+from biollm.cli.slurm import state_line
 from biollm.errors import CompletionError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
@@ -241,9 +241,9 @@ def _live(pieces: Any, progress: Progress) -> Completion:
 def _show(answer: Completion, *, as_json: bool, live: bool, structured: bool) -> None:
     if as_json:
         facts = {name: value for name, value in vars(answer).items() if name != "raw"}
-        _print.as_json(facts)
+        output.as_json(facts)
     elif structured:
-        _print.as_json(answer.parsed)
+        output.as_json(answer.parsed)
     elif not live and sys.stdout.isatty():
         from rich.console import Console
         from rich.markdown import Markdown
@@ -256,7 +256,7 @@ def _show(answer: Completion, *, as_json: bool, live: bool, structured: bool) ->
 def _failed(error: CompletionError) -> None:
     """Print a failure for a program; for people it is on stderr in any case."""
     facts = {"error": str(error).split("\n")[0], "hint": error.hint, "exit_code": error.exit_code}
-    _print.as_json({**facts, "retry_after": getattr(error, "retry_after", None), "attempts": error.attempts})
+    output.as_json({**facts, "retry_after": getattr(error, "retry_after", None), "attempts": error.attempts})
 
 
 def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
@@ -296,7 +296,7 @@ def explain(
     client = Client(provider, model, local_only=local_only, allow_degraded=True)
     found = client.explain(prompt, capability=capability, tools=[{}] if tools else None, max_tokens=max_tokens)
     if as_json:
-        _print.as_json([_rung(rung) for rung in found])
+        output.as_json([_rung(rung) for rung in found])
         return
     ready = [rung for rung in found if rung.standing == "ready"]
     first = min(ready, key=lambda rung: (rung.deployment.order, rung.load.rank if rung.load else ()), default=None)
@@ -310,7 +310,7 @@ def explain(
         )
         for rung in found
     ]
-    _print.table(("", "#", "deployment", "standing", "reason"), rows)
+    output.table(("", "#", "deployment", "standing", "reason"), rows)
     print(f"\n{first.deployment.id} would answer." if first else "\nNobody could answer now.")
 
 
@@ -324,7 +324,7 @@ def _rung(rung: Any) -> dict[str, Any]:
         "model": deployment.model,
         "standing": rung.standing,
         "reason": rung.reason,
-        "until": _print.moment(rung.until),
+        "until": output.moment(rung.until),
         "cost": rung.cost and _cost(rung.cost),
         "load": rung.load and {"own": rung.load.own, "others": rung.load.others, "metrics": rung.load.told},
     }

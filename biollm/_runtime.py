@@ -17,7 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from biollm.config import Cluster
+from biollm.config.paths import state_dir
+from biollm.config.site import run_dir
 from biollm.errors import UsageError
+from biollm.ledger import Ledger
+from biollm.slurm.endpoints import Watch
 
 T = TypeVar("T")
 THREAD = "biollm"
@@ -210,3 +215,20 @@ def _unlock_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_unlock_after_fork)
+
+
+def ledger() -> Ledger:
+    """Return the process's ledger of the state folder."""
+    here, key = background(), ("ledger", state_dir())
+    if key not in here.kept:
+        here.kept[key] = Ledger(state_dir())
+        here.stop_first()  # what is cancelled at exit is then still written
+    return here.kept[key]
+
+
+def watch(cluster: Cluster) -> Watch:
+    """Return the process's view of the servers that run at the site."""
+    kept, key = background().kept, ("watch", run_dir(cluster), cluster.trusted_owners)
+    if key not in kept:
+        kept[key] = Watch(cluster)
+    return kept[key]

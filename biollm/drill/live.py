@@ -14,12 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from biollm._background import background
-from biollm._shared import ledger as shared_ledger
-from biollm._shared import watch
+from biollm._runtime import background, watch
+from biollm._runtime import ledger as shared_ledger
 from biollm.config import Config
 from biollm.config.paths import state_dir
-from biollm.drill import Played, Theatre
+from biollm.drill.drill import Played, Theatre
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger, Need, Record, Refused
 from biollm.ledger.quotas import Cooldown

@@ -17,12 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from biollm._background import background
-from biollm._broken import Stage
 from biollm._ownership import address
-from biollm._shared import watch
+from biollm._runtime import background, watch
 from biollm.config import Config
 from biollm.config.paths import state_dir
+from biollm.drill.fault_server import Stage
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger
 from biollm.providers.credentials import Credential, of_secret

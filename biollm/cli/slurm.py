@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biollm.cli import _print
-from biollm.cli._print import Json, Progress
+from biollm.cli import output
+from biollm.cli.output import Json, Progress
 from biollm.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
@@ -126,9 +126,9 @@ def fit(
     }
     reports = {each.key: compute(each, config.cluster, **options) for each in chosen}
     if as_json:
-        _print.as_json(reports)
+        output.as_json(reports)
     else:
-        _print.table(
+        output.table(
             ("model", "fits", "GPUs", "weights/GPU", "KV cache", "context", "tokens", "sequences"), _rows(reports)
         )
         for key, report in reports.items():
@@ -193,7 +193,7 @@ def up(
     from biollm import slurm
     from biollm.config import load_config
 
-    config, progress = load_config(), _print.Progress(quiet=as_json)
+    config, progress = load_config(), output.Progress(quiet=as_json)
     options = _options(
         time=time, partition=partition, account=account, qos=qos, gpus=gpus, force=force, handover=handover
     )
@@ -225,7 +225,7 @@ def state_line(job: Job) -> str:
 
 def _show(jobs: list[Job], *, as_json: bool) -> None:
     if as_json:
-        _print.as_json([_fact(job) for job in jobs])
+        output.as_json([_fact(job) for job in jobs])
         return
     rows = [
         (
@@ -239,7 +239,7 @@ def _show(jobs: list[Job], *, as_json: bool) -> None:
         )
         for job in jobs
     ]
-    _print.table(("job", "models", "phase", "node", "left", "running+waiting", "where or why"), rows)
+    output.table(("job", "models", "phase", "node", "left", "running+waiting", "where or why"), rows)
 
 
 def _fact(job: Job) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def down(
         raise UsageError("Name a model or a job, or say --all.")
     stopped = slurm.down(load_config().cluster, target, wait=not no_wait)
     if as_json:
-        _print.as_json([{"job": ticket.job, "models": ticket.models} for ticket in stopped])
+        output.as_json([{"job": ticket.job, "models": ticket.models} for ticket in stopped])
         return
     for ticket in stopped:
         print(f"stopped job {ticket.job} ({' '.join(ticket.models)})")
@@ -321,7 +321,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = checks.check(load_config())
     if as_json:
-        _print.as_json(found)
+        output.as_json(found)
     for each in [] if as_json else found:
         print(
             f"{'ok  ' if each.ok else 'FAIL'}  {each.name}: {each.detail}"
