@@ -21,7 +21,7 @@ import yaml
 from provider import Loopback, Server
 
 from biollm._runtime import ledger
-from biollm.cli import _run
+from biollm.cli.app import _run
 from biollm.config import load_config
 from biollm.errors import UnavailableError
 from biollm.gateway import server as _serve

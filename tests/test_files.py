@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_fit import PUBLISHED
+from test_memory import PUBLISHED
 
 from biollm._files import locked, write_private
 from biollm.providers import embedded

@@ -13,7 +13,7 @@ import typer
 import yaml
 from provider import Json, Loopback, instance
 
-from biollm.cli import app
+from biollm.cli.app import app
 from biollm.config import load_config
 from biollm.routing import failures
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_fit import PUBLISHED
+from test_memory import PUBLISHED
 
 from biollm.config import Cluster, load_config
 from biollm.errors import UsageError

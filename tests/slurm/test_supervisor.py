@@ -26,7 +26,7 @@ from biollm.slurm.supervisor import supervisor
 
 pytestmark = pytest.mark.slow  # each takes seconds
 PACKAGE = Path(supervisor.__file__).parent
-FAKE = Path(__file__).with_name("fake_vllm.py")
+FAKE = Path(__file__).parents[1] / "fake_vllm.py"
 
 
 class Job:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from provider import Loopback
-from test_node import Job
+from test_supervisor import Job
 
 from biollm.config import load_config
 from biollm.drill.drill import FAULTS, HARMLESS, IN_PROCESS, Cell, drill

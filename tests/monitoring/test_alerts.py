@@ -18,7 +18,8 @@ from conftest import Ran, until
 from provider import Loopback
 
 from biollm._runtime import ledger
-from biollm.config import Alerts, ConfigError, load_config
+from biollm.config import Alerts, load_config
+from biollm.errors import ConfigError
 from biollm.ledger import Record
 from biollm.monitoring import alerts
 from biollm.monitoring.snapshot import JobView, RungView, Snapshot, Top

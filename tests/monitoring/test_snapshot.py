@@ -32,7 +32,7 @@ from biollm.monitoring.dashboard import render
 from biollm.monitoring.snapshot import Minute, Quota, RungView, Snapshot, Top
 
 UPDATE = os.environ.get("BIOLLM_UPDATE") == "1"
-RECORDING = Path(__file__).parent.parent / "examples" / "top.txt"
+RECORDING = Path(__file__).parents[2] / "examples" / "top.txt"
 Write = Callable[..., Path]
 
 

@@ -15,7 +15,7 @@ from biollm.config import Config, Limit, Model, load_config
 from biollm.routing import deployments, router_config
 from biollm.routing.deployments import Wants
 
-GOLDEN = Path(__file__).parent / "golden" / "shipped_waterfall.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "shipped_waterfall.json"
 
 PROVIDERS = """
 providers:

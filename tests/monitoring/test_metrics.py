@@ -17,7 +17,7 @@ from biollm.config import load_config
 from biollm.ledger import Ledger, Record, history
 from biollm.monitoring import metrics
 
-DASHBOARD = Path(__file__).parent.parent / "examples" / "grafana_dashboard.json"
+DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana_dashboard.json"
 ODD = 'a "b" \\ c\nd'
 
 

@@ -19,7 +19,7 @@ import pytest
 from behaviours import EMPTY, OK, Behaviour
 from conftest import Ran
 from provider import Loopback, Server
-from test_node import Job, listens
+from test_supervisor import Job, listens
 
 from biollm._runtime import background, watch
 from biollm.client import Client, CompletionError, get_model_client

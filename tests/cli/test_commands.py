@@ -20,7 +20,7 @@ from behaviours import HANG, HTTP_400, HTTP_401, HTTP_401_ECHO, HTTP_500, Behavi
 from conftest import Ran
 from provider import Loopback, Server
 
-from biollm.cli import app
+from biollm.cli.app import app
 from biollm.client import get_model_client
 from biollm.ledger import Ledger
 

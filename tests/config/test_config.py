@@ -24,7 +24,7 @@ from biollm.errors import ConfigError, UnknownNameError
 
 KINDS = ("models", "providers", "cluster")
 SHIPPED = data_dir("router_config")
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SECRET = "sk-planted-0123456789abcdefghij"
 
 SEED_MODELS = """\

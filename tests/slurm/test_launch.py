@@ -21,7 +21,7 @@ from biollm.errors import ConfigError, DoesNotFitError, UsageError
 from biollm.slurm.launch import LaunchScript, Options, override, render
 from biollm.slurm.supervisor import node_files
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 BIN = Path(sys.executable).parent
 SEED = ["qwen-coder-32b", "deepseek-coder-v2", "llama-3.3-70b", "minimax-m2", "codellama-34b"]
 PATHS: dict[str, Any] = {"run_dir": Path("/scratch/lab/biollm"), "models_dir": Path("/scratch/lab/models")}

@@ -558,7 +558,7 @@ def test_a_command_is_quick_and_keeps_its_options(
     code = """
 import sys
 sys.argv = ["biollm", "complete", "hi"]
-from biollm.cli import _run
+from biollm.cli.app import _run
 assert _run() == 0
 heavy = "pydantic yaml rich httpx biollm.config biollm.client litellm asyncio".split()
 print([name for name in heavy if name in sys.modules])
