@@ -11,7 +11,14 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from biollm.config.paths import is_shared
+
+def is_shared(folder: Path) -> bool:
+    """Return whether a group shares the folder: it may write there, and what is made there is the group's (setgid)."""
+    try:
+        mode = folder.stat().st_mode
+    except OSError:
+        return False
+    return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
 
 
 def private_folder(path: Path) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
+
+from biollm._files import is_shared
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -43,15 +44,6 @@ def own_dir(state: Path) -> Path:
     if not is_shared(state):
         return state
     return _home() if not is_shared(_home()) else _home().with_name("biollm-own")
-
-
-def is_shared(folder: Path) -> bool:
-    """Return whether a group shares the folder: it may write there, and what is made there is the group's (setgid)."""
-    try:
-        mode = folder.stat().st_mode
-    except OSError:
-        return False
-    return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
 
 
 def _home() -> Path:

@@ -14,9 +14,10 @@ from shlex import quote
 from urllib.parse import urlsplit
 
 from biollm import slurm
+from biollm._files import is_shared
 from biollm._ownership import address, is_this_host
 from biollm.config import Config
-from biollm.config.paths import is_shared, own_dir, state_dir
+from biollm.config.paths import own_dir, state_dir
 from biollm.config.site import run_dir
 from biollm.errors import BiollmError
 from biollm.ledger.sqlite import on_network
