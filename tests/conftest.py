@@ -28,7 +28,7 @@ from biollm.gateway import server as _serve
 from biollm.providers import embedded
 
 KEYS = "LIGHTNING_API_KEY GOOGLE_API_KEY GEMINI_API_KEY OPENAI_API_KEY HF_TOKEN OPENAI_BASE_URL OPENAI_API_BASE"
-Rung = Server | str | Mapping[str, Any]
+Candidate = Server | str | Mapping[str, Any]
 
 
 def until(true: Callable[[], Any], seconds: float = 30) -> float:
@@ -73,10 +73,10 @@ def waterfall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     variable NAME_KEY; a mapping gives further keys or other values. `top` holds keys of the file's top.
     """
 
-    def write(top: Mapping[str, Any] | None = None, /, **rungs: Rung) -> Path:
+    def write(top: Mapping[str, Any] | None = None, /, **rungs: Candidate) -> Path:
         folder = tmp_path / "config"
         folder.mkdir(exist_ok=True)
-        entries = {name: _entry(name, place, rung) for place, (name, rung) in enumerate(rungs.items(), 1)}
+        entries = {name: _entry(name, place, candidate) for place, (name, candidate) in enumerate(rungs.items(), 1)}
         for name in rungs:
             monkeypatch.setenv(f"{name.upper()}_KEY", f"sk-planted-{name}-0123456789")
         whole = {"inherit": False, "providers": entries, **(top or {})}
@@ -87,9 +87,13 @@ def waterfall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return write
 
 
-def _entry(name: str, place: int, rung: Rung) -> dict[str, Any]:
+def _entry(name: str, place: int, candidate: Candidate) -> dict[str, Any]:
     given = (
-        {"base_url": rung.url} if isinstance(rung, Server) else {"base_url": rung} if isinstance(rung, str) else rung
+        {"base_url": candidate.url}
+        if isinstance(candidate, Server)
+        else {"base_url": candidate}
+        if isinstance(candidate, str)
+        else candidate
     )
     entry = {"type": "api", "priority": place, "models": ["small"], "env_key": f"{name.upper()}_KEY", **given}
     if entry["type"] != "api" or "accounts" in entry or "key_file" in entry:

@@ -98,7 +98,7 @@ class Scenario:
     reason: str = ""
     never: str = ""
 
-    def verdict(self, seen: Seen) -> str:
+    def failure(self, seen: Seen) -> str:
         """Return pass, partial (an advisory check failed), safe (a bounded clean error) or fail."""
         main, after = seen.calls[: self.calls], seen.calls[self.calls :]
         truncated = any(not call.good and not call.error for call in seen.calls)
@@ -356,4 +356,4 @@ async def _both(first: list[Play], some: Sequence[Play], url: str, clients: dict
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(environment(Path(scratch)))
-        print(json.dumps({play.name: play.plan.verdict(seen) for play, seen in everything(Path(scratch)).items()}))
+        print(json.dumps({play.name: play.plan.failure(seen) for play, seen in everything(Path(scratch)).items()}))

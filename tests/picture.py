@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from biollm.config import load_config
-from biollm.ledger import Ledger, Need, Record
+from biollm.ledger import Claim, Ledger, Record
 from biollm.monitoring.snapshot import Top
-from biollm.routing.candidates import Rungs
+from biollm.routing.candidates import DeploymentPool
 from biollm.slurm.endpoints import Endpoint
 from biollm.slurm.submissions import Job, Ticket
 
@@ -43,12 +43,12 @@ def group(waterfall: Callable[..., Path], tmp_path: Path) -> Top:
     key.write_text("sk-planted-server-0123456789")
     server = Endpoint("a" * 32, "4711", "t1", "qwen-coder-32b", "gpu01", "http://gpu01:8000/v1", key, key.stat().st_uid,
                       18000.0, 1)  # fmt: skip
-    rungs = Rungs(config, ledger, tmp_path, "any", lambda: [server])
+    rungs = DeploymentPool(config, ledger, tmp_path, "any", lambda: [server])
     rungs.refresh()
     used = {"lightning": 15, "gemini": 4, "github_copilot": 11}
     for deployment in rungs.deployments:
         for _ in range(used.get(deployment.provider.name, 0)):
-            asyncio.run(_reserve(ledger, Need(deployment.scope, deployment.limits)))
+            asyncio.run(_reserve(ledger, Claim(deployment.scope, deployment.limits)))
     at[0] = NOW
     ledger.cool("account:gemini/default:gemini-3.8-flash", 42, "HTTP 503: the model is overloaded")
     for record in history([deployment.id for deployment in rungs.deployments]):
@@ -64,8 +64,8 @@ def group(waterfall: Callable[..., Path], tmp_path: Path) -> Top:
                clock=lambda: NOW)  # fmt: skip
 
 
-async def _reserve(ledger: Ledger, need: Need) -> None:
-    assert isinstance(await ledger.reserve(need), int)
+async def _reserve(ledger: Ledger, claim: Claim) -> None:
+    assert isinstance(await ledger.reserve(claim), int)
 
 
 def history(ids: list[str]) -> list[Record]:

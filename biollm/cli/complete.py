@@ -296,37 +296,42 @@ def explain(
     client = Client(provider, model, local_only=local_only, allow_degraded=True)
     found = client.explain(prompt, capability=capability, tools=[{}] if tools else None, max_tokens=max_tokens)
     if as_json:
-        output.as_json([_rung(rung) for rung in found])
+        output.as_json([_rung(candidate) for candidate in found])
         return
-    ready = [rung for rung in found if rung.standing == "ready"]
-    first = min(ready, key=lambda rung: (rung.deployment.order, rung.load.rank if rung.load else ()), default=None)
+    ready = [candidate for candidate in found if candidate.status == "ready"]
+    first = min(
+        ready,
+        key=lambda candidate: (candidate.deployment.order, candidate.load.rank if candidate.load else ()),
+        default=None,
+    )
     rows = [
         (
-            "→" if rung is first else " ",
-            rung.deployment.order,
-            rung.deployment.id,
-            rung.standing,
-            _reason(rung),
+            "→" if candidate is first else " ",
+            candidate.deployment.order,
+            candidate.deployment.id,
+            candidate.status,
+            _reason(candidate),
         )
-        for rung in found
+        for candidate in found
     ]
     output.table(("", "#", "deployment", "standing", "reason"), rows)
     print(f"\n{first.deployment.id} would answer." if first else "\nNobody could answer now.")
 
 
-def _rung(rung: Any) -> dict[str, Any]:
-    deployment = rung.deployment
+def _rung(candidate: Any) -> dict[str, Any]:
+    deployment = candidate.deployment
     return {
         "deployment": deployment.id,
         "order": deployment.order,
         "provider": deployment.provider.name,
         "account": deployment.account.name,
         "model": deployment.model,
-        "standing": rung.standing,
-        "reason": rung.reason,
-        "until": output.moment(rung.until),
-        "cost": rung.cost and _cost(rung.cost),
-        "load": rung.load and {"own": rung.load.own, "others": rung.load.others, "metrics": rung.load.told},
+        "standing": candidate.status,
+        "reason": candidate.reason,
+        "until": output.moment(candidate.until),
+        "cost": candidate.cost and _cost(candidate.cost),
+        "load": candidate.load
+        and {"own": candidate.load.own, "others": candidate.load.others, "metrics": candidate.load.told},
     }
 
 
@@ -336,12 +341,12 @@ def _cost(cost: Any) -> dict[str, Any]:
     return {"prompt_tokens": cost.prompt_tokens, "answer_tokens": cost.answer_tokens, **million, "usd": cost.usd}
 
 
-def _reason(rung: Any) -> str:
+def _reason(candidate: Any) -> str:
     import time
 
-    left = rung.until - time.time()
-    reason = f"{rung.reason} ({left:.0f} s left)" if 0 < left < 86400 else rung.reason
-    return "; ".join(str(each) for each in (reason, rung.cost, rung.load) if each)
+    left = candidate.until - time.time()
+    reason = f"{candidate.reason} ({left:.0f} s left)" if 0 < left < 86400 else candidate.reason
+    return "; ".join(str(each) for each in (reason, candidate.cost, candidate.load) if each)
 
 
 def login(

@@ -65,9 +65,9 @@ def providers(as_json: Json = False) -> None:
 
     seen: dict[str, dict[str, Any]] = {}
     client = Client(allow_degraded=True)
-    for rung in client.explain():
-        deployment = rung.deployment
-        key = "ok" if rung.standing in ("ready", "limited") else rung.standing
+    for candidate in client.explain():
+        deployment = candidate.deployment
+        key = "ok" if candidate.status in ("ready", "limited") else candidate.status
         used = client.used(deployment)
         fact = {
             "priority": deployment.provider.priority,
@@ -77,7 +77,7 @@ def providers(as_json: Json = False) -> None:
             "standing": key,
             "free": deployment.free,
             "limits": [_limit(*each) for each in used],
-            "reason": rung.reason,
+            "reason": candidate.reason,
         }
         name = f"{deployment.provider.name}/{deployment.account.name}"
         if name not in seen or (seen[name]["standing"] != "ok" and key == "ok"):

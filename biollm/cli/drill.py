@@ -43,7 +43,7 @@ def drill(
     else:
         if found.cells:
             rows = [
-                (c.rung, c.fault, _verdict(c), c.answered or "nobody", f"{c.ms:.0f} ms", str(c.asked),
+                (c.candidate, c.fault, _verdict(c), c.answered or "nobody", f"{c.ms:.0f} ms", str(c.asked),
                  c.next or "nobody", c.seen)
                 for c in found.cells
             ]  # fmt: skip
@@ -51,7 +51,10 @@ def drill(
                 ("broken", "how", "failover", "answered", "after", "asked", "next call", "the user sees"), rows
             )
             print()
-        for sentence in (*found.odd, *(f"{rung} would not answer: {reason}" for rung, reason in found.absent.items())):
+        for sentence in (
+            *found.odd,
+            *(f"{candidate} would not answer: {reason}" for candidate, reason in found.absent.items()),
+        ):
             print(sentence)
         alone = sum(c.ok and not c.expected for c in found.cells)
         caught, failed = sum(c.ok and bool(c.expected) for c in found.cells), sum(not c.ok for c in found.cells)
@@ -88,7 +91,7 @@ def _live(config: Config, limit: float | None, as_json: bool) -> bool:
     if found.answers:
         rows = [
             (
-                a.rung,
+                a.candidate,
                 a.state if a.state != "failed" else "FAILED",
                 "-" if a.ms is None else f"{a.ms:.0f} ms",
                 "-" if a.cost_usd is None else f"{a.cost_usd:.6f}",
@@ -98,6 +101,6 @@ def _live(config: Config, limit: float | None, as_json: bool) -> bool:
         ]
         output.table(("rung", "state", "after", "USD", "the user sees"), rows)
         print(f"\nSpent at most {found.spent_usd:.6f} of {found.limit_usd:g} USD.")
-    for rung, reason in found.absent.items():
-        print(f"{rung} would not answer: {reason}")
+    for candidate, reason in found.absent.items():
+        print(f"{candidate} would not answer: {reason}")
     return found.ok

@@ -25,8 +25,8 @@ from biollm.errors import (
     nearest,
 )
 from biollm.routing import import_waterfall, load_balancing
-from biollm.routing.candidates import Rung, Rungs, check_names, explain
-from biollm.routing.deployments import Deployment, Policy, Wants
+from biollm.routing.candidates import Candidate, DeploymentPool, check_names, explain
+from biollm.routing.deployments import Deployment, Policy, Requirements
 from biollm.routing.normalize import ANSWER_SIZES, Reader, text, texts
 from biollm.routing.request import Request
 from biollm.routing.structured import Message, Shape
@@ -227,14 +227,14 @@ class Client:
         """Like `complete_many`."""
         return await background().arun(self._many(list(prompts), concurrency, progress, options))
 
-    def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Rung]:
+    def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Candidate]:
         """Return who would answer now and why each other would not; sends nothing but a look at replicas' metrics.
 
         It looks with this process's configuration and keys, also where BIOLLM_GATEWAY names another gateway.
         """
         request = self._request(prompt, options)
-        rungs = Rungs(self.config, ledger(), state_dir(), self.policy(), watch(self.config.cluster).alive)
-        found = explain(rungs, request.wants)
+        rungs = DeploymentPool(self.config, ledger(), state_dir(), self.policy(), watch(self.config.cluster).alive)
+        found = explain(rungs, request.requirements)
         return background().run(load_balancing.of_process().weighed(found, rungs))
 
     def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
@@ -279,7 +279,7 @@ class Client:
         if isinstance(wanted, Mapping):
             wanted = read.value(wanted, "response_model")
         degraded = options.get("allow_degraded", False if wanted else chosen.get("allow_degraded", False))
-        wants = Wants(
+        requirements = Requirements(
             provider=provider,
             model=model,
             policy=self.policy(options),
@@ -294,7 +294,7 @@ class Client:
         return Request(
             messages=messages,
             params=params,
-            wants=wants,
+            requirements=requirements,
             timeout=_positive("timeout", chosen.get("timeout")),
             deadline=_positive("deadline", chosen.get("deadline")),
             fallback=chosen.get("fallback", True),
@@ -323,10 +323,14 @@ class Client:
 
     def _gap(self, prefix: str, suffix: str | None, options: Options) -> Request:
         request = self._request(prefix + (suffix or ""), options)
-        if request.shape or request.wants.tools:
+        if request.shape or request.requirements.tools:
             raise UsageError("Filling in code takes no response_model and no tools.")
         middle = (text(prefix), suffix and text(suffix))
-        return replace(request, middle=middle, wants=replace(request.wants, fim=suffix is not None, raw=suffix is None))
+        return replace(
+            request,
+            middle=middle,
+            requirements=replace(request.requirements, fim=suffix is not None, raw=suffix is None),
+        )
 
     def _sync(self, request: Request) -> Completion:
         line = self._line(request)
@@ -340,7 +344,7 @@ class Client:
         if request.shape:
             request.shape.check()
         if request.start:
-            first = replace(request, wants=replace(request.wants, allow_degraded=False))
+            first = replace(request, requirements=replace(request.requirements, allow_degraded=False))
             try:
                 return await (await self._waterfall(request)).complete(first)
             except CompletionError as error:
@@ -354,7 +358,7 @@ class Client:
     async def _stream(self, request: Request) -> AsyncGenerator[Piece, None]:
         missed: BiollmError | None = None
         if request.start:
-            first = replace(request, wants=replace(request.wants, allow_degraded=False))
+            first = replace(request, requirements=replace(request.requirements, allow_degraded=False))
             try:
                 async for piece in (await self._waterfall(request)).stream(first):
                     yield piece
@@ -385,7 +389,7 @@ class Client:
         cluster = self.config.cluster
         try:
             async with request.in_time(lambda: error.attempts):
-                model = await apart(on_demand.startable, self.config, request.wants)
+                model = await apart(on_demand.startable, self.config, request.requirements)
                 steps = slurm.ensuring(model, cluster, timeout=request.wait, on_state=request.on_state)
                 while not await apart(next, steps, True):  # noqa: ASYNC110 # other processes set no event
                     await asyncio.sleep(_STEP)
@@ -393,7 +397,7 @@ class Client:
         except DeadlineError:
             raise
         except BiollmError as missed:
-            if not request.wants.allow_degraded:
+            if not request.requirements.allow_degraded:
                 raise
             return missed
         return None
@@ -449,7 +453,7 @@ class Client:
 
     def _make(self, policy: Policy, servers: Watch) -> Waterfall:
         made = import_waterfall()
-        return made(Rungs(self.config, ledger(), state_dir(), policy, servers.latest))
+        return made(DeploymentPool(self.config, ledger(), state_dir(), policy, servers.latest))
 
 
 ModelRouter = Client

@@ -182,15 +182,15 @@ def body(messages: Sequence[Mapping[str, Any]], model: str | None, params: Mappi
 
 def body_of(request: Request) -> Json | None:
     """Return the body that asks a gateway the same; None where something in the request cannot travel."""
-    shape, wants = request.shape, request.wants
+    shape, requirements = request.shape, request.requirements
     # A class may check more than its schema says, and must see the answer while it can still be asked for again.
-    stays = shape and (not isinstance(shape.wanted, Mapping) or wants.tools)
+    stays = shape and (not isinstance(shape.wanted, Mapping) or requirements.tools)
     if stays or request.on_send or request.on_state or request.params.keys() - _PARAMS:
         return None
     wanted = {"response_format": shape.response_format} if shape else {}
     made = body(
-        request.messages, wants.model, {**request.params, **wanted}, provider=wants.provider, data_policy=wants.policy,
-        capability=wants.capability, allow_degraded=wants.allow_degraded, timeout=request.timeout,
+        request.messages, requirements.model, {**request.params, **wanted}, provider=requirements.provider, data_policy=requirements.policy,
+        capability=requirements.capability, allow_degraded=requirements.allow_degraded, timeout=request.timeout,
         deadline=request.deadline, fallback=request.fallback, max_retries=request.max_retries,
         tags=dict(request.tags), on_interrupt=request.on_interrupt, start_local=request.start, wait=request.wait,
         patience=request.patience,

@@ -26,8 +26,8 @@ from biollm.errors import CompletionError
 from biollm.ledger import Ledger
 from biollm.providers.credentials import Credential, of_secret
 from biollm.routing import import_waterfall
-from biollm.routing.candidates import Rungs
-from biollm.routing.deployments import Deployment, Wants
+from biollm.routing.candidates import DeploymentPool
+from biollm.routing.deployments import Deployment, Requirements
 from biollm.routing.pricing import prices
 from biollm.routing.request import Request
 from biollm.types import Usage
@@ -66,7 +66,7 @@ class Cell:
         recovered: Whether the rung answers again once its rest is over.
     """
 
-    rung: str
+    candidate: str
     fault: str
     expected: str | None
     answered: str | None
@@ -104,12 +104,12 @@ class Drill:
         return bool(self.rungs) and all(cell.ok for cell in self.cells)
 
 
-class Played(Rungs):
+class Played(DeploymentPool):
     """The rungs `played` of another, each moved to its stage, and below them `live`, which stays what it is."""
 
     def __init__(
         self,
-        real: Rungs,
+        real: DeploymentPool,
         stages: Mapping[str, Stage],
         ledger: Ledger,
         played: Sequence[Deployment],
@@ -118,11 +118,13 @@ class Played(Rungs):
         quick = replace(real.config, timeout=TIMEOUT, stream_timeout=TIMEOUT)
         super().__init__(real.config if live else quick, ledger, real.state, real.policy)
         self._real = real
-        self.deployments = [_moved(rung, stages[rung.endpoint].url, at) for at, rung in enumerate(played, 1)]
+        self.deployments = [
+            _moved(candidate, stages[candidate.endpoint].url, at) for at, candidate in enumerate(played, 1)
+        ]
         self.deployments += [replace(live, order=len(played) + 1)] if live else []
         self._live = live.id if live else ""
-        for rung in self.deployments:
-            self.note(rung, self.look(rung, exchange=False))
+        for candidate in self.deployments:
+            self.note(candidate, self.look(candidate, exchange=False))
 
     def due(self) -> bool:
         """Return that nothing has changed: the real rungs were read when the drill began."""
@@ -134,15 +136,15 @@ class Played(Rungs):
         return of_secret(_key(deployment).split()[0])
 
 
-def _moved(rung: Deployment, url: str, order: int) -> Deployment:
+def _moved(candidate: Deployment, url: str, order: int) -> Deployment:
     """Return the rung at a stage. A limit is no fault, and what is played is charged to no account."""
     return replace(
-        rung,
-        provider=rung.provider.model_copy(update={"timeout": None}),
+        candidate,
+        provider=candidate.provider.model_copy(update={"timeout": None}),
         order=order,
-        litellm_model="openai/" + rung.litellm_model.split("/", 1)[1],
+        litellm_model="openai/" + candidate.litellm_model.split("/", 1)[1],
         base_url=url,
-        scope=f"drill:{rung.scope}",
+        scope=f"drill:{candidate.scope}",
         limits=(),
         local=True,
     )
@@ -154,43 +156,47 @@ def drill(config: Config) -> Drill:
     Of fixed servers of this site or machine it looks whether anybody listens.
     """
     with TemporaryDirectory(prefix="biollm-drill-") as folder:
-        real = Rungs(config, Ledger(Path(folder)), state_dir(), config.data_policy, watch(config.cluster).alive)
+        real = DeploymentPool(
+            config, Ledger(Path(folder)), state_dir(), config.data_policy, watch(config.cluster).alive
+        )
         real.refresh()
-        standing = real.standing(Wants(policy=config.data_policy))
-        absent = {rung.deployment.id: rung.reason for rung in standing if rung.standing != "ready"}
-        ready = [rung.deployment for rung in standing if rung.standing == "ready"]
+        status = real.candidates(Requirements(policy=config.data_policy))
+        absent = {candidate.deployment.id: candidate.reason for candidate in status if candidate.status != "ready"}
+        ready = [candidate.deployment for candidate in status if candidate.status == "ready"]
         absent |= _unheard(ready)
-        ready = [rung for rung in ready if rung.id not in absent]
+        ready = [candidate for candidate in ready if candidate.id not in absent]
         cells = background().run(_play(real, ready, Path(folder))) if ready else []
-        return Drill(tuple(rung.id for rung in ready), absent, tuple(cells), tuple(_odd(ready, config)))
+        return Drill(tuple(candidate.id for candidate in ready), absent, tuple(cells), tuple(_odd(ready, config)))
 
 
 def _unheard(rungs: Sequence[Deployment]) -> dict[str, str]:
     """Return the rungs with an address here at which nobody listens. Found servers were asked when they were found."""
-    urls = {rung.base_url for rung in rungs if rung.local and rung.base_url and not rung.start}
+    urls = {candidate.base_url for candidate in rungs if candidate.local and candidate.base_url and not candidate.start}
     silent: set[str] = set()
     for url in urls:
         try:
             socket.create_connection(address(url), 1.0).close()
         except OSError:
             silent.add(url)
-    return {rung.id: f"nobody listens at {rung.base_url}" for rung in rungs if rung.base_url in silent}
+    return {
+        candidate.id: f"nobody listens at {candidate.base_url}" for candidate in rungs if candidate.base_url in silent
+    }
 
 
 def _odd(rungs: Sequence[Deployment], config: Config) -> Iterator[str]:
     """Yield what a priority that was set by mistake looks like."""
     known = prices(rungs, config)
     costs = {ident: price and price.usd(Usage(1, 1)) for ident, price in known.items()}
-    for at, rung in enumerate(rungs):
-        below, own = rungs[at + 1 :], rung.provider
-        if rung.embedded and (better := next((each for each in below if not each.embedded), None)):
-            yield f"{rung.id} answers in degraded quality, and is asked before {better.id}"
+    for at, candidate in enumerate(rungs):
+        below, own = rungs[at + 1 :], candidate.provider
+        if candidate.embedded and (better := next((each for each in below if not each.embedded), None)):
+            yield f"{candidate.id} answers in degraded quality, and is asked before {better.id}"
         free = next((each for each in below if each.provider.free_tier and costs[each.id] == 0), None)
-        if free and costs[rung.id] != 0:
-            what = "may cost money (its price is unknown)" if costs[rung.id] is None else "costs money"
-            yield f"{rung.id} {what}, and is asked before {free.id}, which is free"
+        if free and costs[candidate.id] != 0:
+            what = "may cost money (its price is unknown)" if costs[candidate.id] is None else "costs money"
+            yield f"{candidate.id} {what}, and is asked before {free.id}, which is free"
         same = next((each.provider for each in below if each.provider.priority == own.priority), own)
-        if same.name != own.name and rung == next(each for each in rungs if each.provider == own):
+        if same.name != own.name and candidate == next(each for each in rungs if each.provider == own):
             yield f"{own.name} and {same.name} have one priority, {own.priority}: the order in the file decides"
 
 
@@ -208,14 +214,15 @@ class Theatre:
         request: What is asked.
     """
 
-    def __init__(self, real: Rungs, rungs: Sequence[Deployment]) -> None:
+    def __init__(self, real: DeploymentPool, rungs: Sequence[Deployment]) -> None:
         self._real, self.rungs = real, rungs
         self._faults: dict[str, str] = {}
         self._asked = Counter[str]()
         self.stages = {
-            rung.endpoint: Stage(self._faults, self._asked, rung.start, _key(rung).split()[0]) for rung in rungs
+            candidate.endpoint: Stage(self._faults, self._asked, candidate.start, _key(candidate).split()[0])
+            for candidate in rungs
         }
-        self.request = Request([{"role": "user", "content": "drill"}], {}, Wants(policy=real.config.data_policy))
+        self.request = Request([{"role": "user", "content": "drill"}], {}, Requirements(policy=real.config.data_policy))
 
     @asynccontextmanager
     async def opened(self, ledger: Ledger) -> AsyncGenerator[Waterfall]:
@@ -235,28 +242,30 @@ class Theatre:
         """Break these rungs, each in its way, and no others; count anew who is asked."""
         self._faults.clear()
         self._asked.clear()
-        self._faults |= {_key(rung): fault for rung, fault in faults}
+        self._faults |= {_key(candidate): fault for candidate, fault in faults}
 
-    def asked(self, rung: Deployment) -> int:
+    def asked(self, candidate: Deployment) -> int:
         """Return how often a rung was asked since."""
-        return self._asked[_key(rung)]
+        return self._asked[_key(candidate)]
 
 
-async def _play(real: Rungs, rungs: Sequence[Deployment], folder: Path) -> list[Cell]:
+async def _play(real: DeploymentPool, rungs: Sequence[Deployment], folder: Path) -> list[Cell]:
     theatre, cells = Theatre(real, rungs), list[Cell]()
     async with theatre.opened(Ledger(folder / "first")) as waterfall:
-        for at, rung in enumerate(rungs):
-            for fault in IN_PROCESS if rung.embedded else FAULTS:
+        for at, candidate in enumerate(rungs):
+            for fault in IN_PROCESS if candidate.embedded else FAULTS:
                 later = [0.0]  # seconds that the ledger's clock is ahead
                 ledger = Ledger(folder / f"{at}-{fault}", clock=lambda later=later: time.time() + later[0])
                 waterfall.ledger = waterfall.rungs.ledger = ledger
                 cell = await _cell(theatre, waterfall, at, fault)
                 following, _ = await _answer(waterfall, theatre.request, stream=False)
                 later[0] = _RESTS
-                theatre.breaks((other, "http_404") for other in rungs if other != rung)
-                wants = replace(theatre.request.wants, provider=rung.provider.name, model=rung.model)
-                again, _ = await _answer(waterfall, replace(theatre.request, wants=wants), stream=False)
-                cells.append(replace(cell, next=following, recovered=again == rung.id))
+                theatre.breaks((other, "http_404") for other in rungs if other != candidate)
+                requirements = replace(
+                    theatre.request.requirements, provider=candidate.provider.name, model=candidate.model
+                )
+                again, _ = await _answer(waterfall, replace(theatre.request, requirements=requirements), stream=False)
+                cells.append(replace(cell, next=following, recovered=again == candidate.id))
                 ledger.close()
     return cells
 

@@ -20,11 +20,11 @@ from biollm.config import Config
 from biollm.config.paths import state_dir
 from biollm.drill.drill import Played, Theatre
 from biollm.errors import CompletionError
-from biollm.ledger import Ledger, Need, Record, Refused
+from biollm.ledger import Claim, Ledger, Record, Refused
 from biollm.ledger.quotas import Cooldown
 from biollm.routing import import_waterfall
-from biollm.routing.candidates import Rung, Rungs, explain
-from biollm.routing.deployments import Deployment, Wants
+from biollm.routing.candidates import Candidate, DeploymentPool, explain
+from biollm.routing.deployments import Deployment, Requirements
 from biollm.routing.pricing import price
 from biollm.types import Usage
 
@@ -45,7 +45,7 @@ class Answer:
         why: What it failed at, or why it was not asked.
     """
 
-    rung: str
+    candidate: str
     state: Literal["answered", "failed", "not asked"]
     ms: float | None = None
     cost_usd: float | None = None
@@ -83,8 +83,8 @@ class _Books(Ledger):
         self._real = real
         self.played: set[str] = set()  # scopes, and keys that rest
 
-    async def reserve(self, need: Need) -> int | Refused:
-        return await (super() if need.scope in self.played else self._real).reserve(need)
+    async def reserve(self, claim: Claim) -> int | Refused:
+        return await (super() if claim.scope in self.played else self._real).reserve(claim)
 
     def finish(self, reservation: int | None, scope: str, record: Record) -> None:
         if record.outcome == "ok":  # that rungs above it were broken on purpose is no fallback of the user's
@@ -119,17 +119,17 @@ class _Purse:
     def __init__(self, config: Config, limit: float) -> None:
         self._config, self.limit, self.spent = config, limit, 0.0
 
-    def most(self, rung: Deployment) -> float | None:
+    def most(self, candidate: Deployment) -> float | None:
         """Return what an answer may cost at most; None where its price is unknown."""
-        known = price(rung, self._config)
+        known = price(candidate, self._config)
         thoughts = (0, MAX_TOKENS)  # whichever is dearer
         return known and max(known.usd(Usage(PROMPT_TOKENS, MAX_TOKENS, reasoning_tokens=each)) for each in thoughts)
 
-    def objection(self, rung: Deployment) -> str:
+    def objection(self, candidate: Deployment) -> str:
         """Return why the rung shall not be asked, one sentence, or ""."""
-        most = self.most(rung)
+        most = self.most(candidate)
         if most is None:
-            name = rung.provider.name
+            name = candidate.provider.name
             return f"its price is unknown, so it could pass the limit: write costs.per_million_tokens.{name}"
         left = self.limit - self.spent
         return f"may cost {most:.4f} USD, and {max(left, 0):.4f} of {self.limit:g} are left" if most > left else ""
@@ -143,11 +143,13 @@ def live_drill(config: Config, limit_usd: float, say: Callable[[str], None]) -> 
         limit_usd: What all of it may cost at most.
         say: Told, before the first request, what will be sent to whom.
     """
-    real = Rungs(config, shared_ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
-    standing = explain(real, Wants(policy=config.data_policy))
-    rungs = [rung.deployment for rung in standing if rung.standing in ("ready", "limited", "refused")]
-    absent = {rung.deployment.id: rung.reason for rung in standing if rung.deployment not in rungs}
-    resting = {rung.deployment.id: _rests(rung) for rung in standing if rung.standing in ("limited", "refused")}
+    real = DeploymentPool(config, shared_ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
+    status = explain(real, Requirements(policy=config.data_policy))
+    rungs = [candidate.deployment for candidate in status if candidate.status in ("ready", "limited", "refused")]
+    absent = {candidate.deployment.id: candidate.reason for candidate in status if candidate.deployment not in rungs}
+    resting = {
+        candidate.deployment.id: _rests(candidate) for candidate in status if candidate.status in ("limited", "refused")
+    }
     purse = _Purse(config, limit_usd)
     for sentence in _plan(rungs, resting, purse):
         say(sentence)
@@ -156,42 +158,46 @@ def live_drill(config: Config, limit_usd: float, say: Callable[[str], None]) -> 
     return LiveDrill(tuple(answers), absent, purse.spent, limit_usd)
 
 
-def _rests(rung: Rung) -> str:
-    until = datetime.fromtimestamp(rung.until, UTC).strftime("rests until %Y-%m-%d %H:%M UTC: ") if rung.until else ""
-    return until + rung.reason
+def _rests(candidate: Candidate) -> str:
+    until = (
+        datetime.fromtimestamp(candidate.until, UTC).strftime("rests until %Y-%m-%d %H:%M UTC: ")
+        if candidate.until
+        else ""
+    )
+    return until + candidate.reason
 
 
 def _plan(rungs: Sequence[Deployment], resting: Mapping[str, str], purse: _Purse) -> Iterator[str]:
     """Yield what will be sent to whom; it may become less."""
-    asked = [rung for rung in rungs if rung.id not in resting and not purse.objection(rung)]
-    most = min(purse.limit, sum(purse.most(rung) or 0 for rung in asked))
+    asked = [candidate for candidate in rungs if candidate.id not in resting and not purse.objection(candidate)]
+    most = min(purse.limit, sum(purse.most(candidate) or 0 for candidate in asked))
     yield f"Requests to be sent: {len(asked)}, for at most {most:.4f} USD (the limit is {purse.limit:g})."
-    for scope, count in Counter(f"{rung.provider.name}/{rung.account.name}" for rung in asked).items():
-        first = next(rung for rung in asked if f"{rung.provider.name}/{rung.account.name}" == scope)
+    for scope, count in Counter(f"{candidate.provider.name}/{candidate.account.name}" for candidate in asked).items():
+        first = next(candidate for candidate in asked if f"{candidate.provider.name}/{candidate.account.name}" == scope)
         limits = f" of {', '.join(map(str, first.limits))}" if first.limits else ""
         yield f"  {scope}: {count}{limits}{', free' if purse.most(first) == 0 else ''}"
 
 
 async def _ask_all(
-    real: Rungs, rungs: Sequence[Deployment], resting: Mapping[str, str], purse: _Purse, folder: Path
+    real: DeploymentPool, rungs: Sequence[Deployment], resting: Mapping[str, str], purse: _Purse, folder: Path
 ) -> list[Answer]:
     theatre, answers = Theatre(real, rungs), list[Answer]()
     async with theatre.opened(Ledger(folder / "first")):
-        theatre.breaks((rung, "http_503") for rung in rungs)
-        for at, rung in enumerate(rungs):
-            if why := resting.get(rung.id) or purse.objection(rung):
-                answers.append(Answer(rung.id, "not asked", why=why))
+        theatre.breaks((candidate, "http_503") for candidate in rungs)
+        for at, candidate in enumerate(rungs):
+            if why := resting.get(candidate.id) or purse.objection(candidate):
+                answers.append(Answer(candidate.id, "not asked", why=why))
                 continue
             books = _Books(folder / str(at), real.ledger)
-            played = Played(real, theatre.stages, books, rungs[:at], rung)
-            for ident, need in played.needs.items():
-                books.played |= {need.scope, *need.cooling} if ident != rung.id else set()
-            answers.append(await _ask(played, theatre, rung, purse))
+            played = Played(real, theatre.stages, books, rungs[:at], candidate)
+            for ident, claim in played.needs.items():
+                books.played |= {claim.scope, *claim.cooling} if ident != candidate.id else set()
+            answers.append(await _ask(played, theatre, candidate, purse))
             books.close()
     return answers
 
 
-async def _ask(played: Played, theatre: Theatre, rung: Deployment, purse: _Purse) -> Answer:
+async def _ask(played: Played, theatre: Theatre, candidate: Deployment, purse: _Purse) -> Answer:
     request = replace(
         theatre.request,
         messages=[{"role": "user", "content": PROMPT}],
@@ -201,10 +207,10 @@ async def _ask(played: Played, theatre: Theatre, rung: Deployment, purse: _Purse
     try:
         done = await import_waterfall()(played).complete(request)
     except CompletionError as error:
-        mine = next((attempt for attempt in error.attempts if attempt.deployment == rung.id), None)
+        mine = next((attempt for attempt in error.attempts if attempt.deployment == candidate.id), None)
         if mine is None or mine.outcome != "failed":
-            return Answer(rung.id, "not asked", why=mine.reason if mine else str(error))
-        purse.spent += purse.most(rung) or 0.0
-        return Answer(rung.id, "failed", mine.ms, why=mine.reason)
+            return Answer(candidate.id, "not asked", why=mine.reason if mine else str(error))
+        purse.spent += purse.most(candidate) or 0.0
+        return Answer(candidate.id, "failed", mine.ms, why=mine.reason)
     purse.spent += done.cost_usd or 0.0
-    return Answer(rung.id, "answered", done.latency_ms, done.cost_usd, done.degraded)
+    return Answer(candidate.id, "answered", done.latency_ms, done.cost_usd, done.degraded)

@@ -116,7 +116,7 @@ class _Gateway:
     async def ready(self, request: Request) -> Response:
         """Say whether a rung could answer now; nothing is sent."""
         found = await apart(self._client.explain)
-        first = next((rung.deployment.id for rung in found if rung.standing == "ready"), None)
+        first = next((candidate.deployment.id for candidate in found if candidate.status == "ready"), None)
         return _json({"ready": first is not None, "first": first}, 200 if first else 503)
 
     async def metrics(self, request: Request) -> Response:

@@ -33,7 +33,7 @@ from biollm.config import yaml
 from biollm.config.paths import config_dirs, own_dir, state_dir
 from biollm.errors import ConfigError, Problem
 from biollm.gateway.openai_api import problem
-from biollm.ledger import Need, Refused
+from biollm.ledger import Claim, Refused
 
 MAX_BODY, MAX_LOGIN = 32 << 20, 4096  # bytes
 KEYS = "gateway_keys.yaml"
@@ -188,7 +188,7 @@ async def _limited(key: Key) -> Response | None:
     """Count a request against the key's limits; say so when one is used up."""
     if not key.limits:
         return None
-    found = await ledger().reserve(Need(f"gateway/{key.name}", tuple(key.limits)))
+    found = await ledger().reserve(Claim(f"gateway/{key.name}", tuple(key.limits)))
     if not isinstance(found, Refused):
         return None
     wait = {"retry-after": str(max(1, round(found.until - time.time())))}

@@ -3,7 +3,7 @@
 Imports `config` and the foundation. Start at `store.py`; `quotas.py` has the SQL of windows and periods.
 """
 
-from biollm.ledger.records import Need, Record, Refused
+from biollm.ledger.records import Claim, Record, Refused
 from biollm.ledger.store import Ledger
 
-__all__ = ["Ledger", "Need", "Record", "Refused"]
+__all__ = ["Claim", "Ledger", "Record", "Refused"]

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 
 if TYPE_CHECKING:
     from biollm.config import Limit
-    from biollm.ledger.records import Need
+    from biollm.ledger.records import Claim
 
 Query = Callable[[str, Sequence[object]], list[Any]]
 # SQLite 3.26 (RHEL 8) must do: no RETURNING, no STRICT. `tokens` is NULL until the attempt is finished; long
@@ -96,18 +96,18 @@ def release(db: sqlite3.Connection, scope: str, reservation: int, at: float) -> 
     )
 
 
-def grant(db: sqlite3.Connection, need: Need, reservation: int, at: float) -> None:
+def grant(db: sqlite3.Connection, claim: Claim, reservation: int, at: float) -> None:
     """Count a request that may be sent."""
-    if need.limits:
-        db.execute("INSERT INTO sent (id, scope, at) VALUES (?, ?, ?)", (reservation, need.scope, at))
-    if need.tokens or need.usd:
-        values = (reservation, need.scope, at, need.tokens, need.usd)
+    if claim.limits:
+        db.execute("INSERT INTO sent (id, scope, at) VALUES (?, ?, ?)", (reservation, claim.scope, at))
+    if claim.tokens or claim.usd:
+        values = (reservation, claim.scope, at, claim.tokens, claim.usd)
         db.execute("INSERT INTO reserved (id, scope, at, tokens, usd) VALUES (?, ?, ?, ?, ?)", values)
-    for start, until in periods(need, at):
+    for start, until in periods(claim, at):
         db.execute(
             "INSERT INTO total (scope, start, until, requests) VALUES (?, ?, ?, 1)"
             " ON CONFLICT (scope, start, until) DO UPDATE SET requests = requests + 1",
-            (need.scope, start, until),
+            (claim.scope, start, until),
         )
 
 
@@ -162,25 +162,25 @@ def _reserved(query: Query, scope: str, limit: Limit, now: float) -> float:
     return rows[0][0] if rows else 0.0
 
 
-def excess(limit: Limit, used: float, need: Need | None = None) -> float:
+def excess(limit: Limit, used: float, claim: Claim | None = None) -> float:
     """Return by how much a request would pass `limit`; it has room unless that is above 0.
 
     Counted is what `need` is expected to use, else the least that a request may use. One that is larger than the
     whole limit takes it all.
     """
-    expected = {"requests": 0.0, "tokens": need.tokens, "usd": need.usd}[limit.kind] if need else 0.0
+    expected = {"requests": 0.0, "tokens": claim.tokens, "usd": claim.usd}[limit.kind] if claim else 0.0
     return used + min(max(expected, _LEAST[limit.kind]), limit.amount) - limit.amount
 
 
-def full(db: sqlite3.Connection, need: Need, limit: Limit, now: float) -> tuple[float, bool] | None:
+def full(db: sqlite3.Connection, claim: Claim, limit: Limit, now: float) -> tuple[float, bool] | None:
     """Return when `limit` has room for `need` again, and whether it has none for any request; None if it has now."""
 
     def query(sql: str, values: Sequence[object]) -> list[Any]:
         return db.execute(sql, values).fetchall()
 
-    used, until = _settled(query, need.scope, limit, now)
-    over = excess(limit, used, need)
-    if over + _reserved(query, need.scope, limit, now) <= 0:
+    used, until = _settled(query, claim.scope, limit, now)
+    over = excess(limit, used, claim)
+    if over + _reserved(query, claim.scope, limit, now) <= 0:
         return None
     if over <= 0:
         return now + _SOON, False
@@ -189,7 +189,7 @@ def full(db: sqlite3.Connection, need: Need, limit: Limit, now: float) -> tuple[
     if limit.rolling:
         value = "1" if limit.kind == "requests" else f"coalesce({limit.kind}, 0)"
         sql = f"SELECT at, {value} FROM sent WHERE scope = ? AND at > ? ORDER BY at"  # noqa: S608
-        for at, count in query(sql, (need.scope, now - _window(limit))):
+        for at, count in query(sql, (claim.scope, now - _window(limit))):
             over -= count
             if over <= 0:
                 return at + _window(limit), shut
@@ -205,9 +205,9 @@ def _window(limit: Limit) -> float:
     return limit.seconds + min(1.0, limit.seconds / 10)
 
 
-def periods(need: Need, now: float) -> set[tuple[float, float]]:
+def periods(claim: Claim, now: float) -> set[tuple[float, float]]:
     """Return start and end of each day or month that the limits of `need` are about."""
-    return {period(limit, now) for limit in need.limits if not limit.rolling}
+    return {period(limit, now) for limit in claim.limits if not limit.rolling}
 
 
 def period(limit: Limit, now: float) -> tuple[float, float]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Need:
+class Claim:
     """One attempt's claim.
 
     Attributes:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from biollm.ledger import quotas
 from biollm.ledger.quotas import Cooldown, next_cooldown
-from biollm.ledger.records import Need, Record, Refused
+from biollm.ledger.records import Claim, Record, Refused
 from biollm.ledger.sqlite import BOUND, Database, Prepare, Writer, on_network, read, reading
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ _Write = Callable[[sqlite3.Connection], object]
 
 @dataclass(eq=False)
 class _Ask:
-    need: Need
+    claim: Claim
     id: int
     future: asyncio.Future[int | Refused | None]
     answer: int | Refused | None = None
@@ -111,7 +111,7 @@ class Ledger:
         self._warned = threading.Lock()  # held once the one warning is out
         atexit.register(self.close)
 
-    async def reserve(self, need: Need) -> int | Refused:
+    async def reserve(self, claim: Claim) -> int | Refused:
         """Count one request against every limit of `need`, or say why not and until when.
 
         Exact over all processes. Limits of tokens and USD are passed by no more than the requests under way use
@@ -124,7 +124,7 @@ class Ledger:
             from asyncio import get_running_loop
 
             loop = get_running_loop()
-            ask = _Ask(need, secrets.randbits(62), loop.create_future())
+            ask = _Ask(claim, secrets.randbits(62), loop.create_future())
             process.quotas.put(ask, urgent=True)
             timer = loop.call_later(BOUND, self._give_up, ask.future, began := time.monotonic(), began)
             try:
@@ -133,7 +133,7 @@ class Ledger:
                 timer.cancel()
             if answer is not None:
                 return answer
-        return self._reserve_alone(process, need)
+        return self._reserve_alone(process, claim)
 
     def finish(self, reservation: int | None, scope: str, record: Record) -> None:
         """Hand in a finished attempt: its tokens and cost count at once, and it is on disk 50 ms later."""
@@ -291,16 +291,16 @@ class Ledger:
             if not isinstance(job, _Ask):
                 job(db)
             elif not job.future.done():
-                self._recall(db, job.need, now)
-                job.answer = self._decide(db, job.need, job.id, now)
+                self._recall(db, job.claim, now)
+                job.answer = self._decide(db, job.claim, job.id, now)
 
-    def _recall(self, db: sqlite3.Connection, need: Need, now: float) -> None:
+    def _recall(self, db: sqlite3.Connection, claim: Claim, now: float) -> None:
         """Begin a day or month with what history knows of it: its limit is new, or quotas.db was lost."""
-        for period in quotas.periods(need, now):
-            key, past = (need.scope, *period), [(0, 0, 0)]
+        for period in quotas.periods(claim, now):
+            key, past = (claim.scope, *period), [(0, 0, 0)]
             if not db.execute("SELECT 1 FROM total WHERE scope = ? AND start = ? AND until = ?", key).fetchone():
                 with suppress(sqlite3.Error):  # others wait: at midnight there is nothing to know anyway
-                    past = read(self._history, _PAST, (*period, need.scope), patience=0.05) or past
+                    past = read(self._history, _PAST, (*period, claim.scope), patience=0.05) or past
                 db.execute(quotas.BEGIN, (*key, *past[0]))
 
     def _settle_quotas(self, jobs: Sequence[_Ask | _Write], error: Exception | None) -> None:
@@ -315,33 +315,33 @@ class Ledger:
             with suppress(RuntimeError):  # the loop is closed: nobody waits there
                 loop.call_soon_threadsafe(_resolve, asks)
 
-    def _reserve_alone(self, process: _Process, need: Need) -> int | Refused:
+    def _reserve_alone(self, process: _Process, claim: Claim) -> int | Refused:
         now = self._clock()
         with process.lock:
             if abs(now - process.pruned) > _PRUNE:
                 quotas.prune(process.memory, now)
                 process.pruned = now
-            answer = self._decide(process.memory, need, secrets.randbits(62), now)
+            answer = self._decide(process.memory, claim, secrets.randbits(62), now)
         if isinstance(answer, int):
-            process.quotas.put(partial(quotas.grant, need=need, reservation=answer, at=now))
+            process.quotas.put(partial(quotas.grant, claim=claim, reservation=answer, at=now))
         return answer
 
-    def _decide(self, db: sqlite3.Connection, need: Need, reservation: int, now: float) -> int | Refused:
-        keys = (*need.cooling, f"scope:{need.scope}")  # a limit found full stays full until it frees
+    def _decide(self, db: sqlite3.Connection, claim: Claim, reservation: int, now: float) -> int | Refused:
+        keys = (*claim.cooling, f"scope:{claim.scope}")  # a limit found full stays full until it frees
         found = [(self._blocked[key], key) for key in keys if key in self._blocked]
         refusals = [(block.until, block.reason, key) for block, key in found if block.until > now]
         partly: set[str] = set()  # full for this request, or while others are under way; another may pass
-        for limit in need.limits:
-            if full := quotas.full(db, need, limit, now):
+        for limit in claim.limits:
+            if full := quotas.full(db, claim, limit, now):
                 until, shut = full
-                reason = f"{limit} {'used' if shut else 'used or reserved'} by {need.scope}"
+                reason = f"{limit} {'used' if shut else 'used or reserved'} by {claim.scope}"
                 refusals.append((until, reason, keys[-1]))
                 partly |= set() if shut else {reason}
         if not refusals:
-            quotas.grant(db, need, reservation, now)
+            quotas.grant(db, claim, reservation, now)
             return reservation
         until, reason, key = max(refusals)
-        if key == f"scope:{need.scope}" and reason not in partly:
+        if key == f"scope:{claim.scope}" and reason not in partly:
             self._blocked[key] = Cooldown(until, reason, stated=True)
         return Refused(until, f"{reason}, frees in {_span(until - now)}", key)
 

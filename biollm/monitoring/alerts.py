@@ -148,10 +148,14 @@ def holding(rules: Alerts, usage: Report, snapshot: Snapshot, down: Mapping[str,
         if budget and quota.used >= (rules.budget_share or 0) * quota.amount:
             text = f"{quota.scope} has used {quota.used / quota.amount:.0%} of {quota.limit}"
             yield Alert("budget_share", f"{quota.scope} {quota.limit}", text)
-    for rung in snapshot.rungs if rules.down is not None else ():
-        lasts = snapshot.at - down.get(rung.deployment, snapshot.at)
-        if rung.deployment in down and lasts >= (rules.down or 0):
-            yield Alert("down", rung.deployment, f"{rung.deployment} gives no answer for {_span(lasts)}: {rung.why}")
+    for candidate in snapshot.rungs if rules.down is not None else ():
+        lasts = snapshot.at - down.get(candidate.deployment, snapshot.at)
+        if candidate.deployment in down and lasts >= (rules.down or 0):
+            yield Alert(
+                "down",
+                candidate.deployment,
+                f"{candidate.deployment} gives no answer for {_span(lasts)}: {candidate.why}",
+            )
     for job in snapshot.jobs:
         if rules.job_failed and job.phase == "failed" and not job.reason.startswith("CANCELLED"):
             yield Alert("job_failed", job.job, f"job {job.job} ({job.models}) failed: {job.reason}")
@@ -169,9 +173,11 @@ def _span(seconds: float) -> str:
 
 def _down(before: Mapping[str, float], snapshot: Snapshot) -> dict[str, float]:
     """Return since when each rung that fails or rests was never seen well, nor gave an answer."""
-    failing = [rung for rung in snapshot.rungs if rung.state in _DOWN]
-    answered = {rung.deployment: snapshot.at - rung.last_s for rung in failing if rung.last_s is not None}
-    names = [rung.deployment for rung in failing]
+    failing = [candidate for candidate in snapshot.rungs if candidate.state in _DOWN]
+    answered = {
+        candidate.deployment: snapshot.at - candidate.last_s for candidate in failing if candidate.last_s is not None
+    }
+    names = [candidate.deployment for candidate in failing]
     return {name: max(before.get(name, snapshot.at), answered.get(name, 0.0)) for name in names}
 
 

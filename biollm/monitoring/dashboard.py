@@ -19,14 +19,14 @@ def render(snapshot: Snapshot, width: int = 80, height: int | None = None, *, co
     series = [_cut(line, width) for line in _series_lines(snapshot.minutes)]
     alerts = [_cut(f"ALERT  {alert}", width) for alert in snapshot.alerts]
     jobs = [_job(job, width, color) for job in snapshot.jobs] or ["    none"]
-    rungs = [_rung(rung, width, color) for rung in snapshot.rungs]
+    rungs = [_rung(candidate, width, color) for candidate in snapshot.rungs]
     if height is not None:
         alerts = _fit(alerts, 3)
         room = max(2, height - 6 - len(alerts) - len(series))  # head, two titles, blank lines between the parts
         jobs = _fit(jobs, max(1, room - len(rungs), room // 3))
         rungs = _fit(rungs, room - len(jobs))
     titles = [
-        f" #  {'rung':27} {'state':13} last  limits, or why not",
+        f" #  {'candidate':27} {'state':13} last  limits, or why not",
         f"    {'job':8} {'model':18} {'state':13} left  node",
     ]
     titles = [f"\033[1m{_cut(title, width)}\033[0m" if color else _cut(title, width) for title in titles]
@@ -45,15 +45,15 @@ def _fit(lines: list[str], room: int) -> list[str]:
     return lines if len(lines) <= room else [*lines[: room - 1], f"    ... {len(lines) - room + 1} more"]
 
 
-def _rung(rung: RungView, width: int, color: bool) -> str:
-    glyph, hue = _LOOK.get(rung.state, ("○", 90))
-    state = f"{glyph} {rung.state} {'' if rung.frees_s is None else span(rung.frees_s)}"
-    said = rung.why
-    if rung.state in ("ready", "limited") and rung.quotas:
-        tightest = max(rung.quotas, key=_share)
+def _rung(candidate: RungView, width: int, color: bool) -> str:
+    glyph, hue = _LOOK.get(candidate.state, ("○", 90))
+    state = f"{glyph} {candidate.state} {'' if candidate.frees_s is None else span(candidate.frees_s)}"
+    said = candidate.why
+    if candidate.state in ("ready", "limited") and candidate.quotas:
+        tightest = max(candidate.quotas, key=_share)
         full = int(6 * min(1.0, _share(tightest)))
         said = f"{'█' * full}{'░' * (6 - full)} {short(tightest.used)} of {tightest.limit}"
-    text = f"{rung.place:2}  {_cut(rung.deployment, 27):27} {state:13} {span(rung.last_s):>4}  {said}"
+    text = f"{candidate.place:2}  {_cut(candidate.deployment, 27):27} {state:13} {span(candidate.last_s):>4}  {said}"
     return _line(text, width, hue if color else None)
 
 

@@ -20,11 +20,11 @@ from biollm._runtime import ledger, watch
 from biollm.config import Config, Limit
 from biollm.config.paths import state_dir
 from biollm.errors import BiollmError
-from biollm.ledger import Ledger, Need
+from biollm.ledger import Claim, Ledger
 from biollm.ledger.quotas import excess
 from biollm.ledger.sqlite import read
-from biollm.routing.candidates import Rung, Rungs, Standing, explain
-from biollm.routing.deployments import Wants
+from biollm.routing.candidates import Candidate, DeploymentPool, Status, explain
+from biollm.routing.deployments import Requirements
 from biollm.slurm.endpoints import Endpoint
 from biollm.slurm.submissions import Job
 
@@ -34,7 +34,7 @@ _NEW = 'SELECT id, at, request, deployment, outcome, ms, "order", reason FROM at
 _LAST = (  # SQLite takes the other columns from the row of the maximum
     "SELECT max(id), max(at + ms / 1000), '', deployment, outcome, 0, 0, reason FROM attempt WHERE at >= ? GROUP BY 4, 5"
 )
-State = Standing | Literal["cooling", "failing"]
+State = Status | Literal["cooling", "failing"]
 
 
 @dataclass(frozen=True)
@@ -161,30 +161,32 @@ class Top:
             now = self._clock()
             self._follow(now)
             servers = tuple(self._discover())
-            rungs = Rungs(self._config, self._ledger, self._state, self._config.data_policy, lambda: servers)
-            found = explain(rungs, wants := Wants(policy=self._config.data_policy))
-            scopes = {rung.deployment.scope: rung.deployment.limits for rung in found}
+            rungs = DeploymentPool(self._config, self._ledger, self._state, self._config.data_policy, lambda: servers)
+            found = explain(rungs, requirements := Requirements(policy=self._config.data_policy))
+            scopes = {candidate.deployment.scope: candidate.deployment.limits for candidate in found}
             used = {scope: self._ledger.used(scope, limits) for scope, limits in scopes.items()}
             views: list[RungView] = []
-            for rung in found:
-                need = rungs.need(rung.deployment, wants) if rung.standing == "limited" else None
-                views.append(self._view(rung, need, used[rung.deployment.scope], now))
+            for candidate in found:
+                claim = rungs.claim(candidate.deployment, requirements) if candidate.status == "limited" else None
+                views.append(self._view(candidate, claim, used[candidate.deployment.scope], now))
             jobs, alerts = _jobs(self._jobs(), servers), tuple(map(str, self._alerts()))
             return Snapshot(now, tuple(views), jobs, self._series(now), alerts)
 
-    def _view(self, rung: Rung, need: Need | None, used: Sequence[tuple[Limit, float, object]], now: float) -> RungView:
-        name, why = rung.deployment.id, rung.reason
-        state: State = rung.standing
+    def _view(
+        self, candidate: Candidate, claim: Claim | None, used: Sequence[tuple[Limit, float, object]], now: float
+    ) -> RungView:
+        name, why = candidate.deployment.id, candidate.reason
+        state: State = candidate.status
         answered = self._answered.get(name)
         failed, reason = self._failed.get(name, (0.0, ""))
-        if state == "limited" and not any(excess(limit, count, need) > 0 for limit, count, _ in used):
+        if state == "limited" and not any(excess(limit, count, claim) > 0 for limit, count, _ in used):
             state = "cooling"
         elif state == "ready" and failed > max(answered or 0.0, now - 60 * MINUTES):
             state, why = "failing", reason
-        frees = max(0.0, rung.until - now) if rung.until else None
+        frees = max(0.0, candidate.until - now) if candidate.until else None
         last = max(0.0, now - answered) if answered else None
         quotas = tuple(Quota(str(limit), count, limit.amount) for limit, count, _ in used)
-        return RungView(rung.deployment.order, name, state, why, quotas, frees, last)
+        return RungView(candidate.deployment.order, name, state, why, quotas, frees, last)
 
     def _forget(self) -> None:
         self._seen = -1  # the last row's id; a row's time is that of sending, so rows come out of order by it

@@ -22,7 +22,7 @@ from litellm._internal_context import is_internal_call
 from litellm.integrations.custom_logger import CustomLogger
 
 from biollm._runtime import THREAD
-from biollm.ledger import Ledger, Need, Refused
+from biollm.ledger import Claim, Ledger, Refused
 
 
 class RefusalError(Exception):
@@ -45,7 +45,7 @@ class Turn:
     """
 
     ledger: Ledger
-    needs: Mapping[str, Need]
+    needs: Mapping[str, Claim]
     on_choice: Callable[[str], None] | None = None
     on_send: Callable[[str], None] | None = None
     reservation: int | None = None

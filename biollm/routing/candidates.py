@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from biollm._ownership import in_the_clear
 from biollm.config import Config
 from biollm.errors import UnknownNameError
-from biollm.ledger import Ledger, Need, quotas
+from biollm.ledger import Claim, Ledger, quotas
 from biollm.providers import credentials, embedded
 from biollm.providers.credentials import Credential
 from biollm.routing.deployments import (
     LEAST_ANSWER,
     Deployment,
     Policy,
-    Wants,
+    Requirements,
     allowance,
     asked_for,
     build_deployments,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _REMEMBERED = 3600.0  # seconds for which a model's refusal of images is remembered in this process
 _refused: dict[tuple[str, str, frozenset[str]], float] = {}
 
-Standing = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
+Status = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Rung:
+class Candidate:
     """A deployment and how it stands now.
 
     Attributes:
@@ -89,7 +89,7 @@ class Rung:
     """
 
     deployment: Deployment
-    standing: Standing
+    status: Status
     reason: str = ""
     until: float = 0.0
     cost: Cost | None = None
@@ -110,7 +110,7 @@ class Survey:
     found: Sequence[tuple[Deployment, Credential | str]] = field(repr=False)
 
 
-class Rungs:
+class DeploymentPool:
     """The deployments of one configuration.
 
     Args:
@@ -138,9 +138,9 @@ class Rungs:
         self._looked = 0.0
         self.deployments: list[Deployment] = []
         self.credentials: dict[str, Credential] = {}
-        self.needs: dict[str, Need] = {}
+        self.needs: dict[str, Claim] = {}
         self._informed = False
-        self._missing: dict[str, tuple[Standing, str]] = {}
+        self._missing: dict[str, tuple[Status, str]] = {}
 
     def refresh(self) -> bool:
         """Follow the running servers and, every few seconds, what was missing; return whether anything changed.
@@ -204,7 +204,7 @@ class Rungs:
             return None
         self._missing.pop(deployment.id, None)
         self.credentials[deployment.id] = found
-        self.needs[deployment.id] = Need(deployment.scope, deployment.limits, cooling_keys(deployment, found))
+        self.needs[deployment.id] = Claim(deployment.scope, deployment.limits, cooling_keys(deployment, found))
         return found
 
     def _look(self, deployment: Deployment, exchange: bool, servers: Sequence[Endpoint]) -> Credential | str:
@@ -226,33 +226,33 @@ class Rungs:
         url = "" if isinstance(found, str) or not found.secret else found.base_url or deployment.base_url or ""
         return in_the_clear(url, self.config.cluster.local_hosts) or found
 
-    def need(self, deployment: Deployment, wants: Wants) -> Need:
+    def claim(self, deployment: Deployment, requirements: Requirements) -> Claim:
         """Return the deployment's claim on the ledger, with what such a request is expected to use at most.
 
         The prompt has an upper bound; the answer is taken to be as long as the deployment's usually are, for an agent
         asks for 64,000 tokens and uses 500.
         """
-        need = self.needs[deployment.id]
-        kinds = {limit.kind for limit in need.limits}
+        claim = self.needs[deployment.id]
+        kinds = {limit.kind for limit in claim.limits}
         if not kinds & {"tokens", "usd"}:
-            return need
+            return claim
         typical = self.ledger.typical(deployment.id)
-        expected = Usage(wants.prompt_most, min(typical, allowance(deployment, wants) or typical))
+        expected = Usage(requirements.prompt_most, min(typical, allowance(deployment, requirements) or typical))
         usd = 0.0
         if "usd" in kinds:
             from biollm.routing import pricing
 
             price = pricing.price(deployment, self.config)
             usd = price.usd(expected) if price else 0.0
-        return replace(need, tokens=expected.total_tokens, usd=usd)
+        return replace(claim, tokens=expected.total_tokens, usd=usd)
 
     def missing(self, deployment: Deployment) -> str:
         """Return what the deployment lacks to be asked at all, one sentence; empty when nothing."""
         return self._missing.get(deployment.id, ("", ""))[1]
 
-    def standing(self, wants: Wants, *, skip: Iterable[str] = ()) -> list[Rung]:
+    def candidates(self, requirements: Requirements, *, skip: Iterable[str] = ()) -> list[Candidate]:
         """Return how each deployment asked for stands, in waterfall order, but those in `skip`."""
-        asks = wants.media or (wants.answer or 0) > LEAST_ANSWER
+        asks = requirements.media or (requirements.answer or 0) > LEAST_ANSWER
         if asks and not self._informed:  # reading the map takes 50 ms
             self.deployments, self._informed = _informed(self.deployments), True
         blocked, now = self.ledger.blocked(), time.time()
@@ -260,26 +260,26 @@ class Rungs:
         if self.config.policy == "cheapest":
             from biollm.routing import pricing
 
-            found = pricing.cheapest(self.deployments, wants, self.config)
-        rungs: list[Rung] = []
+            found = pricing.cheapest(self.deployments, requirements, self.config)
+        rungs: list[Candidate] = []
         for deployment, cost in found:
-            if deployment.id not in skip and asked_for(deployment, wants):
-                rung = self._stand(deployment, wants, blocked, now)
-                rungs.append(replace(rung, cost=cost) if cost else rung)
+            if deployment.id not in skip and asked_for(deployment, requirements):
+                candidate = self._stand(deployment, requirements, blocked, now)
+                rungs.append(replace(candidate, cost=cost) if cost else candidate)
         return rungs
 
-    def _stand(self, deployment: Deployment, wants: Wants, blocked: Any, now: float) -> Rung:
+    def _stand(self, deployment: Deployment, requirements: Requirements, blocked: Any, now: float) -> Candidate:
         if missing := self._missing.get(deployment.id):
-            return Rung(deployment, *missing)
-        if reason := obstacle(deployment, wants):
-            return Rung(deployment, "unfit", reason)
-        if wants.media and refuses(deployment, wants.media):
-            return Rung(deployment, "unfit", f"refused {' and '.join(sorted(wants.media))} before")
+            return Candidate(deployment, *missing)
+        if reason := obstacle(deployment, requirements):
+            return Candidate(deployment, "unfit", reason)
+        if requirements.media and refuses(deployment, requirements.media):
+            return Candidate(deployment, "unfit", f"refused {' and '.join(sorted(requirements.media))} before")
         if blocked:
-            need = self.needs[deployment.id]
-            for key in (*need.cooling, f"scope:{need.scope}"):
+            claim = self.needs[deployment.id]
+            for key in (*claim.cooling, f"scope:{claim.scope}"):
                 if (found := blocked.get(key)) and found.until > now:
-                    standing = "refused" if key.startswith("key:") else "limited"
+                    status = "refused" if key.startswith("key:") else "limited"
                     of = (
                         ""
                         if key.startswith("scope:")
@@ -287,8 +287,8 @@ class Rungs:
                         if found.stated
                         else " (time estimated)"
                     )
-                    return Rung(deployment, standing, found.reason + of, found.until, stated=found.stated)
-        return Rung(deployment, "ready")
+                    return Candidate(deployment, status, found.reason + of, found.until, stated=found.stated)
+        return Candidate(deployment, "ready")
 
 
 def _informed(found: Iterable[Deployment]) -> list[Deployment]:
@@ -347,18 +347,20 @@ def check_names(config: Config, provider: str | None, model: str | None) -> None
             raise UnknownNameError("model", model, names)
 
 
-def explain(rungs: Rungs, wants: Wants) -> Sequence[Rung]:
+def explain(rungs: DeploymentPool, requirements: Requirements) -> Sequence[Candidate]:
     """Return every deployment with how it stands now, quotas counted freshly; nothing is sent."""
     rungs.refresh()
     rungs.ledger.refresh()
-    found = rungs.standing(wants)
-    fresh: list[Rung] = []
-    for rung in found:
-        if rung.standing == "ready":
-            used = rungs.ledger.used(rung.deployment.scope, rung.deployment.limits)
-            need = rungs.need(rung.deployment, wants)
-            full = [(limit, resets) for limit, count, resets in used if quotas.excess(limit, count, need) > 0]
+    found = rungs.candidates(requirements)
+    fresh: list[Candidate] = []
+    for candidate in found:
+        if candidate.status == "ready":
+            used = rungs.ledger.used(candidate.deployment.scope, candidate.deployment.limits)
+            claim = rungs.claim(candidate.deployment, requirements)
+            full = [(limit, resets) for limit, count, resets in used if quotas.excess(limit, count, claim) > 0]
             if full:
-                rung = replace(rung, standing="limited", reason=f"{full[0][0]} is used up", until=full[0][1] or 0.0)
-        fresh.append(rung)
+                candidate = replace(
+                    candidate, status="limited", reason=f"{full[0][0]} is used up", until=full[0][1] or 0.0
+                )
+        fresh.append(candidate)
     return fresh

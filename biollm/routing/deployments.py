@@ -79,7 +79,7 @@ class Deployment:
 
 
 @dataclass(frozen=True)
-class Wants:
+class Requirements:
     """What a request asks of the deployment that serves it.
 
     Attributes:
@@ -197,43 +197,43 @@ def _takes_tools(provider: Provider, model: Model | None) -> bool:
     return provider.type == "api"
 
 
-def obstacle(deployment: Deployment, wants: Wants) -> str | None:
+def obstacle(deployment: Deployment, requirements: Requirements) -> str | None:
     """Return why `deployment` may not serve such a request, as one sentence, or None."""
-    if wants.policy == "local_only" and not deployment.local:
+    if requirements.policy == "local_only" and not deployment.local:
         return "the data policy is local_only and this deployment is not local"
-    if wants.policy == "no_training" and deployment.trains:
+    if requirements.policy == "no_training" and deployment.trains:
         return "the provider may train on prompts and the data policy is no_training"
-    if deployment.embedded and not wants.allow_degraded:
+    if deployment.embedded and not requirements.allow_degraded:
         return "the embedded model is a degraded answer, which this request does not allow"
-    if wants.tools and not deployment.tools:
+    if requirements.tools and not deployment.tools:
         return "takes no tools"
-    if "images" in wants.media and deployment.vision is False:
+    if "images" in requirements.media and deployment.vision is False:
         return "takes no images"
-    if wants.media and deployment.embedded:
+    if requirements.media and deployment.embedded:
         return "takes nothing but text"
-    if wants.fim and not deployment.fim:
+    if requirements.fim and not deployment.fim:
         return "has no tokens for filling in code"
-    if wants.raw and deployment.provider.type != "local":
+    if requirements.raw and deployment.provider.type != "local":
         return "answers messages, and continues no text"
-    if wants.capability and wants.capability not in (deployment.capabilities or ()):
-        return f"lacks the capability {wants.capability!r}"
-    least = min(wants.answer or 0, LEAST_ANSWER)
-    if deployment.context_length and wants.prompt + least > deployment.context_length:
-        return f"needs about {wants.prompt + least} tokens, its context is {deployment.context_length}"
+    if requirements.capability and requirements.capability not in (deployment.capabilities or ()):
+        return f"lacks the capability {requirements.capability!r}"
+    least = min(requirements.answer or 0, LEAST_ANSWER)
+    if deployment.context_length and requirements.prompt + least > deployment.context_length:
+        return f"needs about {requirements.prompt + least} tokens, its context is {deployment.context_length}"
     if deployment.max_output and least > deployment.max_output:
         return f"answers with at most {deployment.max_output} tokens"
     return None
 
 
-def allowance(deployment: Deployment, wants: Wants) -> int | None:
+def allowance(deployment: Deployment, requirements: Requirements) -> int | None:
     """Return how many tokens of an answer to ask for: as many as wanted and possible; None where nothing is said.
 
     What is left beside the prompt is an estimate, so it is never fewer than `LEAST_ANSWER`, or what was wanted.
     """
-    if wants.answer is None:
+    if requirements.answer is None:
         return None
-    left = deployment.context_length and max(LEAST_ANSWER, deployment.context_length - wants.prompt_most)
-    return min(size for size in (wants.answer, left, deployment.max_output) if size)
+    left = deployment.context_length and max(LEAST_ANSWER, deployment.context_length - requirements.prompt_most)
+    return min(size for size in (requirements.answer, left, deployment.max_output) if size)
 
 
 def informed(deployment: Deployment, facts: Mapping[str, object]) -> Deployment:
@@ -243,9 +243,9 @@ def informed(deployment: Deployment, facts: Mapping[str, object]) -> Deployment:
     return replace(deployment, max_output=most if isinstance(most, int) else None, vision=vision)
 
 
-def asked_for(deployment: Deployment, wants: Wants) -> bool:
+def asked_for(deployment: Deployment, requirements: Requirements) -> bool:
     """Return whether the deployment is among those that a forced provider and model leave."""
-    return wants.provider in (None, deployment.provider.name) and wants.model in (None, deployment.model)
+    return requirements.provider in (None, deployment.provider.name) and requirements.model in (None, deployment.model)
 
 
 def attempt_timeout(deployment: Deployment, config: Config, *, stream: bool) -> float:

@@ -82,7 +82,7 @@ RULES: dict[Kind, Rule] = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Failure:
     """What an attempt's failure means.
 
     Attributes:
@@ -114,16 +114,16 @@ class Verdict:
         return self.rule.rests if self.instead is None else self.instead
 
 
-EMPTY = Verdict("empty", "answered with empty content and no tool call")
-NO_CHOICES = Verdict("empty", "answered with no choices")
-CUT = Verdict("broken", "the stream ended before the provider said it was done")
-BROKE_OFF = Verdict("broken", "the provider ended the answer with an error")
-FILTERED = Verdict("refusal", "its content filter held the answer back")
-CUT_SHORT = Verdict("too_long", "its answer ended where it had no room for more, and others have more")
-USED_UP = Verdict("used_up", "max_tokens was used up before any text came")
+EMPTY = Failure("empty", "answered with empty content and no tool call")
+NO_CHOICES = Failure("empty", "answered with no choices")
+CUT = Failure("broken", "the stream ended before the provider said it was done")
+BROKE_OFF = Failure("broken", "the provider ended the answer with an error")
+FILTERED = Failure("refusal", "its content filter held the answer back")
+CUT_SHORT = Failure("too_long", "its answer ended where it had no room for more, and others have more")
+USED_UP = Failure("used_up", "max_tokens was used up before any text came")
 
 
-def timed_out(seconds: float, *, shortened: bool, what: str = "answer", first: bool = False) -> Verdict:
+def timed_out(seconds: float, *, shortened: bool, what: str = "answer", first: bool = False) -> Failure:
     """Return the verdict on an attempt that took longer than `seconds`.
 
     Args:
@@ -133,15 +133,15 @@ def timed_out(seconds: float, *, shortened: bool, what: str = "answer", first: b
         first: It is a stream that had sent no content yet: late, which is not broken.
     """
     reason = f"no {what} within {seconds:g} s"
-    return Verdict("late" if first else "timeout", reason, instead="" if shortened else None)
+    return Failure("late" if first else "timeout", reason, instead="" if shortened else None)
 
 
-def unreachable(seconds: float) -> Verdict:
+def unreachable(seconds: float) -> Failure:
     """Return the verdict on a host to which no connection came about in `seconds`."""
-    return Verdict("unreachable", f"no connection within {seconds:g} s (a firewall?)")
+    return Failure("unreachable", f"no connection within {seconds:g} s (a firewall?)")
 
 
-def classify(error: BaseException, now: float, *, shortened: bool = False, handed: bool = True) -> Verdict:
+def classify(error: BaseException, now: float, *, shortened: bool = False, handed: bool = True) -> Failure:
     """Return what `error`, raised by LiteLLM, means.
 
     Args:
@@ -160,26 +160,26 @@ def classify(error: BaseException, now: float, *, shortened: bool = False, hande
         return answered(names, response.status_code, response.headers, _text(response) or str(error), now)
     if "ProxyError" in names or "ProxyConnection" in names:
         status = next((link.status for link in chain if hasattr(link, "status")), None)  # type: ignore[attr-defined]
-        return Verdict("proxy", f"the proxy refused{f' (HTTP {status})' if status else ''}")
+        return Failure("proxy", f"the proxy refused{f' (HTTP {status})' if status else ''}")
     if "Empty or invalid response" in str(error):  # LiteLLM, of HTML that OpenAI's client let pass
         names += " JSONDecodeError"
     for signs, kind, reason in _NETWORK:
         if any(sign in names for sign in signs):
-            return Verdict(kind, reason)
+            return Failure(kind, reason)
     if "Timeout" in names:
-        return Verdict("timeout", "no answer in time", instead="" if shortened else None)
+        return Failure("timeout", "no answer in time", instead="" if shortened else None)
     if framed := _framed(chain, now):
         return framed
     if {"RequestError", "ReadError", "WriteError", "ClientError"} & set(names.split()):
-        return Verdict("broken", "the connection broke")
+        return Failure("broken", "the connection broke")
     if "ContextWindowExceeded" in names:
-        return Verdict("too_long", _clip(_message(str(error))))
+        return Failure("too_long", _clip(_message(str(error))))
     if "ContentPolicyViolation" in names:
-        return Verdict("refusal", _clip(_message(str(error))))
-    return Verdict("broken", f"failed: {_clip(_message(str(error)))}")
+        return Failure("refusal", _clip(_message(str(error))))
+    return Failure("broken", f"failed: {_clip(_message(str(error)))}")
 
 
-def _framed(chain: Sequence[BaseException], now: float) -> Verdict | None:
+def _framed(chain: Sequence[BaseException], now: float) -> Failure | None:
     """Judge an error inside an answer of status 200, or in its stream, by what LiteLLM kept of it.
 
     None where it says no more than that the answer broke.
@@ -207,13 +207,13 @@ def _of_network(link: BaseException) -> bool:
     return isinstance(link, OSError | TimeoutError) or home in ("httpx", "httpcore", "aiohttp", "openai", "ssl")
 
 
-def _unsent(names: str, text: str) -> Verdict:
+def _unsent(names: str, text: str) -> Failure:
     """Judge what LiteLLM raised while it put the request into the provider's dialect."""
     if "UnsupportedParamsError" in names or "Invalid Message passed in" in text:
-        return Verdict("unsupported", f"not sent: {_clip(_message(text))}", sent=False)
+        return Failure("unsupported", f"not sent: {_clip(_message(text))}", sent=False)
     if "ImageFetchError" in names:  # LiteLLM fetches it for some dialects; others leave it to the provider
-        return Verdict("modality", f"not sent, an image cannot be fetched: {_clip(_message(text))}", sent=False)
-    return Verdict("unsent", f"not sent: {_clip(_message(text))}", sent=False)
+        return Failure("modality", f"not sent, an image cannot be fetched: {_clip(_message(text))}", sent=False)
+    return Failure("unsent", f"not sent: {_clip(_message(text))}", sent=False)
 
 
 # Class names in an exception's chain -> the kind, and what happened; the first match counts.
@@ -252,7 +252,7 @@ def _text(response: Any) -> str:
         return ""
 
 
-def answered(names: str, status: int, headers: Mapping[str, str], text: str, now: float, body: Any = None) -> Verdict:
+def answered(names: str, status: int, headers: Mapping[str, str], text: str, now: float, body: Any = None) -> Failure:
     """Judge an HTTP error.
 
     Args:
@@ -278,18 +278,18 @@ def answered(names: str, status: int, headers: Mapping[str, str], text: str, now
     if kind == "malformed" and "ContentPolicyViolation" in names:
         kind = "refusal"
     if kind == "proxy":
-        return Verdict(kind, "the proxy refused (HTTP 407)")
+        return Failure(kind, "the proxy refused (HTTP 407)")
     if kind == "credit":
-        return Verdict(kind, reason, status, wait=date or wait)
+        return Failure(kind, reason, status, wait=date or wait)
     if kind == "affordable":
         found = _AFFORD.search(said)
-        return Verdict(kind, reason, status, afford=int(found[1].replace(",", "")) if found else None)
+        return Failure(kind, reason, status, afford=int(found[1].replace(",", "")) if found else None)
     if kind == "limited":
         model = "permodel" in "".join(codes)  # Gemini's quotaId names whose limit it is
-        return Verdict(kind, reason, status, wait=wait, instead="deployment" if model else None)
+        return Failure(kind, reason, status, wait=wait, instead="deployment" if model else None)
     if kind in ("overloaded", "broken"):
-        return Verdict(kind, reason, status, wait=wait)
-    return Verdict(kind, reason, status)
+        return Failure(kind, reason, status, wait=wait)
+    return Failure(kind, reason, status)
 
 
 _JSON, _WORDS = 65536, 4000  # characters of an answer that are parsed, and searched for phrases

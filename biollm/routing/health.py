@@ -13,8 +13,8 @@ from biollm.config import Config, load_config
 from biollm.config.paths import state_dir
 from biollm.providers.credentials import Credential, hide
 from biollm.routing import host_check
-from biollm.routing.candidates import Rungs
-from biollm.routing.deployments import Deployment, Wants
+from biollm.routing.candidates import DeploymentPool
+from biollm.routing.deployments import Deployment, Requirements
 
 if TYPE_CHECKING:
     import httpx
@@ -69,21 +69,23 @@ def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) 
 
 def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
     """Return how each account and each running server is, in waterfall order. `timeout` is in seconds, for all."""
-    rungs = Rungs(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
+    rungs = DeploymentPool(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
     rungs.refresh()
     groups: dict[str, list[Deployment]] = {}
-    for rung in rungs.standing(Wants(policy=config.data_policy)):
-        deployment = rung.deployment
+    for candidate in rungs.candidates(Requirements(policy=config.data_policy)):
+        deployment = candidate.deployment
         groups.setdefault(f"{deployment.scope.split(':')[0]}{deployment.start}", []).append(deployment)
     found = background().run(_check_all(rungs, list(groups.values()), timeout))
-    resting = {rung.deployment.id: rung.reason for rung in rungs.standing(Wants()) if rung.until}
+    resting = {
+        candidate.deployment.id: candidate.reason for candidate in rungs.candidates(Requirements()) if candidate.until
+    }
     return [
         replace(each, resting=next((resting[one.id] for one in group if one.id in resting), ""))
         for each, group in zip(found, groups.values(), strict=True)
     ]
 
 
-async def _check_all(rungs: Rungs, groups: Sequence[list[Deployment]], timeout: float) -> list[Health]:
+async def _check_all(rungs: DeploymentPool, groups: Sequence[list[Deployment]], timeout: float) -> list[Health]:
     import httpx
 
     async with (
@@ -97,7 +99,7 @@ async def _check_all(rungs: Rungs, groups: Sequence[list[Deployment]], timeout: 
         )
 
 
-async def _check(rungs: Rungs, group: list[Deployment], client: httpx.AsyncClient, timeout: float) -> Health:
+async def _check(rungs: DeploymentPool, group: list[Deployment], client: httpx.AsyncClient, timeout: float) -> Health:
     import httpx
 
     first = group[0]

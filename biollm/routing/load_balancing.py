@@ -17,7 +17,7 @@ from weakref import WeakSet
 
 from biollm._runtime import background
 from biollm.providers.credentials import Credential
-from biollm.routing.candidates import Load, Rung, Rungs
+from biollm.routing.candidates import Candidate, DeploymentPool, Load
 from biollm.routing.deployments import Deployment
 from biollm.routing.host_check import trust
 from biollm.slurm.endpoints import Figures, figures
@@ -53,22 +53,22 @@ class Balance:
         self._looks: dict[str, asyncio.Task[None]] = {}
         self._client: Any = None
 
-    async def least_busy(self, replicas: Sequence[Deployment], known: Rungs) -> list[Deployment]:
+    async def least_busy(self, replicas: Sequence[Deployment], known: DeploymentPool) -> list[Deployment]:
         """Return those of `replicas` with the least to do; `known` has their keys."""
         loads = await self.loads(replicas, known)
         least = min(load.rank for load in loads.values())
         return [replica for replica in replicas if loads[replica.id].rank == least]
 
-    async def weighed(self, rungs: Sequence[Rung], known: Rungs) -> Sequence[Rung]:
+    async def weighed(self, rungs: Sequence[Candidate], known: DeploymentPool) -> Sequence[Candidate]:
         """Return `rungs` with the load of those that share an order with others that are ready."""
         loads: dict[str, Load] = {}
-        ready = [rung.deployment for rung in rungs if rung.standing == "ready"]
+        ready = [candidate.deployment for candidate in rungs if candidate.status == "ready"]
         for order, count in Counter(deployment.order for deployment in ready).items():
             if count > 1:
                 loads |= await self.loads([each for each in ready if each.order == order], known)
-        return [replace(rung, load=loads.get(rung.deployment.id)) for rung in rungs]
+        return [replace(candidate, load=loads.get(candidate.deployment.id)) for candidate in rungs]
 
-    async def loads(self, replicas: Sequence[Deployment], known: Rungs) -> dict[str, Load]:
+    async def loads(self, replicas: Sequence[Deployment], known: DeploymentPool) -> dict[str, Load]:
         """Return the load of each of `replicas` by its id, asking their servers where that is due."""
         speaking = {each.endpoint: each for each in replicas if each.local and each.base_url and not each.embedded}
         if len(speaking) > 1:
@@ -95,7 +95,7 @@ class Balance:
     def _own(self) -> Counter[str]:
         return Counter(each.deployment.id for each in self.under_way)
 
-    async def _look(self, server: _Server, replica: Deployment, known: Rungs) -> None:
+    async def _look(self, server: _Server, replica: Deployment, known: DeploymentPool) -> None:
         """Ask one server for its figures: at /metrics, which lies beside its /v1."""
         import httpx
 

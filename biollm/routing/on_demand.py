@@ -6,11 +6,11 @@ from biollm import slurm
 from biollm.config import Config, Model
 from biollm.errors import BiollmError, UnavailableError
 from biollm.routing import deployments
-from biollm.routing.deployments import Wants
+from biollm.routing.deployments import Requirements
 from biollm.slurm.launch import render
 
 
-def startable(config: Config, wants: Wants) -> Model:
+def startable(config: Config, requirements: Requirements) -> Model:
     """Return the first local model that may serve, fits its GPUs, and whose weights and environment are there.
 
     Raises:
@@ -18,11 +18,11 @@ def startable(config: Config, wants: Wants) -> Model:
     """
     why: list[str] = []
     for deployment in deployments.build_deployments(config):
-        if deployment.provider.type != "local" or not deployments.asked_for(deployment, wants):
+        if deployment.provider.type != "local" or not deployments.asked_for(deployment, requirements):
             continue
         if (model := config.models.get(deployment.model)) is None:
             continue
-        reason = deployments.obstacle(deployment, wants) or _cannot_start(config, model)
+        reason = deployments.obstacle(deployment, requirements) or _cannot_start(config, model)
         if reason is None:
             return model
         why.append(f"  {model.key}: {reason}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from biollm.config import Config
-from biollm.routing.deployments import Deployment, Wants
+from biollm.routing.deployments import Deployment, Requirements
 from biollm.types import Usage
 
 PRICES = "model_prices_and_context_window_backup.json"  # LiteLLM's map of models, a file of its package
@@ -155,9 +155,11 @@ def _flat(usd_per_million: float) -> Price:
     return Price({_SENT: usd_per_million / 1e6, _GOT: usd_per_million / 1e6})
 
 
-def cheapest(found: Sequence[Deployment], wants: Wants, config: Config) -> list[tuple[Deployment, Cost | None]]:
+def cheapest(
+    found: Sequence[Deployment], requirements: Requirements, config: Config
+) -> list[tuple[Deployment, Cost | None]]:
     """Return deployments and costs by priority, then cost, unknown ones last, then as they stood; `order` follows."""
-    prompt, answer, known = wants.prompt, wants.answer or ANSWER, prices(found, config)
+    prompt, answer, known = requirements.prompt, requirements.answer or ANSWER, prices(found, config)
     expected = {each.id: Cost(prompt, answer, known[each.id]) for each in found}
 
     def rank(each: Deployment) -> tuple[int, float, int]:

@@ -18,9 +18,9 @@ from biollm.errors import (
     KeysRefusedError,
     RequestRejectedError,
 )
-from biollm.routing.candidates import Rung
-from biollm.routing.deployments import Deployment, Wants
-from biollm.routing.failures import Verdict
+from biollm.routing.candidates import Candidate
+from biollm.routing.deployments import Deployment, Requirements
+from biollm.routing.failures import Failure
 from biollm.routing.structured import Message, Shape
 from biollm.types import Attempt, Outcome
 
@@ -49,7 +49,7 @@ class Request:
 
     messages: list[Message]
     params: Mapping[str, Any]
-    wants: Wants
+    requirements: Requirements
     timeout: float | None = None
     deadline: float | None = None
     fallback: bool = True
@@ -107,15 +107,15 @@ class Run:
     frees: list[float] = field(default_factory=list[float])
     passes: int = 0
     pinned: str | None = None
-    verdicts: list[tuple[Deployment, Verdict]] = field(default_factory=list[tuple[Deployment, Verdict]])
-    over: Verdict | None = None
+    verdicts: list[tuple[Deployment, Failure]] = field(default_factory=list[tuple[Deployment, Failure]])
+    over: Failure | None = None
     repeat: Deployment | None = None
     repeated: set[str] = field(default_factory=set[str])
     caps: dict[str, int] = field(default_factory=dict[str, int])
     spare: Sent | None = None
     waiting_since: float | None = None
     _attempts: list[tuple[int, int, Attempt]] = field(default_factory=list[tuple[int, int, Attempt]])
-    _passed: dict[tuple[int, str], Rung] = field(default_factory=dict[tuple[int, str], Rung])
+    _passed: dict[tuple[int, str], Candidate] = field(default_factory=dict[tuple[int, str], Candidate])
 
     @property
     def ms(self) -> float:
@@ -131,13 +131,13 @@ class Run:
         """Note that patience has begun."""
         self.waiting_since = self.waiting_since or time.monotonic()
 
-    def pass_over(self, rung: Rung) -> None:
+    def pass_over(self, candidate: Candidate) -> None:
         """Note a deployment that is not asked in this pass."""
-        ident = rung.deployment.id
+        ident = candidate.deployment.id
         if (self.passes, ident) not in self._passed:
-            self._passed[self.passes, ident] = rung
-            if rung.standing == "limited":
-                self.frees.append(rung.until)
+            self._passed[self.passes, ident] = candidate
+            if candidate.status == "limited":
+                self.frees.append(candidate.until)
 
     def note(self, deployment: Deployment, attempt: Attempt) -> None:
         """Note an attempt that was made."""
@@ -147,10 +147,12 @@ class Run:
         """Return what was tried and what was passed over before the last rung that was asked, in order."""
         answered = next((order for _, order, attempt in reversed(self._attempts) if attempt.outcome == "ok"), None)
         every = list(self._attempts)
-        for (number, ident), rung in self._passed.items():
-            order = rung.deployment.order
+        for (number, ident), candidate in self._passed.items():
+            order = candidate.deployment.order
             if answered is None or order < answered or number < self.passes:
-                every.append((number, order, Attempt(ident, _OUTCOMES.get(rung.standing, "skipped"), rung.reason)))
+                every.append(
+                    (number, order, Attempt(ident, _OUTCOMES.get(candidate.status, "skipped"), candidate.reason))
+                )
         return tuple(attempt for _, _, attempt in sorted(every, key=lambda entry: entry[:2]))
 
     def passed_first(self) -> str:
@@ -176,12 +178,12 @@ class Run:
         told = _told(attempts)
         if self.over:
             return self._ended(self.over, attempts)
-        kinds = {verdict.kind for _, verdict in self.verdicts}
+        kinds = {failure.kind for _, failure in self.verdicts}
         blame = {deployment.provider.litellm_provider for deployment, each in self.verdicts if each.kind == "malformed"}
         hint = "Providers of different dialects say that the request itself is wrong." if len(blame) > 1 else None
-        if kinds and all(verdict.rule.fault for _, verdict in self.verdicts):
+        if kinds and all(failure.rule.fault for _, failure in self.verdicts):
             return RequestRejectedError(f"The request was rejected.\n{told}", attempts, hint=hint)
-        standings = {rung.standing for (number, _), rung in self._passed.items() if number == self.passes}
+        standings = {candidate.status for (number, _), candidate in self._passed.items() if number == self.passes}
         keyless = kinds <= {"key"} and "limited" not in standings
         if keyless and (kinds or standings & {"keyless", "refused"}):
             where = "`biollm providers` shows which keys are missing; `biollm health` tries them."
@@ -195,13 +197,13 @@ class Run:
             )
         return CompletionError(f"Nobody could answer.\n{told}", attempts, hint=hint)
 
-    def _ended(self, verdict: Verdict, attempts: Sequence[Attempt]) -> CompletionError:
+    def _ended(self, failure: Failure, attempts: Sequence[Attempt]) -> CompletionError:
         """Return the error of a failure after which no other deployment is asked."""
-        said = f"{self.verdicts[-1][0].id}: {verdict.reason}"
-        if verdict.kind == "refusal":
+        said = f"{self.verdicts[-1][0].id}: {failure.reason}"
+        if failure.kind == "refusal":
             hint = "`on_refusal: next` under `routing:` in providers.yaml, or of a provider, asks the next one."
             return ContentPolicyError(f"Refused by content policy. {said}", attempts, hint=hint)
-        if verdict.kind == "used_up":
+        if failure.kind == "used_up":
             return RequestRejectedError(f"No text came. {said}", attempts, hint="Raise max_tokens.")
         return RequestRejectedError(f"The request is not valid. {said}", attempts)
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from biollm.routing.failures import BROKE_OFF, CUT, EMPTY, FILTERED, NO_CHOICES, USED_UP, Verdict
+from biollm.routing.failures import BROKE_OFF, CUT, EMPTY, FILTERED, NO_CHOICES, USED_UP, Failure
 from biollm.routing.normalize import text
 from biollm.routing.request import Sent
 from biollm.slurm.endpoints import START
 from biollm.types import Usage
 
-STRANGER = Verdict("stranger", "the answer does not name its server's start: another program has its port")
+STRANGER = Failure("stranger", "the answer does not name its server's start: another program has its port")
 # The fields of a chunk that may hold nothing but text, and of its one choice.
 _FRAME = {"id", "created", "model", "object", "choices", "system_fingerprint", "service_tier"}
 _CHOICE = {"index", "delta"}
@@ -79,7 +79,7 @@ def tool_calls(choice: Any) -> Sequence[Any]:
     return getattr(getattr(choice, "message", None), "tool_calls", None) or ()
 
 
-def emptiness(response: Any) -> Verdict | None:
+def emptiness(response: Any) -> Failure | None:
     """Return what is wrong with an answer that came without an error."""
     if not response.choices:
         return NO_CHOICES
@@ -89,7 +89,7 @@ def emptiness(response: Any) -> Verdict | None:
     return _without_text(_refusal(getattr(choice, "message", None)), choice.finish_reason)
 
 
-def stranger(sent: Sent) -> Verdict | None:
+def stranger(sent: Sent) -> Failure | None:
     """Return the verdict on an answer of a server found by its record that does not name the start of that server."""
     start = sent.deployment.start
     named = sent.response._hidden_params.get("additional_headers", {}).get(f"llm_provider-{START}") if start else ""
@@ -127,7 +127,7 @@ def _kind(chunk: Any) -> str | None:
     return next(iter(said)) if said in ({"content"}, {"reasoning_content"}) else None
 
 
-async def first_content(sent: Sent) -> Verdict | None:
+async def first_content(sent: Sent) -> Failure | None:
     """Read a stream up to its first content, tool call or thought; return what is wrong if none comes."""
     async for chunk in sent.response:
         sent.head.append(chunk)
@@ -146,10 +146,10 @@ def _refusal(said: Any) -> str:
     return getattr(said, "refusal", None) or kept.get("refusal") or ""
 
 
-def _without_text(refusal: str | None, finish: str | None) -> Verdict:
+def _without_text(refusal: str | None, finish: str | None) -> Failure:
     """Return what an answer without text or tool calls means, by the model's refusal and the reason of its end."""
     if refusal:
-        return Verdict("refusal", f"refused: {refusal[:200]}")
+        return Failure("refusal", f"refused: {refusal[:200]}")
     return {"content_filter": FILTERED, "length": USED_UP, "error": BROKE_OFF}.get(finish or "", EMPTY)
 
 
@@ -158,7 +158,7 @@ def finishes(chunks: Sequence[Any]) -> list[str]:
     return [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
 
 
-def without_text(chunks: Sequence[Any]) -> Verdict | None:
+def without_text(chunks: Sequence[Any]) -> Failure | None:
     """Return what is wrong with a stream that ended without any text; None where it calls a tool."""
     if any(chunk.choices and chunk.choices[0].delta.tool_calls for chunk in chunks):
         return None

@@ -23,14 +23,14 @@ import litellm
 
 from biollm._runtime import apart, background, called
 from biollm.errors import CompletionError, DeadlineError, InterruptedStreamError
-from biollm.ledger import Need, Record
+from biollm.ledger import Claim, Record
 from biollm.providers import embedded
 from biollm.providers.credentials import Credential, hide
 from biollm.routing import callback, deployments, host_check, load_balancing, pricing, router_config
 from biollm.routing.callback import RefusalError, Turn
-from biollm.routing.candidates import Rung, Rungs, cooling_keys, note_refusal
+from biollm.routing.candidates import Candidate, DeploymentPool, cooling_keys, note_refusal
 from biollm.routing.deployments import Deployment
-from biollm.routing.failures import BROKE_OFF, CUT, CUT_SHORT, Verdict, classify, timed_out, unreachable
+from biollm.routing.failures import BROKE_OFF, CUT, CUT_SHORT, Failure, classify, timed_out, unreachable
 from biollm.routing.normalize import ANSWER_SIZES
 from biollm.routing.normalize import text as plain
 from biollm.routing.request import BREATH, Request, Run, Sent
@@ -65,7 +65,7 @@ _LEAST = 16  # tokens of answer that are worth asking for
 class Waterfall:
     """The rungs of one configuration with the Router that serves them."""
 
-    def __init__(self, rungs: Rungs) -> None:
+    def __init__(self, rungs: DeploymentPool) -> None:
         self.rungs = rungs
         self.ledger = rungs.ledger
         self._reach = host_check.Reach(CONNECT)
@@ -149,10 +149,10 @@ class Waterfall:
                 if sent is None:
                     continue
                 text: list[str] = []
-                failure: Verdict | None = None
+                failure: Failure | None = None
                 async with aclosing(self._relay(run, sent)) as pieces:
                     async for piece in pieces:
-                        if isinstance(piece, Verdict):
+                        if isinstance(piece, Failure):
                             failure = piece
                         else:
                             text.append(piece)
@@ -201,24 +201,26 @@ class Waterfall:
         await self._follow()
         if run.pinned:
             return [deployment for deployment in self.rungs.deployments if deployment.id == run.pinned], None
-        found = self.rungs.standing(run.request.wants, skip=run.tried)
-        if not any(rung.standing == "ready" for rung in found) and time.monotonic() - self._refreshed > _NEWS:
+        found = self.rungs.candidates(run.request.requirements, skip=run.tried)
+        if not any(candidate.status == "ready" for candidate in found) and time.monotonic() - self._refreshed > _NEWS:
             self._refreshed = time.monotonic()  # nothing is asked, so nothing else brings news of a success elsewhere
             await apart(self.ledger.refresh)
-            found = self.rungs.standing(run.request.wants, skip=run.tried)
-        ready = [rung.deployment for rung in found if rung.standing == "ready"]
+            found = self.rungs.candidates(run.request.requirements, skip=run.tried)
+        ready = [candidate.deployment for candidate in found if candidate.status == "ready"]
         waits = [
             wait
-            for rung in found
-            if rung.standing == "limited" and rung.stated and (not ready or rung.deployment.order < ready[0].order)
-            if (wait := max(0.0, rung.until - time.time()) + 0.01) <= self._patience(run, rung.deployment)
+            for candidate in found
+            if candidate.status == "limited"
+            and candidate.stated
+            and (not ready or candidate.deployment.order < ready[0].order)
+            if (wait := max(0.0, candidate.until - time.time()) + 0.01) <= self._patience(run, candidate.deployment)
         ]
         if waits:
             run.patient()
             return [], min(waits)
-        for rung in found:
-            if rung.standing != "ready":
-                run.pass_over(rung)
+        for candidate in found:
+            if candidate.status != "ready":
+                run.pass_over(candidate)
         if not run.request.fallback:
             ready = [deployment for deployment in ready if deployment.order == ready[0].order]
         return ready, None
@@ -248,7 +250,7 @@ class Waterfall:
                 return self._answered(run, sent, parsed=shape.parse(answer))
             except ValueError as error:
                 problem = " ".join(str(error).split())[:500]
-            self._fail(run, sent, Verdict("schema", f"the answer does not match the schema: {problem}"))
+            self._fail(run, sent, Failure("schema", f"the answer does not match the schema: {problem}"))
             if last:
                 return None
             again = await self._send(run, [sent.deployment], repair(messages, answer, problem))
@@ -259,11 +261,19 @@ class Waterfall:
 
     def _roomier(self, run: Run, deployment: Deployment) -> bool:
         """Return whether others have room for the longer answer that was wanted; then only they are asked."""
-        size, wants = self._size(run, deployment), run.request.wants
-        if size is None or not run.request.fallback or (wants.answer is not None and size >= wants.answer):
+        size, requirements = self._size(run, deployment), run.request.requirements
+        if (
+            size is None
+            or not run.request.fallback
+            or (requirements.answer is not None and size >= requirements.answer)
+        ):
             return False
-        standing = self.rungs.standing(wants, skip={*run.tried, deployment.id})
-        ready = [rung.deployment for rung in standing if rung.standing == "ready" and not rung.deployment.embedded]
+        status = self.rungs.candidates(requirements, skip={*run.tried, deployment.id})
+        ready = [
+            candidate.deployment
+            for candidate in status
+            if candidate.status == "ready" and not candidate.deployment.embedded
+        ]
         found = {each.id for each in ready if (self._size(run, each) or math.inf) > size}
         if found:
             run.tried |= {each.id for each in self.rungs.deployments if each.id not in found}
@@ -271,7 +281,7 @@ class Waterfall:
 
     def _size(self, run: Run, deployment: Deployment) -> int | None:
         """Return the tokens of answer to ask a deployment for: what it has room for and its account can pay."""
-        sizes = (deployments.allowance(deployment, run.request.wants), run.caps.get(deployment.id))
+        sizes = (deployments.allowance(deployment, run.request.requirements), run.caps.get(deployment.id))
         return min((size for size in sizes if size), default=None)
 
     def _spare(self, run: Run, sent: Sent | None) -> None:
@@ -318,7 +328,7 @@ class Waterfall:
 
         turn.on_choice, turn.on_send = on_choice, on_send
         token = callback.current.set(turn)
-        failure: Verdict | None = None
+        failure: Failure | None = None
         try:
             callback.install()
             async with scope:
@@ -374,7 +384,7 @@ class Waterfall:
             params["_skip_mcp_handler"] = True  # without it LiteLLM wants the mcp package for any tool
         # The host program's LiteLLM callbacks see nothing of ours.
         params |= {"disable_fallbacks": True, "no-log": True}
-        group = router_config.LOCAL_GROUP if request.wants.policy == "local_only" else router_config.GROUP
+        group = router_config.LOCAL_GROUP if request.requirements.policy == "local_only" else router_config.GROUP
         if request.middle:
             prompt, suffix = request.middle
             if suffix is not None and first.fim:
@@ -383,12 +393,12 @@ class Waterfall:
         params["shared_session"] = _session()
         return self._router.acompletion(model=group, messages=list(messages), **params)
 
-    def _need(self, run: Run, deployment: Deployment) -> Need:
-        need = self.rungs.need(deployment, run.request.wants)
+    def _need(self, run: Run, deployment: Deployment) -> Claim:
+        claim = self.rungs.claim(deployment, run.request.requirements)
         if run.pinned and run.passes:  # a repeat on the same deployment waits for quotas, not for its own failure
-            kept = tuple(key for key in need.cooling if key.startswith(("account:", "key:")))
-            return replace(need, cooling=kept)
-        return need
+            kept = tuple(key for key in claim.cooling if key.startswith(("account:", "key:")))
+            return replace(claim, cooling=kept)
+        return claim
 
     async def _fresh(self, run: Run, rungs: Sequence[Deployment]) -> list[Deployment]:
         """Return those that may be asked after a closer look; note why the others may not."""
@@ -424,16 +434,16 @@ class Waterfall:
             reason = await self._servers.objection(deployment, known)
         if reason:
             run.tried.add(deployment.id)
-            run.pass_over(Rung(deployment, "absent", reason))
+            run.pass_over(Candidate(deployment, "absent", reason))
         return not reason
 
     def _renew(self, deployment: Deployment, found: Credential) -> None:
         for entry in router_config.model_list([deployment], {deployment.id: _params(found)}):
             self._router.upsert_deployment(_LITELLM.Deployment(**entry))
 
-    async def _reread_key(self, run: Run, deployment: Deployment, verdict: Verdict) -> None:
+    async def _reread_key(self, run: Run, deployment: Deployment, failure: Failure) -> None:
         """After a refused key, look whether its file holds another one; if so the deployment may be asked again."""
-        if verdict.kind != "key" or deployment.embedded:
+        if failure.kind != "key" or deployment.embedded:
             return
         known = self.rungs.credentials.get(deployment.id)
         found = known and self.rungs.note(deployment, await apart(self.rungs.look, deployment))
@@ -446,9 +456,9 @@ class Waterfall:
         self._balance.under_way.discard(sent)
         run.tried.add(sent.deployment.id)
         if turn.refused:
-            run.pass_over(Rung(sent.deployment, "limited", turn.refused.reason, turn.refused.until))
+            run.pass_over(Candidate(sent.deployment, "limited", turn.refused.reason, turn.refused.until))
 
-    def _fail(self, run: Run, sent: Sent, failure: Verdict) -> Attempt:
+    def _fail(self, run: Run, sent: Sent, failure: Failure) -> Attempt:
         """Put on cooldown what the failure concerns, decide what is asked next, and note the attempt."""
         deployment, rule = sent.deployment, failure.rule
         if failure.status is None:
@@ -458,7 +468,7 @@ class Waterfall:
             self.ledger.release(sent.reservation, deployment.scope)
             sent.reservation = None
         if failure.kind == "modality" and failure.sent:
-            note_refusal(deployment, run.request.wants.media)
+            note_refusal(deployment, run.request.requirements.media)
         run.verdicts.append((deployment, failure))
         if self._once_more(run, sent, failure):
             run.repeat = deployment
@@ -478,7 +488,7 @@ class Waterfall:
                 run.frees.append(until or time.time() + BREATH)
         return self._settle(run, sent, Attempt(deployment.id, "failed", reason, failure.status, sent.ms))
 
-    def _once_more(self, run: Run, sent: Sent, failure: Verdict) -> bool:
+    def _once_more(self, run: Run, sent: Sent, failure: Failure) -> bool:
         """Return whether the same deployment is asked again at once, after a slip or with fewer tokens."""
         ident = sent.deployment.id
         if ident in run.repeated:
@@ -491,15 +501,15 @@ class Waterfall:
         slip = failure.rule.again and failure.wait is None and not sent.head and run.request.fallback and sent.alone
         return slip and not self.ledger.failing(self.rungs.needs[ident].cooling if ident in self.rungs.needs else ())
 
-    def _ends(self, run: Run, deployment: Deployment, failure: Verdict) -> bool:
+    def _ends(self, run: Run, deployment: Deployment, failure: Failure) -> bool:
         """Return whether no other deployment is asked."""
         if failure.kind == "refusal":
             return (deployment.provider.on_refusal or self.rungs.config.on_refusal) == "stop"
         if failure.kind == "used_up":  # without a limit of the caller's it was the provider's own, and others differ
-            return run.request.wants.answer is not None and not self._roomier(run, deployment)
+            return run.request.requirements.answer is not None and not self._roomier(run, deployment)
         return not failure.rule.next
 
-    def _cool(self, deployment: Deployment, failure: Verdict, reason: str) -> float:
+    def _cool(self, deployment: Deployment, failure: Failure, reason: str) -> float:
         """Put on cooldown what the failure concerns; return until when (epoch seconds), 0 for nothing."""
         rests, widens = failure.rests, failure.rule.widens
         if rests == "account" and deployment.start:
@@ -515,7 +525,7 @@ class Waterfall:
         blocked = self.ledger.blocked()
         return max((blocked[key].until for key in concerned if key in blocked), default=0.0)
 
-    def _alike(self, deployment: Deployment, what: str, failure: Verdict) -> bool:
+    def _alike(self, deployment: Deployment, what: str, failure: Failure) -> bool:
         """Return whether another deployment of the same endpoint or account rests after such a failure."""
         blocked, whose = self.ledger.blocked(), "endpoint" if what == "endpoint" else "scope"
         return any(
@@ -608,14 +618,14 @@ class Waterfall:
         return completion
 
     def _spent(self, run: Run, sent: Sent) -> Usage:
-        return spent(sent, run.request.wants.prompt * 5 // 4)  # `prompt` is a lower bound
+        return spent(sent, run.request.requirements.prompt * 5 // 4)  # `prompt` is a lower bound
 
     def _usd(self, deployment: Deployment, usage: Usage, response: Any) -> float | None:
         """Return the price of an answer in USD; None where it is unknown."""
         price = pricing.price(deployment, self.rungs.config)
         return price and price.usd(usage, service_tier(response))
 
-    async def _relay(self, run: Run, sent: Sent) -> AsyncGenerator[str | Verdict, None]:
+    async def _relay(self, run: Run, sent: Sent) -> AsyncGenerator[str | Failure, None]:
         """Yield the text of a stream; at last a Verdict if it broke."""
         limit, shortened = self._limit(run.request, sent.deployment, stream=True)
         due, said = _KEPT, False
@@ -643,7 +653,7 @@ class Waterfall:
             return
         except Exception as error:
             failure = classify(error, time.time(), shortened=shortened)
-            yield Verdict("broken", failure.reason) if failure.rule.again else failure
+            yield Failure("broken", failure.reason) if failure.rule.again else failure
             return
         finally:  # a stream that was left would go on at the provider
             with suppress(Exception):

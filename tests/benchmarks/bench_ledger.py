@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from biollm.config import Limit
-from biollm.ledger import Ledger, Need, Record
+from biollm.ledger import Claim, Ledger, Record
 
 LIMITS = (Limit("requests", 1e6, "min"), Limit("tokens", 1e9, "month"))
-NEEDS = [Need(f"bench/{number}", LIMITS, (f"account:bench/{number}", "endpoint:bench")) for number in range(10)]
+NEEDS = [Claim(f"bench/{number}", LIMITS, (f"account:bench/{number}", "endpoint:bench")) for number in range(10)]
 
 
 def record(at: float) -> Record:
@@ -29,12 +29,12 @@ async def work(ledger: Ledger, count: int, pause: float) -> tuple[list[float], l
     """Return the milliseconds waited in reserve, and those of reserve and finish together."""
     waits, costs = [], []
     for number in range(count):
-        need = NEEDS[number % len(NEEDS)]
+        claim = NEEDS[number % len(NEEDS)]
         began = time.perf_counter()
-        reservation = await ledger.reserve(need)
+        reservation = await ledger.reserve(claim)
         reserved = time.perf_counter()
         assert isinstance(reservation, int)
-        ledger.finish(reservation, need.scope, record(time.time()))
+        ledger.finish(reservation, claim.scope, record(time.time()))
         costs.append((time.perf_counter() - began) * 1000)
         waits.append((reserved - began) * 1000)
         await asyncio.sleep(pause)
@@ -77,7 +77,7 @@ def together(
     for one in children:
         one.join()
     waits = [wait for found in results for wait in found]
-    used = sum(Ledger(folder).used(need.scope, need.limits)[0][1] for need in NEEDS)
+    used = sum(Ledger(folder).used(claim.scope, claim.limits)[0][1] for claim in NEEDS)
     kept = sum(1 for _ in Ledger(folder).history())
     return waits, min(int(used), kept), processes * count
 

@@ -50,8 +50,8 @@ def waterfall(folder: Path, **rungs: str | Mapping[str, Any]) -> Path:
             "env_key": "BENCH_KEY",
             "token_budget": "1B/month",
         }
-        | ({"base_url": rung} if isinstance(rung, str) else dict(rung))
-        for place, (name, rung) in enumerate(rungs.items(), 1)
+        | ({"base_url": candidate} if isinstance(candidate, str) else dict(candidate))
+        for place, (name, candidate) in enumerate(rungs.items(), 1)
     }
     (folder / "providers.yaml").write_text(json.dumps({"inherit": False, "providers": providers}))  # JSON is YAML
     return folder

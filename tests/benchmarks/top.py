@@ -24,9 +24,11 @@ def measure(address: str, scratch: Path) -> list[Bar]:
     ledger, began = Ledger(state), time.time()
 
     def add(number: int, at: float) -> None:
-        rung = f"rung{number % 12}"
+        candidate = f"rung{number % 12}"
         ledger.finish(
-            None, "", Record(at, f"{number}", f"{rung}/small", rung, "default", "small", "ok", ms=900, order=1)
+            None,
+            "",
+            Record(at, f"{number}", f"{candidate}/small", candidate, "default", "small", "ok", ms=900, order=1),
         )
 
     for number in range(200_000):

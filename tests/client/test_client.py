@@ -189,11 +189,11 @@ IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' 
         (None, "ready"),
     ],
 )
-def test_a_prompt_is_as_long_as_its_text(net: Loopback, waterfall: Write, content: Any, standing: str) -> None:
+def test_a_prompt_is_as_long_as_its_text(net: Loopback, waterfall: Write, content: Any, status: str) -> None:
     """An image's base64 is no text: a model that could answer must not be skipped for it."""
     waterfall({"models": {"small": {"type": "api", "context_length": 1000}}}, first=net.serve())
-    [rung] = get_model_client().explain([{"role": "user", "content": content}])
-    assert rung.standing == standing
+    [candidate] = get_model_client().explain([{"role": "user", "content": content}])
+    assert candidate.status == status
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])

@@ -21,7 +21,7 @@ from biollm._files import write_private
 from biollm.config import Cluster, Limit, load_config, site
 from biollm.config.paths import own_dir, state_dir
 from biollm.gateway import auth
-from biollm.ledger import Ledger, Need, Record
+from biollm.ledger import Claim, Ledger, Record
 from biollm.monitoring import alerts
 from biollm.monitoring.doctor import check
 from biollm.monitoring.snapshot import Top
@@ -78,7 +78,7 @@ def member(lab: Path, name: str, does: Callable[[], Any]) -> Any:
 def counted() -> list[float]:
     """Send a request under a limit; return how many have been sent, and who is resting."""
     limit, ledger = Limit("requests", 9, "day"), Ledger(state_dir())
-    sent = asyncio.run(ledger.reserve(Need("gemini/default", (limit,), ())))
+    sent = asyncio.run(ledger.reserve(Claim("gemini/default", (limit,), ())))
     row = Record(time.time(), str(os.getuid()), "g/m", "g", "default", "m", "failed", "HTTP 500", ms=1.0, order=1)
     ledger.finish(sent if isinstance(sent, int) else None, "gemini/default", row)
     ledger.flush()

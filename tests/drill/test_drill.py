@@ -66,7 +66,7 @@ def test_the_next_rung_answers_whatever_breaks_and_no_provider_is_asked(
 def test_a_rest_of_the_account_passes_over_its_other_models(net: Loopback, waterfall: Callable[..., Path]) -> None:
     two = {"base_url": net.serve().url, "models": ["one", "two"], "rate_limit": "100/min"}
     waterfall(first=two, second=net.serve())
-    answered = {cell.fault: cell.answered for cell in drill(load_config()).cells if cell.rung == "first/one"}
+    answered = {cell.fault: cell.answered for cell in drill(load_config()).cells if cell.candidate == "first/one"}
     assert answered["http_404"] == answered["http_500"] == "first/two"
     assert answered["http_401"] == answered["http_429"] == "second/small"
 
@@ -116,13 +116,13 @@ def test_found_servers_and_the_embedded_model_are_played_as_what_they_are(
     one, other, embedded = lab(tmp_path / "x.gguf")
     found = drill(load_config())
     assert found.rungs == (one, other, embedded) and found.ok
-    cells = {(cell.rung, cell.fault): cell for cell in found.cells}
+    cells = {(cell.candidate, cell.fault): cell for cell in found.cells}
     # a queue, a key and an address of its own for each server: what befalls one leaves the other
     assert {cells[one, fault].answered for fault in FAULTS if fault not in HARMLESS} == {other}
     assert {cells[other, fault].answered for fault in FAULTS if fault not in HARMLESS} == {embedded}
     assert all(cells[each, fault].answered == each for each in (one, other) for fault in HARMLESS)
     assert cells[other, "refused"].seen == "a degraded answer, where allow_degraded permits it"
-    assert [cell.fault for cell in found.cells if cell.rung == embedded] == list(IN_PROCESS)
+    assert [cell.fault for cell in found.cells if cell.candidate == embedded] == list(IN_PROCESS)
 
 
 def test_a_local_address_without_a_server_shows(

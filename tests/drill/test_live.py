@@ -138,7 +138,7 @@ def test_found_servers_and_the_embedded_model_answer(
     ran = biollm("drill", "--live", "--json")
     assert ran.code == 0, json.dumps(ran.json, indent=1)
     assert [(a["rung"], a["state"], a["degraded"]) for a in ran.json["answers"]] == [
-        (rung, "answered", rung == rungs[-1]) for rung in rungs
+        (candidate, "answered", candidate == rungs[-1]) for candidate in rungs
     ]
     assert ran.json["spent_usd"] == 0
 

@@ -19,7 +19,7 @@ from provider import Loopback
 from biollm._runtime import ledger as shared_ledger
 from biollm.client import get_model_client
 from biollm.config import Limit, load_config
-from biollm.ledger import Ledger, Need, Record, Refused
+from biollm.ledger import Claim, Ledger, Record, Refused
 from biollm.monitoring.snapshot import Top
 
 Write = Callable[..., Path]
@@ -51,7 +51,7 @@ def tokens(amount: float, unit: str = "min") -> Limit:
 
 def reserve(ledger: Ledger, limit: Limit, expected: float = 0) -> int | Refused:
     usd = {"usd": expected} if limit.kind == "usd" else {"tokens": expected}
-    return asyncio.run(ledger.reserve(Need(SCOPE, (limit,), **usd)))
+    return asyncio.run(ledger.reserve(Claim(SCOPE, (limit,), **usd)))
 
 
 def finish(ledger: Ledger, reservation: int | Refused | None, used: int, at: float = NOON, usd: float = 0.0) -> None:
@@ -165,8 +165,8 @@ def busy(folder: Path, seed: int, out: Any) -> None:
     ledger, dice = Ledger(folder), random.Random(seed)
 
     async def one() -> bool:
-        need, until = Need(SCOPE, (tokens(AMOUNT),), tokens=EXPECTED), time.monotonic() + 2
-        while isinstance(found := await ledger.reserve(need), Refused):
+        claim, until = Claim(SCOPE, (tokens(AMOUNT),), tokens=EXPECTED), time.monotonic() + 2
+        while isinstance(found := await ledger.reserve(claim), Refused):
             if time.monotonic() > until:
                 return False
             await asyncio.sleep(0.05)
@@ -231,21 +231,21 @@ def test_explain_top_and_ledger_agree_on_full(net: Loopback, waterfall: Write, s
     client, config = get_model_client(), load_config()
     limit = config.providers[0].accounts[0].limits[0]
     used = 100_000 - 5_000
-    finish(shared_ledger(), asyncio.run(shared_ledger().reserve(Need(SCOPE, (limit,)))), used, at=time.time())
+    finish(shared_ledger(), asyncio.run(shared_ledger().reserve(Claim(SCOPE, (limit,)))), used, at=time.time())
     shared_ledger().flush()
 
-    def standing(letters: int) -> tuple[str, str]:
-        (rung,) = client.explain("x" * letters)
+    def status(letters: int) -> tuple[str, str]:
+        (candidate,) = client.explain("x" * letters)
         try:
             client.complete("x" * letters)
         except Exception as error:
-            return rung.standing, type(error).__name__
-        return rung.standing, "answered"
+            return candidate.status, type(error).__name__
+        return candidate.status, "answered"
 
-    assert standing(30_000) == ("limited", "AllLimitedError")
+    assert status(30_000) == ("limited", "AllLimitedError")
     assert Top(config, shared_ledger(), state).snapshot().rungs[0].state == "ready"
-    assert standing(10) == ("ready", "answered")
-    finish(shared_ledger(), asyncio.run(shared_ledger().reserve(Need(SCOPE, (limit,)))), 5_000, at=time.time())
+    assert status(10) == ("ready", "answered")
+    finish(shared_ledger(), asyncio.run(shared_ledger().reserve(Claim(SCOPE, (limit,)))), 5_000, at=time.time())
     shared_ledger().flush()
-    assert standing(10) == ("limited", "AllLimitedError")
+    assert status(10) == ("limited", "AllLimitedError")
     assert Top(config, shared_ledger(), state).snapshot().rungs[0].state == "limited"

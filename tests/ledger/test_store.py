@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from biollm.config import Limit
-from biollm.ledger import Ledger, Need, Record, Refused
+from biollm.ledger import Claim, Ledger, Record, Refused
 from biollm.ledger import history as _rollup
 from biollm.ledger.quotas import Cooldown
 from biollm.ledger.sqlite import Database, on_network
@@ -53,7 +53,7 @@ def per(amount: float, unit: str, kind: str = "requests", resets: str | None = N
 
 
 def reserve(ledger: Ledger, *limits: Limit, scope: str = SCOPE, cooling: tuple[str, ...] = ()) -> int | Refused:
-    return asyncio.run(ledger.reserve(Need(scope, limits, cooling)))
+    return asyncio.run(ledger.reserve(Claim(scope, limits, cooling)))
 
 
 def granted(answers: list[int | Refused]) -> int:
@@ -237,7 +237,7 @@ def spawned_child(folder: Path, network: bool, count: int, threads: int, out: ob
     answers: list[int | Refused] = []
 
     async def burst() -> None:
-        answers.extend(await asyncio.gather(*(ledger.reserve(Need(SCOPE, (per(60, "min"),))) for _ in range(count))))
+        answers.extend(await asyncio.gather(*(ledger.reserve(Claim(SCOPE, (per(60, "min"),))) for _ in range(count))))
 
     running = [threading.Thread(target=lambda: asyncio.run(burst())) for _ in range(threads)]
     for one in running:
@@ -269,7 +269,7 @@ def test_a_limit_is_exact_over_two_ledgers_of_one_process(tmp_path: Path, networ
 
     async def ask(ledger: Ledger) -> None:
         for _ in range(60):
-            answers.append(await ledger.reserve(Need(SCOPE, (per(70, "min"),))))
+            answers.append(await ledger.reserve(Claim(SCOPE, (per(70, "min"),))))
 
     running = [threading.Thread(target=lambda one=one: asyncio.run(ask(one))) for one in ledgers]
     for one in running:
@@ -666,7 +666,7 @@ def test_a_queue_that_moves_is_waited_in(tmp_path: Path, clock: Clock, caplog: p
 
 def test_a_process_that_stands_still_blames_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def ask(ledger: Ledger) -> int | Refused:
-        asking = asyncio.create_task(ledger.reserve(Need(SCOPE, (per(1, "day"),))))
+        asking = asyncio.create_task(ledger.reserve(Claim(SCOPE, (per(1, "day"),))))
         await asyncio.sleep(0)
         time.sleep(0.4)  # noqa: ASYNC251 # as a callback of the user's may
         return await asking
@@ -846,7 +846,7 @@ def test_a_job_that_can_never_be_written_holds_up_no_other(ledger: Ledger, caplo
 
 def test_a_caller_that_went_away_breaks_nothing(ledger: Ledger) -> None:
     async def leave() -> None:
-        asking = asyncio.ensure_future(ledger.reserve(Need(SCOPE, (per(5, "min"),))))
+        asking = asyncio.ensure_future(ledger.reserve(Claim(SCOPE, (per(5, "min"),))))
         await asyncio.sleep(0)
         asking.cancel()
 

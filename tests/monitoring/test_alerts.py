@@ -36,7 +36,7 @@ FREQUENT = Quota("lightning/default", "120k tokens/min", "tokens", 120e3, 119e3,
 USED = Report(NOW - 900, NOW, "provider", True, (), ROW, quotas=(BUDGET, TOKENS, FREQUENT))
 
 
-def rung(state: Any, last: float | None = None) -> RungView:
+def candidate(state: Any, last: float | None = None) -> RungView:
     return RungView(1, "gemini/flash", state, "HTTP 503", (), None, last)
 
 
@@ -78,15 +78,19 @@ def seen(*, rungs: tuple[RungView, ...] = (), jobs: tuple[JobView, ...] = ()) ->
             seen(jobs=(replace(job("ready", 900), models="qwen, llama"), job("ready", 9000, "4712"))),
             ["the server of qwen, llama (job 4711) ends in 15 min"],
         ),
-        ({"down": "10 min"}, seen(rungs=(rung("failing"),)), ["gemini/flash gives no answer for 20 min: HTTP 503"]),
-        ({"down": "30 min"}, seen(rungs=(rung("failing"),)), []),
-        ({"down": "10 min"}, seen(rungs=(rung("failing", 60.0),)), []),
-        ({"down": "10 min"}, seen(rungs=(rung("limited"),)), []),
+        (
+            {"down": "10 min"},
+            seen(rungs=(candidate("failing"),)),
+            ["gemini/flash gives no answer for 20 min: HTTP 503"],
+        ),
+        ({"down": "30 min"}, seen(rungs=(candidate("failing"),)), []),
+        ({"down": "10 min"}, seen(rungs=(candidate("failing", 60.0),)), []),
+        ({"down": "10 min"}, seen(rungs=(candidate("limited"),)), []),
         ({"job_failed": True}, seen(jobs=(job("failed", 0),)), ["job 4711 (qwen) failed: out of memory"]),
         ({"expires": "30 min"}, seen(jobs=(job("ready", 900),)), ["the server of qwen (job 4711) ends in 15 min"]),
         ({"expires": "30 min"}, seen(jobs=(job("ready", 900), job("ready", 9000, "4712"))), []),
         ({"expires": "30 min"}, seen(jobs=(job("ready", 3600),)), []),
-        ({}, seen(rungs=(rung("failing"),), jobs=(job("failed", 0),)), []),
+        ({}, seen(rungs=(candidate("failing"),), jobs=(job("failed", 0),)), []),
     ],
 )
 def test_a_rule_holds_when_it_should(rules: Any, snapshot: Snapshot, texts: list[str]) -> None:
@@ -276,7 +280,7 @@ def test_a_bound_of_nothing_is_a_rule_like_any_other(
 ) -> None:
     waterfall({"alerts": rules}, first=net.serve())
     sent("ok")
-    config, said, shot = load_config(), list[str](), seen(rungs=(rung("failing"),))
+    config, said, shot = load_config(), list[str](), seen(rungs=(candidate("failing"),))
     for later in range(3):
         found = alerts.check(config, ledger(), replace(shot, at=NOW + later), state, said.append)
         assert [each.rule for each in found] == [*rules]

@@ -27,7 +27,7 @@ from provider import Loopback
 from biollm._runtime import ledger
 from biollm.client import get_model_client
 from biollm.config import load_config
-from biollm.ledger import Ledger, Need
+from biollm.ledger import Claim, Ledger
 from biollm.monitoring.dashboard import render
 from biollm.monitoring.snapshot import Minute, Quota, RungView, Snapshot, Top
 
@@ -44,8 +44,11 @@ def test_the_recording_in_the_examples_is_what_top_shows(waterfall: Write, tmp_p
 
 
 def test_each_rung_stands_as_it_does(waterfall: Write, tmp_path: Path) -> None:
-    rungs = {rung.deployment.split("/")[0]: rung for rung in reversed(group(waterfall, tmp_path).snapshot().rungs)}
-    assert {name: rung.state for name, rung in rungs.items()} == {
+    rungs = {
+        candidate.deployment.split("/")[0]: candidate
+        for candidate in reversed(group(waterfall, tmp_path).snapshot().rungs)
+    }
+    assert {name: candidate.state for name, candidate in rungs.items()} == {
         "lightning": "limited",
         "gemini": "cooling",
         "github_copilot": "ready",
@@ -69,7 +72,7 @@ def test_an_attempt_is_seen_when_it_happens(net: Loopback, waterfall: Write) -> 
     get_model_client().complete("a prompt that nobody may see")
     ledger().flush()
     after = top.snapshot()
-    assert [rung.state for rung in before.rungs] == ["ready", "ready"]
+    assert [candidate.state for candidate in before.rungs] == ["ready", "ready"]
     assert sum(minute.requests for minute in before.minutes) == 0
     assert after.rungs[0].state == "cooling"
     assert after.rungs[0].why
@@ -120,11 +123,11 @@ def test_a_limit_with_no_room_for_a_whole_request_is_used_up(
 ) -> None:
     waterfall(first={"base_url": "http://localhost:1/v1", "rate_limit": "7.5/hour"})  # half of 15, say
     config, ledger = load_config(), Ledger(tmp_path, network=False)
-    need = Need("first/default", tuple(config.providers[0].accounts[0].limits))
-    assert all(isinstance(asyncio.run(ledger.reserve(need)), int) for _ in range(sent))  # type: ignore[arg-type]
+    claim = Claim("first/default", tuple(config.providers[0].accounts[0].limits))
+    assert all(isinstance(asyncio.run(ledger.reserve(claim)), int) for _ in range(sent))  # type: ignore[arg-type]
     ledger.cool("account:first/default", 42, "HTTP 503")
-    (rung,) = Top(config, ledger, tmp_path).snapshot().rungs
-    assert (rung.state, rung.quotas) == (state, (Quota("7.5/hour", sent, 7.5),))
+    (candidate,) = Top(config, ledger, tmp_path).snapshot().rungs
+    assert (candidate.state, candidate.quotas) == (state, (Quota("7.5/hour", sent, 7.5),))
 
 
 def test_a_new_history_file_is_followed(quiet: tuple[Top, Ledger], tmp_path: Path) -> None:

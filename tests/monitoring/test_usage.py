@@ -23,7 +23,7 @@ from biollm.client import Client
 from biollm.config import Config, load_config
 from biollm.config.site import own_dir
 from biollm.errors import UsageError
-from biollm.ledger import Ledger, Need, Record, history
+from biollm.ledger import Claim, Ledger, Record, history
 from biollm.monitoring import metrics, usage
 from biollm.monitoring.usage import Report
 
@@ -338,8 +338,8 @@ def test_an_earlier_versions_history_is_merged(tmp_path: Path) -> None:
 
 async def _spend(ledger: Ledger, config: Config, usd: float) -> None:
     account = config.providers[0].accounts[0]
-    need = Need("first/default", account.limits)
-    ledger.finish(await ledger.reserve(need), need.scope, replace(OK, at=time.time(), cost_usd=usd))  # type: ignore[arg-type]
+    claim = Claim("first/default", account.limits)
+    ledger.finish(await ledger.reserve(claim), claim.scope, replace(OK, at=time.time(), cost_usd=usd))  # type: ignore[arg-type]
 
 
 def test_quotas_say_what_is_left_and_on_which_day_it_ends(tmp_path: Path, waterfall: Callable[..., Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from provider import Loopback
 
-from biollm.ledger import Ledger, Need
+from biollm.ledger import Claim, Ledger
 from biollm.routing import callback, import_waterfall
 from biollm.routing.callback import Turn
 
@@ -42,7 +42,7 @@ def test_a_turn_tells_whether_litellm_handed_the_request_to_its_http_client(
     net: Loopback, tmp_path: Path, model: str, messages: list[Any], handed: bool, stream: bool
 ) -> None:
     server = net.serve()
-    turn = Turn(Ledger(tmp_path), {"a": Need("a", (), ())})
+    turn = Turn(Ledger(tmp_path), {"a": Claim("a", (), ())})
     asyncio.run(_ask(model, server.url, messages, stream, turn))
     assert (turn.handed, len(server.requests)) == (handed, int(handed))
 

@@ -12,9 +12,9 @@ from provider import Loopback
 
 from biollm._runtime import apart
 from biollm.config import load_config
-from biollm.ledger import Ledger, Need, Refused
-from biollm.routing.candidates import Rungs, explain, note_refusal
-from biollm.routing.deployments import Wants
+from biollm.ledger import Claim, Ledger, Refused
+from biollm.routing.candidates import DeploymentPool, explain, note_refusal
+from biollm.routing.deployments import Requirements
 from biollm.slurm.endpoints import Endpoint
 
 Write = Callable[..., Path]
@@ -35,9 +35,9 @@ def server(start: str, key: Path) -> Endpoint:
     )  # fmt: skip
 
 
-def standings(rungs: Rungs) -> dict[str, str]:
+def standings(rungs: DeploymentPool) -> dict[str, str]:
     rungs.refresh()
-    return {rung.deployment.id: rung.standing for rung in rungs.standing(Wants())}
+    return {candidate.deployment.id: candidate.status for candidate in rungs.candidates(Requirements())}
 
 
 @pytest.mark.parametrize("key", [None, b"\xff\xfe"], ids=["gone", "not text"])
@@ -53,7 +53,7 @@ def test_a_server_whose_key_cannot_be_read_is_passed_over(
     if key is not None:
         (tmp_path / "bad").write_bytes(key)
     servers = [server("bad", tmp_path / "bad"), server("good", tmp_path / "good")]
-    rungs = Rungs(load_config(), ledger, tmp_path, "any", lambda: servers)
+    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any", lambda: servers)
     ledger.cool("account:elsewhere/default", 60, "so that every rung's needs are looked at")
     assert standings(rungs) == {"gpu/mine#bad": "absent", "gpu/mine#good": "ready", "after/small": "ready"}
     assert "the key of the server on node1 cannot be read" in rungs.missing(rungs.deployments[0])
@@ -89,7 +89,7 @@ def copilot_login(folder: Path) -> None:
     ],
 )
 def test_what_comes_while_the_process_runs_is_noticed(
-    waterfall: Write, ledger: Ledger, tmp_path: Path, comes: Callable[[Path], None], rung: str, stands: str
+    waterfall: Write, ledger: Ledger, tmp_path: Path, comes: Callable[[Path], None], candidate: str, stands: str
 ) -> None:
     models = {
         "mine": {"type": "local", "hf_id": "lab/mine"},
@@ -103,18 +103,18 @@ def test_what_comes_while_the_process_runs_is_noticed(
         last={"type": "embedded", "models": ["tiny"]},
     )
     servers = [server("late", tmp_path / "server.key")]
-    rungs = Rungs(load_config(), ledger, tmp_path, "any", lambda: servers, interval=0)
+    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any", lambda: servers, interval=0)
     before = standings(rungs)
     assert set(before.values()) == {"keyless", "absent"}
     comes(tmp_path)
     assert rungs.refresh() is (stands == "ready"), "the Router follows when it is told of a change"
-    assert standings(rungs) == before | {rung: stands}
+    assert standings(rungs) == before | {candidate: stands}
     assert not rungs.refresh()
 
 
 def test_what_is_missing_is_not_looked_for_at_each_request(waterfall: Write, ledger: Ledger, tmp_path: Path) -> None:
     waterfall(filed={"key_file": str(tmp_path / "api.key"), "base_url": "http://localhost:1/v1"})
-    rungs = Rungs(load_config(), ledger, tmp_path, "any")
+    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any")
     rungs.refresh()
     api_key(tmp_path)
     assert not rungs.refresh()
@@ -124,7 +124,7 @@ def test_a_server_that_left_is_no_reason_to_wait_for_ever(waterfall: Write, ledg
     waterfall({"models": {"mine": {"type": "local", "hf_id": "lab/mine"}}}, gpu={"type": "local", "models": ["mine"]})
     server_key(tmp_path)
     servers = [server("late", tmp_path / "server.key")]
-    rungs = Rungs(load_config(), ledger, tmp_path, "any", lambda: servers)
+    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any", lambda: servers)
     rungs.refresh()
     [deployment] = rungs.deployments
     servers.clear()
@@ -151,16 +151,16 @@ def test_a_limit_is_full_to_explain_when_it_is_to_the_ledger(
     waterfall: Write, ledger: Ledger, tmp_path: Path, limit: dict[str, str], sent: int, stands: str
 ) -> None:
     waterfall(first={"base_url": "http://localhost:1/v1", **limit})
-    rungs = Rungs(load_config(), ledger, tmp_path, "any")
+    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any")
     rungs.refresh()
-    need = Need(rungs.deployments[0].scope, rungs.deployments[0].limits)
+    claim = Claim(rungs.deployments[0].scope, rungs.deployments[0].limits)
 
     async def send(count: int) -> list[int | Refused]:
-        return [await ledger.reserve(need) for _ in range(count)]
+        return [await ledger.reserve(claim) for _ in range(count)]
 
     assert not any(isinstance(answer, Refused) for answer in asyncio.run(send(sent)))
-    (rung,) = explain(rungs, Wants())
-    assert rung.standing == stands
+    (candidate,) = explain(rungs, Requirements())
+    assert candidate.status == stands
     (answer,) = asyncio.run(send(1))
     assert isinstance(answer, Refused) == (stands == "limited")
 
@@ -169,16 +169,16 @@ def test_a_refusal_of_images_is_remembered_for_requests_with_them(
     net: Loopback, waterfall: Write, ledger: Ledger, tmp_path: Path
 ) -> None:
     waterfall(blind=net.refusing(), seeing=net.refusing())
-    rungs = Rungs(load_config(), ledger, tmp_path, "any")
+    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any")
     rungs.refresh()
 
-    def standing(*media: str) -> list[str]:
-        return [rung.reason for rung in rungs.standing(Wants(media=frozenset(media)))]
+    def status(*media: str) -> list[str]:
+        return [candidate.reason for candidate in rungs.candidates(Requirements(media=frozenset(media)))]
 
-    assert standing("images") == ["", ""]
+    assert status("images") == ["", ""]
     note_refusal(rungs.deployments[0], frozenset({"images"}))
-    assert standing() == standing("audio") == ["", ""]
-    assert standing("images") == ["refused images before", ""]
-    assert standing("images", "audio") == ["refused audio and images before", ""]
+    assert status() == status("audio") == ["", ""]
+    assert status("images") == ["refused images before", ""]
+    assert status("images", "audio") == ["refused audio and images before", ""]
     note_refusal(rungs.deployments[1], frozenset({"images", "audio"}))
-    assert standing("images") == ["refused images before", ""]  # it may have been for the audio
+    assert status("images") == ["refused images before", ""]  # it may have been for the audio

@@ -13,7 +13,7 @@ import pytest
 from biollm import _ownership
 from biollm.config import Config, Limit, Model, load_config
 from biollm.routing import deployments, router_config
-from biollm.routing.deployments import Wants
+from biollm.routing.deployments import Requirements
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "shipped_waterfall.json"
 
@@ -170,23 +170,23 @@ def test_both_groups_and_only_deployments_with_a_key(config: Config) -> None:
 @pytest.mark.parametrize(
     ("ident", "wants", "reason"),
     [
-        ("one/big", Wants(), None),
-        ("one/big", Wants(policy="local_only"), "local_only"),
-        ("one/big", Wants(policy="no_training"), "train on prompts"),
-        ("two.lab/big", Wants(policy="no_training"), None),
-        ("gpu/mine#1", Wants(tools=True), "takes no tools"),
-        ("two.lab/big", Wants(tools=True), None),
-        ("gpu/mine#1", Wants(capability="reasoning"), None),
-        ("two.lab/big", Wants(capability="reasoning"), "lacks the capability"),
-        ("gpu/mine#1", Wants(prompt=2048), None),
-        ("gpu/mine#1", Wants(prompt=2049), "its context is 2048"),
+        ("one/big", Requirements(), None),
+        ("one/big", Requirements(policy="local_only"), "local_only"),
+        ("one/big", Requirements(policy="no_training"), "train on prompts"),
+        ("two.lab/big", Requirements(policy="no_training"), None),
+        ("gpu/mine#1", Requirements(tools=True), "takes no tools"),
+        ("two.lab/big", Requirements(tools=True), None),
+        ("gpu/mine#1", Requirements(capability="reasoning"), None),
+        ("two.lab/big", Requirements(capability="reasoning"), "lacks the capability"),
+        ("gpu/mine#1", Requirements(prompt=2048), None),
+        ("gpu/mine#1", Requirements(prompt=2049), "its context is 2048"),
     ],
 )
 def test_what_a_request_needs_rules_deployments_out(
-    config: Config, ident: str, wants: Wants, reason: str | None
+    config: Config, ident: str, requirements: Requirements, reason: str | None
 ) -> None:
     (deployment,) = [d for d in deployments.build_deployments(config, [server("1")]) if d.id == ident]
-    said = deployments.obstacle(deployment, wants)
+    said = deployments.obstacle(deployment, requirements)
     assert said is None if reason is None else said and reason in said
 
 
@@ -210,7 +210,7 @@ def test_images_go_to_who_may_take_them(
     tmp_path: Path, ident: str, vision: bool | None, media: tuple[str, ...], reason: str | None
 ) -> None:
     [found] = [d for d in deployments.build_deployments(_config(tmp_path, shipped=True)) if d.id == ident]
-    assert deployments.obstacle(replace(found, vision=vision), Wants(media=frozenset(media))) == reason
+    assert deployments.obstacle(replace(found, vision=vision), Requirements(media=frozenset(media))) == reason
 
 
 @pytest.mark.parametrize(
@@ -256,9 +256,9 @@ def test_a_long_answer_is_shortened_to_what_fits(
     reason: str | None,
 ) -> None:  # fmt: skip
     deployment = replace(deployments.build_deployments(config)[0], context_length=context, max_output=most)
-    wants = Wants(prompt=prompt, prompt_most=2 * prompt, answer=wanted)
-    assert deployments.obstacle(deployment, wants) == reason
-    assert deployments.allowance(deployment, wants) == asked
+    requirements = Requirements(prompt=prompt, prompt_most=2 * prompt, answer=wanted)
+    assert deployments.obstacle(deployment, requirements) == reason
+    assert deployments.allowance(deployment, requirements) == asked
 
 
 @pytest.mark.parametrize(

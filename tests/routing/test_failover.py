@@ -55,9 +55,9 @@ REFUSED, PREFILL = Call("", SCENARIOS["S13"].reason, 0.0, 1.0), Call("", REFUSES
     ],
 )  # fmt: skip
 def test_a_verdict_is_what_the_benchmark_says(
-    scenario: str, calls: list[Call], asked: list[float], verdict: str
+    scenario: str, calls: list[Call], asked: list[float], failure: str
 ) -> None:
-    assert SCENARIOS[scenario].verdict(Seen(calls, asked, "primary", "fallback")) == verdict
+    assert SCENARIOS[scenario].failure(Seen(calls, asked, "primary", "fallback")) == failure
 
 
 # With the defaults no 429 is waited out, and a stream that broke after some text ends with an error.
@@ -72,6 +72,6 @@ def test_a_scenario_ends_as_it_should(
     state: dict[str, Seen], scenario: str, wiring: str, tuning: str, face: str
 ) -> None:
     seen = state[Play(scenario, wiring, tuning, face).name]
-    assert SCENARIOS[scenario].verdict(seen) == (DEFAULTS.get(scenario, "pass") if tuning == "defaults" else "pass"), (
+    assert SCENARIOS[scenario].failure(seen) == (DEFAULTS.get(scenario, "pass") if tuning == "defaults" else "pass"), (
         seen
     )

@@ -88,8 +88,8 @@ def test_what_the_account_can_afford_is_read() -> None:
     ],
 )
 def test_a_failure_without_an_answer_is_of_one_kind(error: Exception, kind: str, rests: str) -> None:
-    verdict = classify(error, NOW)
-    assert (verdict.kind, verdict.rests) == (kind, rests)
+    failure = classify(error, NOW)
+    assert (failure.kind, failure.rests) == (kind, rests)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_a_failure_without_an_answer_is_of_one_kind(error: Exception, kind: str,
     ],
 )
 def test_what_was_raised_before_anything_was_sent_rests_nothing(error: Exception, kind: str, goes_on: bool) -> None:
-    verdict = classify(error, NOW, handed=False)
-    assert (verdict.kind, verdict.rests, verdict.sent, verdict.rule.next) == (kind, "", False, goes_on)
+    failure = classify(error, NOW, handed=False)
+    assert (failure.kind, failure.rests, failure.sent, failure.rule.next) == (kind, "", False, goes_on)
 
 
 def test_a_connection_that_breaks_while_a_token_is_fetched_is_no_fault_of_the_request() -> None:

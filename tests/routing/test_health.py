@@ -71,7 +71,7 @@ def test_a_provider_with_one_living_account_is_available(net: Loopback, waterfal
 def test_who_has_no_address_here_is_neither_up_nor_down(
     net: Loopback, waterfall: Write, biollm: Callable[..., Ran], rungs: dict[str, Any], available: Any, code: int
 ) -> None:
-    waterfall(**{name: net.refusing() if rung == "refusing" else rung for name, rung in rungs.items()})
+    waterfall(**{name: net.refusing() if candidate == "refusing" else candidate for name, candidate in rungs.items()})
     status = check_all_providers()
     assert {name: each["available"] for name, each in status.items()} == available
     assert available["groq"] is False or "known to LiteLLM alone" in status["groq"]["error"]

@@ -94,7 +94,7 @@ def replicas(waterfall: Callable[..., Path], tmp_path: Path) -> Replicas:
 def told(client: Client, count: int) -> Client:
     """Wait until so many servers have said how busy they are: a request waits for that 0.3 s, and not every time."""
     deadline = time.monotonic() + 30
-    while sum(rung.load is not None and rung.load.told is not None for rung in client.explain()) < count:
+    while sum(candidate.load is not None and candidate.load.told is not None for candidate in client.explain()) < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return client
@@ -191,7 +191,10 @@ def test_what_a_server_says_of_our_own_requests_is_not_counted_twice(net: Loopba
             tasks += [asyncio.create_task(client.acomplete("hi")) for _ in range(count)]
             for _ in range(1000):  # until both have said so
                 rungs = await asyncio.to_thread(client.explain)
-                if [rung.load and rung.load.told and rung.load.told.running for rung in rungs] == [busy, busy]:
+                if [candidate.load and candidate.load.told and candidate.load.told.running for candidate in rungs] == [
+                    busy,
+                    busy,
+                ]:
                     break
                 await asyncio.sleep(0.02)
             found.append([len(shared.completions), len(idle.completions)])

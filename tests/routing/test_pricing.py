@@ -45,8 +45,8 @@ def paid(model: str, priority: int = 1, **more: Any) -> dict[str, Any]:
 def order(**options: Any) -> list[str]:
     """Return the providers' names in the order in which they would be asked."""
     found = get_model_client(**options.pop("client", {})).explain(options.pop("prompt", "hi"), **options)
-    assert [rung.deployment.order for rung in found] == list(range(1, len(found) + 1))
-    return [rung.deployment.provider.name for rung in found]
+    assert [candidate.deployment.order for candidate in found] == list(range(1, len(found) + 1))
+    return [candidate.deployment.provider.name for candidate in found]
 
 
 def test_free_is_first_and_unknown_last_and_priorities_are_kept(waterfall: Write) -> None:
@@ -143,7 +143,7 @@ def test_accounts_of_one_model_stay_one_rung(waterfall: Write) -> None:
     two = paid("gpt-4o-mini", accounts=accounts)
     waterfall(CHEAPEST, dear=paid("gpt-4.1"), lab=paid("gpt-5.1"), cheap=two)
     found = get_model_client().explain("hi")
-    assert [(rung.deployment.order, rung.deployment.id) for rung in found][:2] == [
+    assert [(candidate.deployment.order, candidate.deployment.id) for candidate in found][:2] == [
         (1, "cheap.dear/gpt-4o-mini"),
         (1, "cheap.lab/gpt-4o-mini"),
     ]
