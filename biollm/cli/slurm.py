@@ -10,12 +10,12 @@ import typer
 
 from biollm.cli import output
 from biollm.cli.output import Json, Progress
-from biollm.errors import UnknownNameError, UsageError
+from biollm.errors import SlurmError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from biollm.config import Config, Model
-    from biollm.slurm.launch import Options
     from biollm.slurm.memory import FitReport
+    from biollm.slurm.script import Options
     from biollm.slurm.submissions import Job
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="One or several models.")]
@@ -42,22 +42,37 @@ def render_slurm(
     gpus: Gpus = None,
     change: Set = None,
     force: Force = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Just `vllm serve`, without biollm's supervisor.")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="Port for --plain.")] = 8000,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the script there.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the script to a file.")
     ] = None,
 ) -> None:
-    """Print the launch script of a model server.
+    """Print the launch script of a model server, ready for sbatch.
 
-    Of several models: one job. Submits nothing.
+    Several models share one job. Nothing is submitted.
     """
+    from biollm import slurm
     from biollm._files import write_for_user
     from biollm.config import load_config
-    from biollm.slurm.launch import render
+    from biollm.slurm.script import render, render_plain
 
     config = load_config()
     options = _options(partition=partition, account=account, qos=qos, time=time, gpus=gpus, force=force)
-    script = render(_chosen(config, models, change), config.cluster, options)
-    for warning in script.warnings:
+    chosen = _chosen(config, models, change)
+    if plain:
+        if len(chosen) > 1:
+            raise UsageError("--plain serves one model.", hint="Render one script for each model.")
+        key_file = slurm.plain_key_file(config.cluster)
+        script = render_plain(chosen[0], config.cluster, options, key_file=key_file, port=port)
+    else:
+        script = render(chosen, config.cluster, options)
+    warnings = [*script.warnings]
+    try:
+        slurm.prepare(config.cluster, plain=plain)
+    except (SlurmError, OSError) as error:
+        warnings.append(f"{error} Repeat this command on a login node before sbatch: it writes what the job reads.")
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if output:
         write_for_user(output, script.text)
@@ -67,7 +82,7 @@ def render_slurm(
 
 def _options(*, time: str | None, **rest: Any) -> Options:
     from biollm.config.values import walltime
-    from biollm.slurm.launch import Options
+    from biollm.slurm.script import Options
 
     try:
         return Options(walltime=walltime(time) if time else None, **rest)
@@ -77,7 +92,7 @@ def _options(*, time: str | None, **rest: Any) -> Options:
 
 def _chosen(config: Config, names: list[str], changes: list[str] | None = None) -> list[Model]:
     """Return the local models of these names, with `--set` applied to each."""
-    from biollm.slurm.launch import override
+    from biollm.slurm.script import override
 
     local = {key: model for key, model in config.models.items() if model.type == "local"}
     chosen: list[Model] = []

@@ -7,7 +7,7 @@ from biollm.config import Config, Model
 from biollm.errors import BiollmError, UnavailableError
 from biollm.routing import deployments
 from biollm.routing.deployments import Requirements
-from biollm.slurm.launch import render
+from biollm.slurm.script import render
 
 
 def startable(config: Config, requirements: Requirements) -> Model:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import secrets
 import shutil
 import time
 import uuid
@@ -27,8 +28,7 @@ from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.slurm import commands, weights
 from biollm.slurm.commands import Queue
 from biollm.slurm.endpoints import Endpoint, Records, Watch, ask, load
-from biollm.slurm.launch import LaunchScript, Options, render
-from biollm.slurm.sbatch import header, request
+from biollm.slurm.script import LaunchScript, Options, header, render, request
 from biollm.slurm.submissions import (
     Job,
     Ticket,
@@ -288,8 +288,11 @@ def _submit_all(
     hours = count * script.gpus * asked.walltime / 3600
     known = status(cluster)
     check_limits(cluster, known, jobs=count, gpus=replicas * script.gpus * min(links, 2), hours=hours)
-    _prepare(cluster, share, known)
-    lead = asked.drain + 2 * _start_time(models, cluster, asked.walltime)
+    prepare(cluster)
+    sweep(cluster, known)
+    if share:
+        _share(cluster, share)
+    lead = (asked.drain or 0) + 2 * _start_time(models, cluster, asked.walltime)
     minutes = int(asked.walltime - lead) // 60
     new: list[Ticket] = []
     for _ in range(replicas):
@@ -340,29 +343,45 @@ def _start_time(models: Sequence[Model], cluster: Cluster, walltime: float) -> f
     return max(times.get(model.key, min(model.start_timeout, walltime / 8)) for model in models)
 
 
-def _prepare(cluster: Cluster, share: str, known: Sequence[Job]) -> None:
-    """Make the node files and the map of the nodes; open what a client reads to a group."""
+def prepare(cluster: Cluster, *, plain: bool = False) -> None:
+    """Write what a job reads: its folders, the supervisor's files or a plain script's key, the nodes' addresses.
+
+    Raises:
+        SlurmError: A file of the supervisor is not what this version writes, or Slurm does not answer.
+        OSError: The run directory cannot be written.
+    """
     folder = _own_dir(cluster)
     private_folder(log_dir(cluster))
-    sweep(cluster, known)
     for path, text in node_files(cluster).items():
         if not path.exists():
             write_private(path, text)
             path.chmod(0o644)
         if path.stat().st_uid not in uids(cluster.trusted_owners) or path.read_text() != text:
             raise SlurmError(f"{path} is not what this version put there.", hint="Remove it, or use your own run_dir.")
+    if plain and not (key := plain_key_file(cluster)).exists():
+        write_private(key, secrets.token_urlsafe(32))
     nodes = folder / f"nodes-{cluster.name}.json"
     write_private(nodes, json.dumps(commands.nodes()))
     nodes.chmod(0o644)
-    for path in (run_dir(cluster), folder, folder / "records", folder / "starts") if share else ():
-        shutil.chown(path, group=share)
+
+
+def plain_key_file(cluster: Cluster) -> Path:
+    """Return where this user's key for servers of plain scripts lies."""
+    return own_dir(cluster) / f"plain-{os.getuid()}.key"
+
+
+def _share(cluster: Cluster, group: str) -> None:
+    """Open what a client reads to a group."""
+    folder = own_dir(cluster)
+    for path in (run_dir(cluster), folder, folder / "records", folder / "starts"):
+        shutil.chown(path, group=group)
         path.chmod(path.stat().st_mode & 0o7777 | 0o050)
 
 
 def _submit(script: LaunchScript, cluster: Cluster, ticket: Ticket, options: list[str], share: str) -> Ticket:
     path = own_dir(cluster) / "jobs" / f"{ticket.id}.sh"
     write_private(path, script.text)
-    arguments = ["--ticket", ticket.id, *(["--share", share] if share else [])]
+    arguments = ["--submission", ticket.id, *(["--share", share] if share else [])]
     if ticket.chain:
         arguments += ["--chain", ticket.chain, "--link", str(ticket.link), "--links", str(ticket.links)]
     job = commands.submit(path, arguments, options)

@@ -37,7 +37,7 @@ def snapshot() -> dict[str, Any]:
 
 def problems(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield (key, one sentence) for everything in `args` that vLLM would refuse, or take and then fail."""
-    flags = snapshot()["flags"]
+    known = snapshot()["flags"]
     given = {_name(key) for key in args}
     for key, value in args.items():
         name = _name(key)
@@ -45,9 +45,9 @@ def problems(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
             yield key, "is a secret. Every start gets a key of its own; `biollm pull` reads HF_TOKEN."
         elif name in _OURS:
             yield key, "is set by biollm itself. Take it out."
-        elif name not in flags:
-            yield key, f"is no flag of vLLM {snapshot()['vllm']}. {nearest(name, flags, repr)}".rstrip()
-        elif message := _wrong(name, flags[name], value, free=_PLUGINS.get(name) in given):
+        elif name not in known:
+            yield key, f"is no flag of vLLM {snapshot()['vllm']}. {nearest(name, known, repr)}".rstrip()
+        elif message := _wrong(name, known[name], value, free=_PLUGINS.get(name) in given):
             yield key, message
     if args.get("enable_auto_tool_choice") and "tool_call_parser" not in given:
         yield "enable_auto_tool_choice", "needs tool_call_parser beside it."
@@ -90,23 +90,22 @@ def _number(name: str, kind: str, value: Any) -> str | None:
     return f"is {value}; the least is {least}." if least is not None and value < least else None
 
 
-def argv(args: Mapping[str, object]) -> list[str]:
-    """Return `args` as command-line arguments; call it only on what has no `problems`."""
-    flags = snapshot()["flags"]
-    words: list[str] = []
+def flags(args: Mapping[str, object]) -> Iterator[list[str]]:
+    """Yield the words of each flag on the command line; call it only on what has no `problems`."""
     value: Any
     for key, value in args.items():
-        flag, kind = "--" + _name(key).replace("_", "-"), flags[_name(key)]
+        flag, kind = "--" + _name(key).replace("_", "-"), snapshot()["flags"][_name(key)]
         if isinstance(value, bool):
-            words += [flag] if value else [f"--no-{flag[2:]}"] if kind == "bool" else []
+            if value or kind == "bool":
+                yield [flag if value else f"--no-{flag[2:]}"]
         elif isinstance(value, dict) or (isinstance(value, list) and kind == "json"):
-            words += [flag, json.dumps(value, separators=(",", ":"))]
+            yield [flag, json.dumps(value, separators=(",", ":"))]
         elif isinstance(value, list):
-            words += [flag, *map(str, cast("list[object]", value))] if value else []
+            if value:
+                yield [flag, *map(str, cast("list[object]", value))]
         else:
             text = str(value)
-            words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-    return words
+            yield [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 
 
 def _name(key: str) -> str:

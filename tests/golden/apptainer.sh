@@ -30,29 +30,12 @@ export NCCL_DEBUG=WARN
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec apptainer exec --nv --bind=/scratch/lab/biollm --bind=/scratch/lab/biollm/logs --bind=/scratch/lab/biollm/cache --bind=/scratch/lab/models --bind=/data:/data:ro /images/vllm.sif python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
-{
- "v": 1,
- "cluster": "university",
- "run_dir": "/scratch/lab/biollm/biollm",
- "log_dir": "/scratch/lab/biollm/logs",
- "walltime": 93600,
- "drain": 120,
- "idle_timeout": 0,
- "nodes": 1,
- "models": [
-  {
-   "name": "codellama-34b",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/codellama/CodeLlama-34b-Instruct-hf",
-    "--served-model-name", "codellama-34b",
-    "--tensor-parallel-size", "1",
-    "--max-model-len", "16384",
-    "--dtype", "bfloat16"
-   ],
-   "gpus": 1,
-   "start_timeout": 1200
-  }
- ]
-}
-BIOLLM_SPEC
+exec apptainer exec --nv --bind=/scratch/lab/biollm --bind=/scratch/lab/biollm/logs --bind=/scratch/lab/biollm/cache --bind=/scratch/lab/models --bind=/data:/data:ro /images/vllm.sif \
+  python3 /scratch/lab/biollm/biollm/lib/biollm_supervisor_HASH.py "$@" \
+  --cluster university --log-dir /scratch/lab/biollm/logs --walltime 93600 --drain 120 --idle-timeout 0 \
+  --model codellama-34b --gpus 1 --start-timeout 1200 -- \
+  vllm serve /scratch/lab/models/codellama/CodeLlama-34b-Instruct-hf \
+    --served-model-name codellama-34b \
+    --tensor-parallel-size 1 \
+    --max-model-len 16384 \
+    --dtype bfloat16

@@ -26,30 +26,12 @@ export VLLM_CACHE_ROOT=/scratch/lab/biollm/cache/vllm
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
-{
- "v": 1,
- "cluster": "a3-highgpu-8g",
- "run_dir": "/scratch/lab/biollm/biollm",
- "log_dir": "/scratch/lab/biollm/logs",
- "walltime": 28800,
- "drain": 120,
- "idle_timeout": 1800,
- "nodes": 1,
- "models": [
-  {
-   "name": "deepseek-coder-v2",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/deepseek-ai/DeepSeek-Coder-V2-Instruct",
-    "--served-model-name", "deepseek-coder-v2",
-    "--tensor-parallel-size", "8",
-    "--max-model-len", "131072",
-    "--dtype", "bfloat16",
-    "--trust-remote-code"
-   ],
-   "gpus": 8,
-   "start_timeout": 3600
-  }
- ]
-}
-BIOLLM_SPEC
+exec python3 /scratch/lab/biollm/biollm/lib/biollm_supervisor_HASH.py "$@" \
+  --cluster a3-highgpu-8g --log-dir /scratch/lab/biollm/logs --walltime 28800 --drain 120 --idle-timeout 1800 \
+  --model deepseek-coder-v2 --gpus 8 --start-timeout 3600 -- \
+  vllm serve /scratch/lab/models/deepseek-ai/DeepSeek-Coder-V2-Instruct \
+    --served-model-name deepseek-coder-v2 \
+    --tensor-parallel-size 8 \
+    --max-model-len 131072 \
+    --dtype bfloat16 \
+    --trust-remote-code

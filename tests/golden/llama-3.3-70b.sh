@@ -26,32 +26,14 @@ export VLLM_CACHE_ROOT=/scratch/lab/biollm/cache/vllm
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
-{
- "v": 1,
- "cluster": "a3-highgpu-8g",
- "run_dir": "/scratch/lab/biollm/biollm",
- "log_dir": "/scratch/lab/biollm/logs",
- "walltime": 28800,
- "drain": 120,
- "idle_timeout": 1800,
- "nodes": 1,
- "models": [
-  {
-   "name": "llama-3.3-70b",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/meta-llama/Llama-3.3-70B-Instruct",
-    "--served-model-name", "llama-3.3-70b",
-    "--tensor-parallel-size", "2",
-    "--max-model-len", "32768",
-    "--gpu-memory-utilization", "0.95",
-    "--dtype", "bfloat16",
-    "--enable-auto-tool-choice",
-    "--tool-call-parser", "llama3_json"
-   ],
-   "gpus": 2,
-   "start_timeout": 1800
-  }
- ]
-}
-BIOLLM_SPEC
+exec python3 /scratch/lab/biollm/biollm/lib/biollm_supervisor_HASH.py "$@" \
+  --cluster a3-highgpu-8g --log-dir /scratch/lab/biollm/logs --walltime 28800 --drain 120 --idle-timeout 1800 \
+  --model llama-3.3-70b --gpus 2 --start-timeout 1800 -- \
+  vllm serve /scratch/lab/models/meta-llama/Llama-3.3-70B-Instruct \
+    --served-model-name llama-3.3-70b \
+    --tensor-parallel-size 2 \
+    --max-model-len 32768 \
+    --gpu-memory-utilization 0.95 \
+    --dtype bfloat16 \
+    --enable-auto-tool-choice \
+    --tool-call-parser llama3_json

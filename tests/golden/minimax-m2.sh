@@ -26,33 +26,15 @@ export VLLM_CACHE_ROOT=/scratch/lab/biollm/cache/vllm
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
-{
- "v": 1,
- "cluster": "a3-highgpu-8g",
- "run_dir": "/scratch/lab/biollm/biollm",
- "log_dir": "/scratch/lab/biollm/logs",
- "walltime": 28800,
- "drain": 120,
- "idle_timeout": 1800,
- "nodes": 1,
- "models": [
-  {
-   "name": "minimax-m2",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/MiniMaxAI/MiniMax-M2",
-    "--served-model-name", "minimax-m2",
-    "--tensor-parallel-size", "4",
-    "--max-model-len", "196608",
-    "--trust-remote-code",
-    "--enable-expert-parallel",
-    "--enable-auto-tool-choice",
-    "--tool-call-parser", "minimax_m2",
-    "--reasoning-parser", "minimax_m2"
-   ],
-   "gpus": 4,
-   "start_timeout": 2400
-  }
- ]
-}
-BIOLLM_SPEC
+exec python3 /scratch/lab/biollm/biollm/lib/biollm_supervisor_HASH.py "$@" \
+  --cluster a3-highgpu-8g --log-dir /scratch/lab/biollm/logs --walltime 28800 --drain 120 --idle-timeout 1800 \
+  --model minimax-m2 --gpus 4 --start-timeout 2400 -- \
+  vllm serve /scratch/lab/models/MiniMaxAI/MiniMax-M2 \
+    --served-model-name minimax-m2 \
+    --tensor-parallel-size 4 \
+    --max-model-len 196608 \
+    --trust-remote-code \
+    --enable-expert-parallel \
+    --enable-auto-tool-choice \
+    --tool-call-parser minimax_m2 \
+    --reasoning-parser minimax_m2

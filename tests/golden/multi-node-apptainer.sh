@@ -30,32 +30,16 @@ export NCCL_DEBUG=WARN
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 --cpu-bind=none --input=all apptainer exec --nv --bind=/scratch/lab/biollm --bind=/scratch/lab/biollm/logs --bind=/scratch/lab/biollm/cache --bind=/scratch/lab/models --bind=/data:/data:ro /images/vllm.sif python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
-{
- "v": 1,
- "cluster": "university",
- "run_dir": "/scratch/lab/biollm/biollm",
- "log_dir": "/scratch/lab/biollm/logs",
- "walltime": 93600,
- "drain": 120,
- "idle_timeout": 1800,
- "nodes": 2,
- "models": [
-  {
-   "name": "deepseek-coder-v2",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/deepseek-ai/DeepSeek-Coder-V2-Instruct",
-    "--served-model-name", "deepseek-coder-v2",
-    "--nnodes", "2",
-    "--distributed-executor-backend", "mp",
-    "--tensor-parallel-size", "8",
-    "--max-model-len", "131072",
-    "--dtype", "bfloat16",
-    "--trust-remote-code"
-   ],
-   "gpus": 4,
-   "start_timeout": 3600
-  }
- ]
-}
-BIOLLM_SPEC
+exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 --cpu-bind=none \
+  apptainer exec --nv --bind=/scratch/lab/biollm --bind=/scratch/lab/biollm/logs --bind=/scratch/lab/biollm/cache --bind=/scratch/lab/models --bind=/data:/data:ro /images/vllm.sif \
+  python3 /scratch/lab/biollm/biollm/lib/biollm_supervisor_HASH.py "$@" \
+  --cluster university --log-dir /scratch/lab/biollm/logs --walltime 93600 --drain 120 --idle-timeout 1800 --nodes 2 \
+  --model deepseek-coder-v2 --gpus 4 --start-timeout 3600 -- \
+  vllm serve /scratch/lab/models/deepseek-ai/DeepSeek-Coder-V2-Instruct \
+    --served-model-name deepseek-coder-v2 \
+    --nnodes 2 \
+    --distributed-executor-backend mp \
+    --tensor-parallel-size 8 \
+    --max-model-len 131072 \
+    --dtype bfloat16 \
+    --trust-remote-code

@@ -26,30 +26,13 @@ export VLLM_CACHE_ROOT=/scratch/lab/biollm/cache/vllm
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=208 --cpu-bind=none --input=all python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
-{
- "v": 1,
- "cluster": "a3-highgpu-8g",
- "run_dir": "/scratch/lab/biollm/biollm",
- "log_dir": "/scratch/lab/biollm/logs",
- "walltime": 28800,
- "drain": 120,
- "idle_timeout": 1800,
- "nodes": 2,
- "models": [
-  {
-   "name": "big",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/deepseek-ai/DeepSeek-Coder-V2-Instruct",
-    "--served-model-name", "big",
-    "--nnodes", "2",
-    "--distributed-executor-backend", "mp",
-    "--tensor-parallel-size", "8",
-    "--pipeline-parallel-size", "2"
-   ],
-   "gpus": 8,
-   "start_timeout": 3600
-  }
- ]
-}
-BIOLLM_SPEC
+exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=208 --cpu-bind=none \
+  python3 /scratch/lab/biollm/biollm/lib/biollm_supervisor_HASH.py "$@" \
+  --cluster a3-highgpu-8g --log-dir /scratch/lab/biollm/logs --walltime 28800 --drain 120 --idle-timeout 1800 --nodes 2 \
+  --model big --gpus 8 --start-timeout 3600 -- \
+  vllm serve /scratch/lab/models/deepseek-ai/DeepSeek-Coder-V2-Instruct \
+    --served-model-name big \
+    --nnodes 2 \
+    --distributed-executor-backend mp \
+    --tensor-parallel-size 8 \
+    --pipeline-parallel-size 2

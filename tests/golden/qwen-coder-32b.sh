@@ -26,32 +26,14 @@ export VLLM_CACHE_ROOT=/scratch/lab/biollm/cache/vllm
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
-{
- "v": 1,
- "cluster": "a3-highgpu-8g",
- "run_dir": "/scratch/lab/biollm/biollm",
- "log_dir": "/scratch/lab/biollm/logs",
- "walltime": 28800,
- "drain": 120,
- "idle_timeout": 1800,
- "nodes": 1,
- "models": [
-  {
-   "name": "qwen-coder-32b",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/Qwen/Qwen2.5-Coder-32B-Instruct",
-    "--served-model-name", "qwen-coder-32b",
-    "--tensor-parallel-size", "1",
-    "--max-model-len", "32768",
-    "--dtype", "bfloat16",
-    "--gpu-memory-utilization", "0.95",
-    "--enable-auto-tool-choice",
-    "--tool-call-parser", "hermes"
-   ],
-   "gpus": 1,
-   "start_timeout": 1200
-  }
- ]
-}
-BIOLLM_SPEC
+exec python3 /scratch/lab/biollm/biollm/lib/biollm_supervisor_HASH.py "$@" \
+  --cluster a3-highgpu-8g --log-dir /scratch/lab/biollm/logs --walltime 28800 --drain 120 --idle-timeout 1800 \
+  --model qwen-coder-32b --gpus 1 --start-timeout 1200 -- \
+  vllm serve /scratch/lab/models/Qwen/Qwen2.5-Coder-32B-Instruct \
+    --served-model-name qwen-coder-32b \
+    --tensor-parallel-size 1 \
+    --max-model-len 32768 \
+    --dtype bfloat16 \
+    --gpu-memory-utilization 0.95 \
+    --enable-auto-tool-choice \
+    --tool-call-parser hermes

@@ -26,75 +26,39 @@ export VLLM_CACHE_ROOT=/scratch/lab/biollm/cache/vllm
 mkdir -p /scratch/lab/biollm/cache
 set -u
 
-exec python3 /scratch/lab/biollm/biollm/lib/biollm_node_HASH.py "$@" <<'BIOLLM_SPEC'
-{
- "v": 1,
- "cluster": "a3-highgpu-8g",
- "run_dir": "/scratch/lab/biollm/biollm",
- "log_dir": "/scratch/lab/biollm/logs",
- "walltime": 28800,
- "drain": 120,
- "idle_timeout": 1800,
- "nodes": 1,
- "models": [
-  {
-   "name": "qwen-coder-32b",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/Qwen/Qwen2.5-Coder-32B-Instruct",
-    "--served-model-name", "qwen-coder-32b",
-    "--tensor-parallel-size", "1",
-    "--max-model-len", "32768",
-    "--dtype", "bfloat16",
-    "--gpu-memory-utilization", "0.95",
-    "--enable-auto-tool-choice",
-    "--tool-call-parser", "hermes"
-   ],
-   "gpus": 1,
-   "start_timeout": 1200
-  },
-  {
-   "name": "llama-3.3-70b",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/meta-llama/Llama-3.3-70B-Instruct",
-    "--served-model-name", "llama-3.3-70b",
-    "--tensor-parallel-size", "2",
-    "--max-model-len", "32768",
-    "--gpu-memory-utilization", "0.95",
-    "--dtype", "bfloat16",
-    "--enable-auto-tool-choice",
-    "--tool-call-parser", "llama3_json"
-   ],
-   "gpus": 2,
-   "start_timeout": 1800
-  },
-  {
-   "name": "minimax-m2",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/MiniMaxAI/MiniMax-M2",
-    "--served-model-name", "minimax-m2",
-    "--tensor-parallel-size", "4",
-    "--max-model-len", "196608",
-    "--trust-remote-code",
-    "--enable-expert-parallel",
-    "--enable-auto-tool-choice",
-    "--tool-call-parser", "minimax_m2",
-    "--reasoning-parser", "minimax_m2"
-   ],
-   "gpus": 4,
-   "start_timeout": 2400
-  },
-  {
-   "name": "codellama-34b",
-   "argv": [
-    "vllm", "serve", "/scratch/lab/models/codellama/CodeLlama-34b-Instruct-hf",
-    "--served-model-name", "codellama-34b",
-    "--tensor-parallel-size", "1",
-    "--max-model-len", "16384",
-    "--dtype", "bfloat16"
-   ],
-   "gpus": 1,
-   "start_timeout": 1200
-  }
- ]
-}
-BIOLLM_SPEC
+exec python3 /scratch/lab/biollm/biollm/lib/biollm_supervisor_HASH.py "$@" \
+  --cluster a3-highgpu-8g --log-dir /scratch/lab/biollm/logs --walltime 28800 --drain 120 --idle-timeout 1800 \
+  --model qwen-coder-32b --gpus 1 --start-timeout 1200 -- \
+  vllm serve /scratch/lab/models/Qwen/Qwen2.5-Coder-32B-Instruct \
+    --served-model-name qwen-coder-32b \
+    --tensor-parallel-size 1 \
+    --max-model-len 32768 \
+    --dtype bfloat16 \
+    --gpu-memory-utilization 0.95 \
+    --enable-auto-tool-choice \
+    --tool-call-parser hermes \
+  --and --model llama-3.3-70b --gpus 2 --start-timeout 1800 -- \
+  vllm serve /scratch/lab/models/meta-llama/Llama-3.3-70B-Instruct \
+    --served-model-name llama-3.3-70b \
+    --tensor-parallel-size 2 \
+    --max-model-len 32768 \
+    --gpu-memory-utilization 0.95 \
+    --dtype bfloat16 \
+    --enable-auto-tool-choice \
+    --tool-call-parser llama3_json \
+  --and --model minimax-m2 --gpus 4 --start-timeout 2400 -- \
+  vllm serve /scratch/lab/models/MiniMaxAI/MiniMax-M2 \
+    --served-model-name minimax-m2 \
+    --tensor-parallel-size 4 \
+    --max-model-len 196608 \
+    --trust-remote-code \
+    --enable-expert-parallel \
+    --enable-auto-tool-choice \
+    --tool-call-parser minimax_m2 \
+    --reasoning-parser minimax_m2 \
+  --and --model codellama-34b --gpus 1 --start-timeout 1200 -- \
+  vllm serve /scratch/lab/models/codellama/CodeLlama-34b-Instruct-hf \
+    --served-model-name codellama-34b \
+    --tensor-parallel-size 1 \
+    --max-model-len 16384 \
+    --dtype bfloat16

@@ -192,7 +192,7 @@ class SlurmLab:
             device = self.root / "dev" / f"nvidia{number}"
             device.unlink(missing_ok=True)
             device.symlink_to("/dev/null")  # a link to a character device is enough; a bare count is not
-        ports = _free_ports(len(self.nodes) + 1)
+        ports = free_ports(len(self.nodes) + 1)
         # listen on loopback alone where this host's own name is a loopback address; munge guards it elsewhere
         quiet = socket.gethostbyname(socket.gethostname()).startswith("127.")
         text = CONF.format(cluster=self.cluster, port=ports[0], user=getpass.getuser(), root=self.root,
@@ -251,7 +251,7 @@ def _path() -> str:
     return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports below the ephemeral range, so that no outgoing connection takes one meanwhile."""
     found: list[int] = []
     while len(found) < count:

@@ -24,7 +24,7 @@ from biollm.client import get_model_client
 from biollm.config import Cluster, Model
 from biollm.errors import JobFailedError, SlurmError, UsageError
 from biollm.slurm.endpoints import Records, Watch, ask, read_key
-from biollm.slurm.launch import Options
+from biollm.slurm.script import Options
 from biollm.slurm.submissions import Job
 
 pytestmark = pytest.mark.real

@@ -23,7 +23,7 @@ from biollm.client import Client, get_model_client
 from biollm.config import Cluster, Environment, Model
 from biollm.monitoring.snapshot import Top
 from biollm.slurm.endpoints import Endpoint, ask, figures, read_key
-from biollm.slurm.launch import Options
+from biollm.slurm.script import Options
 from biollm.slurm.submissions import Job
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -16,7 +16,7 @@ from biollm import slurm
 from biollm.config import Cluster, Environment, Model
 from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.slurm import commands
-from biollm.slurm.launch import Options
+from biollm.slurm.script import Options
 from biollm.slurm.submissions import Job, Ticket
 
 Answer = Callable[[str, str], None]
@@ -217,7 +217,7 @@ def test_a_submission_leaves_script_node_files_and_ticket(
     assert (job.ticket.job, job.ticket.models, job.ticket.gpus, job.phase) == ("41", ("a",), 2, "pending")
     assert str(job.ticket.log).endswith("biollm-41.log")
     assert sorted(path.name for path in run.iterdir()) == ["biollm", "logs"]
-    assert sorted(path.name.split("_")[-1] for path in (run / "biollm" / "lib").iterdir())[-1] == "guard.py"
+    assert sorted(path.name.split("_")[-1] for path in (run / "biollm" / "lib").iterdir())[-1] == "auth.py"
     assert (run / "biollm" / "jobs" / f"{job.ticket.id}.sh").read_text().startswith("#!/bin/bash")
     assert (run / "biollm" / "nodes-lab.json").read_text() == '{"node1": "10.0.0.1"}'
     assert run.stat().st_mode & 0o777 == 0o700

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,8 +19,9 @@ from biollm import __version__
 from biollm.config import Cluster, Environment, Model, load_config
 from biollm.config.site import weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, UsageError
-from biollm.slurm.launch import LaunchScript, Options, override, render
+from biollm.slurm.script import LaunchScript, Options, override, render, render_plain
 from biollm.slurm.supervisor import node_files
+from biollm.slurm.supervisor.supervisor import parse
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BIN = Path(sys.executable).parent
@@ -40,7 +42,7 @@ APPTAINER = Environment(container="/images/vllm.sif", binds=("/data:/data:ro",),
 ENVIRONMENTS = {"none": Environment(), "modules": MODULES, "conda": Environment(conda="vllm"), "apptainer": APPTAINER}
 HOSTILE = [
     "two words", "it's", 'say "hi"', "$(touch pwned)", "`touch pwned`", "; touch pwned #", "a\\b", "*", "~", "é", "#x",
-    "&& touch pwned", "100%", "-rf", "BIOLLM_SPEC",
+    "&& touch pwned", "100%", "-rf", "--and", "--",
 ]  # fmt: skip
 
 
@@ -68,19 +70,35 @@ RECORDED = {
 }
 
 
-@pytest.mark.parametrize("name", RECORDED)
+PLAIN = {
+    "plain": (MODELS["qwen-coder-32b"], A3),
+    "plain-modules": (MODELS["llama-3.3-70b"], site(UNIVERSITY, MODULES)),
+    "plain-apptainer": (MODELS["codellama-34b"], site(UNIVERSITY, APPTAINER)),
+}
+
+
+@pytest.mark.parametrize("name", [*RECORDED, *PLAIN])
 def test_recorded_scripts(name: str) -> None:
     """RECORD=1 records them anew."""
-    text = render(*RECORDED[name]).text.replace(__version__, "VERSION")
-    text = re.sub(r"(biollm_node_)[0-9a-f]{12}", r"\1HASH", text)
+    script = plain(*PLAIN[name]) if name in PLAIN else render(*RECORDED[name])
+    text = script.text.replace(__version__, "VERSION")
+    text = re.sub(r"(biollm_supervisor_)[0-9a-f]{12}", r"\1HASH", text)
     file = GOLDEN / f"{name}.sh"
     if os.environ.get("RECORD"):
         file.write_text(text)
     assert text == file.read_text()
 
 
-def spec(script: LaunchScript) -> dict[str, Any]:
-    return json.loads(script.text.split("<<'BIOLLM_SPEC'\n")[1].split("\nBIOLLM_SPEC\n")[0])
+def plain(model: Model, cluster: Cluster, **options: Any) -> LaunchScript:
+    return render_plain(model, cluster, Options(**options), key_file=Path("/scratch/lab/biollm/my.key"))
+
+
+def served(script: LaunchScript) -> list[argparse.Namespace]:
+    """What the supervisor reads from the script's command line: a namespace for each model, the job's in the first."""
+    command = script.text.partition("\nexec ")[2]
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
+    words = done.stdout.split("\0")[:-1]
+    return parse(words[words.index("--cluster") :])
 
 
 def header(script: LaunchScript) -> list[str]:
@@ -101,8 +119,9 @@ def check(scripts: list[LaunchScript], folder: Path) -> None:
 
 def test_bash_and_shellcheck_accept_models_by_sites_by_environments(tmp_path: Path) -> None:
     sites = [A3, UNIVERSITY, BARE, UNIVERSITY.model_copy(update={"exclusive": True, "gpu_type": None})]
-    matrix = product(MODELS.values(), sites, ENVIRONMENTS.values())
-    check([render([model], site(each, env)) for model, each, env in matrix], tmp_path)
+    matrix = [(model, site(each, env)) for model, each, env in product(MODELS.values(), sites, ENVIRONMENTS.values())]
+    one_node = [(model, each) for model, each in matrix if model.gpus_required <= each.gpus_per_node]
+    check([*(render([model], each) for model, each in matrix), *(plain(*each) for each in one_node)], tmp_path)
 
 
 @pytest.mark.slow
@@ -113,7 +132,7 @@ def test_hostile_values_end_as_text(tmp_path: Path) -> None:
     for name in ("python3", "apptainer", "srun"):
         (fakes / name).write_text(
             f"#!{sys.executable}\nimport json, os, sys\n"
-            "print(json.dumps([sys.argv, os.environ.get('VALUE'), os.environ.get('LOADED'), sys.stdin.read()]))\n"
+            "print(json.dumps([sys.argv, os.environ.get('VALUE'), os.environ.get('LOADED')]))\n"
         )
         (fakes / name).chmod(0o755)
     (fakes / "conda").write_text("#!/bin/bash\necho 'conda() { LOADED=$2; export LOADED; }'\n")
@@ -133,17 +152,18 @@ def test_hostile_values_end_as_text(tmp_path: Path) -> None:
         for kind, environment in environments.items():
             model = custom(path=Path("/m") / value, vllm_args={"chat_template": value, "tokenizer": f"--{value}"})
             scripts.append(render([model], site(BARE, environment, cache_dir=tmp_path / "cache")))
-            argv, got, loaded, stdin = run(scripts[-1], tmp_path)
+            argv, got, loaded = run(scripts[-1], tmp_path)
             assert got == value
             assert loaded == {"module": value, "conda": value, "apptainer": None}.get(kind, kind)
-            assert [model["argv"] for model in json.loads(stdin)["models"]] == [spec(scripts[-1])["models"][0]["argv"]]
-            words = spec(scripts[-1])["models"][0]["argv"]
-            assert words[2] == str(Path("/m") / value)
+            at = argv.index("--ticket")
+            assert argv[at + 1] == "1 2"
+            (block,) = parse(argv[at + 2 :])
+            assert block.command == served(scripts[-1])[0].command
             template = [f"--chat-template={value}"] if value.startswith("-") else ["--chat-template", value]
-            assert words[5:-2] == [*template, f"--tokenizer=--{value}"]
+            expected = ["vllm", "serve", str(Path("/m") / value), "--served-model-name", "mine", *template]
+            assert block.command[:-2] == [*expected, f"--tokenizer=--{value}"]
             if kind == "apptainer":
-                assert (argv[-6], argv[-5]) == (f"--bind={value}", value)
-            assert argv[-2:] == ["--ticket", "1 2"]
+                assert argv[at - 4 : at - 2] == [f"--bind={value}", value]
     assert not list(tmp_path.rglob("pwned"))
     check(scripts, tmp_path)
 
@@ -210,10 +230,10 @@ def test_a_gpu_gets_its_share_of_cpus_and_memory() -> None:
 def test_idle_gpus_of_a_whole_node_are_said() -> None:
     alone, together = render([MODELS["qwen-coder-32b"]], A3), render(*RECORDED["together"])
     assert alone.idle_gpus == 7
-    assert "7 of 8 GPUs would idle" in alone.warnings[0]
+    assert "7 of 8 GPUs would be idle" in alone.warnings[0]
     assert {"--exclusive", "--mem=0", "--cpus-per-task=208"} <= set(header(alone))
     assert (together.gpus, together.idle_gpus, together.warnings) == (8, 0, ())
-    assert [model["gpus"] for model in spec(together)["models"]] == [1, 2, 4, 1]
+    assert [model.gpus for model in served(together)] == [1, 2, 4, 1]
 
 
 def test_a_site_that_says_nothing_leaves_it_to_slurm() -> None:
@@ -226,7 +246,7 @@ def test_without_gpus_none_are_asked_for() -> None:
         [custom(gpus_required=0, vllm_args={"enforce_eager": True})], A3.model_copy(update={"exclusive": False})
     )
     assert not [line for line in header(script) if "gpu" in line.split("=")[0]]
-    assert spec(script)["models"][0]["gpus"] == 0
+    assert served(script)[0].gpus == 0
     assert "--tensor-parallel-size" not in script.text
 
 
@@ -242,7 +262,7 @@ def test_without_gpus_none_are_asked_for() -> None:
 def test_walltime_and_the_signal_before_its_end(seconds: int, clock: str, rounded: int, drain: int) -> None:
     script = render([custom()], BARE, Options(walltime=seconds))
     assert {f"--time={clock}", f"--signal=B:USR1@{drain}"} <= set(header(script))
-    assert (spec(script)["walltime"], spec(script)["drain"]) == (rounded, drain)
+    assert (served(script)[0].walltime, served(script)[0].drain) == (rounded, drain)
 
 
 @pytest.mark.parametrize(
@@ -250,13 +270,13 @@ def test_walltime_and_the_signal_before_its_end(seconds: int, clock: str, rounde
 )
 def test_idle_timeout(model: int | None, option: int | None, expected: int) -> None:
     script = render([custom(idle_timeout=model)], BARE, Options(idle_timeout=option))
-    assert spec(script)["idle_timeout"] == expected
+    assert served(script)[0].idle_timeout == expected
 
 
 @pytest.mark.parametrize(("times", "expected"), [((60, 90), 90), ((60, 0), 0)])
 def test_a_shared_job_is_as_patient_as_its_most_patient_model(times: tuple[int, int], expected: int) -> None:
     models = [custom(key=f"m{time}", idle_timeout=time) for time in times]
-    assert spec(render(models, BARE))["idle_timeout"] == expected
+    assert served(render(models, BARE))[0].idle_timeout == expected
 
 
 def test_several_nodes() -> None:
@@ -264,14 +284,14 @@ def test_several_nodes() -> None:
     assert {"--nodes=2", "--gpus-per-node=8", "--signal=USR1@120"} <= set(header(script))
     assert script.gpus == 16
     assert "exec srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1" in script.text
-    argv = " ".join(spec(script)["models"][0]["argv"])
+    argv = " ".join(served(script)[0].command)
     assert "--nnodes 2 --distributed-executor-backend mp --tensor-parallel-size 8 --pipeline-parallel-size 2" in argv
 
 
 def test_gpus_set_the_tensor_parallel_size() -> None:
     script = render([MODELS["llama-3.3-70b"]], A3, Options(gpus=4))
     assert script.gpus == 4
-    argv = spec(script)["models"][0]["argv"]
+    argv = served(script)[0].command
     assert argv[argv.index("--tensor-parallel-size") + 1] == "4"
 
 
@@ -281,10 +301,10 @@ def test_gpus_set_the_tensor_parallel_size() -> None:
         (["minimax-m2"], {}, {"gpus": 2}, DoesNotFitError, "minimax-m2 cannot start on 2 x 79.1 GiB: .*GiB of weights"),
         (["qwen-coder-32b"], {"gpu_memory_gib": 39.4}, {}, DoesNotFitError, "cannot start on 1 x 39.4 GiB"),
         (["qwen-coder-32b", "deepseek-coder-v2"], {}, {}, DoesNotFitError, "need 9 GPUs together; a node has 8"),
-        (["deepseek-coder-v2"], {"gpus_per_node": 3}, {}, DoesNotFitError, "cannot be cut into 3 nodes: 8 GPUs"),
+        (["deepseek-coder-v2"], {"gpus_per_node": 3}, {}, DoesNotFitError, "cannot be divided among 3 nodes: 8 GPUs"),
         ([], {}, {}, UsageError, "different models"),
         (["qwen-coder-32b"] * 2, {}, {}, UsageError, "different models"),
-        (["qwen-coder-32b", "codellama-34b"], {}, {"gpus": 2}, UsageError, "--gpus belongs to one"),
+        (["qwen-coder-32b", "codellama-34b"], {}, {"gpus": 2}, UsageError, "--gpus is for a single model"),
     ],
 )
 def test_what_cannot_start_is_refused(
@@ -328,7 +348,7 @@ def test_a_quantisation_that_the_checkpoint_does_not_have_is_refused() -> None:
 
 
 def test_a_model_of_unknown_size_is_rendered_with_a_warning() -> None:
-    assert "nobody checked" in render([custom()], BARE).warnings[0]
+    assert "was not checked" in render([custom()], BARE).warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -366,10 +386,10 @@ def test_weights_are_found_by_repository_and_revision() -> None:
 
 
 def test_the_script_names_the_node_file_by_its_content() -> None:
-    supervisor, guard = node_files(A3)
+    supervisor, middleware = node_files(A3)
     assert str(supervisor) in render([custom()], A3).text
-    assert guard.name == f"{supervisor.stem}_guard.py"
-    assert supervisor.stem.isidentifier()  # vLLM imports the guard by name
+    assert middleware.name == f"{supervisor.stem}_auth.py"
+    assert supervisor.stem.isidentifier()  # vLLM imports the middleware by name
 
 
 def test_speed() -> None:

@@ -29,8 +29,12 @@ PACKAGE = Path(supervisor.__file__).parent
 FAKE = Path(__file__).parents[1] / "fake_vllm.py"
 
 
+def flags(**options: object) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 class Job:
-    """One run of the node file below `root`, started with a spec like the rendered one."""
+    """Runs of the supervisor below `root`, started with a command line like the rendered one."""
 
     def __init__(self, root: Path) -> None:
         self.run = root / "run"
@@ -43,39 +47,32 @@ class Job:
         options: tuple[str, ...] = (),
         through: tuple[str, ...] = (),
         env: dict[str, str] | None = None,
-        **spec: Any,
+        **more: Any,
     ) -> int:
-        """Start a job with one stand-in server for each of `fakes`; return its process id."""
+        """Start a job with one stand-in server for each of `fakes`; return its process id.
+
+        Further keywords are options of the supervisor; those of a model go to every model.
+        """
         lib = self.run / "lib"
         lib.mkdir(parents=True, exist_ok=True)
-        shutil.copy(PACKAGE / "supervisor.py", lib / "biollm_node_0.py")
-        shutil.copy(PACKAGE / "auth_middleware.py", lib / "biollm_node_0_guard.py")
+        shutil.copy(PACKAGE / "supervisor.py", lib / "biollm_supervisor_0.py")
+        shutil.copy(PACKAGE / "auth_middleware.py", lib / "biollm_supervisor_0_auth.py")
         (self.run / "nodes-lab.json").write_text(json.dumps({"node1": "127.0.0.1"}))
-        models = [self._model(f"m{n}", fake, spec) for n, fake in enumerate(fakes)]
-        text = {
-            "v": 1, "cluster": "lab", "run_dir": str(self.run), "log_dir": str(self.log), "walltime": 3600,
-            "drain": 60, "idle_timeout": 0, "nodes": 1, "beat": 0.2, "grace": 0.2, "models": models,
-        } | spec  # fmt: skip
+        each = {"gpus": 0, "start_timeout": 60}
+        each = {name: more.pop(name, default) for name, default in each.items()}
+        words = flags(
+            log_dir=self.log, cluster="lab", **{"walltime": 3600, "drain": 60, "heartbeat": 0.2, "grace": 0.2} | more
+        )
+        for number, fake in enumerate(fakes):
+            words += ["--and"] * bool(number) + flags(model=f"m{number}", **each) + ["--", sys.executable, str(FAKE)]
+            words += ["serve", "/models/m", "--served-model-name", f"m{number}", "--fake", fake]
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "CUDA"))}
         job = subprocess.Popen(
-            [*through, sys.executable, str(lib / "biollm_node_0.py"), "--ticket", "t", *options],
-            stdin=subprocess.PIPE, env=clean | {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node1"} | (env or {}),
+            [*through, sys.executable, str(lib / "biollm_supervisor_0.py"), "--submission", "t", *options, *words],
+            stdin=subprocess.DEVNULL, env=clean | {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node1"} | (env or {}),
         )  # fmt: skip
-        assert job.stdin
-        job.stdin.write(json.dumps(text).encode())
-        job.stdin.close()
         self._jobs.append(job)
         return job.pid
-
-    @staticmethod
-    def _model(name: str, fake: str, spec: dict[str, Any]) -> dict[str, Any]:
-        argv = [sys.executable, str(FAKE), "serve", "/models/m", "--served-model-name", name, "--fake", fake]
-        return {
-            "name": name,
-            "argv": argv,
-            "gpus": spec.pop("gpus", 0),
-            "start_timeout": spec.pop("start_timeout", 60),
-        }
 
     def end(self, seconds: float = 30) -> int:
         """Wait for the job that was started last; return its exit code."""
@@ -193,7 +190,11 @@ def test_a_server_does_not_start_with_an_empty_key(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("\n")
     end, lifeline = os.pipe()
     env = {"BIOLLM_START": "0", "BIOLLM_KEY_FILE": str(tmp_path / "key"), "BIOLLM_LIFELINE": str(end)}
-    make = [sys.executable, "-c", "from biollm.slurm.supervisor.auth_middleware import Guard; Guard(None)"]
+    make = [
+        sys.executable,
+        "-c",
+        "from biollm.slurm.supervisor.auth_middleware import AuthMiddleware; AuthMiddleware(None)",
+    ]
     ran = subprocess.run(make, env={**os.environ, **env}, capture_output=True, pass_fds=[end, lifeline],
                          start_new_session=True, text=True, timeout=30, check=False)  # fmt: skip
     os.close(end)
@@ -204,8 +205,8 @@ def test_a_server_does_not_start_with_an_empty_key(tmp_path: Path) -> None:
 def test_health_needs_no_key_and_tells_strangers_no_counts(guarded: tuple[Job, dict[str, Any]]) -> None:
     job, record = guarded
     assert ask(record, "/health").status == 200
-    assert "x-biollm-flying" not in ask(record, "/health").headers
-    assert ask(record, "/health", key=job.key(record)).headers["x-biollm-flying"] == "0"
+    assert "x-biollm-in-flight" not in ask(record, "/health").headers
+    assert ask(record, "/health", key=job.key(record)).headers["x-biollm-in-flight"] == "0"
     assert ask(record, "/health", method="POST").status == 401
 
 
@@ -292,7 +293,7 @@ def test_leaves_routing_first_finishes_what_runs_and_exits_0(
     answers: list[int] = []
     request = threading.Thread(target=lambda: answers.append(complete(job, record)))
     request.start()
-    wait_for(lambda: ask(record, "/health", job.key(record)).headers["x-biollm-flying"] == "1", "the request")
+    wait_for(lambda: ask(record, "/health", job.key(record)).headers["x-biollm-in-flight"] == "1", "the request")
     if mark:
         (job.run / "jobs" / mark).touch()
     os.kill(pid, how)
@@ -359,7 +360,7 @@ def test_a_killed_supervisor_takes_its_server_with_it(job: Job) -> None:
 
 
 def test_leaves_when_its_parent_dies(job: Job) -> None:
-    shell = job.start("", through=("sh", "-c", 'exec 3<&0; "$@" <&3 & wait', "sh"))
+    shell = job.start("", through=("sh", "-c", '"$@" & wait', "sh"))
     record = job.record()
     os.kill(shell, signal.SIGKILL)
     wait_for(lambda: job.states()[-1] == "stopped", "the end")
@@ -444,7 +445,7 @@ def test_an_idle_chain_stops_its_next_link(job: Job) -> None:
 def test_each_model_gets_a_slice_of_the_granted_devices(
     gpus: list[int], granted: str | None, pieces: list[str | None]
 ) -> None:
-    assert supervisor.slices(gpus, granted) == pieces
+    assert supervisor.assign_devices(gpus, granted) == pieces
 
 
 def test_the_walltime_left_counts_down_in_the_record(job: Job) -> None:

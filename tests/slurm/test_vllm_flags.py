@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from biollm.config import Config, load_config
-from biollm.slurm.vllm_flags import argv, problems, snapshot
+from biollm.slurm.vllm_flags import flags, problems, snapshot
 
 
 @pytest.fixture(scope="module")
@@ -103,4 +103,4 @@ def test_what_is_right(args: dict[str, Any]) -> None:
 )
 def test_flags_become_arguments(args: dict[str, Any], words: list[str]) -> None:
     assert list(problems(args)) == []
-    assert argv(args) == words
+    assert [word for flag in flags(args) for word in flag] == words

@@ -25,5 +25,5 @@ def node_files(cluster: Cluster) -> dict[Path, str]:
 @cache
 def _node_source() -> tuple[str, dict[str, str]]:
     here = Path(__file__).parent
-    texts = {"": (here / "supervisor.py").read_text(), "_guard": (here / "auth_middleware.py").read_text()}
-    return f"biollm_node_{hashlib.sha256(''.join(texts.values()).encode()).hexdigest()[:12]}", texts
+    texts = {"": (here / "supervisor.py").read_text(), "_auth": (here / "auth_middleware.py").read_text()}
+    return f"biollm_supervisor_{hashlib.sha256(''.join(texts.values()).encode()).hexdigest()[:12]}", texts

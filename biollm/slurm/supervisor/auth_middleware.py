@@ -1,7 +1,7 @@
-"""ASGI middleware of a model server: the key on every route but GET /health, proof of its start, a count of requests.
+"""ASGI middleware of a model server: requires the key on every route but GET /health, and counts requests.
 
-What vLLM lacks: its own key covers only /v1 and leaves /invocations (which generates), /tokenize, /metrics
-and more open. Standard library only (Python 3.9): it is imported by the server (`--middleware MODULE.Guard`).
+What vLLM lacks: its own key covers only /v1 and leaves /invocations (which generates), /tokenize, /metrics and more
+open. Standard library only (Python 3.9); the server imports it (`--middleware MODULE.AuthMiddleware`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 _NONCE = re.compile(rb"(?:^|&)nonce=([0-9a-f]{32,64})(?:&|$)")
-UNCOUNTED = ("/health", "/metrics")  # asked by supervisors and monitors: no work, no sign of use
+_UNCOUNTED = ("/health", "/metrics")  # requested by supervisors and monitors: neither work nor use
 
 
-class Guard:
-    """ASGI middleware: the key on every route but GET /health, the start's id on every answer, and a count.
+class AuthMiddleware:
+    """Authenticates requests, and adds headers to every answer.
 
-    GET /health?nonce=HEX, which needs no key, is answered with `x-biollm-proof`: the HMAC-SHA256 of nonce and start id
-    under the key, in hex. Clients ask for it before they send key and prompt: another program on this port, after
-    this server has ended, cannot answer it. It tells nothing of the key, which is random and 256 bits long.
-
-    An answer to whoever has the key also tells `x-biollm-flying` (requests in flight) and `x-biollm-idle`
-    (seconds since the last one ended): draining and the idle stop need no metric names, which change.
+    x-biollm-start: The id of this start.
+    x-biollm-proof: On GET /health?nonce=HEX, which needs no key: HMAC-SHA256 of nonce and start id under the key, in
+        hex. Clients request it before they send key and prompt, since another program may listen on this port after
+        this server has ended. It reveals nothing of the key, which is random and 256 bits long.
+    x-biollm-in-flight, x-biollm-idle: To authenticated clients: requests in flight, and seconds since the last one
+        ended. Draining and the idle stop use them, because vLLM's metric names change.
     """
 
     def __init__(self, app: Any) -> None:
@@ -36,8 +36,8 @@ class Guard:
         self._start = os.environ["BIOLLM_START"].encode()
         if not (key := Path(os.environ["BIOLLM_KEY_FILE"]).read_bytes().strip()):
             raise ValueError(f"{os.environ['BIOLLM_KEY_FILE']} holds no key.")
-        self._secret, self._key = key, _digest(b"Bearer " + key)
-        self._flying = 0
+        self._key, self._authorization = key, _digest(b"Bearer " + key)
+        self._in_flight = 0
         self._last = time.monotonic()
         lifeline = int(os.environ["BIOLLM_LIFELINE"])
         threading.Thread(target=_die_with_supervisor, args=(lifeline,), daemon=True).start()
@@ -47,46 +47,47 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope.get("headers") or ())
-        known = hmac.compare_digest(_digest(headers.get(b"authorization", b"")), self._key)
+        authenticated = hmac.compare_digest(_digest(headers.get(b"authorization", b"")), self._authorization)
         health = scope["type"] == "http" and scope["path"] == "/health" and scope["method"] in ("GET", "HEAD")
-        if not (known or health):
-            await _refuse(scope, send, self._tags(known=False))
+        if not (authenticated or health):
+            await _refuse(scope, send, self._headers(authenticated=False))
             return
         nonce = _NONCE.search(scope.get("query_string") or b"") if health else None
-        tags = [(b"x-biollm-proof", self._prove(nonce[1]))] if nonce else []
-        counted = scope["path"] not in UNCOUNTED
+        proof = [(b"x-biollm-proof", self._prove(nonce[1]))] if nonce else []
+        counted = scope["path"] not in _UNCOUNTED
 
-        async def tagged(message: Any) -> None:
+        async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *self._tags(known), *tags]}
+                added = [*self._headers(authenticated), *proof]
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
-        self._flying += counted
+        self._in_flight += counted
         try:
-            await self._app(scope, receive, tagged)
+            await self._app(scope, receive, with_headers)
         finally:
-            self._flying -= counted
+            self._in_flight -= counted
             if counted:
                 self._last = time.monotonic()
 
     def _prove(self, nonce: bytes) -> bytes:
-        return hmac.new(self._secret, nonce + self._start, hashlib.sha256).hexdigest().encode()
+        return hmac.new(self._key, nonce + self._start, hashlib.sha256).hexdigest().encode()
 
-    def _tags(self, known: bool) -> list[tuple[bytes, bytes]]:
-        tags = [(b"x-biollm-start", self._start)]
-        if known:
-            idle = 0.0 if self._flying else time.monotonic() - self._last
-            tags += [(b"x-biollm-flying", b"%d" % self._flying), (b"x-biollm-idle", b"%.1f" % idle)]
-        return tags
+    def _headers(self, authenticated: bool) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-biollm-start", self._start)]
+        if authenticated:
+            idle = 0.0 if self._in_flight else time.monotonic() - self._last
+            headers += [(b"x-biollm-in-flight", b"%d" % self._in_flight), (b"x-biollm-idle", b"%.1f" % idle)]
+        return headers
 
 
-async def _refuse(scope: Any, send: Any, tags: list[tuple[bytes, bytes]]) -> None:
+async def _refuse(scope: Any, send: Any, headers: list[tuple[bytes, bytes]]) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer"), *tags]
+    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer"), *headers]
     await send({"type": "http.response.start", "status": 401, "headers": headers})
-    body = b'{"error": {"message": "The key is missing or wrong.", "type": "authentication_error"}}'
+    body = b'{"error": {"message": "The API key is missing or wrong.", "type": "authentication_error"}}'
     await send({"type": "http.response.body", "body": body})
 
 
@@ -95,6 +96,6 @@ def _digest(value: bytes) -> bytes:
 
 
 def _die_with_supervisor(lifeline: int) -> None:
-    """Kill this server's process group when the other end of the pipe closes: nobody would ever stop it."""
+    """Kill this server's process group when the supervisor's end of the pipe closes: nothing else would stop it."""
     os.read(lifeline, 1)
     os.killpg(os.getpgrp(), signal.SIGKILL)

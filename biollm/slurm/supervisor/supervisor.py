@@ -1,16 +1,16 @@
-"""Runs on the compute node as the job itself: starts the model servers, guards, publishes and stops them.
+"""Supervises the model servers of one Slurm job on its compute node: starts, publishes, drains and stops them.
 
-Standard library only (Python 3.9), since it runs under the serving environment's Python; not bash, which
-loses signals in subshells. Beside it lies the middleware of the servers, STEM_guard.py.
+Standard library only (Python 3.9), because it runs under the serving environment's Python. Not bash, which loses
+signals in subshells. The servers' middleware lies beside it as STEM_auth.py; the run directory is two levels up.
 
-What Slurm lacks: it knows jobs, not whether a server answers, is busy or idle; what vLLM lacks: a second
-server on a taken port says that it started. So every start has an id that each of its answers names, and a
-key, and is published only after a completion:
+What Slurm lacks: it knows jobs, not whether a server answers, is busy or idle. What vLLM lacks: a second server on
+a taken port reports a successful start. So every start gets an id, which each of its answers carries, and a key;
+it is published only after it has answered a completion:
 
-    records/START.json     the record, renewed every 5 s while the server answers; gone before the server is
-    starts/START/key       the key (0600; readable by a group with --share)
-    jobs/TICKET.events     one line of JSON for each change of state, written as it happens
-    jobs/NAME.stop         written by `biollm down` for a ticket or a chain, and by an idle chain
+    records/START.json       the record, renewed every 5 s while the server answers; removed before the server stops
+    starts/START/key         the key (0600; readable by a group with --share)
+    jobs/SUBMISSION.events   one line of JSON for each change of state
+    jobs/NAME.stop           written by `biollm down` for a submission or a chain, and by an idle chain
 """
 
 from __future__ import annotations
@@ -31,91 +31,88 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 KILL_S = 10.0  # from TERM to KILL
-HANDOVER_S = 20.0  # before the end of the job a predecessor leaves even without a successor
-CANCEL_S = 20.0  # to finish requests after Slurm's TERM; its KILL comes 30 s after (KillWait)
-ANYWHERE = "0.0.0.0"  # noqa: S104 - the guard asks for the key on every interface
+HANDOVER_S = 20.0  # a predecessor leaves this long before the end of its job, even without a successor
+CANCEL_S = 20.0  # for requests in flight after Slurm's TERM; its KILL comes 30 s after (KillWait)
+ANY_INTERFACE = "0.0.0.0"  # noqa: S104 - the middleware requires the key on every interface
 
 
-class Ended(Exception):  # noqa: N818 - an end, not always an error
-    """A server is over: its last state, why, and the exit code."""
+class ServerFailedError(Exception):
+    """A server could not start, or ended unasked; `code` is its share of the job's exit code."""
 
-    def __init__(self, state: str, reason: str, code: int) -> None:
+    def __init__(self, reason: str, code: int) -> None:
         super().__init__(reason)
-        self.state, self.reason, self.code = state, reason, code
+        self.code = code
 
 
-class Job:
-    """What the servers of one job share: spec, folders, the end of the walltime, the wish to leave."""
+class Allocation:
+    """What the servers of one job share: options, folders, the end of the walltime, the reason to stop."""
 
-    def __init__(self, spec: dict[str, Any], options: argparse.Namespace) -> None:
-        self.spec, self.options = spec, options
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
         self.id = os.environ.get("SLURM_JOB_ID", "0")
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        self.rank = int(os.environ.get("SLURM_PROCID") or 0) if spec["nodes"] > 1 else 0
-        self.ticket: str = options.ticket or f"{spec['cluster']}-{self.id}"
-        self.beat = float(spec.get("beat", 5))  # seconds between renewals; readers call a record dead after 20
-        self.grace = float(spec.get("grace", 3))  # seconds for clients to see that a record is gone
-        self.run = Path(spec["run_dir"])
-        self.jobs = self.run / "jobs"
-        self.rendezvous = self.jobs / f"{self.ticket}-{self.restart}.master"
+        self.rank = int(os.environ.get("SLURM_PROCID") or 0) if options.nodes > 1 else 0
+        self.submission: str = options.submission or f"{options.cluster}-{self.id}"
+        self.run_dir = Path(__file__).parent.parent
+        self.jobs = self.run_dir / "jobs"
+        self.rendezvous = self.jobs / f"{self.submission}-{self.restart}.master"
         self.host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self.address, self.bind = self._addresses()
-        self.why = ""  # why the job leaves; empty while it is to stay
+        self.stop_reason = ""  # empty while the job is to stay
         self.servers: list[Server] = []
-        # Rendered, since Slurm tells a job its end only from 23.02 on, and by the controller's clock
-        walltime = float(spec["walltime"])
-        if told := os.environ.get("SLURM_JOB_END_TIME"):
-            walltime = min(walltime, max(float(told) - time.time(), 60.0))
+        # The walltime is an option, since Slurm gives a job its end only from 23.02 on, and by the controller's clock
+        walltime = options.walltime
+        if end := os.environ.get("SLURM_JOB_END_TIME"):
+            walltime = min(walltime, max(float(end) - time.time(), 60.0))
         self._end = time.monotonic() + walltime
 
     def _addresses(self) -> tuple[str, str]:
-        """Return the address to publish (what the controller calls this node) and the one to listen on."""
+        """Return the address to publish (the controller's for this node) and the one to listen on."""
         nodes: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):
-            nodes = json.loads((self.run / f"nodes-{self.spec['cluster']}.json").read_text())
+            nodes = json.loads((self.run_dir / f"nodes-{self.options.cluster}.json").read_text())
         address = nodes.get(self.host, self.host)
         try:
             found = socket.gethostbyname(address)
-            _hold(found).close()
+            _reserve_port(found).close()
         except OSError:  # unknown here, or the outer side of an address translation
-            return address, ANYWHERE
-        # Debian's /etc/hosts calls a machine's own name 127.0.1.1, which no other machine reaches
-        return address, ANYWHERE if found.startswith("127.") and found != address else found
+            return address, ANY_INTERFACE
+        # Debian's /etc/hosts maps a machine's own name to 127.0.1.1, which no other machine reaches
+        return address, ANY_INTERFACE if found.startswith("127.") and found != address else found
 
-    def left(self) -> float:
-        """Seconds of walltime left."""
+    def left_s(self) -> float:
+        """Return the seconds of walltime left."""
         return self._end - time.monotonic()
 
-    def leave(self, why: str) -> None:
-        """Ask every server to drain and stop."""
-        self.why = self.why or why
+    def stop(self, reason: str) -> None:
+        """Make every server drain and stop."""
+        self.stop_reason = self.stop_reason or reason
         for server in self.servers:
             server.wake.set()
 
-    def told_to_stop(self) -> bool:
-        """Has somebody written the stop mark of this ticket or chain?"""
-        names = filter(None, (self.ticket, self.options.chain))
+    def stop_requested(self) -> bool:
+        """Return whether the stop mark of this submission or chain exists."""
+        names = filter(None, (self.submission, self.options.chain))
         return any((self.jobs / f"{name}.stop").exists() for name in names)
 
     def event(self, model: str, state: str, reason: str = "", **detail: Any) -> None:
-        """Write one change of state: to the job's log, and where `biollm up` and `status` read it."""
-        _say(f"{model} {state} {reason}")
+        """Write one change of state to the job's log and to the events that `biollm up` and `status` read."""
+        _log(f"{model} {state} {reason}")
         if self.rank and state != "failed":
-            return  # the first node speaks for the server
+            return  # the first node reports for the server
         entry = {"at": time.time(), "model": model, "state": state, "reason": reason, "restart": self.restart}
         line = json.dumps({**entry, "job": self.id, "host": self.host, **detail}) + "\n"
         try:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            file = os.open(self.jobs / f"{self.ticket}.events", flags, 0o600)
+            file = os.open(self.jobs / f"{self.submission}.events", flags, 0o600)
             with os.fdopen(file, "a") as stream:
                 stream.write(line)
         except OSError as error:
-            _say(f"cannot write the state: {error}")
+            _log(f"cannot write the event: {error}")
 
     def share(self, path: Path, mode: int) -> None:
         """Open `path` to the group of --share."""
@@ -123,125 +120,123 @@ class Job:
             shutil.chown(path, group=self.options.share)
             path.chmod(mode)
 
-    def check_idle(self) -> None:
-        """Leave once every server that still runs has been idle long enough: the GPUs are billed together."""
-        limit = self.spec["idle_timeout"]
+    def stop_if_idle(self) -> None:
+        """Stop once every running server has been idle long enough: their GPUs are billed together."""
+        limit = self.options.idle_timeout
         if limit and all(server.idle >= limit for server in self.servers if server.code is None):
             if self.options.chain:
                 with contextlib.suppress(OSError):
                     (self.jobs / f"{self.options.chain}.stop").touch()
-            self.leave("idle")
+            self.stop("idle")
 
 
 class Server:
     """One model's server in its own process group, from its start to its end."""
 
-    def __init__(self, job: Job, model: dict[str, Any], devices: str | None) -> None:
+    def __init__(self, job: Allocation, model: argparse.Namespace, devices: str | None) -> None:
         self.job, self.model, self.devices = job, model, devices
-        self.name: str = model["name"]
+        self.name: str = model.model
         self.idle = 0.0  # seconds; stays 0 until the first ready, so that a slow start is not idleness
-        self.wake = threading.Event()  # set when the process ends or the job leaves
-        self.code: int | None = None  # of the exit; None while it runs
+        self.wake = threading.Event()  # set when the process ends or the job is to stop
+        self.code: int | None = None  # the exit code; None while it runs
         rank = f"-rank{job.rank}" if job.rank else ""
-        self._log = Path(job.spec["log_dir"]) / f"{self.name.replace('/', '_')}-{job.id}{rank}.log"
+        self._log = Path(job.options.log_dir) / f"{self.name.replace('/', '_')}-{job.id}{rank}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._began = time.monotonic()
+        self._start_by = self._began + model.start_timeout
         self._lifeline = self._port = -1
         self._start = self._key = ""
+        self._record = self._folder = Path()  # of this start
 
     def run(self) -> None:
         """Start, publish, renew, drain and stop; `code` is then the server's share of the job's exit code."""
-        # inherited by the server, which it would kill: Slurm signals every process of a step
+        # The server inherits the mask. Without it the signal, which Slurm sends to every process of a step, kills it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-        ended = Ended("failed", "the supervisor broke", 70)
+        code, failure = 0, ""
         try:
             if self.job.rank:
                 self._follow()
             else:
                 self._lead()
-        except Ended as end:
-            ended = end
+        except ServerFailedError as error:
+            code, failure = error.code, str(error)
         except Exception as error:
-            ended = Ended("failed", f"cannot run the server: {error!r}", 71)
-        last = {"code": ended.code, "log": str(self._log)}
-        if ended.state == "failed":  # said at once; stopped only when it has
-            self.job.event(self.name, "failed", ended.reason, **last)
+            code, failure = 71, f"cannot run the server: {error!r}"
+        last = {"code": code, "log": str(self._log)}
+        if failure:  # reported at once; a stop only when it is complete
+            self.job.event(self.name, "failed", failure, **last)
             self._clear()
         else:
             self._clear()
-            self.job.event(self.name, "stopped", ended.reason, **last)
-        self.code = ended.code
+            self.job.event(self.name, "stopped", self.job.stop_reason or "the first node left", **last)
+        self.code = code
 
     def _lead(self) -> None:
-        for _ in range(3 if self.job.spec["nodes"] == 1 else 1):
-            with _hold(self.job.bind) as held:
-                self._launch(held.getsockname()[1])
-                ready = self._await_ready()
-            if ready:
-                break
+        for _ in range(3 if self.job.options.nodes == 1 else 1):
+            with _reserve_port(self.job.bind) as reserved:
+                self._launch(reserved.getsockname()[1])
+                if self._await_ready():
+                    break
             self.job.event(self.name, "restarting", f"another process answers on port {self._port}")
             self._clear()
         else:
-            raise Ended("failed", "the ports it got were taken by other processes", 69)
+            raise ServerFailedError("its ports were taken by other processes", 69)
         self._complete()
-        self._publish()
-        self._serve()
-        self._drain()
+        if not self.job.stop_reason:
+            self._publish()
+            self._serve()
+            self._drain()
 
     def _launch(self, port: int) -> None:
         """Start the server with an id and a key of its own; neither is in its arguments."""
         job, self._start, self._key, self._port = self.job, uuid.uuid4().hex, secrets.token_urlsafe(32), port
+        self._record = job.run_dir / "records" / f"{self._start}.json"
+        self._folder = job.run_dir / "starts" / self._start
         self._folder.mkdir(parents=True)
         key_file = self._folder / "key"
         _write(key_file, self._key)
         job.share(key_file, 0o640)
         job.share(self._folder, 0o750)
-        argv = [*self.model["argv"], "--host", job.bind, "--port", str(port), "--api-server-count", "1"]
-        argv += [
-            "--middleware",
-            f"{Path(__file__).stem}_guard.Guard",
-            "--shutdown-timeout",
-            str(int(CANCEL_S)),
-        ]
-        if job.spec["nodes"] > 1:
-            with _hold(job.bind) as held:
-                master = str(held.getsockname()[1])
+        arguments = ["--host", job.bind, "--port", str(port), "--api-server-count", "1", "--shutdown-timeout"]
+        arguments += [str(int(CANCEL_S)), "--middleware", f"{Path(__file__).stem}_auth.AuthMiddleware"]
+        if job.options.nodes > 1:
+            with _reserve_port(job.bind) as reserved:
+                master = str(reserved.getsockname()[1])
             _write(job.rendezvous, json.dumps([job.address, master]))
-            argv += ["--node-rank", "0", "--master-addr", job.address, "--master-port", master]
+            arguments += ["--node-rank", "0", "--master-addr", job.address, "--master-port", master]
         reader, self._lifeline = os.pipe()
         env = {"BIOLLM_START": self._start, "BIOLLM_KEY_FILE": str(key_file), "BIOLLM_LIFELINE": str(reader)}
         try:
-            self._spawn(argv, env, reader)
+            self._spawn(arguments, env, reader)
         finally:
             os.close(reader)
         job.event(self.name, "starting", log=str(self._log), start=self._start, port=port)
 
     def _follow(self) -> None:
         """Serve as a further node of a model that spans several, until the first node leaves."""
-        self._wait_while(lambda: not self.job.rendezvous.exists())
-        address, port = json.loads(self.job.rendezvous.read_text())
+        rendezvous = self.job.rendezvous
+        while self._may_continue() and not rendezvous.exists():
+            self.wake.wait(1)
+        if self.job.stop_reason:
+            return
+        address, port = json.loads(rendezvous.read_text())
         rank = ["--headless", "--node-rank", str(self.job.rank)]
-        self._spawn([*self.model["argv"], *rank, "--master-addr", address, "--master-port", port], {})
+        self._spawn([*rank, "--master-addr", address, "--master-port", port], {})
         self.job.event(self.name, "starting", f"as rank {self.job.rank}", log=str(self._log))
-        self._wait_while(self.job.rendezvous.exists)
-        raise Ended("stopped", "the first node left", 0)
-
-    def _wait_while(self, condition: Callable[[], bool]) -> None:
-        while condition():
-            self._check()
+        while self._may_continue() and rendezvous.exists():
             self.wake.wait(1)
 
-    def _spawn(self, argv: list[str], extra: dict[str, str], *descriptors: int) -> None:
+    def _spawn(self, arguments: list[str], extra: dict[str, str], *descriptors: int) -> None:
         env = {**os.environ, **extra}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), env.get("PYTHONPATH")]))
         if self.devices is not None:
             env["CUDA_VISIBLE_DEVICES"] = self.devices
-        if self.job.spec["nodes"] > 1:
+        if self.job.options.nodes > 1:
             env.setdefault("VLLM_HOST_IP", socket.gethostbyname(self.job.address))
         with self._log.open("ab") as log:
             process = subprocess.Popen(
-                argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=descriptors,
-                start_new_session=True,
+                [*self.model.command, *arguments], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                pass_fds=descriptors, start_new_session=True,
             )  # fmt: skip
         self._process = process
 
@@ -251,33 +246,35 @@ class Server:
 
         threading.Thread(target=wait, daemon=True).start()
 
-    def _check(self) -> None:
-        """Raise `Ended` when the job leaves or the process has ended."""
+    def _may_continue(self) -> bool:
+        """Return False when the job is to stop.
+
+        Raises:
+            ServerFailedError: The process has ended unasked.
+        """
         code = self._process.poll() if self._process else None
-        if code in (0, -signal.SIGTERM):  # Slurm signals every process of a job: our TERM may be on its way
+        if code in (0, -signal.SIGTERM):  # Slurm signals every process of a job: our own TERM may be on its way
             time.sleep(0.5)
-        if self.job.why:
-            raise Ended("stopped", self.job.why, 0)
-        self._check_process()
+        if not self.job.stop_reason:
+            self._check_process()
+        return not self.job.stop_reason
 
     def _check_process(self) -> None:
         code = self._process.poll() if self._process else None
-        if code is not None:  # unasked, so it has failed, even with exit code 0
-            said = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise Ended("failed", f"the server ended by {said}", 128 - code if code < 0 else code or 70)
+        if code is not None:  # a failure even with exit code 0
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise ServerFailedError(f"the server ended by {how}", 128 - code if code < 0 else code or 70)
 
     def _await_ready(self) -> bool:
-        """Wait until this very start answers /health; False when another process answers on the port.
+        """Wait until this very start answers /health, or the job is to stop; False if another process answers.
 
-        Until it has proved its start, whoever listens there does not get the key.
+        The key is sent only to a server that has proved its start.
         """
-        while True:
-            self._check()
-            if self._time_to_start() <= 0:
-                limit = self.model["start_timeout"]
-                raise Ended("failed", f"not ready within the start timeout of {limit} s", 75)
+        while self._may_continue():
+            if time.monotonic() >= self._start_by:
+                raise ServerFailedError(f"not ready within the start timeout of {self.model.start_timeout} s", 75)
             nonce = secrets.token_hex(16)
-            answer = self._ask("GET", f"/health?nonce={nonce}", timeout=5, known=False)
+            answer = self._request("GET", f"/health?nonce={nonce}", timeout=5, authenticate=False)
             if answer and answer[0] < 500:
                 proof = hmac.new(self._key.encode(), (nonce + self._start).encode(), "sha256").hexdigest()
                 if not hmac.compare_digest(answer[1].get("x-biollm-proof", "").encode(), proof.encode()):
@@ -285,28 +282,24 @@ class Server:
                 if answer[0] == 200:
                     return True
             self.wake.wait(0.25)
-
-    def _time_to_start(self) -> float:
-        return self._began + self.model["start_timeout"] - time.monotonic()
+        return True
 
     def _complete(self) -> None:
-        """Have the server complete one token: of several nodes /health is fine while one is dead."""
+        """Request a completion of one token: with several nodes, /health is fine while one of them is dead."""
         body = json.dumps({"model": self.name, "prompt": "Hello", "max_tokens": 1})
-        answer = self._ask("POST", "/v1/completions", body, timeout=max(1.0, self._time_to_start()))
-        self._check()
-        if not answer or answer[0] != 200:
-            said = f"HTTP {answer[0]}: {answer[2][:300]}" if answer else "no answer"
-            raise Ended("failed", f"healthy, but the first completion failed: {said}", 70)
+        answer = self._request("POST", "/v1/completions", body, timeout=max(1.0, self._start_by - time.monotonic()))
+        if self._may_continue() and (not answer or answer[0] != 200):
+            what = f"HTTP {answer[0]}: {answer[2][:300]}" if answer else "no answer"
+            raise ServerFailedError(f"healthy, but the first completion failed: {what}", 70)
 
-    def _ask(self, method: str, path: str, body: str | None = None, *, timeout: float, known: bool = True) -> Any:
-        """Return (status, headers, text) of one request to the server, or None; no proxy is in between.
-
-        The key goes with it where the server is `known`.
-        """
-        host = "127.0.0.1" if self.job.bind == ANYWHERE else self.job.bind
+    def _request(
+        self, method: str, path: str, body: str | None = None, *, timeout: float, authenticate: bool = True
+    ) -> tuple[int, dict[str, str], str] | None:
+        """Return (status, headers, text) of one request to the server, past any proxy; None without an answer."""
+        host = "127.0.0.1" if self.job.bind == ANY_INTERFACE else self.job.bind
         connection = http.client.HTTPConnection(host, self._port, timeout=timeout)
         headers = {"Content-Type": "application/json"}
-        if known:
+        if authenticate:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
             connection.request(method, path, body, headers)
@@ -317,19 +310,11 @@ class Server:
         finally:
             connection.close()
 
-    @property
-    def _folder(self) -> Path:
-        return self.job.run / "starts" / self._start
-
-    @property
-    def _record(self) -> Path:
-        return self.job.run / "records" / f"{self._start}.json"
-
     def _publish(self) -> None:
         job, options, up = self.job, self.job.options, time.monotonic() - self._began
-        record = {"v": 1, "start": self._start, "cluster": job.spec["cluster"], "job": job.id,
-                  "ticket": job.ticket, "restart": job.restart, "model": self.name, "host": job.host,
-                  "address": job.address, "port": self._port, "left_s": int(job.left()), "up_s": int(up),
+        record = {"v": 1, "start": self._start, "cluster": options.cluster, "job": job.id,
+                  "ticket": job.submission, "restart": job.restart, "model": self.name, "host": job.host,
+                  "address": job.address, "port": self._port, "left_s": int(job.left_s()), "up_s": int(up),
                   "chain": options.chain, "link": options.link}  # fmt: skip
         new = self._record.with_suffix(".new")
         _write(new, json.dumps(record))
@@ -337,11 +322,11 @@ class Server:
         new.replace(self._record)
 
     def _renew(self) -> None:
-        """Publish again; a full disk costs the record its seconds left, not the server its place."""
+        """Publish again; on a full disk only the record's time is renewed."""
         try:
             self._publish()
         except OSError as error:
-            _say(f"cannot renew the record: {error}")
+            _log(f"cannot renew the record: {error}")
             with contextlib.suppress(OSError):
                 os.utime(self._record)
 
@@ -351,25 +336,25 @@ class Server:
                 self._record.unlink()
 
     def _serve(self) -> None:
-        """Renew the record while the server answers; return when the job leaves."""
+        """Renew the record while the server answers; return when the job is to stop and a successor may take over."""
         self.job.event(self.name, "ready", took_s=int(time.monotonic() - self._began), start=self._start)
-        while not self.job.why:
+        while not self.job.stop_reason:
             self._check_process()
-            answer = self._ask("GET", "/health", timeout=10)
+            answer = self._request("GET", "/health", timeout=10)
             if answer and answer[0] == 200 and answer[1].get("x-biollm-start") == self._start:
                 self._renew()
                 self.idle = float(answer[1]["x-biollm-idle"])
-                self.job.check_idle()
-            self.wake.wait(self.job.beat)
-        while self._waits_for_successor():
+                self.job.stop_if_idle()
+            self.wake.wait(self.job.options.heartbeat)
+        while self._awaits_successor():
             self._check_process()
             self._renew()
             time.sleep(1)
 
-    def _waits_for_successor(self) -> bool:
-        """Is a later link of the chain to come, not yet published with this model, and time left to wait?"""
+    def _awaits_successor(self) -> bool:
+        """Return whether the chain's next link is yet to publish this model, and there is time to wait for it."""
         job, options = self.job, self.job.options
-        if job.why != "walltime" or options.link >= options.links or job.left() < HANDOVER_S:
+        if job.stop_reason != "walltime" or options.link >= options.links or job.left_s() < HANDOVER_S:
             return False
         for path in self._record.parent.glob("*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -380,19 +365,18 @@ class Server:
         return True
 
     def _drain(self) -> None:
-        """Leave routing and let the requests in flight end."""
+        """Leave routing and wait until the requests in flight have ended."""
         job = self.job
         self._unpublish()
-        job.event(self.name, "draining", job.why)
-        limit = CANCEL_S if job.why == "cancelled" else min(job.spec["drain"], job.left() - KILL_S - 5)
+        job.event(self.name, "draining", job.stop_reason)
+        limit = CANCEL_S if job.stop_reason == "cancelled" else min(job.options.drain, job.left_s() - KILL_S - 5)
         deadline = time.monotonic() + limit
-        time.sleep(job.grace)
+        time.sleep(job.options.grace)
         while time.monotonic() < deadline and self._process and self._process.poll() is None:
-            answer = self._ask("GET", "/health", timeout=2)
-            if answer and answer[1].get("x-biollm-flying") == "0":
-                break
+            answer = self._request("GET", "/health", timeout=2)
+            if answer and answer[1].get("x-biollm-in-flight") == "0":
+                return
             time.sleep(0.5)
-        raise Ended("stopped", job.why, 0)
 
     def _clear(self) -> None:
         """Unpublish, TERM, then KILL the group: a dead API server leaves its engine and workers behind."""
@@ -412,21 +396,21 @@ class Server:
             os.close(self._lifeline)
             self._lifeline = -1
         if self._start:
-            with contextlib.suppress(OSError):  # what else lies there is not ours
+            with contextlib.suppress(OSError):  # anything else in there is not ours
                 (self._folder / "key").unlink()
                 self._folder.rmdir()
         self.wake.clear()
 
 
-def _hold(host: str) -> socket.socket:
-    """Hold a free port: bound, not listening, so vLLM (SO_REUSEADDR, too) gets it and no bind(0) does."""
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind((host, 0))
-    return held
+def _reserve_port(host: str) -> socket.socket:
+    """Bind a free port without listening: vLLM (SO_REUSEADDR, too) can bind it as well, no bind(0) gets it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((host, 0))
+    return reserved
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} biollm: {text.rstrip()}", file=sys.stderr, flush=True)
 
 
@@ -437,8 +421,8 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
 
 
-def slices(gpus: list[int], granted: str | None) -> list[str | None]:
-    """Cut the devices that Slurm granted ("2,3,6,7") into one piece for each model; None leaves them alone.
+def assign_devices(gpus: list[int], granted: str | None) -> list[str | None]:
+    """Divide the devices that Slurm granted ("2,3,6,7") among the models; None leaves them alone.
 
     Raises:
         ValueError: Fewer devices were granted than the models need.
@@ -450,46 +434,63 @@ def slices(gpus: list[int], granted: str | None) -> list[str | None]:
     return [",".join(devices[end - n : end]) if n else None for end, n in zip(ends, gpus)]
 
 
-def main() -> int:
-    """Run the servers of the spec on standard input until all have ended; return the job's exit code."""
-    parser = argparse.ArgumentParser()
-    for name in ("--ticket", "--chain", "--share"):
+def parse(words: list[str]) -> list[argparse.Namespace]:
+    """Read `[OPTIONS] --model NAME -- COMMAND... [--and --model NAME -- COMMAND...]`.
+
+    Returns one namespace for each model; the first also has the job's options.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("--submission", "--chain", "--share", "--cluster", "--log-dir", "--model"):
         parser.add_argument(name, default="")
-    for name in ("--link", "--links"):
-        parser.add_argument(name, type=int, default=1)
-    options = parser.parse_args()
+    for name, default in (("--link", 1), ("--links", 1), ("--nodes", 1), ("--gpus", 0), ("--start-timeout", 1800)):
+        parser.add_argument(name, type=int, default=default)
+    # in seconds; clients count a record as dead after 20, and need the grace to see that one is gone
+    for name, default in (("--walltime", 0), ("--drain", 0), ("--idle-timeout", 0), ("--heartbeat", 5), ("--grace", 3)):
+        parser.add_argument(name, type=float, default=float(default))
+    parser.add_argument("command", nargs="+")
+    blocks: list[list[str]] = [[]]
+    for word in words:
+        if word == "--and":
+            blocks.append([])
+        else:
+            blocks[-1].append(word)
+    return [parser.parse_args(block) for block in blocks]
+
+
+def main() -> int:
+    """Run the servers of the command line until all have ended; return the job's exit code."""
+    models = parse(sys.argv[1:])
     os.umask(0o077)
-    job = Job(json.load(sys.stdin), options)
-    models = job.spec["models"]
+    job = Allocation(models[0])
     try:
-        for folder in (job.jobs, job.run / "records", job.run / "starts", Path(job.spec["log_dir"])):
+        for folder in (job.jobs, job.run_dir / "records", job.run_dir / "starts", Path(job.options.log_dir)):
             folder.mkdir(parents=True, exist_ok=True)
-        if job.told_to_stop():
+        if job.stop_requested():
             job.event("*", "stopped", "it was stopped before this job began", code=0)
             return 0
-        pieces = slices([model["gpus"] for model in models], os.environ.get("CUDA_VISIBLE_DEVICES"))
+        devices = assign_devices([model.gpus for model in models], os.environ.get("CUDA_VISIBLE_DEVICES"))
     except (OSError, ValueError) as error:
         job.event("*", "failed", str(error), code=78)
         return 78
-    job.servers = [Server(job, model, piece) for model, piece in zip(models, pieces)]
+    job.servers = [Server(job, model, each) for model, each in zip(models, devices)]
     return _supervise(job)
 
 
-def _supervise(job: Job) -> int:
+def _supervise(job: Allocation) -> int:
     """Run each server in a thread; this one waits for signals, for the servers and for the parent's death."""
     parent = os.getppid()
     woken, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())  # a signal may arrive in any thread
 
-    def leave(number: int, _: Any) -> None:
+    def stop(number: int, _: Any) -> None:
         if number == signal.SIGTERM:
-            job.leave("cancelled")
+            job.stop("cancelled")
         elif not job.rank:  # the first node decides for all
-            job.leave("down" if job.told_to_stop() else "walltime")
+            job.stop("down" if job.stop_requested() else "walltime")
 
-    signal.signal(signal.SIGUSR1, leave)
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGUSR1, stop)
+    signal.signal(signal.SIGTERM, stop)
 
     def run(server: Server) -> None:
         try:
@@ -501,10 +502,10 @@ def _supervise(job: Job) -> int:
     for server in job.servers:
         threading.Thread(target=run, args=(server,)).start()
     while any(server.code is None for server in job.servers):
-        if select.select([woken], [], [], job.beat)[0]:
+        if select.select([woken], [], [], job.options.heartbeat)[0]:
             woken.recv(64)
         if os.getppid() != parent:
-            job.leave("orphaned")
+            job.stop("orphaned")
     return next((server.code for server in job.servers if server.code), 0)
 
 
