@@ -9,9 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from biollm.slurm.jobs import Job, Options, down, ensure, ensuring, logs, missing, status, up, wait_for
+    from biollm.slurm.jobs import (
+        Job,
+        Options,
+        check_limits,
+        down,
+        ensure,
+        ensuring,
+        find,
+        logs,
+        missing,
+        plain_key_file,
+        prepare,
+        status,
+        try_one_gpu,
+        up,
+        wait_for,
+    )
 
-__all__ = ["Job", "Options", "down", "ensure", "ensuring", "logs", "missing", "status", "up", "wait_for"]
+__all__ = ["Job", "Options", "check_limits", "down", "ensure", "ensuring", "find", "logs", "missing", "plain_key_file",
+           "prepare", "status", "try_one_gpu", "up", "wait_for"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

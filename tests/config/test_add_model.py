@@ -8,17 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-<<<<<<< HEAD:tests/config/test_add_model.py
 from test_memory import PUBLISHED
-=======
-from biollm.slurm.script import render
-from test_fit import PUBLISHED
->>>>>>> 9b0cdab (Write vLLM's command line into the launch script as a shell command):tests/test_registry.py
 
 from biollm.config import Cluster, load_config
 from biollm.errors import UsageError
 from biollm.slurm.add_model import add, entry, unregistered
 from biollm.slurm.memory import fit
+from biollm.slurm.script import render
 
 A3 = Cluster(gpu_memory_gib=79.1)
 MINE = """\

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -217,7 +219,7 @@ def test_a_submission_leaves_script_node_files_and_ticket(
     assert (job.ticket.job, job.ticket.models, job.ticket.gpus, job.phase) == ("41", ("a",), 2, "pending")
     assert str(job.ticket.log).endswith("biollm-41.log")
     assert sorted(path.name for path in run.iterdir()) == ["biollm", "logs"]
-    assert sorted(path.name.split("_")[-1] for path in (run / "biollm" / "lib").iterdir())[-1] == "auth.py"
+    assert any(path.name.endswith("_auth.py") for path in (run / "biollm" / "lib").iterdir())
     assert (run / "biollm" / "jobs" / f"{job.ticket.id}.sh").read_text().startswith("#!/bin/bash")
     assert (run / "biollm" / "nodes-lab.json").read_text() == '{"node1": "10.0.0.1"}'
     assert run.stat().st_mode & 0o777 == 0o700
@@ -280,3 +282,40 @@ def test_another_users_node_file_is_not_run(answer: Answer, site: Cluster, model
 def test_a_group_one_is_not_in_cannot_be_shared_with(site: Cluster, model: Model) -> None:
     with pytest.raises(UsageError, match="not in a group named 'no-such-group'"):
         slurm.up([model], site, share="no-such-group")
+
+
+@pytest.mark.parametrize("slurm_answers", [True, False])
+def test_a_printed_script_finds_its_files_or_the_user_is_told_how(
+    answer: Answer, waterfall: Callable[..., Path], biollm: Callable[..., Any], tmp_path: Path, slurm_answers: bool
+) -> None:
+    """`biollm render-slurm M > job.sh; sbatch job.sh` works without `up` before it."""
+    answer("scontrol", "echo 'NodeName=node1 NodeAddr=10.0.0.1'" if slurm_answers else "exit 1")
+    folder = waterfall(first="http://localhost:1/v1")
+    (folder / "cluster.yaml").write_text(f"cluster: {{name: lab, run_dir: {tmp_path / 'run'}}}")
+    done = biollm("render-slurm", "qwen-coder-32b")
+    supervisor = re.search(r"python3 (\S+)", done.out)
+    assert supervisor and Path(supervisor[1]).exists() and (tmp_path / "run" / "logs").is_dir()
+    assert ("Repeat this command on a login node before sbatch" in done.err) != slurm_answers
+    assert (tmp_path / "run" / "biollm" / "nodes-lab.json").exists() == slurm_answers
+
+    done = biollm("render-slurm", "qwen-coder-32b", "--plain", "--port", "8123")
+    (key,) = (tmp_path / "run" / "biollm").glob("plain-*.key")
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert f"export VLLM_API_KEY=$(cat {key})" in done.out
+    assert key.read_text() not in done.out + done.err
+    assert done.out.endswith('#     base_url: "http://NODE:8123/v1"\n')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["qwen-coder-32b", "codellama-34b", "--plain"], "--plain serves one model"),
+        (["deepseek-coder-v2", "--plain"], "needs 2 nodes: a plain script runs on one"),
+    ],
+)
+def test_a_plain_script_is_of_one_model_on_one_node(
+    waterfall: Callable[..., Path], biollm: Callable[..., Any], arguments: list[str], says: str
+) -> None:
+    (waterfall(first="http://localhost:1/v1") / "cluster.yaml").write_text("cluster: {gpus_per_node: 4}")
+    done = biollm("render-slurm", *arguments)
+    assert done.code and says in done.err
