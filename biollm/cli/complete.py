@@ -139,13 +139,13 @@ def _line(
     """
     from biollm.client.remote import body, named, reach
     from biollm.config.paths import environment_tags, wants_local_only
-    from biollm.routing.structured import Shape
+    from biollm.routing.structured import ResponseSchema
 
     if named():
         return None
     params = {name: value for name, value in said.items() if name != "system"}
     system = [{"role": "system", "content": said["system"]}] if said["system"] else []
-    wanted = {"response_format": Shape(shape).response_format} if shape else {}
+    wanted = {"response_format": ResponseSchema(shape).response_format} if shape else {}
     local = options["local_only"] or wants_local_only()
     ours = {
         **options,

@@ -29,7 +29,7 @@ from biollm.routing.candidates import Candidate, DeploymentPool, check_names, ex
 from biollm.routing.deployments import Deployment, Policy, Requirements
 from biollm.routing.normalize import ANSWER_SIZES, Reader, text, texts
 from biollm.routing.request import Request
-from biollm.routing.structured import Message, Shape
+from biollm.routing.structured import Message, ResponseSchema
 from biollm.types import Completion, Piece
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ class Client:
             deadline=_positive("deadline", chosen.get("deadline")),
             fallback=chosen.get("fallback", True),
             max_retries=_number("max_retries", chosen.get("max_retries")) or 0,
-            shape=Shape(wanted) if wanted is not None else None,
+            schema=ResponseSchema(wanted) if wanted is not None else None,
             tags=texts({**environment_tags(), **chosen.get("tags", {})}),
             on_interrupt=chosen.get("on_interrupt", "raise"),
             on_send=chosen.get("on_send"),
@@ -315,7 +315,7 @@ class Client:
 
     def _streamable(self, prompt: Prompt, options: Options) -> Request:
         request = self._request(prompt, options)
-        if request.shape:
+        if request.schema:
             raise UsageError("A stream has no response_model.", hint="Use complete() or acomplete().")
         if request.params.get("n", 1) != 1:
             raise UsageError("A stream has one choice; n must be 1.", hint="Use complete() or acomplete().")
@@ -323,7 +323,7 @@ class Client:
 
     def _gap(self, prefix: str, suffix: str | None, options: Options) -> Request:
         request = self._request(prefix + (suffix or ""), options)
-        if request.shape or request.requirements.tools:
+        if request.schema or request.requirements.tools:
             raise UsageError("Filling in code takes no response_model and no tools.")
         middle = (text(prefix), suffix and text(suffix))
         return replace(
@@ -341,8 +341,8 @@ class Client:
         return await (line.acomplete() if line else background().arun(self._complete(request)))
 
     async def _complete(self, request: Request) -> Completion:
-        if request.shape:
-            request.shape.check()
+        if request.schema:
+            request.schema.check()
         if request.start:
             first = replace(request, requirements=replace(request.requirements, allow_degraded=False))
             try:

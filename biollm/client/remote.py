@@ -182,12 +182,12 @@ def body(messages: Sequence[Mapping[str, Any]], model: str | None, params: Mappi
 
 def body_of(request: Request) -> Json | None:
     """Return the body that asks a gateway the same; None where something in the request cannot travel."""
-    shape, requirements = request.shape, request.requirements
+    schema, requirements = request.schema, request.requirements
     # A class may check more than its schema says, and must see the answer while it can still be asked for again.
-    stays = shape and (not isinstance(shape.wanted, Mapping) or requirements.tools)
+    stays = schema and (not isinstance(schema.wanted, Mapping) or requirements.tools)
     if stays or request.on_send or request.on_state or request.params.keys() - _PARAMS:
         return None
-    wanted = {"response_format": shape.response_format} if shape else {}
+    wanted = {"response_format": schema.response_format} if schema else {}
     made = body(
         request.messages, requirements.model, {**request.params, **wanted}, provider=requirements.provider, data_policy=requirements.policy,
         capability=requirements.capability, allow_degraded=requirements.allow_degraded, timeout=request.timeout,

@@ -256,7 +256,7 @@ async def _play(real: DeploymentPool, rungs: Sequence[Deployment], folder: Path)
             for fault in IN_PROCESS if candidate.embedded else FAULTS:
                 later = [0.0]  # seconds that the ledger's clock is ahead
                 ledger = Ledger(folder / f"{at}-{fault}", clock=lambda later=later: time.time() + later[0])
-                waterfall.ledger = waterfall.rungs.ledger = ledger
+                waterfall.ledger = waterfall.pool.ledger = ledger
                 cell = await _cell(theatre, waterfall, at, fault)
                 following, _ = await _answer(waterfall, theatre.request, stream=False)
                 later[0] = _RESTS

@@ -30,7 +30,7 @@ class RefusalError(Exception):
 
 
 @dataclass
-class Turn:
+class RouterCall:
     """One call of the Router: what it may choose from, and what came of it.
 
     Attributes:
@@ -54,7 +54,7 @@ class Turn:
     posted: dict[httpx.URL, Exception] = field(default_factory=dict[httpx.URL, Exception])
 
 
-current: ContextVar[Turn | None] = ContextVar("biollm_turn", default=None)
+current: ContextVar[RouterCall | None] = ContextVar("biollm_turn", default=None)
 _ours: ContextVar[bool] = ContextVar("biollm_ours", default=False)  # follows a call into LiteLLM's worker threads
 
 
@@ -63,7 +63,7 @@ def deployment_id(entry: Mapping[str, Any]) -> str:
     return str(entry["model_info"]["id"]).removesuffix("@local")
 
 
-class Guard(CustomLogger):
+class Callback(CustomLogger):
     """Four of LiteLLM's hooks; see the module's docstring. The signatures are LiteLLM's."""
 
     async def async_filter_deployments(  # noqa: D102
@@ -74,30 +74,30 @@ class Guard(CustomLogger):
         request_kwargs: dict[str, Any] | None = None,
         parent_otel_span: Any = None,
     ) -> list[Any]:
-        turn = current.get()
-        if turn is None:
+        call = current.get()
+        if call is None:
             return healthy_deployments
-        return [entry for entry in healthy_deployments if deployment_id(entry) in turn.needs]
+        return [entry for entry in healthy_deployments if deployment_id(entry) in call.needs]
 
     async def async_pre_call_check(self, deployment: dict[str, Any], parent_otel_span: Any) -> dict[str, Any]:  # noqa: D102
-        turn = current.get()
-        if turn is None:
+        call = current.get()
+        if call is None:
             return deployment
         chosen = deployment_id(deployment)
-        if turn.on_choice:
-            turn.on_choice(chosen)
-        granted = await turn.ledger.reserve(turn.needs[chosen])
+        if call.on_choice:
+            call.on_choice(chosen)
+        granted = await call.ledger.reserve(call.needs[chosen])
         if isinstance(granted, Refused):
-            turn.refused = granted
+            call.refused = granted
             raise RefusalError(granted.reason)
-        turn.reservation = granted
-        if turn.on_send:
-            turn.on_send(chosen)
+        call.reservation = granted
+        if call.on_send:
+            call.on_send(chosen)
         return deployment
 
     def log_pre_api_call(self, model: Any, messages: Any, kwargs: Any) -> None:  # noqa: D102
-        if (turn := current.get()) is not None:
-            turn.handed = True
+        if (call := current.get()) is not None:
+            call.handed = True
 
     async def async_post_call_success_deployment_hook(  # noqa: D102
         self, request_data: dict[str, Any], response: Any, call_type: Any
@@ -121,18 +121,18 @@ async def _send_once(self: httpx.AsyncClient, request: httpx.Request, **options:
     LiteLLM's handler posts again after a reset, OpenAI's SDK after a 422, and neither has a switch for it. They
     get what came of the first request instead.
     """
-    turn = current.get()
-    if turn is None or request.method != "POST":
+    call = current.get()
+    if call is None or request.method != "POST":
         return await _send(self, request, **options)
-    if before := turn.posted.get(request.url):
+    if before := call.posted.get(request.url):
         raise before
     options["follow_redirects"] = False
     try:
         response = await _send(self, request, **options)
     except Exception as error:
-        turn.posted[request.url] = error
+        call.posted[request.url] = error
         raise
-    turn.posted[request.url] = httpx.HTTPStatusError(f"HTTP {response.status_code}", request=request, response=response)
+    call.posted[request.url] = httpx.HTTPStatusError(f"HTTP {response.status_code}", request=request, response=response)
     if not response.is_closed and "text/event-stream" in response.headers.get("content-type", ""):
         vars(response)["aiter_bytes"] = partial(_events, response.aiter_bytes())
     return response
@@ -176,16 +176,16 @@ class _Hush(logging.Filter):
 
 
 def install() -> None:
-    """Put one Guard among LiteLLM's callbacks; again, if the host program has replaced them since. Mark the call as ours."""
+    """Put one Callback among LiteLLM's callbacks; again, if the host program has replaced them since. Mark the call as ours."""
     _ours.set(True)
     # Else LiteLLM prices and dumps each answer once more, for callbacks that see nothing of it.
     is_internal_call.set(True)
     if not vars(httpx.AsyncClient).get(_HELD):  # once: the host program may have put something around ours since
         setattr(httpx.AsyncClient, "send", _send_once)  # noqa: B010 # other requests pass through untouched
         setattr(httpx.AsyncClient, _HELD, True)
-    if any(isinstance(callback, Guard) for callback in litellm.callbacks):
+    if any(isinstance(callback, Callback) for callback in litellm.callbacks):
         return
-    litellm.callbacks.append(Guard())
+    litellm.callbacks.append(Callback())
     for name in ("LiteLLM", "LiteLLM Router", "openai._base_client", "httpx"):
         logger = logging.getLogger(name)
         if not any(isinstance(each, _Hush) for each in logger.filters):

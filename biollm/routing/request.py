@@ -21,7 +21,7 @@ from biollm.errors import (
 from biollm.routing.candidates import Candidate
 from biollm.routing.deployments import Deployment, Requirements
 from biollm.routing.failures import Failure
-from biollm.routing.structured import Message, Shape
+from biollm.routing.structured import Message, ResponseSchema
 from biollm.types import Attempt, Outcome
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Request:
     deadline: float | None = None
     fallback: bool = True
     max_retries: int = 0
-    shape: Shape | None = None
+    schema: ResponseSchema | None = None
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     on_interrupt: Literal["raise", "restart"] = "raise"
     on_send: Callable[[str], None] | None = None
@@ -91,7 +91,7 @@ class Run:
         tried: Ids of deployments that failed in this pass.
         frees: Epoch seconds at which something that stood in the way for a passing reason frees, this pass.
         pinned: With `fallback=False`, the only deployment that may be asked.
-        verdicts: What each failed attempt meant, with the deployment that was asked.
+        failures: What each failed attempt meant, with the deployment that was asked.
         over: The failure after which no other deployment is asked.
         repeat: The deployment that is asked once more at once.
         repeated: Ids of those that were.
@@ -107,12 +107,12 @@ class Run:
     frees: list[float] = field(default_factory=list[float])
     passes: int = 0
     pinned: str | None = None
-    verdicts: list[tuple[Deployment, Failure]] = field(default_factory=list[tuple[Deployment, Failure]])
+    failures: list[tuple[Deployment, Failure]] = field(default_factory=list[tuple[Deployment, Failure]])
     over: Failure | None = None
     repeat: Deployment | None = None
     repeated: set[str] = field(default_factory=set[str])
     caps: dict[str, int] = field(default_factory=dict[str, int])
-    spare: Sent | None = None
+    spare: InFlight | None = None
     waiting_since: float | None = None
     _attempts: list[tuple[int, int, Attempt]] = field(default_factory=list[tuple[int, int, Attempt]])
     _passed: dict[tuple[int, str], Candidate] = field(default_factory=dict[tuple[int, str], Candidate])
@@ -178,10 +178,10 @@ class Run:
         told = _told(attempts)
         if self.over:
             return self._ended(self.over, attempts)
-        kinds = {failure.kind for _, failure in self.verdicts}
-        blame = {deployment.provider.litellm_provider for deployment, each in self.verdicts if each.kind == "malformed"}
+        kinds = {failure.kind for _, failure in self.failures}
+        blame = {deployment.provider.litellm_provider for deployment, each in self.failures if each.kind == "malformed"}
         hint = "Providers of different dialects say that the request itself is wrong." if len(blame) > 1 else None
-        if kinds and all(failure.rule.fault for _, failure in self.verdicts):
+        if kinds and all(failure.rule.fault for _, failure in self.failures):
             return RequestRejectedError(f"The request was rejected.\n{told}", attempts, hint=hint)
         standings = {candidate.status for (number, _), candidate in self._passed.items() if number == self.passes}
         keyless = kinds <= {"key"} and "limited" not in standings
@@ -199,7 +199,7 @@ class Run:
 
     def _ended(self, failure: Failure, attempts: Sequence[Attempt]) -> CompletionError:
         """Return the error of a failure after which no other deployment is asked."""
-        said = f"{self.verdicts[-1][0].id}: {failure.reason}"
+        said = f"{self.failures[-1][0].id}: {failure.reason}"
         if failure.kind == "refusal":
             hint = "`on_refusal: next` under `routing:` in providers.yaml, or of a provider, asks the next one."
             return ContentPolicyError(f"Refused by content policy. {said}", attempts, hint=hint)
@@ -222,7 +222,7 @@ def _told(attempts: Sequence[Attempt]) -> str:
 
 
 @dataclass(eq=False)
-class Sent:
+class InFlight:
     """One attempt that LiteLLM was asked for. Times are epoch seconds and milliseconds.
 
     Attributes:

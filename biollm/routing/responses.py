@@ -9,7 +9,7 @@ from typing import Any
 
 from biollm.routing.failures import BROKE_OFF, CUT, EMPTY, FILTERED, NO_CHOICES, USED_UP, Failure
 from biollm.routing.normalize import text
-from biollm.routing.request import Sent
+from biollm.routing.request import InFlight
 from biollm.slurm.endpoints import START
 from biollm.types import Usage
 
@@ -35,7 +35,7 @@ def usage_of(usage: Any) -> Usage:
     )
 
 
-def spent(sent: Sent, prompt: int) -> Usage:
+def spent(sent: InFlight, prompt: int) -> Usage:
     """Return the tokens of what came, as the provider stated them; else an estimate by its length.
 
     Where nothing came, nothing was paid. A broken stream may have stated the tokens of a part of its answer.
@@ -89,7 +89,7 @@ def emptiness(response: Any) -> Failure | None:
     return _without_text(_refusal(getattr(choice, "message", None)), choice.finish_reason)
 
 
-def stranger(sent: Sent) -> Failure | None:
+def stranger(sent: InFlight) -> Failure | None:
     """Return the verdict on an answer of a server found by its record that does not name the start of that server."""
     start = sent.deployment.start
     named = sent.response._hidden_params.get("additional_headers", {}).get(f"llm_provider-{START}") if start else ""
@@ -127,7 +127,7 @@ def _kind(chunk: Any) -> str | None:
     return next(iter(said)) if said in ({"content"}, {"reasoning_content"}) else None
 
 
-async def first_content(sent: Sent) -> Failure | None:
+async def first_content(sent: InFlight) -> Failure | None:
     """Read a stream up to its first content, tool call or thought; return what is wrong if none comes."""
     async for chunk in sent.response:
         sent.head.append(chunk)

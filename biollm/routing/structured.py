@@ -21,7 +21,7 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Shape:
+class ResponseSchema:
     """The wanted shape of an answer: a pydantic class, or a JSON Schema as a mapping."""
 
     wanted: type[BaseModel] | Mapping[str, Any]
@@ -37,30 +37,30 @@ class Shape:
             from jsonschema.validators import validator_for  # pyright: ignore[reportUnknownVariableType] # partly typed
 
             try:
-                cast("Any", validator_for(self.schema)).check_schema(self.schema)
+                cast("Any", validator_for(self.json_schema)).check_schema(self.json_schema)
             except SchemaError as error:
                 raise UsageError(f"response_model is no JSON Schema: {error.message}") from None
             return
         try:
-            json.dumps(self.schema, allow_nan=False)
+            json.dumps(self.json_schema, allow_nan=False)
         except Exception as error:  # pydantic's, of a field without a schema
             raise UsageError(f"response_model has no JSON Schema: {error}") from None
 
     @property
-    def schema(self) -> dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         """Return the JSON Schema."""
         return dict(self.wanted) if isinstance(self.wanted, Mapping) else self.wanted.model_json_schema()
 
     @property
     def response_format(self) -> dict[str, Any]:
         """Return OpenAI's `response_format` for it."""
-        schema = self.schema
+        schema = self.json_schema
         name = re.sub(r"\W", "_", str(schema.get("title") or "answer"))[:64]
         return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
 
     def in_prompt(self, messages: Sequence[Message]) -> list[Message]:
         """Return `messages` with the schema put into words, for deployments that take no schema."""
-        asked = f"Answer with one JSON object only, valid against this JSON Schema:\n{json.dumps(self.schema)}"
+        asked = f"Answer with one JSON object only, valid against this JSON Schema:\n{json.dumps(self.json_schema)}"
         if messages and messages[0]["role"] in ("system", "developer"):  # chat templates take one, first
             said: Any = messages[0]["content"]
             more: Any = [*said, {"type": "text", "text": asked}] if isinstance(said, list) else f"{said}\n\n{asked}"
@@ -81,7 +81,7 @@ class Shape:
 
         value = json.loads(raw)
         try:
-            jsonschema.validate(value, self.schema)
+            jsonschema.validate(value, self.json_schema)
         except jsonschema.ValidationError as error:
             raise ValueError(error.message) from None
         return value

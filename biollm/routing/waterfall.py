@@ -27,13 +27,13 @@ from biollm.ledger import Claim, Record
 from biollm.providers import embedded
 from biollm.providers.credentials import Credential, hide
 from biollm.routing import callback, deployments, host_check, load_balancing, pricing, router_config
-from biollm.routing.callback import RefusalError, Turn
+from biollm.routing.callback import RefusalError, RouterCall
 from biollm.routing.candidates import Candidate, DeploymentPool, cooling_keys, note_refusal
 from biollm.routing.deployments import Deployment
 from biollm.routing.failures import BROKE_OFF, CUT, CUT_SHORT, Failure, classify, timed_out, unreachable
 from biollm.routing.normalize import ANSWER_SIZES
 from biollm.routing.normalize import text as plain
-from biollm.routing.request import BREATH, Request, Run, Sent
+from biollm.routing.request import BREATH, InFlight, Request, Run
 from biollm.routing.responses import (
     content,
     delta,
@@ -65,9 +65,9 @@ _LEAST = 16  # tokens of answer that are worth asking for
 class Waterfall:
     """The rungs of one configuration with the Router that serves them."""
 
-    def __init__(self, rungs: DeploymentPool) -> None:
-        self.rungs = rungs
-        self.ledger = rungs.ledger
+    def __init__(self, pool: DeploymentPool) -> None:
+        self.pool = pool
+        self.ledger = pool.ledger
         self._reach = host_check.Reach(CONNECT)
         self._servers = host_check.FixedServers()
         self._balance = load_balancing.of_process()
@@ -77,23 +77,23 @@ class Waterfall:
             background().closing.append(close)  # or aiohttp complains at exit
         self._survey: asyncio.Task[None] | None = None
         self._surveyed = 0.0
-        rungs.refresh()
-        rungs.ledger.refresh()
-        self._router: Any = _LITELLM.Router(model_list=self._entries(), **router_config.router_settings(rungs.config))
+        pool.refresh()
+        pool.ledger.refresh()
+        self._router: Any = _LITELLM.Router(model_list=self._entries(), **router_config.router_settings(pool.config))
 
     def let_go(self) -> None:
         """Take back what the Router registered with LiteLLM; it still serves."""
         self._router.discard()
 
     def _entries(self) -> list[dict[str, Any]]:
-        keys = {ident: _params(found) for ident, found in self.rungs.credentials.items()}
-        _keep_off_proxies(self.rungs.deployments)
-        return router_config.model_list(self.rungs.deployments, keys)
+        keys = {ident: _params(found) for ident, found in self.pool.credentials.items()}
+        _keep_off_proxies(self.pool.deployments)
+        return router_config.model_list(self.pool.deployments, keys)
 
     async def _follow(self) -> None:
         """Bring the Router up to date with the servers that run, without waiting long for a slow file system."""
         now = time.monotonic()
-        if self._survey is None and self.rungs.due():
+        if self._survey is None and self.pool.due():
             self._survey, self._surveyed = asyncio.create_task(self._look_around()), now
         if self._survey:
             for done in (await asyncio.wait({self._survey}, timeout=max(0.0, self._surveyed + _LOOK - now)))[0]:
@@ -101,7 +101,7 @@ class Waterfall:
 
     async def _look_around(self) -> None:
         try:
-            if not self.rungs.apply(await apart(self.rungs.survey)):
+            if not self.pool.apply(await apart(self.pool.survey)):
                 return
         finally:
             self._survey = None
@@ -185,7 +185,7 @@ class Waterfall:
         if run.repeat:
             same, run.repeat = run.repeat, None
             await asyncio.sleep(_AGAIN)
-            if same.id in self.rungs.needs:  # else its server left
+            if same.id in self.pool.needs:  # else its server left
                 return [same]
         while True:
             allowed, wait = await self._allowed(run)
@@ -200,12 +200,12 @@ class Waterfall:
         """
         await self._follow()
         if run.pinned:
-            return [deployment for deployment in self.rungs.deployments if deployment.id == run.pinned], None
-        found = self.rungs.candidates(run.request.requirements, skip=run.tried)
+            return [deployment for deployment in self.pool.deployments if deployment.id == run.pinned], None
+        found = self.pool.candidates(run.request.requirements, skip=run.tried)
         if not any(candidate.status == "ready" for candidate in found) and time.monotonic() - self._refreshed > _NEWS:
             self._refreshed = time.monotonic()  # nothing is asked, so nothing else brings news of a success elsewhere
             await apart(self.ledger.refresh)
-            found = self.rungs.candidates(run.request.requirements, skip=run.tried)
+            found = self.pool.candidates(run.request.requirements, skip=run.tried)
         ready = [candidate.deployment for candidate in found if candidate.status == "ready"]
         waits = [
             wait
@@ -227,27 +227,27 @@ class Waterfall:
 
     def _patience(self, run: Run, deployment: Deployment) -> float:
         """Return the seconds that this request may still wait for `deployment`, from its first wait on."""
-        own = (run.request.patience, deployment.provider.patience, self.rungs.config.patience)
+        own = (run.request.patience, deployment.provider.patience, self.pool.config.patience)
         return next((each for each in own if each is not None), 0.0) - run.waited
 
     async def _ask(self, run: Run, rungs: Sequence[Deployment]) -> Completion | None:
-        """Ask once, and once more where the answer has not the wanted shape."""
-        shape, messages = run.request.shape, run.request.messages
-        if shape and not rungs[0].json_schema:
-            messages = shape.in_prompt(messages)
+        """Ask once, and once more where the answer has not the wanted schema."""
+        schema, messages = run.request.schema, run.request.messages
+        if schema and not rungs[0].json_schema:
+            messages = schema.in_prompt(messages)
         sent = await self._send(run, rungs, messages)
         if sent and sent.response.choices[0].finish_reason == "length" and self._roomier(run, sent.deployment):
-            if shape:  # what is cut is no JSON
+            if schema:  # what is cut is no JSON
                 self._fail(run, sent, CUT_SHORT)
             else:
                 self._spare(run, sent)
             return None
-        if sent is None or shape is None:
+        if sent is None or schema is None:
             return sent and self._answered(run, sent)
         for last in (False, True):
             answer = content(sent.response)
             try:
-                return self._answered(run, sent, parsed=shape.parse(answer))
+                return self._answered(run, sent, parsed=schema.parse(answer))
             except ValueError as error:
                 problem = " ".join(str(error).split())[:500]
             self._fail(run, sent, Failure("schema", f"the answer does not match the schema: {problem}"))
@@ -268,7 +268,7 @@ class Waterfall:
             or (requirements.answer is not None and size >= requirements.answer)
         ):
             return False
-        status = self.rungs.candidates(requirements, skip={*run.tried, deployment.id})
+        status = self.pool.candidates(requirements, skip={*run.tried, deployment.id})
         ready = [
             candidate.deployment
             for candidate in status
@@ -276,7 +276,7 @@ class Waterfall:
         ]
         found = {each.id for each in ready if (self._size(run, each) or math.inf) > size}
         if found:
-            run.tried |= {each.id for each in self.rungs.deployments if each.id not in found}
+            run.tried |= {each.id for each in self.pool.deployments if each.id not in found}
         return bool(found)
 
     def _size(self, run: Run, deployment: Deployment) -> int | None:
@@ -284,7 +284,7 @@ class Waterfall:
         sizes = (deployments.allowance(deployment, run.request.requirements), run.caps.get(deployment.id))
         return min((size for size in sizes if size), default=None)
 
-    def _spare(self, run: Run, sent: Sent | None) -> None:
+    def _spare(self, run: Run, sent: InFlight | None) -> None:
         """Keep an answer that was cut for want of room, in case no other deployment has a longer one; the one before it is over."""
         if run.spare:
             self._settle(run, run.spare, Attempt(run.spare.deployment.id, "failed", CUT_SHORT.reason, ms=run.spare.ms))
@@ -292,7 +292,7 @@ class Waterfall:
 
     async def _send(
         self, run: Run, rungs: Sequence[Deployment], messages: Sequence[Message], *, stream: bool = False
-    ) -> Sent | None:
+    ) -> InFlight | None:
         """Let the Router ask one of `rungs`; return what came, or None after noting the failure.
 
         For a stream, what came is its first content. A schema or a key may differ between orders, so the choice is
@@ -300,13 +300,13 @@ class Waterfall:
         """
         rungs = await self._fresh(run, [deployment for deployment in rungs if deployment.order == rungs[0].order])
         if len(rungs) > 1:
-            rungs = await self._balance.least_busy(rungs, self.rungs)
+            rungs = await self._balance.least_busy(rungs, self.pool)
         # Meanwhile a server may have left, and its rung with it.
-        if not (rungs := [d for d in rungs if d.id in self.rungs.needs]):
+        if not (rungs := [d for d in rungs if d.id in self.pool.needs]):
             return None
-        turn = Turn(self.ledger, {d.id: self._need(run, d) for d in rungs})
+        call = RouterCall(self.ledger, {d.id: self._need(run, d) for d in rungs})
         limit, shortened = self._limit(run.request, rungs[0], stream)
-        sent = Sent(rungs[0], None, time.time(), time.perf_counter(), alone=len(rungs) == 1)
+        sent = InFlight(rungs[0], None, time.time(), time.perf_counter(), alone=len(rungs) == 1)
         scope = asyncio.timeout(limit)
         watch: asyncio.Task[bool] | None = None
 
@@ -317,7 +317,7 @@ class Waterfall:
 
         def on_send(ident: str) -> None:
             nonlocal watch
-            sent.reservation, sent.at, sent.started = turn.reservation, time.time(), time.perf_counter()
+            sent.reservation, sent.at, sent.started = call.reservation, time.time(), time.perf_counter()
             if run.request.on_send:
                 try:
                     called(run.request.on_send, ident)
@@ -326,8 +326,8 @@ class Waterfall:
                     raise
             watch = self._reach.watch(sent.deployment, scope)
 
-        turn.on_choice, turn.on_send = on_choice, on_send
-        token = callback.current.set(turn)
+        call.on_choice, call.on_send = on_choice, on_send
+        token = callback.current.set(call)
         failure: Failure | None = None
         try:
             callback.install()
@@ -337,7 +337,7 @@ class Waterfall:
                 failure = None if run.request.middle else stranger(sent)
                 failure = failure or (await first_content(sent) if stream else emptiness(sent.response))
         except RefusalError:
-            return self._refused(run, turn, sent)
+            return self._refused(run, call, sent)
         except asyncio.CancelledError:
             self._cancelled(run, sent)
             raise
@@ -348,10 +348,10 @@ class Waterfall:
             if sent.broken:
                 self._cancelled(run, sent)
                 raise sent.broken from None
-            failure = classify(error, time.time(), shortened=shortened, handed=turn.handed)
+            failure = classify(error, time.time(), shortened=shortened, handed=call.handed)
         finally:
             callback.current.reset(token)
-            turn.on_choice = turn.on_send = None  # a connection that is kept open keeps the turn it was opened in
+            call.on_choice = call.on_send = None  # a connection that is kept open keeps the call it was opened in
             if watch:
                 watch.cancel()
         if failure:
@@ -366,7 +366,7 @@ class Waterfall:
 
     def _limit(self, request: Request, deployment: Deployment, stream: bool) -> tuple[float, bool]:
         """Return the seconds an attempt may take, and whether the caller made them fewer than configured."""
-        configured = deployments.attempt_timeout(deployment, self.rungs.config, stream=stream)
+        configured = deployments.attempt_timeout(deployment, self.pool.config, stream=stream)
         limit = request.timeout if request.timeout is not None else configured
         return limit, limit < configured
 
@@ -378,8 +378,8 @@ class Waterfall:
         if stream:
             # LiteLLM ignores `timeout` for streams.
             params |= {"stream": True, "stream_timeout": limit, "stream_options": {"include_usage": True}}
-        if request.shape and first.json_schema:
-            params["response_format"] = request.shape.response_format
+        if request.schema and first.json_schema:
+            params["response_format"] = request.schema.response_format
         if "tools" in params:
             params["_skip_mcp_handler"] = True  # without it LiteLLM wants the mcp package for any tool
         # The host program's LiteLLM callbacks see nothing of ours.
@@ -394,7 +394,7 @@ class Waterfall:
         return self._router.acompletion(model=group, messages=list(messages), **params)
 
     def _need(self, run: Run, deployment: Deployment) -> Claim:
-        claim = self.rungs.claim(deployment, run.request.requirements)
+        claim = self.pool.claim(deployment, run.request.requirements)
         if run.pinned and run.passes:  # a repeat on the same deployment waits for quotas, not for its own failure
             kept = tuple(key for key in claim.cooling if key.startswith(("account:", "key:")))
             return replace(claim, cooling=kept)
@@ -408,21 +408,21 @@ class Waterfall:
     async def _fits(self, run: Run, deployment: Deployment) -> bool:
         """Renew a token that ends soon, and check whose server it is, and what one with a fixed address serves."""
         reason: str | None = None
-        if (known := self.rungs.credentials.get(deployment.id)) is None:
+        if (known := self.pool.credentials.get(deployment.id)) is None:
             run.tried.add(deployment.id)
             return False  # its server left
         if known.ends_within(_FRESH):
-            if found := self.rungs.note(deployment, await apart(self.rungs.look, deployment)):
+            if found := self.pool.note(deployment, await apart(self.pool.look, deployment)):
                 self._renew(deployment, found)
             else:
-                reason = self.rungs.missing(deployment)
+                reason = self.pool.missing(deployment)
             known = found or known
-        sent = Sent(deployment, None, time.time(), time.perf_counter())
+        sent = InFlight(deployment, None, time.time(), time.perf_counter())
         limit, shortened = self._limit(run.request, deployment, stream=False)
         limit = min(limit, host_check.PATIENCE)
         try:
             async with asyncio.timeout(limit):
-                reason = reason or await host_check.trust().objection(deployment, known, self.rungs.config.cluster)
+                reason = reason or await host_check.trust().objection(deployment, known, self.pool.config.cluster)
         except Exception as error:  # a server that was found does not take the connection, or does not speak
             late = timed_out(limit, shortened=shortened) if isinstance(error, TimeoutError) else None
             failure = late or classify(error, time.time(), shortened=shortened)
@@ -445,20 +445,20 @@ class Waterfall:
         """After a refused key, look whether its file holds another one; if so the deployment may be asked again."""
         if failure.kind != "key" or deployment.embedded:
             return
-        known = self.rungs.credentials.get(deployment.id)
-        found = known and self.rungs.note(deployment, await apart(self.rungs.look, deployment))
+        known = self.pool.credentials.get(deployment.id)
+        found = known and self.pool.note(deployment, await apart(self.pool.look, deployment))
         if known and found and found.fingerprint != known.fingerprint:
             self._renew(deployment, found)
             run.tried.discard(deployment.id)
 
-    def _refused(self, run: Run, turn: Turn, sent: Sent) -> None:
+    def _refused(self, run: Run, call: RouterCall, sent: InFlight) -> None:
         """Note that the ledger refused what LiteLLM chose."""
         self._balance.under_way.discard(sent)
         run.tried.add(sent.deployment.id)
-        if turn.refused:
-            run.pass_over(Candidate(sent.deployment, "limited", turn.refused.reason, turn.refused.until))
+        if call.refused:
+            run.pass_over(Candidate(sent.deployment, "limited", call.refused.reason, call.refused.until))
 
-    def _fail(self, run: Run, sent: Sent, failure: Failure) -> Attempt:
+    def _fail(self, run: Run, sent: InFlight, failure: Failure) -> Attempt:
         """Put on cooldown what the failure concerns, decide what is asked next, and note the attempt."""
         deployment, rule = sent.deployment, failure.rule
         if failure.status is None:
@@ -469,7 +469,7 @@ class Waterfall:
             sent.reservation = None
         if failure.kind == "modality" and failure.sent:
             note_refusal(deployment, run.request.requirements.media)
-        run.verdicts.append((deployment, failure))
+        run.failures.append((deployment, failure))
         if self._once_more(run, sent, failure):
             run.repeat = deployment
             run.repeated.add(deployment.id)
@@ -488,7 +488,7 @@ class Waterfall:
                 run.frees.append(until or time.time() + BREATH)
         return self._settle(run, sent, Attempt(deployment.id, "failed", reason, failure.status, sent.ms))
 
-    def _once_more(self, run: Run, sent: Sent, failure: Failure) -> bool:
+    def _once_more(self, run: Run, sent: InFlight, failure: Failure) -> bool:
         """Return whether the same deployment is asked again at once, after a slip or with fewer tokens."""
         ident = sent.deployment.id
         if ident in run.repeated:
@@ -499,12 +499,12 @@ class Waterfall:
             run.caps[ident] = failure.afford or 0
             return True
         slip = failure.rule.again and failure.wait is None and not sent.head and run.request.fallback and sent.alone
-        return slip and not self.ledger.failing(self.rungs.needs[ident].cooling if ident in self.rungs.needs else ())
+        return slip and not self.ledger.failing(self.pool.needs[ident].cooling if ident in self.pool.needs else ())
 
     def _ends(self, run: Run, deployment: Deployment, failure: Failure) -> bool:
         """Return whether no other deployment is asked."""
         if failure.kind == "refusal":
-            return (deployment.provider.on_refusal or self.rungs.config.on_refusal) == "stop"
+            return (deployment.provider.on_refusal or self.pool.config.on_refusal) == "stop"
         if failure.kind == "used_up":  # without a limit of the caller's it was the provider's own, and others differ
             return run.request.requirements.answer is not None and not self._roomier(run, deployment)
         return not failure.rule.next
@@ -516,7 +516,7 @@ class Waterfall:
             rests = "endpoint"  # replicas are one account to the ledger, yet each has a queue of its own that is full
         elif rests == "account" and failure.kind == "limited" and not deployment.account.limits:
             rests, widens = "deployment", "account"  # whose limit it was, the next failure of the account tells
-        keys = _by_kind(cooling_keys(deployment, self.rungs.credentials.get(deployment.id, Credential("", ""))))
+        keys = _by_kind(cooling_keys(deployment, self.pool.credentials.get(deployment.id, Credential("", ""))))
         concerned = [keys.get(rests, keys["deployment"])] if rests else []
         if rests == "deployment" and widens and self._alike(deployment, widens, failure):
             concerned.append(keys[widens])
@@ -533,20 +533,20 @@ class Waterfall:
             and getattr(each, whose) == getattr(deployment, whose)
             and (found := blocked.get(f"deployment:{each.id}")) is not None
             and found.kind == failure.kind
-            for each in self.rungs.deployments
+            for each in self.pool.deployments
         )
 
-    def _cancelled(self, run: Run, sent: Sent) -> None:
+    def _cancelled(self, run: Run, sent: InFlight) -> None:
         """Note that the caller gave the attempt up."""
         self._settle(run, sent, Attempt(sent.deployment.id, "cancelled", "cancelled by the caller", ms=sent.ms))
 
-    def _settle(self, run: Run, sent: Sent, attempt: Attempt) -> Attempt:
+    def _settle(self, run: Run, sent: InFlight, attempt: Attempt) -> Attempt:
         """Note an attempt that gave no answer."""
         run.note(sent.deployment, attempt)
         self._record(run, sent, attempt)
         return attempt
 
-    def _record(self, run: Run, sent: Sent, attempt: Attempt, completion: Completion | None = None) -> None:
+    def _record(self, run: Run, sent: InFlight, attempt: Attempt, completion: Completion | None = None) -> None:
         """Write the attempt, which is over, to the ledger, if anything was sent."""
         self._balance.under_way.discard(sent)
         if sent.reservation is None:
@@ -579,25 +579,25 @@ class Waterfall:
             ),
         )
 
-    def _answered(self, run: Run, sent: Sent, *, parsed: Any = None) -> Completion:
+    def _answered(self, run: Run, sent: InFlight, *, parsed: Any = None) -> Completion:
         """Return the Completion of a whole answer."""
         if run.spare is not sent:
             self._spare(run, None)
         return self._completion(run, sent, sent.response, text=content(sent.response), parsed=parsed)
 
-    def _streamed(self, run: Run, sent: Sent, text: str) -> Completion:
+    def _streamed(self, run: Run, sent: InFlight, text: str) -> Completion:
         """Return the Completion of a stream that ended well."""
         chunks = sent.response.chunks
         whole: Any = _LITELLM.stream_chunk_builder(chunks, messages=run.request.messages)
         return self._completion(run, sent, whole, text=text)
 
-    def _completion(self, run: Run, sent: Sent, whole: Any, *, text: str, parsed: Any = None) -> Completion:
+    def _completion(self, run: Run, sent: InFlight, whole: Any, *, text: str, parsed: Any = None) -> Completion:
         """Return the Completion of `whole`, LiteLLM's response, and note and record the attempt."""
         deployment, choice, usage = sent.deployment, whole.choices[0], self._spent(run, sent)
         attempt = Attempt(deployment.id, "ok", ms=sent.ms)
         run.note(deployment, attempt)
-        if deployment.id in self.rungs.needs:
-            self.ledger.recover(self.rungs.needs[deployment.id].cooling)
+        if deployment.id in self.pool.needs:
+            self.ledger.recover(self.pool.needs[deployment.id].cooling)
         completion = Completion(
             text=text,
             provider=deployment.provider.name,
@@ -617,15 +617,15 @@ class Waterfall:
         self._record(run, sent, attempt, completion)
         return completion
 
-    def _spent(self, run: Run, sent: Sent) -> Usage:
+    def _spent(self, run: Run, sent: InFlight) -> Usage:
         return spent(sent, run.request.requirements.prompt * 5 // 4)  # `prompt` is a lower bound
 
     def _usd(self, deployment: Deployment, usage: Usage, response: Any) -> float | None:
         """Return the price of an answer in USD; None where it is unknown."""
-        price = pricing.price(deployment, self.rungs.config)
+        price = pricing.price(deployment, self.pool.config)
         return price and price.usd(usage, service_tier(response))
 
-    async def _relay(self, run: Run, sent: Sent) -> AsyncGenerator[str | Failure, None]:
+    async def _relay(self, run: Run, sent: InFlight) -> AsyncGenerator[str | Failure, None]:
         """Yield the text of a stream; at last a Verdict if it broke."""
         limit, shortened = self._limit(run.request, sent.deployment, stream=True)
         due, said = _KEPT, False
@@ -666,7 +666,7 @@ class Waterfall:
 
     def _redact(self, text: str) -> str:
         """Return `text` without any key that this process knows, as the ledger can store it."""
-        return plain(hide(text, (found.secret for found in self.rungs.credentials.values())))
+        return plain(hide(text, (found.secret for found in self.pool.credentials.values())))
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from provider import Loopback
 
 from biollm.ledger import Claim, Ledger
 from biollm.routing import callback, import_waterfall
-from biollm.routing.callback import Turn
+from biollm.routing.callback import RouterCall
 
 ASK = [{"role": "user", "content": "hi"}]
 ORPHAN = [*ASK, {"role": "tool", "tool_call_id": "call_1", "content": "42"}]
@@ -38,21 +38,21 @@ BROKEN = [
         ("openai/small", [{"role": "user", "content": [{"type": "image_url"}]}], False),
     ],
 )
-def test_a_turn_tells_whether_litellm_handed_the_request_to_its_http_client(
+def test_a_call_tells_whether_litellm_handed_the_request_to_its_http_client(
     net: Loopback, tmp_path: Path, model: str, messages: list[Any], handed: bool, stream: bool
 ) -> None:
     server = net.serve()
-    turn = Turn(Ledger(tmp_path), {"a": Claim("a", (), ())})
-    asyncio.run(_ask(model, server.url, messages, stream, turn))
-    assert (turn.handed, len(server.requests)) == (handed, int(handed))
+    call = RouterCall(Ledger(tmp_path), {"a": Claim("a", (), ())})
+    asyncio.run(_ask(model, server.url, messages, stream, call))
+    assert (call.handed, len(server.requests)) == (handed, int(handed))
 
 
-async def _ask(model: str, url: str, messages: list[Any], stream: bool, turn: Turn) -> None:
+async def _ask(model: str, url: str, messages: list[Any], stream: bool, call: RouterCall) -> None:
     import_waterfall()
     import litellm
 
     callback.install()
-    callback.current.set(turn)
+    callback.current.set(call)
     params = {"model": model, "api_base": url, "api_key": "none", "drop_params": True}
     entry = {"model_name": "biollm", "litellm_params": params, "model_info": {"id": "a"}}
     router: Any = litellm.Router(model_list=[entry], num_retries=0, disable_cooldowns=True)  # pyright: ignore
