@@ -26,6 +26,7 @@ from biollm.errors import UsageError
 from biollm.ledger import Claim, Ledger, Record, history
 from biollm.monitoring import metrics, usage
 from biollm.monitoring.usage import Report
+from biollm.routing.pricing import price_map
 
 HOUR = 3600.0
 NOON = 1_795_003_200.0  # an hour's first second
@@ -250,7 +251,7 @@ def test_cost_avoided_is_at_the_reference_models_price(tmp_path: Path, waterfall
     waterfall({"costs": {"reference_model": "gpt-4o"}}, first="https://x.test/v1")
     free = replace(OK, at=time.time(), prompt_tokens=1_000_000, completion_tokens=100_000, cost_usd=0.0)
     report = usage.report(load_config(), wrote(tmp_path, [free]))
-    price = usage.price_map()["gpt-4o"]
+    price = price_map()["gpt-4o"]
     expected = 1_000_000 * price["input_cost_per_token"] + 100_000 * price["output_cost_per_token"]  # type: ignore
     assert report.total.cost_avoided_usd == pytest.approx(expected)
 
