@@ -177,7 +177,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' 
 
 
 @pytest.mark.parametrize(
-    ("content", "standing"),
+    ("content", "status"),
     [
         ("x" * 5004, "ready"),
         ("x" * 5005, "unfit"),
