@@ -79,7 +79,7 @@ def copilot_login(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("comes", "rung", "stands"),
+    ("comes", "candidate", "stands"),
     [
         (api_key, "filed/small", "ready"),
         (server_key, "gpu/mine#late", "ready"),

@@ -168,7 +168,7 @@ def test_both_groups_and_only_deployments_with_a_key(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ident", "wants", "reason"),
+    ("ident", "requirements", "reason"),
     [
         ("one/big", Requirements(), None),
         ("one/big", Requirements(policy="local_only"), "local_only"),

@@ -43,7 +43,7 @@ REFUSED, PREFILL = Call("", SCENARIOS["S13"].reason, 0.0, 1.0), Call("", REFUSES
 
 
 @pytest.mark.parametrize(
-    ("scenario", "calls", "asked", "verdict"),
+    ("scenario", "calls", "asked", "failure"),
     [
         ("S04", [GOOD], [0, 0.1], "pass"), ("S04", [GOOD], [0] * 7, "fail"), ("S04", [CUT], [0], "fail"),
         ("S04", [ERROR], [0], "safe"), ("S04", [LATE], [0], "fail"), ("S03", [GOOD], [0], "partial"),
