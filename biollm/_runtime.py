@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from biollm.config import Cluster
-from biollm.config.paths import state_dir
-from biollm.config.site import run_dir
+from biollm.config.paths import run_dir, state_dir
 from biollm.errors import UsageError
 from biollm.ledger import Ledger
 from biollm.slurm.endpoints import Watch

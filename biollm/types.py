@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 Kind = TypeVar("Kind")
 Outcome = Literal["ok", "skipped", "limited", "failed", "cancelled"]
+DataPolicy = Literal["any", "no_training", "local_only"]
+DATA_POLICIES: tuple[DataPolicy, ...] = get_args(DataPolicy)  # from loose to strict
 
 
 def known(kind: type[Kind], facts: Mapping[str, Any]) -> Kind:

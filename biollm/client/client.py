@@ -26,11 +26,11 @@ from biollm.errors import (
 )
 from biollm.routing import import_waterfall, load_balancing
 from biollm.routing.candidates import Candidate, DeploymentPool, check_names, explain
-from biollm.routing.deployments import Deployment, Policy, Requirements
+from biollm.routing.deployments import Deployment, Requirements
 from biollm.routing.normalize import ANSWER_SIZES, Reader, text, texts
 from biollm.routing.request import Request
 from biollm.routing.structured import Message, ResponseSchema
-from biollm.types import Completion, Piece
+from biollm.types import DATA_POLICIES, Completion, DataPolicy, Piece
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from biollm.slurm.submissions import Job
 
 Prompt = str | Sequence[Message]
-_STRICTNESS: tuple[Policy, ...] = ("any", "no_training", "local_only")
 # Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
 _CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256
 _STEP = 1.0  # seconds between two looks at a server that starts
@@ -90,7 +89,7 @@ class Defaults(TypedDict, total=False):
     fallback: bool
     max_retries: int
     local_only: bool
-    data_policy: Policy
+    data_policy: DataPolicy
     response_model: type[BaseModel] | Mapping[str, Any] | None
     capability: str | None
     allow_degraded: bool
@@ -253,16 +252,16 @@ class Client:
     async def __aexit__(self, *exc: object) -> None:
         await apart(ledger().flush)
 
-    def policy(self, *calls: Options) -> Policy:
+    def policy(self, *calls: Options) -> DataPolicy:
         """Return the data policy: the strictest of what configuration, environment, client and these calls say."""
         environment = wants_local_only()
-        asked: list[Policy] = [self.config.data_policy]
+        asked: list[DataPolicy] = [self.config.data_policy]
         for options in (self._defaults, *calls):
             asked.append(options.get("data_policy", "any"))
             environment = environment or options.get("local_only", False)
         if environment:
             return "local_only"
-        return max(asked, key=_STRICTNESS.index)
+        return max(asked, key=DATA_POLICIES.index)
 
     def _request(self, prompt: Prompt, options: Options) -> Request:
         _check_options(options)
@@ -451,7 +450,7 @@ class Client:
             _let_go(kept.pop(old))
         return await asyncio.shield(making)
 
-    def _make(self, policy: Policy, servers: Watch) -> Waterfall:
+    def _make(self, policy: DataPolicy, servers: Watch) -> Waterfall:
         made = import_waterfall()
         return made(DeploymentPool(self.config, ledger(), state_dir(), policy, servers.latest))
 
@@ -482,8 +481,8 @@ def _check_options(options: Options) -> None:
         if name not in known:
             hint = nearest(name, known) or "Further arguments of the API go into extra={...}."
             raise UsageError(f"There is no option {name!r}.", hint=hint)
-    if (policy := options.get("data_policy", "any")) not in _STRICTNESS:
-        raise UsageError(f"data_policy is {policy!r}; it must be one of {', '.join(_STRICTNESS)}.")
+    if (policy := options.get("data_policy", "any")) not in DATA_POLICIES:
+        raise UsageError(f"data_policy is {policy!r}; it must be one of {', '.join(DATA_POLICIES)}.")
     if (then := options.get("on_interrupt", "raise")) not in ("raise", "restart"):
         raise UsageError(f"on_interrupt is {then!r}; it must be raise or restart.")
 

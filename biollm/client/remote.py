@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from biollm import __version__, errors
 from biollm._ownership import is_local, is_private, objection
 from biollm.config.paths import FALSE, config_dirs, state_dir
-from biollm.types import Attempt, Completion, Piece, StreamChunk, StreamRestarted, Usage, known
+from biollm.types import DATA_POLICIES, Attempt, Completion, Piece, StreamChunk, StreamRestarted, Usage, known
 
 if TYPE_CHECKING:
     from biollm.config import Cluster
@@ -36,7 +36,6 @@ _LOOK, _PATIENCE = 10.0, 10.0  # seconds between two looks at a gateway that is 
 _GRACE = 0.5  # seconds past the deadline in which the gateway may still say itself what was tried
 _OFF = "BIOLLM_GATEWAY=off does without a gateway."
 SOCKET, RECORD = "gateway.sock", "gateway.json"
-_POLICIES = ("any", "no_training", "local_only")  # from loose to strict
 _PARAMS = {
     "frequency_penalty", "logit_bias", "max_tokens", "parallel_tool_calls", "presence_penalty", "reasoning_effort",
     "seed", "stop", "temperature", "tool_choice", "tools", "top_p", "user", "verbosity",
@@ -328,7 +327,7 @@ class Line:
                 told = json.loads(response.read())["error"]
             raise _error(told, status=response.status)
         asked, honoured = self._asked["biollm"].get("data_policy", "any"), response.headers.get("x-biollm-policy")
-        if honoured not in _POLICIES[_POLICIES.index(asked) :]:
+        if honoured not in DATA_POLICIES[DATA_POLICIES.index(asked) :]:
             raise errors.CompletionError(f"The gateway does not confirm the data policy {asked}.", hint=_OFF)
         return response
 

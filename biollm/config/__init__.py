@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from biollm.types import DataPolicy as Policy
+
 if TYPE_CHECKING:
     from biollm.config.loader import Config, describe, json_schema, load_config
     from biollm.config.schema import (
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
         Costs,
         Environment,
         Model,
-        Policy,
         Provider,
         Routing,
     )
@@ -43,10 +44,12 @@ __all__ = [
     "json_schema",
     "load_config",
 ]
+_IN_LOADER, _IN_VALUES = ("Config", "describe", "json_schema", "load_config"), ("Limit",)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: whoever needs only a path (`biollm.config.paths`) does without pydantic."""
-    if name in __all__:
-        return getattr(import_module("biollm.config.loader"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a name on first use, so that `biollm.config.paths` alone does not import pydantic."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "loader" if name in _IN_LOADER else "values" if name in _IN_VALUES else "schema"
+    return getattr(import_module(f"biollm.config.{home}"), name)

@@ -14,13 +14,13 @@ from biollm.config.paths import FALSE
 from biollm.config.values import as_list
 from biollm.config.yaml import Document, KeyPath, dotted, read
 from biollm.errors import Problem, nearest
+from biollm.types import DATA_POLICIES
 
 Tree = dict[str, Any]
 Form = Callable[[str], Tree]
 FILES = ("models", "providers", "cluster")
 _BLOCKS = (*FILES, "routing", "costs", "alerts", "locked")  # what holds keys of its own
 TOP = (*_BLOCKS, "data_policy", "lenient", "inherit")
-_POLICIES = ("any", "no_training", "local_only")
 _ENTRIES = ("models", "providers")  # sections that hold entries by name
 _ALTERNATIVES = (("env_key", "key_file", "accounts"), ("venv", "conda", "container"))  # a later one replaces the others
 _MAPPINGS = {("", key) for key in _BLOCKS} | {("cluster", "environment"), ("models", "architecture")}
@@ -267,7 +267,7 @@ def _off(value: object) -> bool:
 
 
 def _strictness(policy: object) -> int:
-    return 0 if policy is None else _POLICIES.index(str(policy)) if policy in _POLICIES else len(_POLICIES)
+    return 0 if policy is None else DATA_POLICIES.index(policy) if policy in DATA_POLICIES else len(DATA_POLICIES)
 
 
 def _leaves(tree: Tree, path: KeyPath = ()) -> Iterable[tuple[KeyPath, Any]]:

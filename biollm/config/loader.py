@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError, create_model
 
@@ -21,20 +21,21 @@ from biollm._ownership import in_the_clear
 from biollm.config import values as forms
 from biollm.config.layers import FILES, SYNONYMS, TOP, Layers
 from biollm.config.paths import config_dirs, wants_local_only
-from biollm.config.schema import LITELLM_PROVIDERS as LITELLM_PROVIDERS
-from biollm.config.schema import Account as Account
-from biollm.config.schema import Alerts as Alerts
-from biollm.config.schema import Architecture as Architecture
-from biollm.config.schema import Cluster as Cluster
-from biollm.config.schema import Costs as Costs
-from biollm.config.schema import Environment as Environment
-from biollm.config.schema import Model as Model
-from biollm.config.schema import Policy as Policy
-from biollm.config.schema import Provider as Provider
-from biollm.config.schema import Routing as Routing
-from biollm.config.values import Limit as Limit
+from biollm.config.schema import (
+    LITELLM_PROVIDERS,
+    Account,
+    Alerts,
+    Architecture,
+    Cluster,
+    Costs,
+    Environment,
+    Model,
+    Provider,
+    Routing,
+)
 from biollm.config.yaml import KeyPath, dotted
 from biollm.errors import ConfigError, Problem, UnknownNameError, nearest
+from biollm.types import DATA_POLICIES, DataPolicy
 
 Value = TypeVar("Value", bound=BaseModel)
 
@@ -57,7 +58,7 @@ class Config:
     models: dict[str, Model] = field(default_factory=dict[str, Model])
     providers: tuple[Provider, ...] = ()
     cluster: Cluster = field(default_factory=Cluster)
-    data_policy: Policy = "any"
+    data_policy: DataPolicy = "any"
     costs: Costs = field(default_factory=Costs)
     alerts: Alerts = field(default_factory=Alerts)
     timeout: float = 60.0
@@ -113,7 +114,7 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         if keyed and (why := in_the_clear(provider.base_url or "", cluster.local_hosts if cluster else ())):
             layers.warnings.append(layers.problem(("providers", provider.name, "base_url"), f"is never asked: {why}."))
     policy = layers.data.get("data_policy", "any")
-    if policy not in get_args(Policy):
+    if policy not in DATA_POLICIES:
         layers.problems.append(
             layers.problem(("data_policy",), f"must be any, no_training or local_only, not {policy!r}.")
         )
@@ -258,7 +259,7 @@ def json_schema(kind: Literal["models", "providers", "cluster"]) -> dict[str, An
         "routing": Routing,
         "costs": Costs,
         "alerts": Alerts,
-        "data_policy": Policy,
+        "data_policy": DataPolicy,
     }
     create: Any = create_model  # whose types know no computed field names
     schema: dict[str, Any] = create(kind, **{name: (each, ...) for name, each in chosen.items()}).model_json_schema()

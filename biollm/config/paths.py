@@ -1,21 +1,29 @@
-"""Finds the data folders that ship with biollm, and the folders of the user."""
+"""Where everything is: biollm's data, the user's configuration and state, and a site's run directory.
+
+The environment variables that change it are read here, without pydantic.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from biollm._files import is_shared
+from biollm._ownership import is_private
+from biollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from biollm.config.schema import Cluster, Model
 
 _PACKAGE = Path(__file__).parents[1]
-
 FALSE = ("false", "no", "off", "0")  # as people write it in files and in the environment
 
 
 def data_dir(name: str) -> Path:
     """Return the shipped folder `router_config` or `slurm_templates`.
 
-    A wheel holds it under `biollm/_data`; a checkout (or an editable install) beside the package.
+    A wheel has it under `biollm/_data`; a checkout (or an editable install) beside the package.
     """
     for folder in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
         if folder.is_dir():
@@ -40,7 +48,7 @@ def state_dir() -> Path:
 
 
 def own_dir(state: Path) -> Path:
-    """Return where this user's keys, logins and alerts go: `state`, or a folder at home where a group shares that."""
+    """Return the folder of this user's keys, logins and alerts: `state`, or one in $HOME if a group shares `state`."""
     if not is_shared(state):
         return state
     return _home() if not is_shared(_home()) else _home().with_name("biollm-own")
@@ -51,12 +59,12 @@ def _home() -> Path:
 
 
 def wants_local_only() -> bool:
-    """Does BIOLLM_LOCAL_ONLY say so?"""
+    """Return whether BIOLLM_LOCAL_ONLY is set."""
     return os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", *FALSE)
 
 
 def environment_tags() -> dict[str, str]:
-    """Return the tags that BIOLLM_TAGS holds."""
+    """Return the tags in BIOLLM_TAGS."""
     return tags_of(os.environ.get("BIOLLM_TAGS", ""))
 
 
@@ -64,3 +72,55 @@ def tags_of(written: str) -> dict[str, str]:
     """Return the tags of "agent=ErrorDiagnosis,user=ann"."""
     pairs = (part.partition("=") for part in written.split(",") if "=" in part)
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def run_dir(cluster: Cluster) -> Path:
+    """Return the run directory, which the nodes share; the user may keep other things there, too."""
+    if cluster.run_dir:
+        return cluster.run_dir
+    before = state_dir() / "slurm"  # of version 0.1, even in a folder that a group shares
+    return before if is_private(before) else own_dir(state_dir()) / "slurm"
+
+
+def biollm_dir(cluster: Cluster) -> Path:
+    """Return the folder in the run directory with the records of servers and submissions."""
+    return run_dir(cluster) / "biollm"
+
+
+def biollm_dirs(cluster: Cluster) -> tuple[Path, Path]:
+    """Return the folders that may have records: this version's, and that of 0.1, whose servers may still run."""
+    return biollm_dir(cluster), run_dir(cluster)
+
+
+def present_dir(cluster: Cluster) -> Path:
+    """Return the first of `biollm_dirs` that exists, for readers, which create no folder."""
+    return next((folder for folder in biollm_dirs(cluster) if folder.is_dir()), biollm_dir(cluster))
+
+
+def log_dir(cluster: Cluster) -> Path:
+    """Return the folder of the jobs' and servers' logs."""
+    return cluster.log_dir or run_dir(cluster) / "logs"
+
+
+def cache_dir(cluster: Cluster) -> Path:
+    """Return the folder of caches that must not fill $HOME."""
+    return cluster.cache_dir or run_dir(cluster) / "cache"
+
+
+def models_dir(cluster: Cluster) -> Path:
+    """Return the shared folder of the weights."""
+    return cluster.models_dir or run_dir(cluster) / "models"
+
+
+def weights_dir(model: Model, cluster: Cluster) -> Path:
+    """Return the folder for a model's weights: its `path`, or models_dir/ORG/NAME[@REVISION].
+
+    Raises:
+        UsageError: It is not a local model, or has neither hf_id nor path.
+    """
+    if model.path:
+        return model.path
+    if model.type != "local" or not model.hf_id:
+        raise UsageError(f"{model.key} is not a local model: it needs `type: local`, and an hf_id or a path.")
+    suffix = f"@{model.revision.replace('/', '_')}" if model.revision else ""
+    return models_dir(cluster) / f"{model.hf_id}{suffix}"

@@ -16,7 +16,6 @@ from biollm.config import values as forms
 from biollm.config.values import Limit
 from biollm.errors import UsageError
 
-Policy = Literal["any", "no_training", "local_only"]
 # LiteLLM's prefix for providers it knows by the name people give them; others need a base_url or litellm_provider
 LITELLM_PROVIDERS = (
     "anthropic", "azure", "bedrock", "cerebras", "cohere", "databricks", "deepinfra", "deepseek", "fireworks_ai", "gemini",
@@ -69,14 +68,14 @@ class Provider(_Limited):
     """
 
     name: forms.Name
-    title: forms.Line = ""
+    title: forms.SingleLine = ""
     description: str = ""
     enabled: bool = True
     type: Literal["api", "local", "embedded"]
     priority: forms.Count = 50
     base_url: forms.Url = None
     models: tuple[forms.ModelName, ...] = ()
-    model_ids: dict[str, forms.Line] = {}
+    model_ids: dict[str, forms.SingleLine] = {}
     litellm_provider: str = ""
     accounts: tuple[Account, ...] = ()
     limits_per: Literal["account", "model"] = "account"
@@ -156,14 +155,14 @@ class Model(_Value):
     """
 
     key: forms.ModelName
-    name: forms.Line = ""
+    name: forms.SingleLine = ""
     description: str = ""
     enabled: bool = True
     type: Literal["local", "api", "embedded"] = "local"
     hf_id: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     revision: str | None = Field(default=None, pattern=r"^\w[\w./-]*$")
     path: forms.FullPath | None = None
-    gguf: forms.Line | None = None
+    gguf: forms.SingleLine | None = None
     size_gb: forms.Amount | None = None
     gpus_required: forms.Count = 1
     context_length: forms.Positive | None = None
@@ -197,11 +196,11 @@ class Model(_Value):
 class Environment(_Value):
     """What makes vLLM available on a node: at most one of venv, conda and container. In `env`, None unsets."""
 
-    modules: tuple[forms.Line, ...] = ()
+    modules: tuple[forms.SingleLine, ...] = ()
     venv: forms.FullPath | None = None
     conda: forms.Expanded | None = None
     container: forms.Expanded | None = None
-    container_command: forms.Line = "apptainer"
+    container_command: forms.SingleLine = "apptainer"
     binds: tuple[forms.Expanded, ...] = ()
     env: dict[str, forms.EnvValue] = {}
 
@@ -216,11 +215,11 @@ class Cluster(_Value):
     """The site profile. Times in seconds, GPU memory in GiB, a node's in GB. None leaves it to Slurm, or unlimited."""
 
     name: forms.Name = "cluster"
-    partition: forms.Line | None = None
-    account: forms.Line | None = None
-    qos: forms.Line | None = None
-    constraint: forms.Line | None = None
-    gpu_type: forms.Line | None = None
+    partition: forms.SingleLine | None = None
+    account: forms.SingleLine | None = None
+    qos: forms.SingleLine | None = None
+    constraint: forms.SingleLine | None = None
+    gpu_type: forms.SingleLine | None = None
     gpu_memory_gib: forms.Amount = 79.1
     gpus_per_node: forms.Positive = 8
     cpus_per_node: forms.Positive | None = None
@@ -236,13 +235,13 @@ class Cluster(_Value):
     max_jobs: forms.Count | None = None
     max_gpus: forms.Count | None = None
     gpu_hours_per_day: forms.Price | None = None
-    local_hosts: tuple[forms.Line, ...] = ()
-    trusted_owners: tuple[forms.Line, ...] = ()
+    local_hosts: tuple[forms.SingleLine, ...] = ()
+    trusted_owners: tuple[forms.SingleLine, ...] = ()
     idle_timeout: forms.Duration = 1800
     drain: forms.Duration = 120
     handover: bool = False
     max_chain: forms.Positive = 2
-    sbatch_options: tuple[forms.Line, ...] = ()
+    sbatch_options: tuple[forms.SingleLine, ...] = ()
 
 
 class Costs(_Value):

@@ -18,14 +18,13 @@ from biollm import errors
 from biollm.config.paths import tags_of
 from biollm.routing.deployments import models_of
 from biollm.routing.router_config import GROUP, LOCAL_GROUP
-from biollm.types import Attempt, Completion
+from biollm.types import DATA_POLICIES, Attempt, Completion
 
 if TYPE_CHECKING:
     from biollm.client import Options
     from biollm.config import Config
 
 Json = dict[str, Any]
-_POLICIES = ("any", "no_training", "local_only")  # from loose to strict
 RESTARTS = "x-biollm-restarts"
 _INTERRUPTED = ("raise", "restart")
 _NUMBER, _TEXTS = (int, float), (str, list)
@@ -111,7 +110,7 @@ def read(given: bytes, headers: Mapping[str, str], config: Config, tags: Mapping
     if schema is not None:
         options["response_model"] = schema
     said = (("biollm.data_policy", ours.get("data_policy")), ("x-biollm-policy", headers.get("x-biollm-policy")))
-    options["data_policy"] = max((_one_of(_POLICIES, *each) for each in said), key=_POLICIES.index)
+    options["data_policy"] = max((_one_of(DATA_POLICIES, *each) for each in said), key=DATA_POLICIES.index)
     written = tags_of(headers.get("x-biollm-tags", ""))
     options["tags"] = {**_texts(body.get("metadata", {})), **written, **_texts(ours.get("tags", {})), **tags}
     unseen = _one_of(_INTERRUPTED, "x-biollm-on-interrupt", headers.get("x-biollm-on-interrupt")) == "restart"

@@ -17,8 +17,7 @@ from biollm import slurm
 from biollm._files import is_shared
 from biollm._ownership import address, is_this_host
 from biollm.config import Config
-from biollm.config.paths import own_dir, state_dir
-from biollm.config.site import run_dir
+from biollm.config.paths import own_dir, run_dir, state_dir
 from biollm.errors import BiollmError
 from biollm.ledger.sqlite import on_network
 from biollm.providers import credentials

@@ -326,7 +326,7 @@ def _local(
 
 def _gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
     """Return model -> GPU hours of this user's jobs, from their first sign of life to their last, or to now."""
-    from biollm.config.site import present_dir
+    from biollm.config.paths import present_dir
     from biollm.slurm import commands
     from biollm.slurm.submissions import judge, tickets
 

@@ -22,7 +22,6 @@ from biollm.providers.credentials import Credential
 from biollm.routing.deployments import (
     LEAST_ANSWER,
     Deployment,
-    Policy,
     Requirements,
     allowance,
     asked_for,
@@ -32,7 +31,7 @@ from biollm.routing.deployments import (
     obstacle,
 )
 from biollm.slurm import endpoints
-from biollm.types import Usage
+from biollm.types import DataPolicy, Usage
 
 if TYPE_CHECKING:
     from biollm.routing.pricing import Cost
@@ -127,12 +126,12 @@ class DeploymentPool:
         config: Config,
         ledger: Ledger,
         state: Path,
-        policy: Policy,
+        policy: DataPolicy,
         discover: Callable[[], Iterable[Endpoint]] = tuple,
         interval: float = 5.0,
     ) -> None:
         self.config, self.ledger, self.state = config, ledger, state
-        self.policy: Policy = policy
+        self.policy: DataPolicy = policy
         self._discover, self._interval = discover, interval
         self._servers: tuple[Endpoint, ...] | None = None
         self._looked = 0.0

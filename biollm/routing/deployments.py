@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from biollm._ownership import is_local
+from biollm.types import DataPolicy
 
 if TYPE_CHECKING:
     from biollm.config import Account, Config, Limit, Model, Provider
     from biollm.slurm.endpoints import Endpoint
 
 LEAST_ANSWER = 2048  # tokens; where fewer can be had, and more were wanted, the next deployment is asked
-Policy = Literal["any", "no_training", "local_only"]
 
 # Providers whose API takes a JSON Schema (`response_format: json_schema`); elsewhere the schema goes into the prompt.
 _TAKES_SCHEMA = {"openai", "azure", "gemini", "vertex_ai", "anthropic", "mistral", "groq", "hosted_vllm"}
@@ -90,7 +90,7 @@ class Requirements:
 
     provider: str | None = None
     model: str | None = None
-    policy: Policy = "any"
+    policy: DataPolicy = "any"
     tools: bool = False
     capability: str | None = None
     prompt: int = 0
@@ -103,7 +103,7 @@ class Requirements:
 
 
 def build_deployments(
-    config: Config, endpoints: Iterable[Endpoint] = (), policy: Policy | None = None
+    config: Config, endpoints: Iterable[Endpoint] = (), policy: DataPolicy | None = None
 ) -> list[Deployment]:
     """Return every deployment in waterfall order; with a local_only policy, those that never leave the cluster.
 

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from biollm._files import file_time
 from biollm._ownership import is_this_host, uids
-from biollm.config.site import places, present_dir
+from biollm.config.paths import biollm_dirs, present_dir
 
 if TYPE_CHECKING:
     from biollm.config import Cluster
@@ -75,7 +75,7 @@ class Records:
     """The records of a cluster's run directory; unchanged ones are not read again."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._cluster, self._places = cluster, places(cluster)
+        self._cluster, self._places = cluster, biollm_dirs(cluster)
         self._owners = uids(cluster.trusted_owners)
         self._known: dict[str, tuple[tuple[int, int], Any, int]] = {}
         self._nodes: tuple[float, dict[str, str]] = (-1.0, {})

@@ -23,7 +23,7 @@ from typing import TypeVar
 from biollm._files import file_time, locked, private_folder, write_private
 from biollm._ownership import uids
 from biollm.config import Cluster, Model
-from biollm.config.site import log_dir, own_dir, present_dir, run_dir
+from biollm.config.paths import biollm_dir, log_dir, present_dir, run_dir
 from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.slurm import commands, weights
 from biollm.slurm.commands import Queue
@@ -367,19 +367,19 @@ def prepare(cluster: Cluster, *, plain: bool = False) -> None:
 
 def plain_key_file(cluster: Cluster) -> Path:
     """Return where this user's key for servers of plain scripts lies."""
-    return own_dir(cluster) / f"plain-{os.getuid()}.key"
+    return biollm_dir(cluster) / f"plain-{os.getuid()}.key"
 
 
 def _share(cluster: Cluster, group: str) -> None:
     """Open what a client reads to a group."""
-    folder = own_dir(cluster)
+    folder = biollm_dir(cluster)
     for path in (run_dir(cluster), folder, folder / "records", folder / "starts"):
         shutil.chown(path, group=group)
         path.chmod(path.stat().st_mode & 0o7777 | 0o050)
 
 
 def _submit(script: LaunchScript, cluster: Cluster, ticket: Ticket, options: list[str], share: str) -> Ticket:
-    path = own_dir(cluster) / "jobs" / f"{ticket.id}.sh"
+    path = biollm_dir(cluster) / "jobs" / f"{ticket.id}.sh"
     write_private(path, script.text)
     arguments = ["--submission", ticket.id, *(["--share", share] if share else [])]
     if ticket.chain:
@@ -395,7 +395,7 @@ def _submitting(cluster: Cluster) -> AbstractContextManager[None]:
 
 def _own_dir(cluster: Cluster) -> Path:
     """Make biollm's own folder and return it: open to whom the run directory is, as a lab's common folder stays common."""
-    folder, own = private_folder(run_dir(cluster)), own_dir(cluster)
+    folder, own = private_folder(run_dir(cluster)), biollm_dir(cluster)
     mode = folder.stat().st_mode & 0o7777
     for path in (own, *(own / name for name in ("records", "starts", "jobs", "lib"))):
         with suppress(FileExistsError):

@@ -28,8 +28,7 @@ from typing import Any
 
 from biollm import __version__
 from biollm.config import Cluster, Model
-from biollm.config.paths import data_dir
-from biollm.config.site import cache_dir, log_dir, models_dir, run_dir, weights_dir
+from biollm.config.paths import cache_dir, data_dir, log_dir, models_dir, run_dir, weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, Problem, UsageError, nearest
 from biollm.slurm import vllm_flags
 from biollm.slurm.memory import fit

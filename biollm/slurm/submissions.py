@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from biollm._files import write_private
 from biollm.config import Cluster
-from biollm.config.site import own_dir, places
+from biollm.config.paths import biollm_dir, biollm_dirs
 from biollm.errors import JobFailedError, UsageError
 from biollm.slurm.commands import Queue, Row
 from biollm.slurm.endpoints import Endpoint
@@ -134,7 +134,7 @@ def save(ticket: Ticket, cluster: Cluster) -> Ticket:
     kept = {"job": ticket.job, "models": ticket.models, "gpus": ticket.gpus, "walltime": ticket.walltime,
             "log": str(ticket.log), "chain": ticket.chain, "link": ticket.link, "links": ticket.links,
             "nodes": ticket.nodes, "cluster": cluster.name}  # fmt: skip
-    ticket = replace(ticket, folder=own_dir(cluster) / "jobs")
+    ticket = replace(ticket, folder=biollm_dir(cluster) / "jobs")
     write_private(ticket.folder / f"{ticket.id}.json", json.dumps(kept))
     return read(ticket, cluster)
 
@@ -171,7 +171,7 @@ def _events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def tickets(cluster: Cluster) -> list[Ticket]:
     """Return this user's tickets, oldest first."""
-    own, before = places(cluster)
+    own, before = biollm_dirs(cluster)
     paths = list((own / "jobs").glob("*.json"))
     paths += [path for path in (before / "jobs").glob("*.json") if re.fullmatch(_ID, path.stem)]  # others are not ours
     return sorted(filter(None, (_load(path, cluster) for path in paths)), key=lambda ticket: ticket.submitted)
@@ -196,7 +196,7 @@ def sweep(cluster: Cluster, jobs: Iterable[Job] = ()) -> None:
     The run directory may be the user's for other things, too. So only names of the exact form that biollm gives
     count, in folders of the exact names; and where version 0.1 kept them, only if it left its node files there.
     """
-    own, before = places(cluster)
+    own, before = biollm_dirs(cluster)
     kept = {name for job in jobs if not job.over for name in (job.ticket.id, job.ticket.chain) if name}
     for record in (path for place in (own, before) for path in (place / "records").glob("*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):  # another cluster's too, whose jobs nobody here knows

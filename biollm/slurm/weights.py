@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from biollm.config import Cluster, Model
-from biollm.config.site import weights_dir
+from biollm.config.paths import weights_dir
 from biollm.errors import UnavailableError, UsageError
 
 _MARK = ".biollm-pull"  # lies in the folder from the first byte to the last

@@ -18,8 +18,8 @@ import pytest
 from test_embedded import FILE, GGUF, HUB, model, serve
 
 from biollm._files import write_private
-from biollm.config import Cluster, Limit, load_config, site
-from biollm.config.paths import own_dir, state_dir
+from biollm.config import Cluster, Limit, load_config
+from biollm.config.paths import own_dir, run_dir, state_dir
 from biollm.gateway import auth
 from biollm.ledger import Claim, Ledger, Record
 from biollm.monitoring import alerts
@@ -165,11 +165,11 @@ def test_weights_that_only_their_owner_may_read_say_so(lab: Path) -> None:
 
 @root_only
 def test_the_default_run_directory_is_each_members_own(lab: Path) -> None:
-    places = [member(lab, name, lambda: str(site.run_dir(Cluster()))) for name in ("ann", "bob")]
+    places = [member(lab, name, lambda: str(run_dir(Cluster()))) for name in ("ann", "bob")]
     assert places == [str(lab / f"home-{name}" / "biollm" / "slurm") for name in ("ann", "bob")]
     (lab / "state" / "slurm").mkdir(mode=0o700)  # ann's, from a version that put it there
     os.chown(lab / "state" / "slurm", ANN, GROUP)
-    places = [member(lab, name, lambda: str(site.run_dir(Cluster()))) for name in ("ann", "bob")]
+    places = [member(lab, name, lambda: str(run_dir(Cluster()))) for name in ("ann", "bob")]
     assert places == [str(lab / "state" / "slurm"), str(lab / "home-bob" / "biollm" / "slurm")]
 
 

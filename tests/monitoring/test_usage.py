@@ -21,7 +21,7 @@ from provider import Loopback
 from biollm._runtime import ledger
 from biollm.client import Client
 from biollm.config import Config, load_config
-from biollm.config.site import own_dir
+from biollm.config.paths import biollm_dir
 from biollm.errors import UsageError
 from biollm.ledger import Claim, Ledger, Record, history
 from biollm.monitoring import metrics, usage
@@ -371,7 +371,7 @@ def test_local_models_cost_their_jobs_gpu_hours(tmp_path: Path, waterfall: Calla
     folder = waterfall({"costs": {"gpu_hour_usd": 2, "reference_model": "gpt-4o"}}, vllm=vllm)
     (folder / "models.yaml").write_text(json.dumps({"models": {"qwen-coder-32b": model}}))
     config, now = load_config(), time.time()
-    jobs = own_dir(config.cluster) / "jobs"
+    jobs = biollm_dir(config.cluster) / "jobs"
     jobs.mkdir(parents=True)
     kept = {"job": "7", "models": ["qwen-coder-32b"], "gpus": 4, "walltime": 3600, "log": "x", "chain": "", "link": 1,
             "links": 1, "nodes": 1, "cluster": config.cluster.name}  # fmt: skip

@@ -37,7 +37,7 @@ from biollm.client import (
     StreamRestarted,
     get_model_client,
 )
-from biollm.config.site import run_dir
+from biollm.config.paths import run_dir
 from biollm.routing.lean import OWN_HANDLER
 from biollm.slurm.endpoints import Endpoint
 

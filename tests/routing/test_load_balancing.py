@@ -18,7 +18,7 @@ from provider import Loopback, Request, Server
 
 from biollm._runtime import background
 from biollm.client import Client, get_model_client
-from biollm.config.site import run_dir
+from biollm.config.paths import run_dir
 from biollm.errors import CompletionError
 from biollm.providers.credentials import of_secret
 from biollm.routing import load_balancing

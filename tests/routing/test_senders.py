@@ -24,7 +24,7 @@ from test_supervisor import Job, listens
 from biollm._runtime import background, watch
 from biollm.client import Client, CompletionError, get_model_client
 from biollm.config import load_config
-from biollm.config.site import run_dir
+from biollm.config.paths import run_dir
 from biollm.errors import UnavailableError
 from biollm.providers import copilot
 from biollm.providers.credentials import of_secret

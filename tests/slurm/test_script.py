@@ -17,7 +17,7 @@ import pytest
 
 from biollm import __version__
 from biollm.config import Cluster, Environment, Model, load_config
-from biollm.config.site import weights_dir
+from biollm.config.paths import weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, UsageError
 from biollm.slurm.script import LaunchScript, Options, override, render, render_plain
 from biollm.slurm.supervisor import node_files
@@ -332,8 +332,8 @@ def test_force_renders_what_does_not_fit() -> None:
         ),
         ({"vllm_args": {"tensor_parallel_size": 2}}, UsageError, "mine gets 1 GPUs, but .* size is 2"),
         ({"vllm_args": {"tensor_parallel_size": 2}, "gpus_required": 4}, UsageError, "mine gets 4 GPUs"),
-        ({"hf_id": None}, UsageError, "mine is no local model"),
-        ({"type": "api"}, UsageError, "mine is no local model"),
+        ({"hf_id": None}, UsageError, "mine is not a local model"),
+        ({"type": "api"}, UsageError, "mine is not a local model"),
     ],
 )
 def test_a_wrong_model_is_refused(changes: dict[str, Any], error: type[Exception], says: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hub import COMMIT, Hub
 
 from biollm.config import Cluster, Model
-from biollm.config.site import weights_dir
+from biollm.config.paths import weights_dir
 from biollm.errors import UnavailableError, UsageError
 from biollm.slurm.weights import present, published_config, pull
 

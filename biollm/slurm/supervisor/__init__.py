@@ -10,16 +10,16 @@ from functools import cache
 from pathlib import Path
 
 from biollm.config import Cluster
-from biollm.config.site import own_dir
+from biollm.config.paths import biollm_dir
 
 
 def node_files(cluster: Cluster) -> dict[Path, str]:
-    """Return what must lie in own_dir before a job starts, path -> text; the supervisor comes first.
+    """Return what must lie in biollm_dir before a job starts, path -> text; the supervisor comes first.
 
     A new version has another name, so that running jobs keep theirs.
     """
     stem, texts = _node_source()
-    return {own_dir(cluster) / "lib" / f"{stem}{part}.py": text for part, text in texts.items()}
+    return {biollm_dir(cluster) / "lib" / f"{stem}{part}.py": text for part, text in texts.items()}
 
 
 @cache
