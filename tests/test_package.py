@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -106,3 +107,12 @@ def test_the_wheel_works_far_from_its_source(wheel: Path, tmp_path: Path) -> Non
 def test_every_async_method_is_a_pair() -> None:
     methods = {name for name, _ in inspect.getmembers(client.Client, inspect.iscoroutinefunction) if name[0] != "_"}
     assert methods == {"acomplete", "acomplete_many", "afill_in_middle"}
+
+
+def test_the_picture_of_the_layers_is_the_contract() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    stated = [re.findall(r"\w+", layer) for layer in contract]
+    picture = re.search(r"## Layers.*?```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert picture
+    drawn = [re.findall(r"\w+", line.split("  ")[0]) for line in picture[1].splitlines()]
+    assert drawn == [names for names in stated if names != ["endpoints"]]
