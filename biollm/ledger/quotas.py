@@ -1,5 +1,6 @@
 """What quotas.db holds, and how a limit is counted in it: windows request by request, days and months as sums."""
 
+# ruff: noqa: S608 # what is put into SQL are names of columns; values are parameters
 from __future__ import annotations
 
 import sqlite3
@@ -90,7 +91,7 @@ def cool(
 def release(db: sqlite3.Connection, scope: str, reservation: int, at: float) -> None:
     """Take back a request that was counted and then not sent."""
     for table in ("sent", "reserved"):
-        db.execute(f"DELETE FROM {table} WHERE id = ?", (reservation,))  # noqa: S608
+        db.execute(f"DELETE FROM {table} WHERE id = ?", (reservation,))
     db.execute(
         "UPDATE total SET requests = requests - 1 WHERE scope = ? AND ? BETWEEN start AND until - 1e-6", (scope, at)
     )
@@ -144,11 +145,11 @@ def used_of(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, 
 def _settled(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:
     if not limit.rolling:
         start, until = period(limit, now)
-        sql = f"SELECT {limit.kind} FROM total WHERE scope = ? AND start = ? AND until = ?"  # noqa: S608
+        sql = f"SELECT {limit.kind} FROM total WHERE scope = ? AND start = ? AND until = ?"
         rows = query(sql, (scope, start, until))
         return (rows[0][0] if rows else 0.0), until
     value = "1" if limit.kind == "requests" else limit.kind
-    sql = f"SELECT total({value}), min(at) FROM sent WHERE scope = ? AND at > ?"  # noqa: S608
+    sql = f"SELECT total({value}), min(at) FROM sent WHERE scope = ? AND at > ?"
     ((used, oldest),) = query(sql, (scope, now - _window(limit))) or [(0.0, None)]
     return used, None if oldest is None else oldest + _window(limit)
 
@@ -157,7 +158,7 @@ def _reserved(query: Query, scope: str, limit: Limit, now: float) -> float:
     if limit.kind == "requests":
         return 0.0
     since = now - _window(limit) if limit.rolling else period(limit, now)[0]
-    sql = f"SELECT total({limit.kind}) FROM reserved WHERE scope = ? AND at > ?"  # noqa: S608
+    sql = f"SELECT total({limit.kind}) FROM reserved WHERE scope = ? AND at > ?"
     rows = query(sql, (scope, since))  # none where no process of this version has written yet
     return rows[0][0] if rows else 0.0
 
@@ -188,7 +189,7 @@ def full(db: sqlite3.Connection, claim: Claim, limit: Limit, now: float) -> tupl
     over = excess(limit, used) if shut else over
     if limit.rolling:
         value = "1" if limit.kind == "requests" else f"coalesce({limit.kind}, 0)"
-        sql = f"SELECT at, {value} FROM sent WHERE scope = ? AND at > ? ORDER BY at"  # noqa: S608
+        sql = f"SELECT at, {value} FROM sent WHERE scope = ? AND at > ? ORDER BY at"
         for at, count in query(sql, (claim.scope, now - _window(limit))):
             over -= count
             if over <= 0:

@@ -16,7 +16,7 @@ from pathlib import Path
 import bench_ledger
 from setting import ROUNDS, Bar
 
-from biollm.ledger import _ADD, Ledger, history  # pyright: ignore[reportPrivateUsage]
+from biollm.ledger import Ledger, attempts, history
 
 RECORDS = 1_000_000
 DAYS = 90
@@ -48,7 +48,7 @@ def million(scratch: Path, env: Mapping[str, str]) -> list[Bar]:
     """Measure the command from the start of its process, once its records are rolled up."""
     state = scratch / "usage"
     ledger = Ledger(state)
-    ledger.change(lambda db: db.executemany(_ADD, _rows(RECORDS, time.time())) and None, "")
+    ledger.change(lambda db: db.executemany(attempts.ADD, _rows(RECORDS, time.time())) and None)
     began = time.perf_counter()
     history.roll(ledger)
     rolled = time.perf_counter() - began

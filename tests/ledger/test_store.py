@@ -285,11 +285,11 @@ VICTIM = """
 import asyncio, sys, time
 from pathlib import Path
 from biollm.config import Limit
-from biollm.ledger import Ledger, Need, Record
+from biollm.ledger import Ledger, Claim, Record
 ledger = Ledger(Path(sys.argv[1]), network=sys.argv[2] == "True")
 async def main():
     while True:
-        got = await ledger.reserve(Need("s", (Limit("requests", 1e6, "min"), Limit("requests", 1e6, "day"))))
+        got = await ledger.reserve(Claim("s", (Limit("requests", 1e6, "min"), Limit("requests", 1e6, "day"))))
         sys.stdout.write("r"); sys.stdout.flush()
         ledger.finish(got, "s", Record(time.time(), "r", "d", "p", "a", "m", "ok", prompt_tokens=1))
         if sys.argv[3] == "flush":
@@ -314,7 +314,7 @@ def test_a_killed_process_loses_nothing_and_blocks_nobody(tmp_path: Path, networ
             victim.send_signal(signal.SIGKILL)
             told += victim.communicate()[0]
             assert isinstance(reserve(ledger, per(1e6, "min"), scope="other"), int)
-        assert ledger._alone_since is None
+        assert not ledger._availability.failed
         day = per(1e6, "day")
         ((_, reserved, _),) = ledger.used("s", [day])
         assert told.count("r") <= reserved <= told.count("r") + 4
@@ -361,9 +361,9 @@ EXIT = """
 import asyncio, sys
 from pathlib import Path
 from biollm.config import Limit
-from biollm.ledger import Ledger, Need, Record
+from biollm.ledger import Ledger, Claim, Record
 ledger = Ledger(Path(sys.argv[1]))
-got = asyncio.run(ledger.reserve(Need("s", (Limit("requests", 5, "min"),))))
+got = asyncio.run(ledger.reserve(Claim("s", (Limit("requests", 5, "min"),))))
 ledger.finish(got, "s", Record(1.0, "r", "d", "p", "a", "m", "ok"))
 ledger.cool("key:1", 1e9, "refused")
 """
@@ -767,7 +767,7 @@ def test_a_damaged_file_is_set_aside_and_a_new_one_begins(
         assert "after" in {entry.request for entry in ledger.history()}
         counted = [used for _, used, _ in ledger.used(SCOPE, [limit, day])]
         assert counted == [1 if name == "quotas.db" else 2, 2]  # history knows what the day held
-        assert ledger._alone_since is None
+        assert not ledger._availability.failed
     (warning,) = caplog.messages
     assert f"{tmp_path / name} is damaged" in warning
     assert (tmp_path / f"{name}.corrupt-1").exists()

@@ -1,0 +1,104 @@
+"""A thread that writes jobs to one SQLite file, one transaction per batch."""
+
+from __future__ import annotations
+
+import queue
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from biollm.ledger.sqlite import Database
+
+Job = TypeVar("Job")
+
+_LINGER = 0.02  # seconds that jobs without a waiting caller are held to fill a batch; well under the 50 ms promised
+_BACKLOG = 10_000  # jobs kept in memory while the file cannot be written
+_RETRY = 5.0  # seconds until they are tried again, if no other job comes
+
+
+class Writer(Generic[Job]):
+    """Writes what is put in; its daemon thread starts on first use.
+
+    Args:
+        database: The file.
+        write: Writes a batch inside the transaction.
+        settle: Called with each batch once it is on disk, or with the reason why it is not; jobs that are not urgent
+            are then tried again with the next batch.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        write: Callable[[sqlite3.Connection, Sequence[Job]], None],
+        settle: Callable[[Sequence[Job], Exception | None], None],
+    ) -> None:
+        self._database, self._write, self._settle = database, write, settle
+        self._waiting: queue.SimpleQueue[tuple[Job | threading.Event | None, bool]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def put(self, job: Job | threading.Event | None, *, urgent: bool = False) -> None:
+        """Hand in a job. A caller waits for one that is `urgent`; another may be held for 20 ms."""
+        self._waiting.put((job, urgent))
+        if self._thread is None:
+            with self._starting:
+                if self._thread is None:
+                    name = f"biollm {self._database.path.stem}"
+                    self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                    self._thread.start()
+
+    def flush(self, timeout: float) -> None:
+        """Wait, at most `timeout` seconds, until what was handed in so far has been tried."""
+        if self._thread:
+            self.put(tried := threading.Event(), urgent=True)
+            tried.wait(timeout)
+
+    def close(self, timeout: float) -> None:
+        """Write what waits, close the file and end the thread, in at most `timeout` seconds."""
+        if self._thread:
+            self.put(None, urgent=True)
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        backlog: deque[Job] = deque(maxlen=_BACKLOG)
+        closing = False
+        while not closing:
+            batch = self._gather(_RETRY if backlog else None)
+            closing = any(job is None for job, _ in batch)
+            jobs = [(job, urgent) for job, urgent in batch if not isinstance(job, threading.Event | None)]
+            if jobs or backlog:
+                self._attempt(jobs, backlog)
+            for job, _ in batch:
+                if isinstance(job, threading.Event):
+                    job.set()
+        self._database.close()
+
+    def _attempt(self, new: Sequence[tuple[Job, bool]], backlog: deque[Job]) -> None:
+        jobs = [*backlog, *(job for job, _ in new)]
+        failure: Exception | None = None
+        try:
+            self._database.write(lambda db: self._write(db, jobs))
+            backlog.clear()
+        except (sqlite3.OperationalError, OSError) as error:
+            failure = error
+            backlog.extend(job for job, urgent in new if not urgent)
+        except Exception as error:  # a job that can never be written must not hold up the others
+            failure = error
+            backlog.clear()
+        self._settle(jobs, failure)
+
+    def _gather(self, patience: float | None) -> list[tuple[Job | threading.Event | None, bool]]:
+        batch: list[tuple[Job | threading.Event | None, bool]] = []
+        with suppress(queue.Empty):
+            batch.append(self._waiting.get(timeout=patience))
+            until = time.monotonic() + _LINGER
+            while not batch[-1][1]:
+                batch.append(self._waiting.get(timeout=max(0.0, until - time.monotonic())))
+        with suppress(queue.Empty):
+            while True:
+                batch.append(self._waiting.get_nowait())
+        return batch
