@@ -161,7 +161,7 @@ def test_a_hub_that_is_away(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -
 def test_only_models_of_hugging_face_can_be_pulled(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to pull"):
         pull(MODEL.model_copy(update={"path": tmp_path}), cluster)
-    with pytest.raises(UsageError, match="no local model"):
+    with pytest.raises(UsageError, match="not a local model"):
         pull(MODEL.model_copy(update={"type": "api"}), cluster)
 
 
