@@ -12,7 +12,7 @@ from biollm.ledger import Claim, Ledger, Record
 from biollm.monitoring.snapshot import Top
 from biollm.routing.candidates import DeploymentPool
 from biollm.slurm.endpoints import Endpoint
-from biollm.slurm.submissions import Job, Ticket
+from biollm.slurm.submissions import Job, Submission
 
 NOW = 4102488040.0  # noon of 2100-01-01: a cooldown then is still to come
 RUNGS = {
@@ -54,10 +54,10 @@ def group(waterfall: Callable[..., Path], tmp_path: Path) -> Top:
     for record in history([deployment.id for deployment in rungs.deployments]):
         ledger.finish(None, "", record)
     ledger.flush()
-    ticket = Ticket("t1", "4711", ("qwen-coder-32b",), 2, 28800, tmp_path / "log")
+    submission = Submission("t1", "4711", ("qwen-coder-32b",), 2, 28800, tmp_path / "log")
     jobs = [
-        Job(ticket, "ready", node="gpu01", endpoints=(server,)),
-        Job(Ticket("t2", "4712", ("llama-3.3-70b",), 4, 28800, tmp_path / "log"), "pending", "Resources"),
+        Job(submission, "ready", node="gpu01", endpoints=(server,)),
+        Job(Submission("t2", "4712", ("llama-3.3-70b",), 4, 28800, tmp_path / "log"), "pending", "Resources"),
     ]
     alerts = ["budget: openai spent 81% of 10 USD/month"]
     return Top(config, ledger, tmp_path / "group", discover=lambda: [server], jobs=lambda: jobs, alerts=lambda: alerts,

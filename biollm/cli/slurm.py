@@ -232,10 +232,10 @@ def up(
 
 def state_line(job: Job) -> str:
     """Return one line that says how a job is."""
-    names = " ".join(job.ticket.models)
+    names = " ".join(job.submission.models)
     start = f", Slurm expects it at {job.start}" if job.phase == "pending" and job.start not in ("", "N/A") else ""
     where = " ".join(endpoint.base_url for endpoint in job.endpoints)
-    return f"{names}: job {job.ticket.job} {job.phase} {where or job.reason}{start}".rstrip()
+    return f"{names}: job {job.submission.job} {job.phase} {where or job.reason}{start}".rstrip()
 
 
 def _show(jobs: list[Job], *, as_json: bool) -> None:
@@ -244,8 +244,8 @@ def _show(jobs: list[Job], *, as_json: bool) -> None:
         return
     rows = [
         (
-            job.ticket.job,
-            " ".join(job.ticket.models),
+            job.submission.job,
+            " ".join(job.submission.models),
             job.phase,
             job.node or "-",
             _span(job.left_s),
@@ -258,13 +258,13 @@ def _show(jobs: list[Job], *, as_json: bool) -> None:
 
 
 def _fact(job: Job) -> dict[str, Any]:
-    ticket = job.ticket
+    submission = job.submission
     servers = [
         {"model": e.model, "url": e.base_url, "start": e.start, "requests": job.requests.get(e.start)}
         for e in job.endpoints
     ]
     facts = {name: getattr(job, name) for name in ("phase", "reason", "start", "node", "left_s")}
-    return {"job": ticket.job, "models": ticket.models, "gpus": ticket.gpus, **facts, "servers": servers}
+    return {"job": submission.job, "models": submission.models, "gpus": submission.gpus, **facts, "servers": servers}
 
 
 def _span(seconds: float | None) -> str:
@@ -318,10 +318,10 @@ def down(
         raise UsageError("Name a model or a job, or say --all.")
     stopped = slurm.down(load_config().cluster, target, wait=not no_wait)
     if as_json:
-        output.as_json([{"job": ticket.job, "models": ticket.models} for ticket in stopped])
+        output.as_json([{"job": submission.job, "models": submission.models} for submission in stopped])
         return
-    for ticket in stopped:
-        print(f"stopped job {ticket.job} ({' '.join(ticket.models)})")
+    for submission in stopped:
+        print(f"stopped job {submission.job} ({' '.join(submission.models)})")
     if not stopped:
         print("Nothing was running.")
 

@@ -73,7 +73,7 @@ class Defaults(TypedDict, total=False):
         start_local: Whether to start a server on the cluster when nobody else can answer; the embedded model is
             then asked only if that fails.
         wait: Seconds to wait for that server; None is without end.
-        on_state: Called with its job (`biollm.tickets.Job`) whenever that has changed.
+        on_state: Called with its job (`biollm.slurm.Job`) whenever that has changed.
         patience: Seconds to wait for an earlier deployment that frees so soon, before a later one is asked; None is
             the configuration's.
     """

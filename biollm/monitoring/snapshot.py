@@ -249,7 +249,9 @@ class Top:
 
 
 def _jobs(jobs: Sequence[Job], servers: Sequence[Endpoint]) -> tuple[JobView, ...]:
-    mine = {job.ticket.id for job in jobs}
-    views = [JobView(j.ticket.job, ", ".join(j.ticket.models), j.phase, j.reason, j.node, j.left_s) for j in jobs]
-    others = [JobView(e.job, e.model, "ready", "", e.host, e.left_s) for e in servers if e.ticket not in mine]
+    mine = {job.submission.id for job in jobs}
+    views = [
+        JobView(j.submission.job, ", ".join(j.submission.models), j.phase, j.reason, j.node, j.left_s) for j in jobs
+    ]
+    others = [JobView(e.job, e.model, "ready", "", e.host, e.left_s) for e in servers if e.submission not in mine]
     return (*views, *others)

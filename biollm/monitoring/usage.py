@@ -328,16 +328,16 @@ def _gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
     """Return model -> GPU hours of this user's jobs, from their first sign of life to their last, or to now."""
     from biollm.config.paths import present_dir
     from biollm.slurm import commands
-    from biollm.slurm.submissions import judge, tickets
+    from biollm.slurm.submissions import job_of, submissions
 
     hours: dict[str, float] = {}
-    known = [ticket for ticket in tickets(config.cluster) if ticket.events]
+    known = [submission for submission in submissions(config.cluster) if submission.events]
     if not known:
         return hours
     queue = commands.queue(present_dir(config.cluster), config.cluster.name)
-    for ticket in known:
-        end = ticket.seen if judge(ticket, queue, (), until).over else until
-        seconds = min(end, until) - max(float(ticket.events[0]["at"]), since)
-        for model in ticket.models if seconds > 0 else ():  # else it was over before, or began later
-            hours[model] = hours.get(model, 0.0) + ticket.gpus * seconds / 3600 / len(ticket.models)
+    for submission in known:
+        end = submission.seen if job_of(submission, queue, (), until).over else until
+        seconds = min(end, until) - max(float(submission.events[0]["at"]), since)
+        for model in submission.models if seconds > 0 else ():  # else it was over before, or began later
+            hours[model] = hours.get(model, 0.0) + submission.gpus * seconds / 3600 / len(submission.models)
     return hours

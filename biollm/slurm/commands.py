@@ -1,8 +1,8 @@
-"""Runs Slurm's commands, and shares one look at the queue among all processes of a user.
+"""Runs Slurm's commands, and shares one snapshot of the queue among all processes of a user.
 
 Slurm's commands cost the controller a connection each, and hang for a minute when it is away. So each has a time
 limit and an allowlisted environment (sbatch would copy the caller's keys into the controller's state), and the queue
-is asked at most every 5 s per user, 30 s while all jobs just wait: one asks, all others read what it found.
+is read at most every 5 s per user, 30 s while all jobs just wait: one process reads it for all.
 """
 
 from __future__ import annotations
@@ -11,28 +11,20 @@ import json
 import os
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from biollm._files import file_time, locked, write_private
 from biollm.errors import SlurmError
 
-ASK_S, REST_S = 5.0, 30.0  # between two questions about the queue: at first, and at most while all jobs wait
+POLL_S, SLOW_POLL_S = 5.0, 30.0  # between two reads of the queue: at first, and at most while all jobs wait
 _KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF")
 _ENDED = (
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "OUT_OF_MEMORY",
-    "NODE_FAIL",
-    "PREEMPTED",
-    "BOOT_FAIL",
-    "DEADLINE",
-)
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
+)  # fmt: skip
 _AWAY = re.compile(r"Unable to contact slurm controller|Connection refused|Socket timed out|Zero Bytes", re.IGNORECASE)
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}")
-_MENDS = (
+_FIXES = (
     ("Invalid partition", "has no such partition.", "`sinfo -s` lists them; set `partition` or --partition."),
     ("Invalid account", "does not know this account here.", "`sacctmgr show assoc user=$USER` lists yours; set `account`."),
     ("Invalid qos", "does not know this qos here.", "`sacctmgr show qos` lists them; set `qos`."),
@@ -49,12 +41,12 @@ _MENDS = (
 
 
 class ControllerAwayError(SlurmError):
-    """The controller does not answer; jobs that run go on."""
+    """The controller does not answer; running jobs continue."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A job as the queue shows it. `start` (ISO 8601, UTC) is Slurm's, for a pending job its estimate; "" is unknown."""
+    """A job in the queue. `start` is Slurm's, of a pending job its estimate: ISO 8601 in UTC, or ""."""
 
     job: str
     state: str
@@ -64,7 +56,7 @@ class Row:
 
     @property
     def ended(self) -> bool:
-        """Is this one of the states that a job never leaves?"""
+        """Whether a job never leaves this state."""
         return self.state in _ENDED
 
 
@@ -75,7 +67,7 @@ class Queue:
     rows: dict[str, Row]
     at: float = 0.0
     error: str = ""
-    interval: float = ASK_S
+    interval: float = POLL_S
 
 
 def run(*command: str, timeout: float = 20, **more: str) -> str:
@@ -91,24 +83,21 @@ def run(*command: str, timeout: float = 20, **more: str) -> str:
             command, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
         )
     except FileNotFoundError as error:
-        raise SlurmError(
-            f"There is no {command[0]} on this machine.", hint="Run this on a login node of the cluster."
-        ) from error
+        message = f"There is no {command[0]} on this machine."
+        raise SlurmError(message, hint="Run this on a login node of the cluster.") from error
     except subprocess.TimeoutExpired as error:
-        raise ControllerAwayError(
-            f"{command[0]} had no answer within {timeout:.0f} s.", hint="`scontrol ping` tells whether Slurm is up."
-        ) from error
+        message = f"{command[0]} had no answer within {timeout:.0f} s."
+        raise ControllerAwayError(message, hint="`scontrol ping` shows whether Slurm is up.") from error
     if done.returncode == 0:
         return done.stdout.strip()
-    said = " ".join(line.split("error: ")[-1] for line in done.stderr.strip().splitlines()[-3:])
-    if _AWAY.search(said):
-        raise ControllerAwayError(
-            f"Slurm's controller does not answer ({said}).", hint="`scontrol ping` tells when it is back."
-        )
-    for text, sentence, hint in _MENDS:
-        if text.lower() in said.lower():
-            raise SlurmError(f"Slurm {sentence} It said: {said}", hint=hint)
-    raise SlurmError(f"{command[0]} failed: {said or f'exit code {done.returncode}'}")
+    output = " ".join(line.split("error: ")[-1] for line in done.stderr.strip().splitlines()[-3:])
+    if _AWAY.search(output):
+        message = f"Slurm's controller does not answer ({output})."
+        raise ControllerAwayError(message, hint="`scontrol ping` shows when it is back.")
+    for text, sentence, hint in _FIXES:
+        if text.lower() in output.lower():
+            raise SlurmError(f"Slurm {sentence} Its message: {output}", hint=hint)
+    raise SlurmError(f"{command[0]} failed: {output or f'exit code {done.returncode}'}")
 
 
 def submit(script: Path, arguments: list[str], options: list[str]) -> str:
@@ -125,47 +114,47 @@ def nodes() -> dict[str, str]:
 
 
 def queue(folder: Path, cluster: str, since: float = 0.0) -> Queue:
-    """Return this user's jobs; asks the controller only when the shared snapshot is due.
+    """Return this user's jobs; reads Slurm's queue only when the shared snapshot is too old.
 
     Args:
         folder: The run directory.
         cluster: Name of the cluster, since two may share a home directory.
-        since: A snapshot from before this time (a submission's) is due after 5 s, however rested.
+        since: A snapshot from before this time (a submission's) is too old after 5 s, whatever its interval.
     """
     path = folder / f"queue-{cluster}-{os.getuid()}.json"
 
-    def due(snapshot: Queue) -> bool:
-        interval = ASK_S if snapshot.at < since else snapshot.interval
+    def too_old(snapshot: Queue) -> bool:
+        interval = POLL_S if snapshot.at < since else snapshot.interval
         return not 0 <= file_time(folder) - snapshot.at < interval
 
-    if due(_read(path)):
+    if too_old(_load(path)):
         with locked(path.with_suffix(".lock")):
-            if due(old := _read(path)):
-                write_private(path, json.dumps(_ask(old)))
-    return _read(path)
+            if too_old(old := _load(path)):
+                new = _next(old)
+                saved = {"rows": [astuple(row) for row in new.rows.values()]}
+                write_private(path, json.dumps(saved | {"error": new.error, "interval": new.interval}))
+    return _load(path)
 
 
-def _ask(old: Queue) -> dict[str, object]:
-    """Ask the controller; return the next snapshot."""
-    rest = min(REST_S, old.interval * 1.5)
+def _next(old: Queue) -> Queue:
+    """Read Slurm's queue; return the next snapshot, with its interval."""
+    slower = min(SLOW_POLL_S, old.interval * 1.5)
     try:
         text = run("squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%r|%S|%N", TZ="UTC")
     except SlurmError as error:
-        return {"rows": [list(vars(row).values()) for row in old.rows.values()], "error": str(error), "interval": rest}
-    rows = [
-        [
-            "" if word in ("N/A", "None") else f"{word}+00:00" if _TIME.fullmatch(word) else word
-            for word in line.split("|")
-        ]
-        for line in text.splitlines()
-        if line.count("|") == 4
-    ]
-    waits = all(row[1] == "PENDING" or row[1] in _ENDED for row in rows)
-    same = {row[0]: row[1] for row in rows} == {row.job: row.state for row in old.rows.values()} and not old.error
-    return {"rows": rows, "error": "", "interval": rest if same and waits else ASK_S}
+        return Queue(old.rows, error=str(error), interval=slower)
+    rows: dict[str, Row] = {}
+    for line in text.splitlines():
+        words = ["" if word in ("N/A", "None") else word for word in line.split("|")]
+        if len(words) == 5:
+            words[3] += "+00:00" if _TIME.fullmatch(words[3]) else ""
+            rows[words[0]] = Row(*words)
+    all_wait = all(row.state == "PENDING" or row.ended for row in rows.values())
+    states, before = ({row.job: row.state for row in each.values()} for each in (rows, old.rows))
+    return Queue(rows, interval=slower if states == before and all_wait and not old.error else POLL_S)
 
 
-def _read(path: Path) -> Queue:
+def _load(path: Path) -> Queue:
     try:
         at, found = path.stat().st_mtime, json.loads(path.read_text())
         return Queue({row[0]: Row(*row[:5]) for row in found["rows"]}, at, found["error"], found["interval"])

@@ -50,7 +50,7 @@ class Endpoint:
     Attributes:
         start: Id of this start of the server; every answer carries it as `x-biollm-start`.
         job: Slurm's job id.
-        ticket: Id of the submission; unlike a job's id it is never used again.
+        submission: Id of the submission; unlike a job's id it is never used again.
         host: The node's name.
         base_url: "http://ADDRESS:PORT/v1".
         key_file: Holds the key of this start; see `read_key`.
@@ -61,7 +61,7 @@ class Endpoint:
 
     start: str
     job: str
-    ticket: str
+    submission: str
     model: str
     host: str
     base_url: str
@@ -135,7 +135,7 @@ class Records:
         if self._node_map().get(host) != address and not is_this_host(address):
             return f"{host} ({address}) is not known as a node of the cluster"
         return Endpoint(
-            start=name, job=str(record["job"]), ticket=str(record["ticket"]), model=str(record["model"]), host=host,
+            start=name, job=str(record["job"]), submission=str(record["ticket"]), model=str(record["model"]), host=host,
             base_url=f"http://{address}:{int(record['port'])}/v1", key_file=path.parent.with_name("starts") / name / "key",
             owner=owner, left_s=left, link=int(record["link"]),
         )  # fmt: skip

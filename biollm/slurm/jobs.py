@@ -1,7 +1,7 @@
 """Starts model servers as Slurm jobs, waits for them, shows them and stops them.
 
-What Slurm lacks: it knows when a job runs, not when its server answers. The only module that runs Slurm's commands,
-through `_scheduler`; what is known of a job is put together in `tickets`.
+What Slurm lacks: it knows when a job runs, not when its server answers. `commands` runs Slurm's commands;
+`submissions` derives the state of a job.
 """
 
 from __future__ import annotations
@@ -25,24 +25,11 @@ from biollm._ownership import uids
 from biollm.config import Cluster, Model
 from biollm.config.paths import biollm_dir, log_dir, present_dir, run_dir
 from biollm.errors import SlurmError, UnavailableError, UsageError
-from biollm.slurm import commands, weights
+from biollm.slurm import commands, submissions, weights
 from biollm.slurm.commands import Queue
 from biollm.slurm.endpoints import Endpoint, Records, Watch, ask, load
 from biollm.slurm.script import LaunchScript, Options, header, render, request
-from biollm.slurm.submissions import (
-    Job,
-    Ticket,
-    failure,
-    find,
-    gpu_hours,
-    judge,
-    read,
-    save,
-    server_log,
-    sweep,
-    tail,
-    tickets,
-)
+from biollm.slurm.submissions import Job, Submission, failure, find, gpu_hours, job_of
 from biollm.slurm.supervisor import node_files
 
 OnState = Callable[[Job], None]
@@ -67,9 +54,9 @@ def up(
         models: Each gets its own GPUs and port in the job.
         cluster: The site.
         options: What differs from the site's and the models' settings.
-        replicas: How many such jobs.
+        replicas: Number of such jobs.
         share: A group that may use the servers, too.
-        whole_nodes: Submit even where GPUs of a whole node would idle.
+        whole_nodes: Submit even if GPUs of a whole node would be idle.
         wait: Return only when they are ready.
         timeout: Seconds to wait for all of them; the jobs stay when it passes.
         on_state: Called with each job whenever it has changed.
@@ -79,13 +66,15 @@ def up(
         DoesNotFitError, ConfigError, UsageError: The script cannot be rendered, or a site limit forbids it.
         SlurmError: Slurm refused; JobFailedError: a job ended before its servers were ready.
     """
+    options = options or Options()
     script = _ready_to_submit(models, cluster, options, whole_nodes)
     _check_group(share)
-    with _submitting(cluster):
+    with _submit_lock(cluster):
         new = _submit_all(script, models, cluster, options, replicas, share)
     if not wait:
-        return [Job(ticket, "pending", "submitted") for ticket in new]
-    return wait_for([ticket for ticket in new if ticket.link == 1], cluster, timeout=timeout, on_state=on_state)
+        return [Job(submission, "pending", "submitted") for submission in new]
+    first = [submission for submission in new if submission.link == 1]
+    return wait_for(first, cluster, timeout=timeout, on_state=on_state)
 
 
 def ensure(
@@ -96,7 +85,7 @@ def ensure(
     timeout: float | None = None,
     on_state: OnState | None = None,
 ) -> Endpoint:
-    """Return a server of `model` that is alive; start one if none is and none is on its way. Raises as `up` does."""
+    """Return a live server of `model`; start one unless one is live or on its way. Raises as `up` does."""
     return _run(ensuring(model, cluster, options, timeout=timeout, on_state=on_state))
 
 
@@ -109,12 +98,15 @@ def ensuring(
     on_state: OnState | None = None,
 ) -> Generator[None, None, Endpoint]:
     """Do what `ensure` does in short steps, between which the caller waits in its own way."""
+    options = options or Options()
     script = _ready_to_submit([model], cluster, options, whole_nodes=False)
-    with _submitting(cluster):  # of two callers at once, the second finds the first one's ticket
-        coming = [job for job in status(cluster) if job.phase in ("pending", "starting", "ready")]
-        mine = sorted((job for job in coming if model.key in job.ticket.models), key=lambda job: job.phase != "ready")
-        ticket = mine[0].ticket if mine else _submit_all(script, [model], cluster, options, 1, "")[0]
-    (job,) = yield from _waiting([ticket], cluster, timeout, on_state)
+    with _submit_lock(cluster):  # of two callers at once, the second finds the first one's submission
+        active = [job for job in status(cluster) if job.phase in ("pending", "starting", "ready")]
+        mine = sorted(
+            (job for job in active if model.key in job.submission.models), key=lambda job: job.phase != "ready"
+        )
+        new = mine[0].submission if mine else _submit_all(script, [model], cluster, options, 1, "")[0]
+    (job,) = yield from _waiting([new], cluster, timeout, on_state)
     for endpoint in job.endpoints:
         if endpoint.model == model.key:
             return endpoint
@@ -122,13 +114,13 @@ def ensuring(
 
 
 def wait_for(
-    waiting: Sequence[Ticket],
+    waiting: Sequence[Submission],
     cluster: Cluster,
     *,
     timeout: float | None = None,
     on_state: OnState | None = None,
 ) -> list[Job]:
-    """Wait until the servers of each ticket answer a completion.
+    """Wait until the servers of each submission answer a completion.
 
     Raises:
         JobFailedError: A job ended before; with its state, the reason and the last lines of its log.
@@ -138,7 +130,6 @@ def wait_for(
 
 
 def _run(steps: Generator[None, None, T]) -> T:
-    """Take the steps one after the other; return what the last one returns."""
     while True:
         try:
             next(steps)
@@ -148,199 +139,119 @@ def _run(steps: Generator[None, None, T]) -> T:
 
 
 def _waiting(
-    waiting: Sequence[Ticket], cluster: Cluster, timeout: float | None, on_state: OnState | None
+    waiting: Sequence[Submission], cluster: Cluster, timeout: float | None, on_state: OnState | None
 ) -> Generator[None, None, list[Job]]:
     deadline = time.monotonic() + timeout if timeout is not None else None
-    shown: dict[str, Job] = {}
+    jobs: dict[str, Job] = {}
     ready: dict[str, Job] = {}
-    records, queue, asked = Records(cluster), Queue({}), -1.0
+    records, queue, polled = Records(cluster), Queue({}), -1.0
     while len(ready) < len(waiting):
-        if time.monotonic() - asked >= 1:
-            queue = _queue(cluster, max(ticket.submitted for ticket in waiting))
-            asked = time.monotonic()
+        if time.monotonic() - polled >= 1:
+            queue = _queue(cluster, max(submission.submitted for submission in waiting))
+            polled = time.monotonic()
         alive, _ = records.read()
-        for ticket in waiting:
-            job = judge(read(ticket, cluster), queue, alive, records.now())
-            if ticket.id not in ready and on_state and not _alike(job, shown.get(ticket.id)):
+        for submission in waiting:
+            job = job_of(submissions.reload(submission, cluster), queue, alive, records.now())
+            before, jobs[submission.id] = jobs.get(submission.id), job
+            changed = before is None or (job.phase, job.reason, job.start) != (
+                before.phase,
+                before.reason,
+                before.start,
+            )
+            if changed and on_state and submission.id not in ready:
                 on_state(job)
-            shown[ticket.id] = job
             if job.over:
                 raise failure(job)
-            if job.phase == "ready" and ticket.id not in ready and all(map(_completes, job.endpoints)):
-                ready[ticket.id] = job
+            if job.phase == "ready" and submission.id not in ready and all(map(_completes, job.endpoints)):
+                ready[submission.id] = job
         if deadline and time.monotonic() > deadline and len(ready) < len(waiting):
-            states = ", ".join(f"job {job.ticket.job} is {job.phase} ({job.reason})" for job in shown.values())
-            raise SlurmError(f"Not ready within {timeout:g} s: {states}.", hint="They go on: see `biollm status`.")
+            states = ", ".join(f"job {job.submission.job} is {job.phase} ({job.reason})" for job in jobs.values())
+            raise SlurmError(f"Not ready within {timeout:g} s: {states}.", hint="They continue: see `biollm status`.")
         yield
     return list(ready.values())
 
 
 def status(cluster: Cluster) -> list[Job]:
-    """Return this user's jobs that are not over, or have been for less than a day, with the requests at each server."""
-    every = tickets(cluster)
+    """Return this user's jobs that are not over, or ended less than a day ago, with the requests at each server."""
+    every = submissions.submissions(cluster)
     if not every:
         return []
-    newest = {ticket.job: ticket for ticket in every}  # a controller that lost its state counts from 1 again
-    queue = _queue(cluster, max((ticket.submitted for ticket in every), default=0))
-    gone = replace(queue, rows={})
+    newest = {each.job: each for each in every}  # a controller that lost its state counts from 1 again
+    queue = _queue(cluster, max(each.submitted for each in every))
+    without = replace(queue, rows={})
     alive, now = Watch(cluster).refresh(), file_time(present_dir(cluster))
-    jobs = [judge(ticket, queue if newest[ticket.job] is ticket else gone, alive, now) for ticket in every]
-    jobs = [job for job in jobs if not job.over or now - max(job.ticket.submitted, job.ticket.seen) < 86400]
-    return [replace(job, requests={e.start: load(e) for e in job.endpoints}) for job in jobs]
+    jobs = [job_of(each, queue if newest[each.job] is each else without, alive, now) for each in every]
+    recent = [job for job in jobs if not job.over or now - max(job.submission.submitted, job.submission.seen) < 86400]
+    return [replace(job, requests={e.start: load(e) for e in job.endpoints}) for job in recent]
 
 
 def logs(cluster: Cluster, target: str, *, lines: int = 50, follow: bool = False) -> Iterator[str]:
-    """Yield the last lines of the log of a job (by id) or of a model's newest server, then what comes, until it is over.
+    """Yield the last lines of the log of a job (by id) or of a model's newest server; then new ones, until it is over.
 
     Raises:
         UsageError: There is no such job or model.
     """
-    ticket = find(cluster, target)[-1]
-    path = server_log(ticket, target)
-    yield from tail(path, lines)
+    submission = find(cluster, target)[-1]
+    path = submissions.server_log(submission, target)
+    yield from submissions.tail(path, lines)
     at = path.stat().st_size if path.exists() else 0
     while follow:
-        over = judge(read(ticket, cluster), _queue(cluster), Records(cluster).read()[0], 0).over
+        (job,) = _jobs([submission], cluster)
         if path.exists():
             with path.open(errors="replace") as file:
                 file.seek(at)
                 yield from (line.rstrip("\n") for line in file)
                 at = file.tell()
-        if over:
+        if job.over:
             return
         time.sleep(0.5)
 
 
-def down(cluster: Cluster, target: str | None = None, *, wait: bool = True) -> list[Ticket]:
-    """Stop the jobs of a model, a job by its id, or (None) all: servers leave routing, finish what runs, and stop.
+def down(cluster: Cluster, target: str | None = None, *, wait: bool = True) -> list[Submission]:
+    """Stop the jobs of a model, a job by its id, or (None) all: servers leave routing, drain, and stop.
 
     Raises:
         UsageError: There is no such job or model.
     """
-    every = tickets(cluster)
+    every = submissions.submissions(cluster)
     chosen = every if target is None else find(cluster, target)
-    chains = {ticket.chain for ticket in chosen if ticket.chain}
-    chosen += [ticket for ticket in every if ticket.chain in chains and ticket not in chosen]
-    jobs = [job for job in _judged(chosen, cluster) if not job.over]
-    for job in jobs:  # whoever starts meanwhile finds the mark
-        (job.ticket.folder / f"{job.ticket.chain or job.ticket.id}.stop").touch(mode=0o600)
-    if jobs:
-        commands.run("scancel", "--state=PENDING", *(job.ticket.job for job in jobs))
+    chains = {each.chain for each in chosen if each.chain}
+    chosen += [each for each in every if each.chain in chains and each not in chosen]
+    stopping = [job.submission for job in _jobs(chosen, cluster) if not job.over]
+    for each in stopping:  # one that starts meanwhile finds the mark
+        (each.folder / f"{each.chain or each.id}.stop").touch(mode=0o600)
+    if stopping:
+        commands.run("scancel", "--state=PENDING", *(each.job for each in stopping))
     for flags, spans in (["--batch"], False), ([], True):  # a job on several nodes runs in a step
-        if running := [job.ticket.job for job in jobs if (job.ticket.nodes > 1) == spans]:
+        if running := [each.job for each in stopping if (each.nodes > 1) == spans]:
             commands.run("scancel", "--state=RUNNING", "--signal=USR1", *flags, *running)
     if wait:
-        _await_end([job.ticket for job in jobs], cluster)
-    return [job.ticket for job in jobs]
+        _await_end(stopping, cluster)
+    return stopping
 
 
 def missing(models: Sequence[Model], cluster: Cluster) -> Iterator[UnavailableError]:
-    """Yield what is not there yet of weights and serving environment, each with the command that mends it."""
+    """Yield what is missing of weights and serving environment, each with the command that fixes it."""
     for model in models:
         found = weights.present(model, cluster)
         if isinstance(found, str):
             yield UnavailableError(found)
     venv, image = cluster.environment.venv, cluster.environment.container or ""
     if venv and not (venv / "bin" / "vllm").exists():
-        mend = f"python3 -m venv {venv} && {venv}/bin/pip install vllm"
-        yield UnavailableError(f"There is no vLLM in {venv}.", hint=mend)
+        fix = f"python3 -m venv {venv} && {venv}/bin/pip install vllm"
+        yield UnavailableError(f"There is no vLLM in {venv}.", hint=fix)
     if image.startswith("/") and not Path(image).exists():
-        mend = f"{cluster.environment.container_command} pull {image} docker://vllm/vllm-openai:latest"
-        yield UnavailableError(f"There is no container image {image}.", hint=mend)
-
-
-def _check_group(share: str) -> None:
-    groups: set[str] = set()
-    for number in os.getgroups():
-        with suppress(KeyError):
-            groups.add(grp.getgrgid(number).gr_name)
-    if share and share not in groups:
-        hint = f"Yours are: {', '.join(sorted(groups))}."
-        raise UsageError(f"You are not in a group named {share!r}.", hint=hint)
+        fix = f"{cluster.environment.container_command} pull {image} docker://vllm/vllm-openai:latest"
+        yield UnavailableError(f"There is no container image {image}.", hint=fix)
 
 
 def try_one_gpu(cluster: Cluster) -> None:
-    """Ask Slurm whether it would take a job of one GPU; raises `SlurmError` with its reason and the mend."""
+    """Check that Slurm would take a job of one GPU; raises `SlurmError` with its reason and a fix."""
     options = header(cluster, request(cluster, "biollm-doctor", nodes=1, gpus=1))
     with NamedTemporaryFile("w", suffix=".sh") as script:
         script.write("".join(["#!/bin/bash\n", *(f"#SBATCH {option}\n" for option in options), "true\n"]))
         script.flush()
         commands.run("sbatch", "--test-only", script.name)
-
-
-def _ready_to_submit(
-    models: Sequence[Model], cluster: Cluster, options: Options | None, whole_nodes: bool
-) -> LaunchScript:
-    script = render(models, cluster, options)
-    if script.idle_gpus and not whole_nodes:
-        raise UsageError(script.warnings[-1], hint="--yes submits it all the same.")
-    for problem in missing(models, cluster):
-        raise problem
-    return script
-
-
-def _submit_all(
-    script: LaunchScript, models: Sequence[Model], cluster: Cluster, options: Options | None, replicas: int, share: str
-) -> list[Ticket]:
-    handover = cluster.handover if options is None or options.handover is None else options.handover
-    links, asked = cluster.max_chain if handover else 1, script.request
-    count = replicas * links
-    hours = count * script.gpus * asked.walltime / 3600
-    known = status(cluster)
-    check_limits(cluster, known, jobs=count, gpus=replicas * script.gpus * min(links, 2), hours=hours)
-    prepare(cluster)
-    sweep(cluster, known)
-    if share:
-        _share(cluster, share)
-    lead = (asked.drain or 0) + 2 * _start_time(models, cluster, asked.walltime)
-    minutes = int(asked.walltime - lead) // 60
-    new: list[Ticket] = []
-    for _ in range(replicas):
-        chain = uuid.uuid4().hex if links > 1 else ""
-        for link in range(1, links + 1):
-            ticket = Ticket(uuid.uuid4().hex, "", tuple(model.key for model in models), script.gpus,
-                            asked.walltime, Path(), chain, link, links, asked.nodes)  # fmt: skip
-            later = f"+{minutes}" if minutes > 0 else ""  # Slurm refuses +0
-            after = [f"--dependency=after:{new[-1].job}{later}"] if link > 1 else []
-            try:
-                new.append(_submit(script, cluster, ticket, after, share))
-            except SlurmError:
-                if new:  # all or none
-                    commands.run("scancel", *(ticket.job for ticket in new))
-                raise
-    return new
-
-
-def check_limits(cluster: Cluster, known: Sequence[Job], *, jobs: int, gpus: int, hours: float) -> None:
-    """Hold a start against the site's limits: max_jobs, max_gpus and gpu_hours_per_day.
-
-    Args:
-        cluster: The site.
-        known: The jobs of the last day.
-        jobs: Jobs to come.
-        gpus: GPUs that they hold at a time.
-        hours: GPU hours of their whole walltimes.
-
-    Raises:
-        UsageError: One would be exceeded; names it.
-    """
-    active = [job.ticket for job in known if not job.over]
-    for name, limit, have, more in (
-        ("max_jobs", cluster.max_jobs, len(active), jobs),
-        ("max_gpus", cluster.max_gpus, sum(ticket.gpus for ticket in active), gpus),
-        ("gpu_hours_per_day", cluster.gpu_hours_per_day, sum(map(gpu_hours, known)), hours),
-    ):
-        if limit is not None and have + more > limit:
-            raise UsageError(
-                f"{name} of this site is {limit:g}: {have:g} are taken, this would take {more:g} more.",
-                hint="`biollm status` shows what runs, `biollm down` stops it. A handover holds its GPUs twice.",
-            )
-
-
-def _start_time(models: Sequence[Model], cluster: Cluster, walltime: float) -> float:
-    """Seconds that these models took to start the last time; a guess where they never did."""
-    times = {e["model"]: float(e["took_s"]) for t in tickets(cluster) for e in t.events if e.get("took_s")}
-    return max(times.get(model.key, min(model.start_timeout, walltime / 8)) for model in models)
 
 
 def prepare(cluster: Cluster, *, plain: bool = False) -> None:
@@ -350,7 +261,7 @@ def prepare(cluster: Cluster, *, plain: bool = False) -> None:
         SlurmError: A file of the supervisor is not what this version writes, or Slurm does not answer.
         OSError: The run directory cannot be written.
     """
-    folder = _own_dir(cluster)
+    folder = _make_biollm_dir(cluster)
     private_folder(log_dir(cluster))
     for path, text in node_files(cluster).items():
         if not path.exists():
@@ -366,11 +277,109 @@ def prepare(cluster: Cluster, *, plain: bool = False) -> None:
 
 
 def plain_key_file(cluster: Cluster) -> Path:
-    """Return where this user's key for servers of plain scripts lies."""
+    """Return the path of this user's key for servers of plain scripts."""
     return biollm_dir(cluster) / f"plain-{os.getuid()}.key"
 
 
-def _share(cluster: Cluster, group: str) -> None:
+def _check_group(share: str) -> None:
+    groups: set[str] = set()
+    for number in os.getgroups():
+        with suppress(KeyError):
+            groups.add(grp.getgrgid(number).gr_name)
+    if share and share not in groups:
+        hint = f"Yours are: {', '.join(sorted(groups))}."
+        raise UsageError(f"You are not in a group named {share!r}.", hint=hint)
+
+
+def _ready_to_submit(models: Sequence[Model], cluster: Cluster, options: Options, whole_nodes: bool) -> LaunchScript:
+    script = render(models, cluster, options)
+    if script.idle_gpus and not whole_nodes:
+        raise UsageError(script.warnings[-1], hint="--yes submits it anyway.")
+    for problem in missing(models, cluster):
+        raise problem
+    return script
+
+
+def _submit_all(
+    script: LaunchScript, models: Sequence[Model], cluster: Cluster, options: Options, replicas: int, share: str
+) -> list[Submission]:
+    handover = cluster.handover if options.handover is None else options.handover
+    links, walltime = cluster.max_chain if handover else 1, script.request.walltime
+    count, known = replicas * links, status(cluster)
+    gpus, hours = replicas * script.gpus * min(links, 2), count * script.gpus * walltime / 3600
+    check_limits(cluster, known, jobs=count, gpus=gpus, hours=hours)
+    prepare(cluster)
+    submissions.sweep(cluster, known)
+    if share:
+        _share_with(share, cluster)
+    lead = (script.request.drain or 0) + 2 * _start_time(models, cluster, walltime)
+    delay = int(walltime - lead) // 60  # minutes from the start of one link to that of the next
+    new: list[Submission] = []
+    for _ in range(replicas):
+        chain = uuid.uuid4().hex if links > 1 else ""
+        for link in range(1, links + 1):
+            submission = Submission(
+                id=uuid.uuid4().hex, job="", models=tuple(model.key for model in models), gpus=script.gpus,
+                walltime=walltime, log=Path(), chain=chain, link=link, links=links, nodes=script.request.nodes,
+            )  # fmt: skip
+            later = f"+{delay}" if delay > 0 else ""  # Slurm refuses +0
+            after = [f"--dependency=after:{new[-1].job}{later}"] if link > 1 else []
+            try:
+                new.append(_submit(script, cluster, submission, after, share))
+            except SlurmError:
+                if new:  # all or none
+                    commands.run("scancel", *(each.job for each in new))
+                raise
+    return new
+
+
+def _submit(
+    script: LaunchScript, cluster: Cluster, submission: Submission, options: list[str], share: str
+) -> Submission:
+    path = biollm_dir(cluster) / "jobs" / f"{submission.id}.sh"
+    write_private(path, script.text)
+    arguments = ["--submission", submission.id, *(["--share", share] if share else [])]
+    if submission.chain:
+        arguments += ["--chain", submission.chain, "--link", str(submission.link), "--links", str(submission.links)]
+    job = commands.submit(path, arguments, options)
+    log = Path(script.request.log.replace("%%", "%").replace("%j", job))
+    return submissions.save(replace(submission, job=job, log=log), cluster)
+
+
+def check_limits(cluster: Cluster, known: Sequence[Job], *, jobs: int, gpus: int, hours: float) -> None:
+    """Check a start against the site's limits: max_jobs, max_gpus and gpu_hours_per_day.
+
+    Args:
+        cluster: The site.
+        known: The jobs of the last day.
+        jobs: Number of new jobs.
+        gpus: GPUs that they hold at a time.
+        hours: GPU hours of their whole walltimes.
+
+    Raises:
+        UsageError: One would be exceeded; names it.
+    """
+    active = [job.submission for job in known if not job.over]
+    for name, limit, have, more in (
+        ("max_jobs", cluster.max_jobs, len(active), jobs),
+        ("max_gpus", cluster.max_gpus, sum(each.gpus for each in active), gpus),
+        ("gpu_hours_per_day", cluster.gpu_hours_per_day, sum(map(gpu_hours, known)), hours),
+    ):
+        if limit is not None and have + more > limit:
+            raise UsageError(
+                f"{name} of this site is {limit:g}: {have:g} are taken, this would take {more:g} more.",
+                hint="`biollm status` shows what runs, `biollm down` stops it. A handover holds its GPUs twice.",
+            )
+
+
+def _start_time(models: Sequence[Model], cluster: Cluster, walltime: float) -> float:
+    """Return the seconds that these models took to start the last time; a guess if they never did."""
+    known = submissions.submissions(cluster)
+    times = {event["model"]: float(event["took_s"]) for each in known for event in each.events if event.get("took_s")}
+    return max(times.get(model.key, min(model.start_timeout, walltime / 8)) for model in models)
+
+
+def _share_with(group: str, cluster: Cluster) -> None:
     """Open what a client reads to a group."""
     folder = biollm_dir(cluster)
     for path in (run_dir(cluster), folder, folder / "records", folder / "starts"):
@@ -378,23 +387,12 @@ def _share(cluster: Cluster, group: str) -> None:
         path.chmod(path.stat().st_mode & 0o7777 | 0o050)
 
 
-def _submit(script: LaunchScript, cluster: Cluster, ticket: Ticket, options: list[str], share: str) -> Ticket:
-    path = biollm_dir(cluster) / "jobs" / f"{ticket.id}.sh"
-    write_private(path, script.text)
-    arguments = ["--submission", ticket.id, *(["--share", share] if share else [])]
-    if ticket.chain:
-        arguments += ["--chain", ticket.chain, "--link", str(ticket.link), "--links", str(ticket.links)]
-    job = commands.submit(path, arguments, options)
-    log = Path(script.request.log.replace("%%", "%").replace("%j", job))
-    return save(replace(ticket, job=job, log=log), cluster)
+def _submit_lock(cluster: Cluster) -> AbstractContextManager[None]:
+    return locked(_make_biollm_dir(cluster) / f"submit-{os.getuid()}.lock")
 
 
-def _submitting(cluster: Cluster) -> AbstractContextManager[None]:
-    return locked(_own_dir(cluster) / f"submit-{os.getuid()}.lock")
-
-
-def _own_dir(cluster: Cluster) -> Path:
-    """Make biollm's own folder and return it: open to whom the run directory is, as a lab's common folder stays common."""
+def _make_biollm_dir(cluster: Cluster) -> Path:
+    """Make biollm's own folder, with the mode of the run directory: a lab's common folder stays common. Return it."""
     folder, own = private_folder(run_dir(cluster)), biollm_dir(cluster)
     mode = folder.stat().st_mode & 0o7777
     for path in (own, *(own / name for name in ("records", "starts", "jobs", "lib"))):
@@ -408,13 +406,9 @@ def _queue(cluster: Cluster, since: float = 0.0) -> Queue:
     return commands.queue(present_dir(cluster), cluster.name, since)
 
 
-def _judged(chosen: Sequence[Ticket], cluster: Cluster) -> list[Job]:
+def _jobs(chosen: Sequence[Submission], cluster: Cluster) -> list[Job]:
     queue, alive, now = _queue(cluster), Records(cluster).read()[0], file_time(present_dir(cluster))
-    return [judge(read(ticket, cluster), queue, alive, now) for ticket in chosen]
-
-
-def _alike(job: Job, shown: Job | None) -> bool:
-    return shown is not None and (job.phase, job.reason, job.start) == (shown.phase, shown.reason, shown.start)
+    return [job_of(submissions.reload(each, cluster), queue, alive, now) for each in chosen]
 
 
 def _completes(endpoint: Endpoint) -> bool:
@@ -424,11 +418,11 @@ def _completes(endpoint: Endpoint) -> bool:
     return False
 
 
-def _await_end(stopping: Sequence[Ticket], cluster: Cluster) -> None:
+def _await_end(stopping: Sequence[Submission], cluster: Cluster) -> None:
     """Wait until the jobs are over; cancel those that do not drain in time."""
     deadline = time.monotonic() + cluster.drain + 30
-    while waiting := [job.ticket for job in _judged(stopping, cluster) if not job.over]:
+    while waiting := [job.submission for job in _jobs(stopping, cluster) if not job.over]:
         if time.monotonic() > deadline:
-            commands.run("scancel", *(ticket.job for ticket in waiting))
+            commands.run("scancel", *(each.job for each in waiting))
             return
         time.sleep(0.5)

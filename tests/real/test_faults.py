@@ -35,7 +35,7 @@ def end_of(site: Cluster, job: Job, seconds: float = 40) -> Job:
     """Wait until the job is over; return how it ended."""
 
     def over() -> Job | None:
-        return next((now for now in slurm.status(site) if now.over and now.ticket.id == job.ticket.id), None)
+        return next((now for now in slurm.status(site) if now.over and now.submission.id == job.submission.id), None)
 
     wait_until(over, seconds, "the job's end")
     return over() or job
@@ -53,13 +53,13 @@ def test_a_server_is_up_found_used_shown_and_taken_down(site: Cluster, model: Ma
     (job,) = slurm.up([model()], site, on_state=seen.append)
     assert [state.phase for state in seen][-1] == "ready"
     (endpoint,) = Watch(site).alive()
-    assert (endpoint.job, endpoint.model, endpoint.host) == (job.ticket.job, "m", job.node)
+    assert (endpoint.job, endpoint.model, endpoint.host) == (job.submission.job, "m", job.node)
     assert ask(endpoint, "GET", "/v1/models", timeout=10)[0] == 200
     (now,) = slurm.status(site)
     assert now.requests == {endpoint.start: None}  # this one keeps no figures; real ones do in test_serving.py
     assert 500 < (now.left_s or 0) <= 600
     assert any("fake vLLM" in line for line in slurm.logs(site, "m"))
-    assert [ticket.id for ticket in slurm.down(site, "m")] == [job.ticket.id]
+    assert [submission.id for submission in slurm.down(site, "m")] == [job.submission.id]
     assert Watch(site).alive() == ()
     (now,) = slurm.status(site)
     assert (now.phase, now.reason) == ("ended", "down")
@@ -71,7 +71,7 @@ def test_no_key_of_the_caller_reaches_the_controller_or_the_job(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-in-the-caller")
     (job,) = slurm.up([model()], site)
     key = read_key(job.endpoints[0])
-    assert lab.run("scontrol", "write", "batch_script", job.ticket.job, "-")
+    assert lab.run("scontrol", "write", "batch_script", job.submission.job, "-")
     for path in [*lab.root.rglob("*"), *Path(str(site.run_dir)).rglob("*")]:
         if stat.S_ISREG(path.lstat().st_mode):
             text = path.read_bytes()
@@ -97,7 +97,7 @@ def test_several_models_share_a_job_each_with_its_own_gpus(site: Cluster, model:
             environ = dict(e.split(b"=", 1) for e in (process / "environ").read_bytes().split(b"\0") if b"=" in e)
         except OSError:
             continue
-        if environ.get(b"SLURM_JOB_ID") == job.ticket.job.encode() and b"BIOLLM_START" in environ:
+        if environ.get(b"SLURM_JOB_ID") == job.submission.job.encode() and b"BIOLLM_START" in environ:
             devices.add(environ[b"CUDA_VISIBLE_DEVICES"])
     assert devices == {b"0,1", b"2,3"}
 
@@ -107,7 +107,7 @@ def test_when_one_of_several_models_dies_the_others_stay(site: Cluster, model: M
     wait_until(lambda: [e.model for e in Watch(site).alive()] == ["b"], 20, "the record's end")
     wait_until(lambda: slurm.status(site)[0].reason == "a: the server ended by exit code 5", 5, "the reason")
     (now,) = slurm.status(site)
-    assert (now.phase, now.ticket.id) == ("ready", job.ticket.id)
+    assert (now.phase, now.submission.id) == ("ready", job.submission.id)
 
 
 def test_replicas_get_their_own_ports_and_keys(site: Cluster, model: Make) -> None:
@@ -145,7 +145,7 @@ def test_out_of_memory_of_the_node(site: Cluster, model: Make) -> None:
 
 def test_a_cancelled_job(lab: SlurmLab, site: Cluster, model: Make) -> None:
     (job,) = slurm.up([model()], site)
-    lab.run("scancel", job.ticket.job)
+    lab.run("scancel", job.submission.job)
     wait_until(lambda: Watch(site).alive() == (), 3, "the record's end")
     assert end_of(site, job).reason == "CANCELLED"
 
@@ -153,9 +153,9 @@ def test_a_cancelled_job(lab: SlurmLab, site: Cluster, model: Make) -> None:
 def test_a_job_cancelled_while_it_waits(lab: SlurmLab, site: Cluster, model: Make, seen: list[Job]) -> None:
     occupy(lab)
     (job,) = slurm.up([model()], site, wait=False)
-    threading.Timer(1, lab.run, ("scancel", job.ticket.job)).start()
+    threading.Timer(1, lab.run, ("scancel", job.submission.job)).start()
     with pytest.raises(JobFailedError, match="CANCELLED"):
-        slurm.wait_for([job.ticket], site, on_state=seen.append)
+        slurm.wait_for([job.submission], site, on_state=seen.append)
 
 
 def test_a_full_cluster_says_why_it_waits(lab: SlurmLab, site: Cluster, model: Make, seen: list[Job]) -> None:
@@ -170,7 +170,7 @@ def test_a_full_cluster_says_why_it_waits(lab: SlurmLab, site: Cluster, model: M
 
 def test_the_end_of_the_walltime(lab: SlurmLab, site: Cluster, model: Make) -> None:
     (job,) = slurm.up([model()], site.model_copy(update={"drain": 1}))
-    lab.run("scontrol", "update", f"jobid={job.ticket.job}", "EndTime=now+3seconds")
+    lab.run("scontrol", "update", f"jobid={job.submission.job}", "EndTime=now+3seconds")
     wait_until(lambda: Watch(site).alive() == (), 60, "the record's end")
     assert "TIMEOUT" in (reason := end_of(site, job, 60).reason) or reason == "walltime"
 
@@ -186,7 +186,7 @@ def test_a_requeued_job_comes_back_with_a_new_start(lab: SlurmLab, site: Cluster
     """Not asked for by the rendered script, but a site's or a user's option may."""
     again = site.model_copy(update={"sbatch_options": ("--requeue",)})
     (job,) = slurm.up([model()], again)
-    lab.run("scontrol", "requeue", job.ticket.job)
+    lab.run("scontrol", "requeue", job.submission.job)
     old = job.endpoints[0].start
     wait_until(lambda: [e.start for e in Watch(site).alive()] not in ([], [old]), 60, "the new start")
     assert [now.phase for now in slurm.status(site)] == ["ready"]
@@ -284,7 +284,7 @@ def test_many_waiting_processes_ask_the_controller_once_in_five_seconds(
         "try: slurm.wait_for(slurm.find(site, sys.argv[2]), site, timeout=16)\n"
         "except slurm.SlurmError as error: print(error)"
     )
-    arguments = [sys.executable, "-c", program, pickle.dumps(site).hex(), job.ticket.job]
+    arguments = [sys.executable, "-c", program, pickle.dumps(site).hex(), job.submission.job]
     waiting = [subprocess.Popen(arguments, stdout=-1, text=True) for _ in range(6)]
     said = [process.communicate()[0] for process in waiting]
     assert all("is pending" in text for text in said), said
@@ -357,7 +357,7 @@ def test_a_server_that_goes_fails_no_completion_while_a_cloud_rung_is_alive(
     assert str(client.complete("hi")) == "from the cloud"
     (job,) = slurm.up([model()], site)
     wait_until(lambda: str(client.complete("hi")) == "hi", 5, "the new server in a running client")
-    lab.run(*end, job.ticket.job)
+    lab.run(*end, job.submission.job)
     answers = {str(client.complete("hi")) for _ in range(30)}
     assert "from the cloud" in answers
     assert answers <= {"hi", "from the cloud"}
@@ -366,7 +366,7 @@ def test_a_server_that_goes_fails_no_completion_while_a_cloud_rung_is_alive(
 def test_wrong_clocks_do_not_matter(site: Cluster, model: Make) -> None:
     """A node five minutes off: its times are in the record's job alone, ages are the file system's."""
     (job,) = slurm.up([model()], site)
-    events = Path(str(site.run_dir)) / "biollm" / "jobs" / f"{job.ticket.id}.events"
+    events = Path(str(site.run_dir)) / "biollm" / "jobs" / f"{job.submission.id}.events"
     shifted = [json.loads(line) | {"at": time.time() + 300} for line in events.read_text().splitlines()]
     events.write_text("".join(json.dumps(event) + "\n" for event in shifted))
     assert [now.phase for now in slurm.status(site)] == ["ready"]
@@ -379,10 +379,10 @@ def test_the_controller_away_while_waiting_and_back(lab: SlurmLab, site: Cluster
     The last test here: a restarted controller of this version keeps whole nodes back.
     """
     (job,) = slurm.up([model()], site, wait=False)
-    wait_until(lambda: slurm.find(site, job.ticket.job)[0].events, 20, "the start")
+    wait_until(lambda: slurm.find(site, job.submission.job)[0].events, 20, "the start")
     lab.stop_controller()
     try:
-        (ready,) = slurm.wait_for([job.ticket], site, timeout=30, on_state=seen.append)
+        (ready,) = slurm.wait_for([job.submission], site, timeout=30, on_state=seen.append)
         assert ready.phase == "ready"
         with pytest.raises(SlurmError, match="controller does not answer"):
             slurm.up([model("other")], site)

@@ -109,7 +109,7 @@ def test_it_answers_through_the_client_without_configuration_of_its_address(
 
 def test_top_shows_the_job_and_its_rung(served: tuple[Job, float], configured: Callable[[str], Client]) -> None:
     shot = Top.of_process(configured("smollm-a").config).snapshot()
-    (job,) = (view for view in shot.jobs if view.job == served[0].ticket.job)
+    (job,) = (view for view in shot.jobs if view.job == served[0].submission.job)
     assert (job.models, job.phase) == ("smollm-a, smollm-b", "ready")
     assert 0 < job.left_s <= 3600
     assert shot.rungs[0].state == "ready"
@@ -231,10 +231,10 @@ def test_two_ranks_of_one_model_on_two_nodes(cpu_site: Cluster, vllm_env: Path, 
     spread = cpu_site.model_copy(update={"gpus_per_node": 1, "walltime": 1800})
     (job,) = slurm.up([tiny], spread)
     (endpoint,) = job.endpoints
-    assert job.ticket.nodes == 2
+    assert job.submission.nodes == 2
     assert ask(endpoint, "POST", "/v1/completions", long(endpoint, 4), timeout=120)[0] == 200
     slurm.down(cpu_site, "tiny")
-    (over,) = [now for now in slurm.status(cpu_site) if now.ticket.id == job.ticket.id]
+    (over,) = [now for now in slurm.status(cpu_site) if now.submission.id == job.submission.id]
     assert (over.phase, over.reason) == ("ended", "down")
 
 

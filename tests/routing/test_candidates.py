@@ -30,7 +30,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def server(start: str, key: Path) -> Endpoint:
     """A running server of the model `mine`."""
     return Endpoint(
-        start=start, job="1", ticket="t", model="mine", host="node1", base_url="http://node1:8000/v1", key_file=key,
+        start=start, job="1", submission="t", model="mine", host="node1", base_url="http://node1:8000/v1", key_file=key,
         owner=os.getuid(), left_s=3600.0, link=1,
     )  # fmt: skip
 

@@ -282,7 +282,7 @@ def running_server(start: str, model: str, server: Server, key: Path) -> Endpoin
     """Let a server be what a live record says, and return that."""
     server.start_id, server.key = start, key.read_text()
     return Endpoint(
-        start=start, job="1", ticket="t", model=model, host="localhost", base_url=server.url, key_file=key,
+        start=start, job="1", submission="t", model=model, host="localhost", base_url=server.url, key_file=key,
         owner=os.getuid(), left_s=3600.0, link=1,
     )  # fmt: skip
 

@@ -76,7 +76,7 @@ def replicas(waterfall: Callable[..., Path], tmp_path: Path) -> Replicas:
             server.start_id, server.key = f"{number}{os.urandom(15).hex()}", key.read_text()
         found = tuple(
             Endpoint(
-                start=server.start_id, job="1", ticket="t", model="mine", host="localhost",
+                start=server.start_id, job="1", submission="t", model="mine", host="localhost",
                 base_url=server.url, key_file=key, owner=os.getuid(), left_s=3600.0, link=1,
             )
             for server in servers

@@ -394,7 +394,7 @@ def running(net: Loopback, waterfall: Write, tmp_path: Path) -> Server:
     models = {"mine": {"type": "local", "hf_id": "lab/mine"}}
     waterfall({"models": models}, vllm={"type": "local", "models": ["mine"]}, fine=net.serve(text="from fine"))
     endpoint = Endpoint(
-        start=server.start_id, job="1", ticket="t", model="mine", host="localhost", base_url=server.url,
+        start=server.start_id, job="1", submission="t", model="mine", host="localhost", base_url=server.url,
         key_file=tmp_path / "key", owner=os.getuid(), left_s=3600.0, link=1,
     )  # fmt: skip
     cluster = load_config().cluster

@@ -19,7 +19,7 @@ from biollm.config import Cluster, Environment, Model
 from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.slurm import commands
 from biollm.slurm.script import Options
-from biollm.slurm.submissions import Job, Ticket
+from biollm.slurm.submissions import Job, Submission
 
 Answer = Callable[[str, str], None]
 
@@ -92,10 +92,10 @@ def test_only_what_is_allowed_reaches_slurm(answer: Answer, monkeypatch: pytest.
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
     answer("sbatch", "env >&2; echo '12;cluster'; env | grep -q -e planted -e CPUS_PER_TASK && exit 1; exit 0")
-    assert commands.submit(Path("job.sh"), ["--ticket", "t"], []) == "12"
+    assert commands.submit(Path("job.sh"), ["--submission", "t"], []) == "12"
     call = (tmp_path / "calls.txt").read_text()
     assert call.startswith("sbatch --parsable --export=PATH,HOME")
-    assert call.endswith("job.sh --ticket t\n")
+    assert call.endswith("job.sh --submission t\n")
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_up_refuses_before_queueing_when_weights_or_environment_are_missing(site
 
 
 def job(gpus: int, phase: str = "ready") -> Job:
-    return Job(Ticket("t", "7", ("a",), gpus, 3600, Path("/none")), phase)  # type: ignore[arg-type]
+    return Job(Submission("t", "7", ("a",), gpus, 3600, Path("/none")), phase)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_site_limits(limit: dict[str, int], known: list[Job], asked: dict[str, i
         slurm.check_limits(site, known, **asked)
 
 
-def test_a_submission_leaves_script_node_files_and_ticket(
+def test_a_submission_leaves_script_node_files_and_record(
     answer: Answer, site: Cluster, model: Model, tmp_path: Path
 ) -> None:
     answer("sbatch", "echo 41")
@@ -216,11 +216,11 @@ def test_a_submission_leaves_script_node_files_and_ticket(
     answer("scontrol", "echo 'NodeName=node1 NodeAddr=10.0.0.1'")
     (job,) = slurm.up([model], site, wait=False)
     run = tmp_path / "run"
-    assert (job.ticket.job, job.ticket.models, job.ticket.gpus, job.phase) == ("41", ("a",), 2, "pending")
-    assert str(job.ticket.log).endswith("biollm-41.log")
+    assert (job.submission.job, job.submission.models, job.submission.gpus, job.phase) == ("41", ("a",), 2, "pending")
+    assert str(job.submission.log).endswith("biollm-41.log")
     assert sorted(path.name for path in run.iterdir()) == ["biollm", "logs"]
     assert any(path.name.endswith("_auth.py") for path in (run / "biollm" / "lib").iterdir())
-    assert (run / "biollm" / "jobs" / f"{job.ticket.id}.sh").read_text().startswith("#!/bin/bash")
+    assert (run / "biollm" / "jobs" / f"{job.submission.id}.sh").read_text().startswith("#!/bin/bash")
     assert (run / "biollm" / "nodes-lab.json").read_text() == '{"node1": "10.0.0.1"}'
     assert run.stat().st_mode & 0o777 == 0o700
 
@@ -236,8 +236,8 @@ def test_a_job_of_version_0_1_is_seen_and_stopped_where_its_supervisor_looks(
             "nodes": 1, "cluster": "lab"}  # fmt: skip
     old = "0123456789ab4cde8f0123456789abcd"
     (jobs / f"{old}.json").write_text(json.dumps(kept))
-    assert [(job.ticket.id, job.phase) for job in slurm.status(site)] == [(old, "starting")]
-    assert [ticket.job for ticket in slurm.down(site, "a", wait=False)] == ["41"]
+    assert [(job.submission.id, job.phase) for job in slurm.status(site)] == [(old, "starting")]
+    assert [submission.job for submission in slurm.down(site, "a", wait=False)] == ["41"]
     assert (jobs / f"{old}.stop").exists()
     assert "scancel --state=RUNNING --signal=USR1 --batch 41" in (tmp_path / "calls.txt").read_text()
     assert not (tmp_path / "run" / "biollm").exists()
@@ -253,10 +253,10 @@ def test_a_handover_is_a_second_job_that_begins_before_the_first_ends_and_counts
     first, second = slurm.up([model], site, Options(handover=True), wait=False)
     calls = [line for line in (tmp_path / "calls.txt").read_text().splitlines() if line.startswith("sbatch")]
     # of 60 minutes, 2 are to drain and twice 5 to start
-    assert f"--dependency=after:{first.ticket.job}+48 " in calls[1]
-    assert f"--chain {first.ticket.chain} --link 2 --links 2" in calls[1]
+    assert f"--dependency=after:{first.submission.job}+48 " in calls[1]
+    assert f"--chain {first.submission.chain} --link 2 --links 2" in calls[1]
     assert "--dependency" not in calls[0]
-    assert second.ticket.chain == first.ticket.chain
+    assert second.submission.chain == first.submission.chain
     full = site.model_copy(update={"max_gpus": 3, "run_dir": tmp_path / "other"})
     with pytest.raises(UsageError, match="max_gpus of this site is 3: 0 are taken, this would take 4 more"):
         slurm.up([model], full, Options(handover=True), wait=False)

@@ -155,7 +155,7 @@ def test_hostile_values_end_as_text(tmp_path: Path) -> None:
             argv, got, loaded = run(scripts[-1], tmp_path)
             assert got == value
             assert loaded == {"module": value, "conda": value, "apptainer": None}.get(kind, kind)
-            at = argv.index("--ticket")
+            at = argv.index("--submission")
             assert argv[at + 1] == "1 2"
             (block,) = parse(argv[at + 2 :])
             assert block.command == served(scripts[-1])[0].command
@@ -172,7 +172,7 @@ def run(script: LaunchScript, folder: Path) -> Any:
     """Run a script where its programs are fakes; return what the last one got."""
     file = folder / "job.sh"
     file.write_text(script.text.replace("#!/bin/bash -l", "#!/bin/bash"))
-    command = ["bash", "-c", f"source {folder}/etc; exec bash {file} --ticket '1 2'"]
+    command = ["bash", "-c", f"source {folder}/etc; exec bash {file} --submission '1 2'"]
     env = {"PATH": f"{folder}/bin:/usr/bin:/bin", "HOME": str(folder)}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

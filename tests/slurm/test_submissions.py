@@ -16,16 +16,16 @@ from biollm.config import Cluster
 from biollm.errors import UsageError
 from biollm.slurm.commands import Queue, Row
 from biollm.slurm.endpoints import Endpoint
-from biollm.slurm.submissions import Ticket, failure, find, gpu_hours, judge, read, save, sweep, tickets
+from biollm.slurm.submissions import Submission, failure, find, gpu_hours, job_of, reload, save, submissions, sweep
 
-TICKET = Ticket("t", "7", ("a",), 1, 3600, Path("/none"), submitted=100.0)
+SUBMISSION = Submission("t", "7", ("a",), 1, 3600, Path("/none"), submitted=100.0)
 A, B, C = "0123456789ab4cde8f0123456789abcd", "f" * 12 + "4abc9" + "0" * 15, "a" * 12 + "4000b" + "1" * 15
-PAIR = replace(TICKET, models=("a", "b"))
+PAIR = replace(SUBMISSION, models=("a", "b"))
 
 
-def ran(ticket: Ticket, *states: str, at: float = 120.0) -> Ticket:
-    """The ticket with events: "MODEL STATE[ REASON][ @RESTART]", the last written at `at`."""
-    return replace(ticket, events=tuple(event(text) for text in states), seen=at)
+def ran(submission: Submission, *states: str, at: float = 120.0) -> Submission:
+    """The submission with events: "MODEL STATE[ REASON][ @RESTART]", the last written at `at`."""
+    return replace(submission, events=tuple(event(text) for text in states), seen=at)
 
 
 def event(text: str) -> dict[str, Any]:
@@ -47,66 +47,66 @@ DIED = "a failed the server ended by exit code 3"
 
 
 @pytest.mark.parametrize(
-    ("ticket", "seen", "servers", "phase", "reason"),
+    ("submission", "seen", "servers", "phase", "reason"),
     [
-        (TICKET, queue(at=90), [], "pending", "submitted"),
-        (TICKET, queue("PENDING", "Resources"), [], "pending", "Resources"),
-        (TICKET, queue("RUNNING"), [], "starting", ""),
-        (ran(TICKET, "a starting"), queue("RUNNING"), [], "starting", ""),
+        (SUBMISSION, queue(at=90), [], "pending", "submitted"),
+        (SUBMISSION, queue("PENDING", "Resources"), [], "pending", "Resources"),
+        (SUBMISSION, queue("RUNNING"), [], "starting", ""),
+        (ran(SUBMISSION, "a starting"), queue("RUNNING"), [], "starting", ""),
         # the job has spoken since the queue was asked
-        (ran(TICKET, "a starting", at=140), queue("PENDING", "Resources"), [], "starting", ""),
-        (ran(TICKET, "a starting", at=140), queue(at=90), [], "starting", ""),
-        (ran(TICKET, "a starting", "a ready"), queue("RUNNING"), [server()], "ready", ""),
-        (ran(TICKET, "a starting", "a ready"), queue("PENDING"), [server()], "ready", ""),
+        (ran(SUBMISSION, "a starting", at=140), queue("PENDING", "Resources"), [], "starting", ""),
+        (ran(SUBMISSION, "a starting", at=140), queue(at=90), [], "starting", ""),
+        (ran(SUBMISSION, "a starting", "a ready"), queue("RUNNING"), [server()], "ready", ""),
+        (ran(SUBMISSION, "a starting", "a ready"), queue("PENDING"), [server()], "ready", ""),
         # a record alone is enough: the controller may be away
-        (ran(TICKET, "a ready"), queue(error="away"), [server()], "ready", "away"),
-        (ran(TICKET, "a starting"), queue(error="away"), [], "starting", "away"),
-        (TICKET, queue(error="away"), [], "pending", "away"),
-        (ran(TICKET, "a ready", "a draining idle"), queue("RUNNING"), [], "draining", ""),
-        (ran(TICKET, "a ready", "a draining idle", "a stopped idle"), queue("RUNNING"), [], "ended", "idle"),
-        (ran(TICKET, "a ready", "a stopped down"), queue("COMPLETED"), [], "ended", "down"),
-        (TICKET, queue("COMPLETED"), [], "ended", "completed"),
-        (ran(TICKET, "* stopped it was stopped before"), queue("COMPLETED"), [], "ended", "it was stopped before"),
+        (ran(SUBMISSION, "a ready"), queue(error="away"), [server()], "ready", "away"),
+        (ran(SUBMISSION, "a starting"), queue(error="away"), [], "starting", "away"),
+        (SUBMISSION, queue(error="away"), [], "pending", "away"),
+        (ran(SUBMISSION, "a ready", "a draining idle"), queue("RUNNING"), [], "draining", ""),
+        (ran(SUBMISSION, "a ready", "a draining idle", "a stopped idle"), queue("RUNNING"), [], "ended", "idle"),
+        (ran(SUBMISSION, "a ready", "a stopped down"), queue("COMPLETED"), [], "ended", "down"),
+        (SUBMISSION, queue("COMPLETED"), [], "ended", "completed"),
+        (ran(SUBMISSION, "* stopped it was stopped before"), queue("COMPLETED"), [], "ended", "it was stopped before"),
         # deaths: what Slurm says first, then what the supervisor knew
-        (ran(TICKET, "a starting", DIED), queue("RUNNING"), [], "failed", "a: the server ended by exit code 3"),
-        (ran(TICKET, DIED), queue("FAILED", "NonZeroExitCode"), [], "failed", "FAILED; a: the server ended by exit code 3"),
-        (ran(TICKET, "a ready"), queue("TIMEOUT", "TimeLimit"), [], "failed", "TIMEOUT (TimeLimit)"),
-        (ran(TICKET, "a ready"), queue("NODE_FAIL"), [], "failed", "NODE_FAIL"),
-        (TICKET, queue("CANCELLED"), [], "failed", "CANCELLED"),
+        (ran(SUBMISSION, "a starting", DIED), queue("RUNNING"), [], "failed", "a: the server ended by exit code 3"),
+        (ran(SUBMISSION, DIED), queue("FAILED", "NonZeroExitCode"), [], "failed", "FAILED; a: the server ended by exit code 3"),
+        (ran(SUBMISSION, "a ready"), queue("TIMEOUT", "TimeLimit"), [], "failed", "TIMEOUT (TimeLimit)"),
+        (ran(SUBMISSION, "a ready"), queue("NODE_FAIL"), [], "failed", "NODE_FAIL"),
+        (SUBMISSION, queue("CANCELLED"), [], "failed", "CANCELLED"),
         # Slurm's TERM is a cancellation, a preemption or the end of the walltime: the queue tells
-        (ran(TICKET, "a ready", "a stopped cancelled", at=140), queue("RUNNING"), [], "draining", "cancelled"),
-        (ran(TICKET, "a ready", "a stopped cancelled"), queue("COMPLETING"), [], "draining", "cancelled"),
-        (ran(TICKET, "a ready", "a stopped cancelled"), queue(), [], "ended", "cancelled"),
-        (ran(TICKET, "a ready", "a stopped cancelled"), queue("PREEMPTED"), [], "failed", "PREEMPTED"),
+        (ran(SUBMISSION, "a ready", "a stopped cancelled", at=140), queue("RUNNING"), [], "draining", "cancelled"),
+        (ran(SUBMISSION, "a ready", "a stopped cancelled"), queue("COMPLETING"), [], "draining", "cancelled"),
+        (ran(SUBMISSION, "a ready", "a stopped cancelled"), queue(), [], "ended", "cancelled"),
+        (ran(SUBMISSION, "a ready", "a stopped cancelled"), queue("PREEMPTED"), [], "failed", "PREEMPTED"),
         # requeued: what an earlier run said no longer counts
-        (ran(TICKET, "a ready", "a stopped cancelled"), queue("PENDING", "BeginTime"), [], "pending", "BeginTime"),
-        (ran(TICKET, "a stopped cancelled", "a starting @1"), queue("RUNNING"), [], "starting", ""),
+        (ran(SUBMISSION, "a ready", "a stopped cancelled"), queue("PENDING", "BeginTime"), [], "pending", "BeginTime"),
+        (ran(SUBMISSION, "a stopped cancelled", "a starting @1"), queue("RUNNING"), [], "starting", ""),
         # several models
         (ran(PAIR, "a ready", "b starting"), queue("RUNNING"), [server("a")], "starting", ""),
         (ran(PAIR, "a ready", "b ready"), queue("RUNNING"), [server("a"), server("b")], "ready", ""),
         (ran(PAIR, DIED, "b ready"), queue("RUNNING"), [server("b")], "ready", "a: the server ended by exit code 3"),
         (ran(PAIR, DIED, "b stopped down"), queue("RUNNING"), [], "failed", "a: the server ended by exit code 3"),
         # forgotten by Slurm
-        (ran(TICKET, "a ready"), queue(), [],
+        (ran(SUBMISSION, "a ready"), queue(), [],
          "unknown", "unknown, last seen ready 30 s ago; Slurm does not know the job any more"),
-        (TICKET, queue(), [],
+        (SUBMISSION, queue(), [],
          "unknown", "unknown, last seen submitted 50 s ago; Slurm does not know the job any more"),
     ],
 )  # fmt: skip
-def test_how_a_job_is(ticket: Ticket, seen: Queue, servers: list[Endpoint], phase: str, reason: str) -> None:
-    job = judge(ticket, seen, servers, now=150.0)
+def test_how_a_job_is(submission: Submission, seen: Queue, servers: list[Endpoint], phase: str, reason: str) -> None:
+    job = job_of(submission, seen, servers, now=150.0)
     assert (job.phase, job.reason) == (phase, reason)
     assert job.over == (phase in ("ended", "failed", "unknown"))
 
 
 def test_a_server_of_another_submission_is_not_this_jobs() -> None:
-    """Job ids are used again when the controller lost its state; tickets are not."""
-    other = replace(server(), ticket="other")
-    assert judge(TICKET, queue("RUNNING"), [other], 150).phase == "starting"
+    """Job ids are used again when the controller lost its state; submissions are not."""
+    other = replace(server(), submission="other")
+    assert job_of(SUBMISSION, queue("RUNNING"), [other], 150).phase == "starting"
 
 
 def test_a_pending_job_tells_slurms_estimate() -> None:
-    job = judge(TICKET, queue("PENDING", "Resources", start="2026-11-23T12:00:00"), [], 150)
+    job = job_of(SUBMISSION, queue("PENDING", "Resources", start="2026-11-23T12:00:00"), [], 150)
     assert job.start == "2026-11-23T12:00:00"
 
 
@@ -114,16 +114,16 @@ def test_out_of_memory_is_read_from_the_log(tmp_path: Path) -> None:
     """Slurm calls it FAILED by signal 9, like any kill; only the log says more."""
     log = tmp_path / "log"
     log.write_text("slurmstepd: error: Job 7 exceeded memory limit (900 > 800), being killed\n")
-    job = judge(replace(TICKET, log=log), queue("FAILED", "JobLaunchFailure"), [], 150)
+    job = job_of(replace(SUBMISSION, log=log), queue("FAILED", "JobLaunchFailure"), [], 150)
     assert job.reason.startswith("out of memory of the node")
 
 
 def test_a_failure_shows_the_servers_last_lines(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("\n".join(f"line {number}" for number in range(100)) + "\nValueError: broken\n")
-    ticket = ran(TICKET, DIED)
-    ticket.events[-1]["log"] = str(log)
-    error = failure(judge(ticket, queue("RUNNING"), [], 150))
+    submission = ran(SUBMISSION, DIED)
+    submission.events[-1]["log"] = str(log)
+    error = failure(job_of(submission, queue("RUNNING"), [], 150))
     assert str(error).splitlines()[0] == "Job 7 (a) failed: a: the server ended by exit code 3"
     assert str(error).splitlines()[-1] == "    ValueError: broken"
     assert len(str(error).splitlines()) == 16
@@ -131,9 +131,9 @@ def test_a_failure_shows_the_servers_last_lines(tmp_path: Path) -> None:
 
 
 def test_gpu_hours_count_what_ran_or_what_may_run() -> None:
-    done = judge(ran(replace(TICKET, gpus=4), "a stopped idle", at=110.0 + 1800), queue("COMPLETED"), [], 150)
+    done = job_of(ran(replace(SUBMISSION, gpus=4), "a stopped idle", at=110.0 + 1800), queue("COMPLETED"), [], 150)
     assert gpu_hours(done) == 2
-    assert gpu_hours(judge(replace(TICKET, gpus=4), queue("RUNNING"), [], 150)) == 4
+    assert gpu_hours(job_of(replace(SUBMISSION, gpus=4), queue("RUNNING"), [], 150)) == 4
 
 
 @pytest.fixture
@@ -142,52 +142,52 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(name="lab", run_dir=tmp_path)
 
 
-def test_a_ticket_comes_back_with_its_events(cluster: Cluster, tmp_path: Path) -> None:
-    ticket = save(TICKET, cluster)
-    assert ticket.submitted > 0
+def test_a_submission_comes_back_with_its_events(cluster: Cluster, tmp_path: Path) -> None:
+    submission = save(SUBMISSION, cluster)
+    assert submission.submitted > 0
     (tmp_path / "biollm" / "jobs" / "t.events").write_text(json.dumps(event("a ready")) + '\n{"half": ')
-    again = read(ticket, cluster)
+    again = reload(submission, cluster)
     assert [e["state"] for e in again.events] == ["ready"]
-    assert tickets(cluster) == [again]
+    assert submissions(cluster) == [again]
     assert (tmp_path / "biollm" / "jobs" / "t.json").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_ticket_of_a_newer_version_is_found(cluster: Cluster, tmp_path: Path) -> None:
-    ticket = save(TICKET, cluster)
+def test_a_submission_of_a_newer_version_is_found(cluster: Cluster, tmp_path: Path) -> None:
+    submission = save(SUBMISSION, cluster)
     path = tmp_path / "biollm" / "jobs" / "t.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"region": "east"}))
     lines = [event("a warming"), {"at": 9.0, "restart": 0, "note": "of no model"}, 7]
     path.with_suffix(".events").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    (again,) = tickets(cluster)
-    assert again.job == ticket.job
-    assert judge(again, queue("RUNNING"), [], 150).phase == "starting"
+    (again,) = submissions(cluster)
+    assert again.job == submission.job
+    assert job_of(again, queue("RUNNING"), [], 150).phase == "starting"
 
 
-def test_a_ticket_of_version_0_1_is_found_where_it_kept_them(cluster: Cluster, tmp_path: Path) -> None:
-    save(TICKET, cluster)
+def test_a_submission_of_version_0_1_is_found_where_it_kept_them(cluster: Cluster, tmp_path: Path) -> None:
+    save(SUBMISSION, cluster)
     (tmp_path / "jobs").mkdir()
     (tmp_path / "biollm" / "jobs" / "t.json").rename(tmp_path / "jobs" / f"{A}.json")
     (tmp_path / "jobs" / f"{A}.events").write_text(json.dumps(event("a ready")) + "\n")
     shutil.copy(tmp_path / "jobs" / f"{A}.json", tmp_path / "jobs" / "a-name-that-biollm-never-gave.json")
     (old,) = find(cluster, "a")
     assert (old.id, old.folder, len(old.events)) == (A, tmp_path / "jobs", 1)
-    assert read(old, cluster) == old
+    assert reload(old, cluster) == old
 
 
-def test_two_clusters_in_one_home_do_not_see_each_others_tickets(cluster: Cluster) -> None:
-    save(TICKET, cluster)
-    assert tickets(cluster.model_copy(update={"name": "other"})) == []
+def test_two_clusters_in_one_home_do_not_see_each_others_submissions(cluster: Cluster) -> None:
+    save(SUBMISSION, cluster)
+    assert submissions(cluster.model_copy(update={"name": "other"})) == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"cluster": "lab"}'])
-def test_a_broken_ticket_is_left_out(cluster: Cluster, tmp_path: Path, text: str) -> None:
+def test_a_broken_submission_is_left_out(cluster: Cluster, tmp_path: Path, text: str) -> None:
     (tmp_path / "biollm" / "jobs" / "x.json").write_text(text)
-    assert tickets(cluster) == []
+    assert submissions(cluster) == []
 
 
 def test_a_job_is_found_by_its_id_or_a_model(cluster: Cluster) -> None:
-    ticket = save(PAIR, cluster)
-    assert find(cluster, "7") == find(cluster, "b") == [ticket]
+    submission = save(PAIR, cluster)
+    assert find(cluster, "7") == find(cluster, "b") == [submission]
     with pytest.raises(UsageError, match="'c'") as caught:
         find(cluster, "c")
     assert caught.value.hint == "Known: 7, a, b."
@@ -282,8 +282,8 @@ def test_what_runs_or_waits_for_longer_than_a_week_keeps_its_files(tmp_path: Pat
     record = tmp_path / place / "records" / f"{one}.json"
     record.write_text(json.dumps({"ticket": runs}))  # renewed just now
     jobs = [
-        judge(replace(TICKET, id=waits, chain=chain), queue("PENDING", "Resources"), [], 150),
-        judge(replace(TICKET, id=ended), queue("COMPLETED"), [], 150),
+        job_of(replace(SUBMISSION, id=waits, chain=chain), queue("PENDING", "Resources"), [], 150),
+        job_of(replace(SUBMISSION, id=ended), queue("COMPLETED"), [], 150),
     ]
     sweep(Cluster(name="lab", run_dir=tmp_path), jobs)
     assert set(names) - files(tmp_path / place) == {*names[-3:]}
