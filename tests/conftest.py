@@ -126,7 +126,7 @@ def weights() -> Path:
     model = load_config().models["smollm2-135m"]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm" / "tests"
     try:
-        return embedded.pull(model, cache, lambda done, total: None)
+        return embedded.pull(model, cache)
     except UnavailableError as error:
         if os.environ.get("BIOLLM_REQUIRE_REAL"):
             raise

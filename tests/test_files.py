@@ -14,7 +14,6 @@ import pytest
 from test_memory import PUBLISHED
 
 from biollm._files import locked, write_private
-from biollm.providers import embedded
 
 Biollm = Callable[..., Any]
 WRITES = {  # command -> the file that it writes for the user
@@ -122,15 +121,6 @@ def test_a_private_file_takes_the_place_of_a_link_and_leaves_what_it_names(tmp_p
     write_private(tmp_path / "key", "secret")
     assert (tmp_path / "mine").read_text() == "mine"
     assert (tmp_path / "key").read_text() == "secret"
-
-
-def test_a_download_is_not_written_through_a_link(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("mine")
-    (tmp_path / "x.part").symlink_to(tmp_path / "mine")
-    for how in (os.O_TRUNC, os.O_APPEND):
-        with pytest.raises(OSError, match="symbolic links"):
-            embedded._private(tmp_path / "x.part", how)
-    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_file_of_the_users_in_the_sockets_place_stays(

@@ -386,7 +386,4 @@ def embedded_pull(
     chosen = model or next(iter(models), "")
     if chosen not in models:
         raise UnknownNameError("embedded model", chosen, models)
-    progress = Progress()
-    path = embedded.pull(models[chosen], state_dir(), progress.bytes)
-    progress.note(f"{chosen}: ready")
-    print(path)
+    print(embedded.pull(models[chosen], state_dir()))

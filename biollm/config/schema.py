@@ -96,7 +96,7 @@ class Provider(_Limited):
         common = {key: getattr(self, key) for key in self.model_fields_set & set(_Limited.model_fields)}
         own = [{key: getattr(each, key) for key in each.model_fields_set} for each in self.accounts or (Account(),)]
         known = self.name if self.name in LITELLM_PROVIDERS else "openai" if self.base_url else ""
-        prefix = {"local": "hosted_vllm", "embedded": "biollm_embedded"}.get(self.type, known)
+        prefix = {"local": "hosted_vllm", "embedded": "hosted_vllm"}.get(self.type, known)
         object.__setattr__(self, "accounts", tuple(Account(**common | each) for each in own))
         object.__setattr__(self, "litellm_provider", self.litellm_provider or prefix)
         object.__setattr__(self, "title", self.title or self.name)

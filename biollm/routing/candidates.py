@@ -209,8 +209,8 @@ class DeploymentPool:
     def _look(self, deployment: Deployment, exchange: bool, servers: Sequence[Endpoint]) -> Credential | str:
         if deployment.embedded:
             model = self.config.models[deployment.model]
-            ready = embedded.ready(model, self.state)
-            return ready if isinstance(ready, str) else Credential("", "", base_url=embedded.address(model, ready))
+            weights = embedded.ready(model, self.state)
+            return weights if isinstance(weights, str) else embedded.server(model, weights, start=exchange)
         if deployment.provider.type == "local" and deployment.base_url is None:
             return f"no server is up: biollm up {deployment.model}"
         if deployment.start:

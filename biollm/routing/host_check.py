@@ -93,7 +93,7 @@ class Trust:
             TimeoutError: It accepts the connection, and proves nothing in time.
         """
         url = known.base_url or deployment.base_url
-        if not url or deployment.embedded:
+        if not url:
             return None
         place = (_origin(url), deployment.start, bool(known.secret), cluster.local_hosts, cluster.trusted_owners)
         age = time.monotonic() - self._good.get(place, -TRUSTED)

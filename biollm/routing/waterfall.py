@@ -72,7 +72,6 @@ class Waterfall:
         self._servers = host_check.FixedServers()
         self._balance = load_balancing.of_process()
         self._refreshed = -_NEWS
-        embedded.register()
         if (close := _LITELLM.close_litellm_async_clients) not in background().closing:
             background().closing.append(close)  # or aiohttp complains at exit
         self._survey: asyncio.Task[None] | None = None
@@ -380,6 +379,8 @@ class Waterfall:
             params |= {"stream": True, "stream_timeout": limit, "stream_options": {"include_usage": True}}
         if request.schema and first.json_schema:
             params["response_format"] = request.schema.response_format
+        if first.embedded and "response_format" in params:
+            params["extra_body"] = embedded.JSON_SAMPLING
         if "tools" in params:
             params["_skip_mcp_handler"] = True  # without it LiteLLM wants the mcp package for any tool
         # The host program's LiteLLM callbacks see nothing of ours.
@@ -411,9 +412,10 @@ class Waterfall:
         if (known := self.pool.credentials.get(deployment.id)) is None:
             run.tried.add(deployment.id)
             return False  # its server left
-        if known.ends_within(_FRESH):
+        if known.ends_within(_FRESH) or deployment.embedded:
             if found := self.pool.note(deployment, await apart(self.pool.look, deployment)):
-                self._renew(deployment, found)
+                if found != known:
+                    self._renew(deployment, found)
             else:
                 reason = self.pool.missing(deployment)
             known = found or known
@@ -701,6 +703,7 @@ def _session() -> aiohttp.ClientSession:
 def _keep_off_proxies(found: Sequence[Deployment]) -> None:
     """Take local hosts out of the proxy's reach; LiteLLM would send even loopback requests through HTTP_PROXY."""
     hosts = {urlsplit(d.base_url).hostname or "" for d in found if d.local and d.base_url}
+    hosts |= {"127.0.0.1" for d in found if d.embedded}
     if getproxies() and (through := sorted(host for host in hosts if not proxy_bypass(host))):
         kept = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [kept, *through]))

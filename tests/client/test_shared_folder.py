@@ -135,19 +135,18 @@ def test_logins_are_each_members_own(lab: Path) -> None:
 @root_only
 def test_the_embedded_models_weights_are_fetched_once_for_all(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pull() -> str:
-        return str(embedded.pull(model(HUB), state_dir(), lambda done, total: None))
+        return str(embedded.pull(model(HUB), state_dir()))
 
     with serve() as host:
         monkeypatch.setenv("HF_ENDPOINT", host.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_planted")  # else it is sought in a home that members may not read
         host.files[FILE] = GGUF
-        embedded.pull(model(HUB), lab / "other", lambda done, total: None)  # imports
+        embedded.pull(model(HUB), lab / "other")  # imports
         host.seen.clear()
         path = Path(member(lab, "ann", pull))
         assert member(lab, "bob", pull) == str(path)
         assert member(lab, "bob", lambda: path.read_bytes() == GGUF)
         assert len(host.sent(FILE)) == 1
-        path.rename(path.with_name(f"{path.name}.part"))  # as if ann had been interrupted
-        member(lab, "bob", pull)
     assert path.parent.is_relative_to(lab / "state")
 
 
