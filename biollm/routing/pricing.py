@@ -10,6 +10,7 @@ discounts by the hour, and what is not priced per token of text (images, audio, 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -175,12 +176,10 @@ def cheapest(
 
 def price_map() -> dict[str, dict[str, object]]:
     """Return LiteLLM's prices, model -> facts, from its file: importing it takes seconds."""
-    import orjson
-
     found = importlib.util.find_spec("litellm")
     if found is None or not found.submodule_search_locations:
         return {}
-    return orjson.loads(Path(found.submodule_search_locations[0], PRICES).read_bytes())
+    return json.loads(Path(found.submodule_search_locations[0], PRICES).read_bytes())
 
 
 def listed(prices: Mapping[str, Mapping[str, object]], provider: str, model: str) -> tuple[str, Mapping[str, object]]:
