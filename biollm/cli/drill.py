@@ -1,8 +1,8 @@
-"""The command `drill`: breaks every rung in every way and prints who answered; or lets the real ones answer."""
+"""The command `drill`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,96 +11,95 @@ from biollm.cli.output import Json
 from biollm.errors import UsageError
 
 if TYPE_CHECKING:
-    from biollm.config import Config
-    from biollm.drill.drill import Cell
+    from biollm.drill.drill import Cell, Drill
+    from biollm.drill.live import LiveDrill
 
 
 def drill(
     live: Annotated[
-        bool, typer.Option("--live", help="Let each real rung answer a tiny prompt, those above it broken.")
+        bool, typer.Option("--live", help="Send one short prompt to each real deployment instead.")
     ] = False,
     spend_limit: Annotated[
-        float | None, typer.Option(min=0, metavar="USD", help="With --live: what it may cost.  [default: 0.05]")
+        float | None, typer.Option(min=0, metavar="USD", help="Most that --live may cost.  [default: 0.05]")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Break every rung in every way, in this process.
+    """Break every deployment in every way and show which one answers instead.
 
-    Without --live nothing is sent to a provider and no quota is spent; with it, your limits hold, and rungs without
-    a known price are not asked. Exit 1 when a rung that should have answered did not.
+    Without --live, nothing is sent to a provider. With --live, your limits and cooldowns hold, and deployments of
+    unknown price are skipped. Exits 1 if a failover or a live call fails.
     """
     from biollm.config import load_config
     from biollm.drill import drill as drills
+    from biollm.drill import live as lives
 
     if spend_limit is not None and not live:
-        raise UsageError("--spend-limit goes with --live; otherwise nothing is spent.")
+        raise UsageError("--spend-limit needs --live: without it nothing is spent.")
     config = load_config()
     if live:
-        raise typer.Exit(not _live(config, spend_limit, as_json))
-    found = drills.drill(config)
-    if as_json:
-        output.as_json({"ok": found.ok, **vars(found)})
+        limit = lives.LIMIT if spend_limit is None else spend_limit
+        found = lives.live_drill(config, limit, lambda line: typer.echo(line, err=True))
     else:
-        if found.cells:
-            rows = [
-                (c.candidate, c.fault, _verdict(c), c.answered or "nobody", f"{c.ms:.0f} ms", str(c.asked),
-                 c.next or "nobody", c.seen)
-                for c in found.cells
-            ]  # fmt: skip
-            output.table(
-                ("broken", "how", "failover", "answered", "after", "asked", "next call", "the user sees"), rows
-            )
-            print()
-        for sentence in (
-            *found.odd,
-            *(f"{candidate} would not answer: {reason}" for candidate, reason in found.absent.items()),
-        ):
-            print(sentence)
-        alone = sum(c.ok and not c.expected for c in found.cells)
-        caught, failed = sum(c.ok and bool(c.expected) for c in found.cells), sum(not c.ok for c in found.cells)
-        if found.cells:
-            print(f"{caught} breaks were caught, {failed} were not; {alone} leave no rung to catch them.")
+        found = drills.drill(config)
+    if as_json:
+        output.as_json({"ok": found.ok, **_keys(found)})
+    else:
+        _print_live(found) if isinstance(found, lives.LiveDrill) else _print(found)
+        for name, reason in found.absent.items():
+            print(f"{name} is not available: {reason}")
     raise typer.Exit(not found.ok)
 
 
-def _verdict(cell: Cell) -> str:
+def _keys(value: Any) -> dict[str, Any]:
+    """Return a result's fields with the names that --json has always had."""
+    old = {"deployment": "rung", "deployments": "rungs"}
+    found = {old.get(key, key): each for key, each in vars(value).items()}
+    return found | {key: [_keys(each) for each in found[key]] for key in ("cells", "answers") if key in found}
+
+
+def _print(found: Drill) -> None:
+    """Print a row for each break, a summary, and what looks wrong in the order."""
+    rows = [
+        (c.deployment, c.fault, _result(c), c.answered or "-", f"{c.ms:.0f} ms", c.asked, c.next or "-", c.seen)
+        for c in found.cells
+    ]
+    if rows:
+        output.table(("broken", "fault", "failover", "answered", "after", "asked", "next call", "the user sees"), rows)
+        print()
+    for sentence in found.odd:
+        print(sentence)
+    if rows:
+        failed, alone = sum(not c.ok for c in found.cells), sum(c.ok and not c.expected for c in found.cells)
+        good = len(rows) - failed - alone
+        print(f"{good} failovers succeeded, {failed} failed; {alone} had no fallback left.")
+
+
+def _result(cell: Cell) -> str:
     from biollm.drill import drill as drills
 
     if cell.answered != cell.expected:
-        return f"FAILED: not {cell.expected or 'nobody'}"
+        return f"FAILED: not {cell.expected or 'an error'}"
     if not cell.recovered:
-        return "FAILED: it does not answer again after its rest"
+        return "FAILED: does not answer again after its cooldown"
     if cell.asked > drills.TRIES:
         return f"FAILED: asked more than {drills.TRIES} times"
     if not cell.ok:
         return "FAILED: the next call has no answer"
-    return "ok" if cell.expected else "none: no rung is left"
+    return "ok" if cell.expected else "no fallback left"
 
 
-def _live(config: Config, limit: float | None, as_json: bool) -> bool:
-    """Drill the real rungs, print what came of it, and return whether it is good."""
-    from biollm.drill import live as drills
-
-    def say(sentence: str) -> None:
-        typer.echo(sentence, err=True)
-
-    found = drills.live_drill(config, drills.LIMIT if limit is None else limit, say)
-    if as_json:
-        output.as_json({"ok": found.ok, **vars(found)})
-        return found.ok
-    if found.answers:
-        rows = [
-            (
-                a.candidate,
-                a.state if a.state != "failed" else "FAILED",
-                "-" if a.ms is None else f"{a.ms:.0f} ms",
-                "-" if a.cost_usd is None else f"{a.cost_usd:.6f}",
-                a.why or ("a degraded answer" if a.degraded else "an answer"),
-            )
-            for a in found.answers
-        ]
-        output.table(("rung", "state", "after", "USD", "the user sees"), rows)
+def _print_live(found: LiveDrill) -> None:
+    """Print a row for each deployment, and what was spent."""
+    rows = [
+        (
+            a.deployment,
+            a.state if a.state != "failed" else "FAILED",
+            "-" if a.ms is None else f"{a.ms:.0f} ms",
+            "-" if a.cost_usd is None else f"{a.cost_usd:.6f}",
+            a.why or ("a degraded answer" if a.degraded else "an answer"),
+        )
+        for a in found.answers
+    ]
+    if rows:
+        output.table(("deployment", "state", "after", "USD", "the user sees"), rows)
         print(f"\nSpent at most {found.spent_usd:.6f} of {found.limit_usd:g} USD.")
-    for candidate, reason in found.absent.items():
-        print(f"{candidate} would not answer: {reason}")
-    return found.ok

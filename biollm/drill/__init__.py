@@ -1,4 +1,5 @@
-"""Breaks every deployment on purpose and shows which one answers instead.
+"""Tests the failover before it is needed.
 
-Imports `client` and what is below it. Start at `drill.py`; `live.py` sends a real prompt to the real providers.
+Imports `client` and what is below it. Start at `drill.py`: it breaks every deployment on purpose and reports which one
+answers instead; `live.py` sends one short prompt to each real provider.
 """

@@ -1,44 +1,43 @@
-"""Proves the failover before it is needed: breaks every rung in every way, in this process, and reports who answered.
+"""Breaks every deployment of the user's own configuration in every way and reports which one answers instead.
 
-The waterfall is the real one, with the user's own configuration; loopback servers take the place of the providers, and
-a private ledger that of the user's. Nothing is sent to a provider and no quota is spent. Every rung is played in
-OpenAI's dialect, whatever its provider speaks; `live_drill` asks the real ones.
+The waterfall is the real one. Servers on loopback replace the providers, generated keys replace the user's, and a
+temporary ledger the user's own, so no provider gets a request and no quota is used. Every deployment is replaced by one
+that speaks OpenAI's dialect; `live.py` sends requests to the real ones.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from biollm._files import write_private
 from biollm._ownership import address
 from biollm._runtime import background, watch
 from biollm.config import Config
 from biollm.config.paths import state_dir
-from biollm.drill.fault_server import Stage
+from biollm.drill.fault_server import FaultServer
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger
-from biollm.providers.credentials import Credential, of_secret
+from biollm.providers.credentials import fingerprint, of_secret
 from biollm.routing import import_waterfall
-from biollm.routing.candidates import DeploymentPool
+from biollm.routing.candidates import DeploymentPool, Survey
 from biollm.routing.deployments import Deployment, Requirements
 from biollm.routing.pricing import prices
 from biollm.routing.request import Request
+from biollm.slurm.endpoints import Endpoint
 from biollm.types import Usage
 
-if TYPE_CHECKING:
-    from biollm.routing.waterfall import Waterfall
-
-_RESTS = 400 * 86400.0  # seconds after which nothing rests any more
-TRIES = 2  # requests to one rung for one call
-TIMEOUT = 3.0  # seconds that stand for the configured ones: a busy machine is no fault, and a drill must end
-# What is broken -> what rests after it: other rungs with the same one are passed over, too.
+TRIES = 2  # requests to one deployment for one call
+TIMEOUT = 3.0  # seconds instead of the configured ones: enough on a busy machine, and the drill ends
+_LONG = 40 * 86400.0  # seconds after which every cooldown is over
+# Fault -> what goes on cooldown: other deployments that share it are passed over too.
 FAULTS: Mapping[str, str] = {
     "refused": "endpoint", "hang": "deployment", "reset": "", "http_400": "", "http_401": "key", "http_403": "deployment",
     "http_404": "deployment", "http_429": "account", "http_500": "deployment", "http_503": "deployment",
@@ -46,27 +45,26 @@ FAULTS: Mapping[str, str] = {
     "cut stream": "deployment", "malformed chunk": "deployment", "no end marker": "", "flapping": "",
 }  # fmt: skip
 STREAMED = ("cut stream", "malformed chunk", "no end marker")
-HARMLESS = ("no end marker", "flapping")  # the broken rung itself answers, the flapping one when asked once more
+HARMLESS = ("no end marker", "flapping")  # the deployment itself still answers, the flapping one at its second attempt
+IN_PROCESS = ("hang", "empty", "cut stream")  # faults of the embedded model, which has no network and no key
 _DEGRADED = "a degraded answer, where allow_degraded permits it"
-# what can befall the embedded model, which no network and no key part from us
-IN_PROCESS = ("hang", "empty", "cut stream")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One rung broken in one way, all rungs above it being away.
+    """One deployment broken in one way while all before it are unavailable.
 
     Attributes:
-        expected: Who should have answered; None where no other rung is left.
-        answered: Who did.
+        expected: The deployment that should answer; None where none is left.
+        answered: The one that did.
         ms: Milliseconds until the answer, or the error.
-        seen: What the user would have seen.
-        asked: How often the broken rung was asked.
-        next: Who answered the call right after, the rung being well again; None where it rests and no other is left.
-        recovered: Whether the rung answers again once its rest is over.
+        seen: What the user sees.
+        asked: Requests to the broken deployment.
+        next: What answers the next call, the deployment being repaired; None where it cools down and none is left.
+        recovered: Whether the deployment answers again after its cooldown.
     """
 
-    candidate: str
+    deployment: str
     fault: str
     expected: str | None
     answered: str | None
@@ -78,232 +76,206 @@ class Cell:
 
     @property
     def ok(self) -> bool:
-        """Return whether the rung answered that should have, then and later, and it was not asked too often."""
+        """Return whether the right deployment answered, now and later, after no more than two attempts."""
         later = self.recovered and (self.next is not None or self.expected is None)
         return self.answered == self.expected and later and self.asked <= TRIES
 
 
 @dataclass(frozen=True)
 class Drill:
-    """What a drill found.
+    """The result of a drill.
 
     Attributes:
-        absent: Rung -> why it would not answer even unbroken, one sentence.
-        odd: What is strange about the order of the rungs, one sentence each.
-        ok: Whether some rung can answer, and in every case the one did that should have.
+        absent: Deployment -> why it could not answer anyway, one sentence.
+        odd: What looks wrong in the order of the deployments, one sentence each.
     """
 
-    rungs: tuple[str, ...]
+    deployments: tuple[str, ...]
     absent: Mapping[str, str]
     cells: tuple[Cell, ...]
     odd: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Return whether the failover can be relied on."""
-        return bool(self.rungs) and all(cell.ok for cell in self.cells)
-
-
-class Played(DeploymentPool):
-    """The rungs `played` of another, each moved to its stage, and below them `live`, which stays what it is."""
-
-    def __init__(
-        self,
-        real: DeploymentPool,
-        stages: Mapping[str, Stage],
-        ledger: Ledger,
-        played: Sequence[Deployment],
-        live: Deployment | None = None,
-    ) -> None:
-        quick = replace(real.config, timeout=TIMEOUT, stream_timeout=TIMEOUT)
-        super().__init__(real.config if live else quick, ledger, real.state, real.policy)
-        self._real = real
-        self.deployments = [
-            _moved(candidate, stages[candidate.endpoint].url, at) for at, candidate in enumerate(played, 1)
-        ]
-        self.deployments += [replace(live, order=len(played) + 1)] if live else []
-        self._live = live.id if live else ""
-        for candidate in self.deployments:
-            self.note(candidate, self.look(candidate, exchange=False))
-
-    def due(self) -> bool:
-        """Return that nothing has changed: the real rungs were read when the drill began."""
-        return False
-
-    def look(self, deployment: Deployment, *, exchange: bool = True) -> Credential | str:  # noqa: D102
-        if deployment.id == self._live:
-            return self._real.look(deployment, exchange=exchange)
-        return of_secret(_key(deployment).split()[0])
-
-
-def _moved(candidate: Deployment, url: str, order: int) -> Deployment:
-    """Return the rung at a stage. A limit is no fault, and what is played is charged to no account."""
-    return replace(
-        candidate,
-        provider=candidate.provider.model_copy(update={"timeout": None}),
-        order=order,
-        litellm_model="openai/" + candidate.litellm_model.split("/", 1)[1],
-        base_url=url,
-        scope=f"drill:{candidate.scope}",
-        limits=(),
-        local=True,
-    )
+        """Return whether a deployment can answer and every failover worked."""
+        return bool(self.deployments) and all(cell.ok for cell in self.cells)
 
 
 def drill(config: Config) -> Drill:
-    """Break every rung of `config` in every way; send nothing to a provider.
+    """Break every deployment of `config` in every way; send nothing to a provider.
 
-    Of fixed servers of this site or machine it looks whether anybody listens.
+    Fixed servers of this site or machine get a TCP connection, to see whether one listens.
     """
     with TemporaryDirectory(prefix="biollm-drill-") as folder:
-        real = DeploymentPool(
-            config, Ledger(Path(folder)), state_dir(), config.data_policy, watch(config.cluster).alive
-        )
+        ledger, servers = Ledger(Path(folder, "empty")), watch(config.cluster).alive()
+        real = DeploymentPool(config, ledger, state_dir(), config.data_policy, lambda: servers)
         real.refresh()
-        status = real.candidates(Requirements(policy=config.data_policy))
-        absent = {candidate.deployment.id: candidate.reason for candidate in status if candidate.status != "ready"}
-        ready = [candidate.deployment for candidate in status if candidate.status == "ready"]
-        absent |= _unheard(ready)
-        ready = [candidate for candidate in ready if candidate.id not in absent]
-        cells = background().run(_play(real, ready, Path(folder))) if ready else []
-        return Drill(tuple(candidate.id for candidate in ready), absent, tuple(cells), tuple(_odd(ready, config)))
+        found = real.candidates(Requirements(policy=config.data_policy))
+        absent = {each.deployment.id: each.reason for each in found if each.status != "ready"}
+        absent |= _not_listening([each.deployment for each in found if each.status == "ready"])
+        ready = [each.deployment for each in found if each.deployment.id not in absent]
+        cells = background().run(_Harness(config, ready, servers, Path(folder)).run()) if ready else []
+    return Drill(tuple(each.id for each in ready), absent, tuple(cells), tuple(_odd(ready, config)))
 
 
-def _unheard(rungs: Sequence[Deployment]) -> dict[str, str]:
-    """Return the rungs with an address here at which nobody listens. Found servers were asked when they were found."""
-    urls = {candidate.base_url for candidate in rungs if candidate.local and candidate.base_url and not candidate.start}
-    silent: set[str] = set()
-    for url in urls:
-        try:
-            socket.create_connection(address(url), 1.0).close()
-        except OSError:
-            silent.add(url)
-    return {
-        candidate.id: f"nobody listens at {candidate.base_url}" for candidate in rungs if candidate.base_url in silent
-    }
+def _not_listening(found: Sequence[Deployment]) -> dict[str, str]:
+    """Return the deployments at a local address without a listener. Discovered servers have been probed already."""
+    absent: dict[str, str] = {}
+    for each in found:
+        if each.local and each.base_url and not each.start:
+            try:
+                socket.create_connection(address(each.base_url), 1.0).close()
+            except OSError:
+                absent[each.id] = f"no server listens at {each.base_url}"
+    return absent
 
 
-def _odd(rungs: Sequence[Deployment], config: Config) -> Iterator[str]:
+def _odd(found: Sequence[Deployment], config: Config) -> Iterator[str]:
     """Yield what a priority that was set by mistake looks like."""
-    known = prices(rungs, config)
+    known = prices(found, config)
     costs = {ident: price and price.usd(Usage(1, 1)) for ident, price in known.items()}
-    for at, candidate in enumerate(rungs):
-        below, own = rungs[at + 1 :], candidate.provider
-        if candidate.embedded and (better := next((each for each in below if not each.embedded), None)):
-            yield f"{candidate.id} answers in degraded quality, and is asked before {better.id}"
-        free = next((each for each in below if each.provider.free_tier and costs[each.id] == 0), None)
-        if free and costs[candidate.id] != 0:
-            what = "may cost money (its price is unknown)" if costs[candidate.id] is None else "costs money"
-            yield f"{candidate.id} {what}, and is asked before {free.id}, which is free"
-        same = next((each.provider for each in below if each.provider.priority == own.priority), own)
-        if same.name != own.name and candidate == next(each for each in rungs if each.provider == own):
-            yield f"{own.name} and {same.name} have one priority, {own.priority}: the order in the file decides"
+    for at, each in enumerate(found):
+        later, own = found[at + 1 :], each.provider
+        if each.embedded and (better := next((other for other in later if not other.embedded), None)):
+            yield f"{each.id} gives degraded answers, and comes before {better.id}"
+        free = next((other for other in later if other.provider.free_tier and costs[other.id] == 0), None)
+        if free and costs[each.id] != 0:
+            what = "may cost money (its price is unknown)" if costs[each.id] is None else "costs money"
+            yield f"{each.id} {what}, and comes before {free.id}, which is free"
+        same = next((other.provider for other in later if other.provider.priority == own.priority), own)
+        if same.name != own.name and each == next(other for other in found if other.provider == own):
+            yield f"{own.name} and {same.name} have the same priority, {own.priority}: the order in the file decides"
 
 
-def _key(deployment: Deployment) -> str:
-    """Return how a stage knows the rung: the account's (or found server's) key in the drill, and the model's name."""
-    account = f"{deployment.provider.name}/{deployment.account.name}{deployment.start}".encode().hex()
-    return f"drill-{account} {deployment.litellm_model.split('/', 1)[1]}"
+@dataclass
+class _Clock:
+    """The time of the drill's ledger; it can be put forward."""
+
+    ahead: float = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
 
 
-class Theatre:
-    """Stages for rungs, open while it is entered, and what LiteLLM needs warmed up.
+class _Harness:
+    """The deployments, each moved to a fault server, and the calls that test them."""
 
-    Attributes:
-        stages: A rung's endpoint -> where it is played.
-        request: What is asked.
-    """
-
-    def __init__(self, real: DeploymentPool, rungs: Sequence[Deployment]) -> None:
-        self._real, self.rungs = real, rungs
-        self._faults: dict[str, str] = {}
-        self._asked = Counter[str]()
-        self.stages = {
-            candidate.endpoint: Stage(self._faults, self._asked, candidate.start, _key(candidate).split()[0])
-            for candidate in rungs
+    def __init__(
+        self, config: Config, deployments: Sequence[Deployment], endpoints: Sequence[Endpoint], folder: Path
+    ) -> None:
+        self._config, self._deployments, self._endpoints, self._folder = config, deployments, endpoints, folder
+        self._faults: dict[tuple[str, str], str] = {}
+        self._requests = Counter[tuple[str, str]]()
+        self._servers = {
+            each.endpoint: FaultServer(self._faults, self._requests, each.start, _key(each)) for each in deployments
         }
-        self.request = Request([{"role": "user", "content": "drill"}], {}, Requirements(policy=real.config.data_policy))
+        self._clock = _Clock()
+        self._request = Request([{"role": "user", "content": "drill"}], {}, Requirements(policy=config.data_policy))
 
-    @asynccontextmanager
-    async def opened(self, ledger: Ledger) -> AsyncGenerator[Waterfall]:
-        """Open the stages; yield a waterfall of all rungs, played well."""
-        for stage in self.stages.values():
-            await stage.open()
+    async def run(self) -> list[Cell]:
+        """Return a cell for each deployment and fault."""
+        for server in self._servers.values():
+            await server.open()
+        ledger = Ledger(self._folder, clock=self._clock)
+        self._waterfall = import_waterfall()(self._pool(ledger))
         try:
-            waterfall = import_waterfall()(Played(self._real, self.stages, ledger, self.rungs))
-            await waterfall.complete(replace(self.request, timeout=60.0))  # LiteLLM's first call takes seconds
-            yield waterfall
+            await self._waterfall.complete(replace(self._request, timeout=60.0))  # LiteLLM's first call takes seconds
+            return [
+                await self._cell(at, fault)
+                for at, each in enumerate(self._deployments)
+                for fault in (IN_PROCESS if each.embedded else FAULTS)
+            ]
         finally:
             ledger.close()
-            for stage in self.stages.values():
-                stage.close()
+            for server in self._servers.values():
+                server.close()
 
-    def breaks(self, faults: Iterable[tuple[Deployment, str]]) -> None:
-        """Break these rungs, each in its way, and no others; count anew who is asked."""
+    def _pool(self, ledger: Ledger) -> DeploymentPool:
+        """Return a pool of the deployments at their fault servers, which knows none of the user's keys."""
+        for each in self._deployments:
+            write_private(self._key_file(each), _key(each))
+        moved = [self._moved(each, order) for order, each in enumerate(self._deployments, 1)]
+        at = {each.start: each for each in moved if each.start}
+        endpoints = tuple(
+            replace(each, key_file=self._key_file(at[each.start]), base_url=at[each.start].base_url, owner=os.getuid())
+            for each in self._endpoints
+            if each.start in at
+        )
+        quick = replace(self._config, timeout=TIMEOUT, stream_timeout=TIMEOUT, policy="order")
+        pool = DeploymentPool(quick, ledger, self._folder, self._config.data_policy, lambda: endpoints)
+        pool.apply(Survey(endpoints, moved, [(each, of_secret(_key(each))) for each in moved]))
+        return pool
+
+    def _moved(self, each: Deployment, order: int) -> Deployment:
+        """Return a deployment at its fault server, with an order of its own and without limits: a limit is no fault."""
+        key = {"env_key": None, "key_file": self._key_file(each)}
+        return replace(
+            each,
+            provider=each.provider.model_copy(update={"timeout": None}),
+            account=each.account.model_copy(update=key),
+            order=order,
+            litellm_model=f"openai/{_model(each)}",
+            base_url=self._servers[each.endpoint].url,
+            limits=(),
+            local=True,
+        )
+
+    def _key_file(self, each: Deployment) -> Path:
+        return self._folder / _key(each)
+
+    def _break(self, faults: Mapping[str, str]) -> None:
+        """Break these deployments (id -> fault) and repair the others; count requests from 0."""
+        self._requests.clear()
         self._faults.clear()
-        self._asked.clear()
-        self._faults |= {_key(candidate): fault for candidate, fault in faults}
+        self._faults |= {(_key(each), _model(each)): faults[each.id] for each in self._deployments if each.id in faults}
 
-    def asked(self, candidate: Deployment) -> int:
-        """Return how often a rung was asked since."""
-        return self._asked[_key(candidate)]
+    async def _cell(self, at: int, fault: str) -> Cell:
+        """Break one deployment while those before it are unavailable, call, repair it, call again, wait, call it alone."""
+        broken, server = self._deployments[at], self._servers[self._deployments[at].endpoint]
+        before = {each.id: "http_404" for each in self._deployments[:at]}
+        self._clock.ahead += _LONG
+        self._break(before | {broken.id: fault})
+        if fault == "refused":
+            server.close()
+        started = time.perf_counter()
+        answered, seen = await self._answer(self._request, stream=fault in STREAMED)
+        ms = round((time.perf_counter() - started) * 1000, 1)
+        asked = self._requests[_key(broken), _model(broken)]
+        self._break(before)
+        await server.open()
+        following, _ = await self._answer(self._request)
+        self._clock.ahead += _LONG
+        requirements = replace(self._request.requirements, deployment=broken.id)
+        again, _ = await self._answer(replace(self._request, requirements=requirements))
+        left = self._deployments[at:] if fault in HARMLESS else self._deployments[at + 1 :]
+        expected = next((each.id for each in left if not _cools(broken, each, FAULTS[fault])), None)
+        return Cell(broken.id, fault, expected, answered, ms, seen, asked, following, again == broken.id)
 
-
-async def _play(real: DeploymentPool, rungs: Sequence[Deployment], folder: Path) -> list[Cell]:
-    theatre, cells = Theatre(real, rungs), list[Cell]()
-    async with theatre.opened(Ledger(folder / "first")) as waterfall:
-        for at, candidate in enumerate(rungs):
-            for fault in IN_PROCESS if candidate.embedded else FAULTS:
-                later = [0.0]  # seconds that the ledger's clock is ahead
-                ledger = Ledger(folder / f"{at}-{fault}", clock=lambda later=later: time.time() + later[0])
-                waterfall.ledger = waterfall.pool.ledger = ledger
-                cell = await _cell(theatre, waterfall, at, fault)
-                following, _ = await _answer(waterfall, theatre.request, stream=False)
-                later[0] = _RESTS
-                theatre.breaks((other, "http_404") for other in rungs if other != candidate)
-                requirements = replace(
-                    theatre.request.requirements, provider=candidate.provider.name, model=candidate.model
-                )
-                again, _ = await _answer(waterfall, replace(theatre.request, requirements=requirements), stream=False)
-                cells.append(replace(cell, next=following, recovered=again == candidate.id))
-                ledger.close()
-    return cells
-
-
-async def _cell(theatre: Theatre, waterfall: Waterfall, at: int, fault: str) -> Cell:
-    """Break one rung, those above it being away, ask, and let it be well again."""
-    rungs = theatre.rungs
-    above = [(each, "http_404") for each in rungs[:at]]
-    theatre.breaks([*above, (rungs[at], fault)])
-    if fault == "refused":
-        theatre.stages[rungs[at].endpoint].close()
-    started = time.perf_counter()
-    answered, seen = await _answer(waterfall, theatre.request, stream=fault in STREAMED)
-    ms = round((time.perf_counter() - started) * 1000, 1)
-    asked = theatre.asked(rungs[at])
-    theatre.breaks(above)
-    await theatre.stages[rungs[at].endpoint].open()
-    left = rungs[at:] if fault in HARMLESS else rungs[at + 1 :]
-    below = (each.id for each in left if not _rests(rungs[at], each, FAULTS[fault]))
-    return Cell(rungs[at].id, fault, next(below, None), answered, ms, seen, asked)
+    async def _answer(self, request: Request, *, stream: bool = False) -> tuple[str | None, str]:
+        """Return which deployment answers, and what the user sees."""
+        try:
+            if stream:
+                done: Any = None
+                async for piece in self._waterfall.stream(replace(request, on_interrupt="restart")):
+                    done = getattr(piece, "completion", None) or done
+            else:
+                done = await self._waterfall.complete(request)
+        except CompletionError as error:
+            return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return done.deployment, _DEGRADED if done.degraded else "an answer"
 
 
-async def _answer(waterfall: Waterfall, request: Request, *, stream: bool) -> tuple[str | None, str]:
-    """Return who answers, and what the user sees."""
-    try:
-        if stream:
-            done: Any = None
-            async for piece in waterfall.stream(replace(request, on_interrupt="restart")):
-                done = getattr(piece, "completion", None) or done
-        else:
-            done = await waterfall.complete(request)
-    except CompletionError as error:
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return done.deployment, _DEGRADED if done.degraded else "an answer"
+def _key(each: Deployment) -> str:
+    """Return the generated key of the deployment's account, or of its discovered server."""
+    return "drill-" + fingerprint(f"{each.provider.name}/{each.account.name}{each.start}")
 
 
-def _rests(broken: Deployment, other: Deployment, what: str) -> bool:
-    """Return whether `other` is passed over while `what` of the broken one rests."""
+def _model(each: Deployment) -> str:
+    return each.litellm_model.split("/", 1)[1]
+
+
+def _cools(broken: Deployment, other: Deployment, what: str) -> bool:
+    """Return whether `other` is passed over while `what` of the broken one is on cooldown."""
     account = (broken.provider.name, broken.account.name) == (other.provider.name, other.account.name)
     return {
         "endpoint": broken.endpoint == other.endpoint,

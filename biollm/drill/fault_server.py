@@ -1,4 +1,7 @@
-"""Plays providers on loopback, healthy or broken, for the drill; OpenAI's dialect over plain HTTP/1.1."""
+"""A server on loopback that speaks OpenAI's dialect over plain HTTP/1.1 and breaks on request.
+
+The standard library alone: a web framework would not reset a connection or cut an answer short.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from biollm.slurm.endpoints import PROOF, START, proof
@@ -15,21 +19,29 @@ _USAGE = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
 _HTML = "<html><h1>Sign in to the network</h1></html>"
 
 
-class Stage:
-    """One address. `faults` names by "key model" what is broken; all else is answered well.
+class FaultServer:
+    """One address, which may stand for several deployments: each is known by its (key, model).
 
-    `asked` counts the completions asked for, by "key model". With a `start` it takes the place of a server found by its
-    record: it proves that start, and names it.
+    Args:
+        faults: (key, model) -> what is broken; everything else is answered. May change at any time.
+        requests: Counts the completions requested by (key, model).
+        start, key: Of a running server that this one replaces: it proves that start with that key.
     """
 
-    def __init__(self, faults: dict[str, str], asked: Counter[str], start: str = "", key: str = "") -> None:
-        self._faults, self._asked, self._start, self._start_key = faults, asked, start, key
+    def __init__(
+        self,
+        faults: Mapping[tuple[str, str], str],
+        requests: Counter[tuple[str, str]],
+        start: str = "",
+        key: str = "",
+    ) -> None:
+        self._faults, self._requests, self._start, self._key = faults, requests, start, key
         self._server: asyncio.Server | None = None
         self._port = 0
 
     @property
     def url(self) -> str:
-        """Return its base URL, also while it refuses connections."""
+        """Return the base URL, which stays the same while the server is closed."""
         return f"http://127.0.0.1:{self._port}/v1"
 
     async def open(self) -> None:
@@ -50,36 +62,37 @@ class Stage:
             size = re.search(r"content-length: (\d+)", head)
             body: Any = json.loads(await reader.readexactly(int(size[1])) if size else b"{}")
             key = re.search(r"authorization: bearer (\S+)", head)
-            who = f"{key[1] if key else ''} {body.get('model')}"
-            fault = self._faults.get(who, "")
-            self._asked[who] += head.startswith("post")
+            deployment = (key[1] if key else "", str(body.get("model")))
+            self._requests[deployment] += head.startswith("post")
+            fault = "http_404" if head.startswith("get") else self._faults.get(deployment, "")
             if fault == "flapping":
-                fault = "http_500" if self._asked[who] % 2 else ""
+                fault = "http_500" if self._requests[deployment] % 2 else ""
             if fault == "hang":
-                await reader.read(1)  # until the client goes away
+                await reader.read(1)  # until the client disconnects
             elif fault != "reset":
-                said = reply("http_404" if head.startswith("get") else fault, stream=bool(body.get("stream")))
                 nonce = re.search(r"nonce=(\w+)", head)
-                proven = f"\r\n{PROOF}: {proof(self._start_key, nonce[1], self._start)}" if nonce else ""
-                named = f"\r\n{START}: {self._start}{proven}".encode() if self._start else b""
-                writer.write(said.replace(b"\r\n", named + b"\r\n", 1))
+                writer.write(_reply(fault, self._identity(nonce[1] if nonce else ""), stream=bool(body.get("stream"))))
                 await writer.drain()
         except (OSError, asyncio.IncompleteReadError, ValueError):
             pass
         finally:
             writer.close()
 
+    def _identity(self, nonce: str) -> dict[str, str]:
+        named = {START: self._start} if self._start else {}
+        return named | ({PROOF: proof(self._key, nonce, self._start)} if nonce else {})
 
-def reply(fault: str, *, stream: bool) -> bytes:
-    """Return what a rung with that fault ("" is none) sends, headers and all."""
-    status, kind, more = 200, "application/json", ""
-    text = "" if fault == "empty" else "ok"
-    choices: list[Any] = [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]
-    body = json.dumps(_OK | {"choices": [] if fault == "no choices" else choices, "usage": _USAGE})
+
+def _reply(fault: str, headers: dict[str, str], *, stream: bool) -> bytes:
+    """Return a whole HTTP response; `fault` "" is none."""
+    status, kind = 200, "application/json"
+    message = {"role": "assistant", "content": "" if fault == "empty" else "ok"}
+    choices = [] if fault == "no choices" else [{"index": 0, "message": message, "finish_reason": "stop"}]
+    body = json.dumps(_OK | {"choices": choices, "usage": _USAGE})
     if fault.startswith("http_"):
         status = int(fault[5:])
         body = json.dumps({"error": {"message": f"The drill says {status}.", "type": "drill", "code": None}})
-        more = "Retry-After: 60\r\n" if status == 429 else ""
+        headers |= {"Retry-After": "60"} if status == 429 else {}
     elif fault == "error in 200":
         body = json.dumps({"error": {"message": "The drill says 502.", "code": 502}})
     elif fault == "html":
@@ -88,15 +101,20 @@ def reply(fault: str, *, stream: bool) -> bytes:
         body = body[: len(body) // 2]
     elif stream:
         kind, body = "text/event-stream", _events(fault)
-    size = "" if kind == "text/event-stream" else f"Content-Length: {len(body)}\r\n"
-    return f"HTTP/1.1 {status} Drill\r\nContent-Type: {kind}\r\n{size}{more}Connection: close\r\n\r\n{body}".encode()
+    if kind != "text/event-stream":
+        headers |= {"Content-Length": str(len(body))}
+    headers = {"Content-Type": kind, "Connection": "close", **headers}
+    lines = [f"HTTP/1.1 {status} Drill", *(f"{name}: {value}" for name, value in headers.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n" + body).encode()
 
 
 def _events(fault: str) -> str:
-    steps: list[Any] = [{"index": 0, "delta": {"role": "assistant", "content": "o"}, "finish_reason": None}]
-    steps += [{"index": 0, "delta": {"content": "k"}, "finish_reason": None}]
-    steps += [{"index": 0, "delta": {}, "finish_reason": "stop"}]
-    events = [json.dumps(_OK | {"object": "chat.completion.chunk", "choices": [step]}) for step in steps] + ["[DONE]"]
+    deltas: list[tuple[dict[str, str], str | None]] = [
+        ({"role": "assistant", "content": "o"}, None), ({"content": "k"}, None), ({}, "stop"),
+    ]  # fmt: skip
+    chunks = [_OK | {"object": "chat.completion.chunk",
+                     "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]} for delta, finish in deltas]  # fmt: skip
+    events = [*map(json.dumps, chunks), "[DONE]"]
     if fault == "malformed chunk":
         events[1] = events[1][:-10]
     kept = {"cut stream": events[:1], "no end marker": events[:-1]}.get(fault, events)

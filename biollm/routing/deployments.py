@@ -90,6 +90,7 @@ class Requirements:
 
     provider: str | None = None
     model: str | None = None
+    deployment: str | None = None
     policy: DataPolicy = "any"
     tools: bool = False
     capability: str | None = None
@@ -244,8 +245,12 @@ def informed(deployment: Deployment, facts: Mapping[str, object]) -> Deployment:
 
 
 def asked_for(deployment: Deployment, requirements: Requirements) -> bool:
-    """Return whether the deployment is among those that a forced provider and model leave."""
-    return requirements.provider in (None, deployment.provider.name) and requirements.model in (None, deployment.model)
+    """Return whether the request leaves the choice open, or names this provider, model or deployment."""
+    return (
+        requirements.provider in (None, deployment.provider.name)
+        and requirements.model in (None, deployment.model)
+        and requirements.deployment in (None, deployment.id)
+    )
 
 
 def attempt_timeout(deployment: Deployment, config: Config, *, stream: bool) -> float:

@@ -1,4 +1,4 @@
-"""The live drill: each real rung answers one small prompt while those above it are broken; limits hold."""
+"""The live drill: each real deployment answers one short prompt; limits and cooldowns hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def states(ran: Any) -> dict[str, str]:
     return {answer["rung"].split("/")[0]: answer["state"] for answer in ran.json["answers"]}
 
 
-def test_each_real_rung_is_asked_once_and_the_ledger_knows_only_that(
+def test_each_deployment_is_called_once_and_recorded(
     net: Loopback, paid: Paid, waterfall: Callable[..., Path], biollm: Callable[..., Any]
 ) -> None:
     servers = [net.serve(), net.serve(text="one two"), net.serve()]
@@ -41,7 +41,7 @@ def test_each_real_rung_is_asked_once_and_the_ledger_knows_only_that(
     ]  # fmt: skip
     assert all(a["ms"] > 0 for a in answers)
     assert 0 < answers[1]["cost_usd"] == ran.json["spent_usd"] < MOST
-    assert "Requests to be sent: 3, for at most 0.0003 USD (the limit is 0.05).\n" in ran.err
+    assert "Requests to send: 3, for at most 0.0003 USD (the limit is 0.05).\n" in ran.err
     assert "  second/second: 1\n" in ran.err and "  third/default: 1, free\n" in ran.err
     records = list(ledger().history())
     assert [(r.deployment, r.outcome, dict(r.tags)) for r in records] == [
@@ -60,7 +60,7 @@ def test_a_server_of_ones_own_with_a_price_is_not_called_free(
     assert "  priced/default: 1\n" in said and "  unpriced/default: 1, free\n" in said
 
 
-def test_a_real_rung_that_fails_shows_and_rests(
+def test_a_deployment_that_fails_is_reported_and_cools_down(
     net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waterfall(good=net.serve(), bad=net.serve(then=HTTP_500), away=net.refusing(), keyless=net.serve())
@@ -71,7 +71,7 @@ def test_a_real_rung_that_fails_shows_and_rests(
     assert "answered" in table["good"] and "an answer" in table["good"]
     assert "FAILED" in table["bad"] and "HTTP 500: Internal server error." in table["bad"]
     assert "FAILED" in table["away"] and "the connection was refused" in table["away"]
-    assert table["keyless"] == "keyless/small would not answer: no key: set KEYLESS_KEY"
+    assert table["keyless"] == "keyless/small is not available: no key: set KEYLESS_KEY"
     assert sorted(key.partition(":")[0] for key in ledger().blocked()) == ["deployment", "endpoint"]
 
 
@@ -83,7 +83,7 @@ def test_a_real_rung_that_fails_shows_and_rests(
         (MOST * 2, {"one": "answered", "two": "answered", "free": "answered"}),
     ],
 )
-def test_the_spend_limit_is_never_passed(
+def test_the_spend_limit_is_never_exceeded(
     net: Loopback,
     paid: Paid,
     waterfall: Callable[..., Path],
@@ -100,7 +100,7 @@ def test_the_spend_limit_is_never_passed(
     assert ran.json["spent_usd"] <= limit
 
 
-def test_a_rung_of_unknown_price_is_not_asked_unless_you_name_the_price(
+def test_a_deployment_of_unknown_price_is_not_called_until_its_price_is_set(
     net: Loopback, paid: Paid, waterfall: Callable[..., Path]
 ) -> None:
     cloud = net.serve(text="one two")
@@ -113,7 +113,7 @@ def test_a_rung_of_unknown_price_is_not_asked_unless_you_name_the_price(
     assert found.spent_usd == found.answers[0].cost_usd
 
 
-def test_limits_and_rests_of_the_user_hold(
+def test_limits_and_cooldowns_of_the_user_hold(
     net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any]
 ) -> None:
     one, two = net.serve(), net.serve(then=HTTP_429)
@@ -125,20 +125,20 @@ def test_limits_and_rests_of_the_user_hold(
     assert "  tier/default: 2 of 1/day, free\n" in ran.err
     again = biollm("drill", "--live", "--json")
     assert [a["state"] for a in again.json["answers"]] == ["not asked", "not asked", "not asked", "answered"]
-    assert all(a["why"].startswith("rests until 20") for a in again.json["answers"][:3])
-    assert "Requests to be sent: 1," in again.err
+    assert all(a["why"].startswith("unavailable until 20") for a in again.json["answers"][:3])
+    assert "Requests to send: 1," in again.err
     assert (len(one.requests), len(two.requests)) == (1, 1)
 
 
 @pytest.mark.slow
-def test_found_servers_and_the_embedded_model_answer(
+def test_discovered_servers_and_the_embedded_model_answer(
     lab: Callable[..., list[str]], net: Loopback, weights: Path, biollm: Callable[..., Any]
 ) -> None:
-    rungs = lab(weights, first=net.serve())
+    deployments = lab(weights, first=net.serve())
     ran = biollm("drill", "--live", "--json")
     assert ran.code == 0, json.dumps(ran.json, indent=1)
     assert [(a["rung"], a["state"], a["degraded"]) for a in ran.json["answers"]] == [
-        (candidate, "answered", candidate == rungs[-1]) for candidate in rungs
+        (each, "answered", each == deployments[-1]) for each in deployments
     ]
     assert ran.json["spent_usd"] == 0
 
