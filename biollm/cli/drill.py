@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,7 +44,7 @@ def drill(
     else:
         found = drills.drill(config)
     if as_json:
-        output.as_json({"ok": found.ok, **_keys(found)})
+        output.as_json({"ok": found.ok, **asdict(found, dict_factory=_named)})
     else:
         _print_live(found) if isinstance(found, lives.LiveDrill) else _print(found)
         for name, reason in found.absent.items():
@@ -50,11 +52,9 @@ def drill(
     raise typer.Exit(not found.ok)
 
 
-def _keys(value: Any) -> dict[str, Any]:
-    """Return a result's fields with the names that --json has always had."""
-    old = {"deployment": "rung", "deployments": "rungs"}
-    found = {old.get(key, key): each for key, each in vars(value).items()}
-    return found | {key: [_keys(each) for each in found[key]] for key in ("cells", "answers") if key in found}
+def _named(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    old = {"deployment": "rung", "deployments": "rungs"}  # the names of --json
+    return {old.get(name, name): value for name, value in fields}
 
 
 def _print(found: Drill) -> None:

@@ -114,7 +114,7 @@ def drill(config: Config) -> Drill:
         absent = {each.deployment.id: each.reason for each in found if each.status != "ready"}
         absent |= _not_listening([each.deployment for each in found if each.status == "ready"])
         ready = [each.deployment for each in found if each.deployment.id not in absent]
-        cells = background().run(_Harness(config, ready, servers, Path(folder)).run()) if ready else []
+        cells = background().run(_Harness(config, ready, Path(folder)).run(servers)) if ready else []
     return Drill(tuple(each.id for each in ready), absent, tuple(cells), tuple(_odd(ready, config)))
 
 
@@ -147,37 +147,26 @@ def _odd(found: Sequence[Deployment], config: Config) -> Iterator[str]:
             yield f"{own.name} and {same.name} have the same priority, {own.priority}: the order in the file decides"
 
 
-@dataclass
-class _Clock:
-    """The time of the drill's ledger; it can be put forward."""
-
-    ahead: float = 0.0
-
-    def __call__(self) -> float:
-        return time.time() + self.ahead
-
-
 class _Harness:
     """The deployments, each moved to a fault server, and the calls that test them."""
 
-    def __init__(
-        self, config: Config, deployments: Sequence[Deployment], endpoints: Sequence[Endpoint], folder: Path
-    ) -> None:
-        self._config, self._deployments, self._endpoints, self._folder = config, deployments, endpoints, folder
+    def __init__(self, config: Config, deployments: Sequence[Deployment], folder: Path) -> None:
+        self._config, self._deployments, self._folder = config, deployments, folder
         self._faults: dict[tuple[str, str], str] = {}
         self._requests = Counter[tuple[str, str]]()
         self._servers = {
-            each.endpoint: FaultServer(self._faults, self._requests, each.start, _key(each)) for each in deployments
+            each.endpoint: FaultServer(self._faults, self._requests, each.start, _address(each)[0])
+            for each in deployments
         }
-        self._clock = _Clock()
+        self._ahead = 0.0  # seconds by which the ledger's clock is ahead
         self._request = Request([{"role": "user", "content": "drill"}], {}, Requirements(policy=config.data_policy))
 
-    async def run(self) -> list[Cell]:
+    async def run(self, endpoints: Sequence[Endpoint]) -> list[Cell]:
         """Return a cell for each deployment and fault."""
         for server in self._servers.values():
             await server.open()
-        ledger = Ledger(self._folder, clock=self._clock)
-        self._waterfall = import_waterfall()(self._pool(ledger))
+        ledger = Ledger(self._folder, clock=lambda: time.time() + self._ahead)
+        self._waterfall = import_waterfall()(self._pool(ledger, endpoints))
         try:
             await self._waterfall.complete(replace(self._request, timeout=60.0))  # LiteLLM's first call takes seconds
             return [
@@ -190,72 +179,55 @@ class _Harness:
             for server in self._servers.values():
                 server.close()
 
-    def _pool(self, ledger: Ledger) -> DeploymentPool:
-        """Return a pool of the deployments at their fault servers, which knows none of the user's keys."""
-        for each in self._deployments:
-            write_private(self._key_file(each), _key(each))
-        moved = [self._moved(each, order) for order, each in enumerate(self._deployments, 1)]
-        at = {each.start: each for each in moved if each.start}
-        endpoints = tuple(
-            replace(each, key_file=self._key_file(at[each.start]), base_url=at[each.start].base_url, owner=os.getuid())
-            for each in self._endpoints
-            if each.start in at
-        )
-        quick = replace(self._config, timeout=TIMEOUT, stream_timeout=TIMEOUT, policy="order")
-        pool = DeploymentPool(quick, ledger, self._folder, self._config.data_policy, lambda: endpoints)
-        pool.apply(Survey(endpoints, moved, [(each, of_secret(_key(each))) for each in moved]))
+    def _pool(self, ledger: Ledger, endpoints: Sequence[Endpoint]) -> DeploymentPool:
+        """Return the deployments at their fault servers, each with an order of its own; a limit is no fault."""
+        moved: list[Deployment] = []
+        replaced: list[Endpoint] = []
+        for order, each in enumerate(self._deployments, 1):
+            (key, model), url = _address(each), self._servers[each.endpoint].url
+            write_private(file := self._folder / key, key)  # a refused key is read again: never the user's
+            provider = each.provider.model_copy(update={"timeout": None})
+            account = each.account.model_copy(update={"env_key": None, "key_file": file})
+            place: dict[str, Any] = {"litellm_model": f"openai/{model}", "base_url": url, "local": True, "limits": ()}
+            moved.append(replace(each, provider=provider, account=account, order=order, **place))
+            found = (endpoint for endpoint in endpoints if endpoint.start == each.start)
+            replaced += [replace(endpoint, base_url=url, key_file=file, owner=os.getuid()) for endpoint in found]
+        config = replace(self._config, timeout=TIMEOUT, stream_timeout=TIMEOUT, policy="order")
+        pool = DeploymentPool(config, ledger, self._folder, config.data_policy, lambda: replaced)
+        pool.apply(Survey(tuple(replaced), moved, [(each, of_secret(_address(each)[0])) for each in moved]))
         return pool
 
-    def _moved(self, each: Deployment, order: int) -> Deployment:
-        """Return a deployment at its fault server, with an order of its own and without limits: a limit is no fault."""
-        key = {"env_key": None, "key_file": self._key_file(each)}
-        return replace(
-            each,
-            provider=each.provider.model_copy(update={"timeout": None}),
-            account=each.account.model_copy(update=key),
-            order=order,
-            litellm_model=f"openai/{_model(each)}",
-            base_url=self._servers[each.endpoint].url,
-            limits=(),
-            local=True,
-        )
-
-    def _key_file(self, each: Deployment) -> Path:
-        return self._folder / _key(each)
-
-    def _break(self, faults: Mapping[str, str]) -> None:
-        """Break these deployments (id -> fault) and repair the others; count requests from 0."""
-        self._requests.clear()
-        self._faults.clear()
-        self._faults |= {(_key(each), _model(each)): faults[each.id] for each in self._deployments if each.id in faults}
-
     async def _cell(self, at: int, fault: str) -> Cell:
-        """Break one deployment while those before it are unavailable, call, repair it, call again, wait, call it alone."""
-        broken, server = self._deployments[at], self._servers[self._deployments[at].endpoint]
-        before = {each.id: "http_404" for each in self._deployments[:at]}
-        self._clock.ahead += _LONG
-        self._break(before | {broken.id: fault})
+        """Break one deployment while those before it are unavailable, call, repair it, call again; later call it alone."""
+        broken, before = self._deployments[at], dict.fromkeys(map(_address, self._deployments[:at]), "http_404")
+        server = self._servers[broken.endpoint]
+        self._ahead += _LONG
+        self._break(before | {_address(broken): fault})
         if fault == "refused":
             server.close()
         started = time.perf_counter()
         answered, seen = await self._answer(self._request, stream=fault in STREAMED)
-        ms = round((time.perf_counter() - started) * 1000, 1)
-        asked = self._requests[_key(broken), _model(broken)]
+        ms, asked = round((time.perf_counter() - started) * 1000, 1), self._requests[_address(broken)]
         self._break(before)
         await server.open()
         following, _ = await self._answer(self._request)
-        self._clock.ahead += _LONG
-        requirements = replace(self._request.requirements, deployment=broken.id)
-        again, _ = await self._answer(replace(self._request, requirements=requirements))
-        left = self._deployments[at:] if fault in HARMLESS else self._deployments[at + 1 :]
+        self._ahead += _LONG
+        alone = replace(self._request.requirements, deployment=broken.id)
+        again, _ = await self._answer(replace(self._request, requirements=alone))
+        left = self._deployments[at if fault in HARMLESS else at + 1 :]
         expected = next((each.id for each in left if not _cools(broken, each, FAULTS[fault])), None)
         return Cell(broken.id, fault, expected, answered, ms, seen, asked, following, again == broken.id)
 
+    def _break(self, faults: Mapping[tuple[str, str], str]) -> None:
+        self._requests.clear()
+        self._faults.clear()
+        self._faults |= faults
+
     async def _answer(self, request: Request, *, stream: bool = False) -> tuple[str | None, str]:
         """Return which deployment answers, and what the user sees."""
+        done: Any = None
         try:
             if stream:
-                done: Any = None
                 async for piece in self._waterfall.stream(replace(request, on_interrupt="restart")):
                     done = getattr(piece, "completion", None) or done
             else:
@@ -265,21 +237,18 @@ class _Harness:
         return done.deployment, _DEGRADED if done.degraded else "an answer"
 
 
-def _key(each: Deployment) -> str:
-    """Return the generated key of the deployment's account, or of its discovered server."""
-    return "drill-" + fingerprint(f"{each.provider.name}/{each.account.name}{each.start}")
-
-
-def _model(each: Deployment) -> str:
-    return each.litellm_model.split("/", 1)[1]
+def _address(each: Deployment) -> tuple[str, str]:
+    """Return how a fault server knows the deployment: the generated key of its account or server, and its model."""
+    key = fingerprint(f"{each.provider.name}/{each.account.name}{each.start}")
+    return f"drill-{key}", each.litellm_model.split("/", 1)[1]
 
 
 def _cools(broken: Deployment, other: Deployment, what: str) -> bool:
     """Return whether `other` is passed over while `what` of the broken one is on cooldown."""
-    account = (broken.provider.name, broken.account.name) == (other.provider.name, other.account.name)
+    own = (broken.start, broken.provider.name, broken.account.name)
     return {
         "endpoint": broken.endpoint == other.endpoint,
         # Each server has its own queue; without limits of the account's own, one model's is not taken for it.
-        "account": bool(broken.account.limits) and broken.scope == other.scope and broken.start == other.start,
-        "key": account and broken.start == other.start,
+        "account": bool(broken.account.limits) and (broken.start, broken.scope) == (other.start, other.scope),
+        "key": own == (other.start, other.provider.name, other.account.name),
     }.get(what, False)

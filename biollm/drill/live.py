@@ -6,7 +6,6 @@ the tag `drill: live`. A deployment whose answer could exceed the spend limit is
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -125,12 +124,12 @@ def _plan(found: Sequence[Candidate], spending: _Spending) -> Iterator[str]:
     called = [each.deployment for each in found if not spending.objection(each)]
     most = min(spending.limit, sum(spending.most(each) or 0 for each in called))
     yield f"Requests to send: {len(called)}, for at most {most:.4f} USD (the limit is {spending.limit:g})."
-    accounts = {f"{each.provider.name}/{each.account.name}": each for each in reversed(called)}
-    counts = Counter(f"{each.provider.name}/{each.account.name}" for each in called)
-    for account, count in counts.items():
-        first = accounts[account]
-        limits = f" of {', '.join(map(str, first.limits))}" if first.limits else ""
-        yield f"  {account}: {count}{limits}{', free' if spending.most(first) == 0 else ''}"
+    accounts: dict[str, list[Deployment]] = {}
+    for each in called:
+        accounts.setdefault(f"{each.provider.name}/{each.account.name}", []).append(each)
+    for account, group in accounts.items():
+        limits = f" of {', '.join(map(str, group[0].limits))}" if group[0].limits else ""
+        yield f"  {account}: {len(group)}{limits}{', free' if spending.most(group[0]) == 0 else ''}"
 
 
 async def _call(waterfall: Waterfall, candidate: Candidate, spending: _Spending) -> Answer:
