@@ -9,7 +9,7 @@ from pathlib import Path
 
 from biollm.config import load_config
 from biollm.ledger import Claim, Ledger, Record
-from biollm.monitoring.snapshot import Top
+from biollm.monitoring.snapshot import Collector
 from biollm.routing.candidates import DeploymentPool
 from biollm.slurm.endpoints import Endpoint
 from biollm.slurm.submissions import Job, Submission
@@ -25,7 +25,7 @@ RUNGS = {
 }
 
 
-def group(waterfall: Callable[..., Path], tmp_path: Path) -> Top:
+def group(waterfall: Callable[..., Path], tmp_path: Path) -> Collector:
     """Lightning is used up, Gemini rests after a failure, Copilot and a server of their own answer."""
     waterfall(
         {
@@ -60,7 +60,7 @@ def group(waterfall: Callable[..., Path], tmp_path: Path) -> Top:
         Job(Submission("t2", "4712", ("llama-3.3-70b",), 4, 28800, tmp_path / "log"), "pending", "Resources"),
     ]
     alerts = ["budget: openai spent 81% of 10 USD/month"]
-    return Top(config, ledger, tmp_path / "group", discover=lambda: [server], jobs=lambda: jobs, alerts=lambda: alerts,
+    return Collector(config, ledger, tmp_path / "group", discover=lambda: [server], jobs=lambda: jobs, alerts=lambda: alerts,
                clock=lambda: NOW)  # fmt: skip
 
 

@@ -13,26 +13,26 @@ from biollm.cli.output import Json
 
 def alerts(
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only what is new, on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only new alerts, on stderr.")] = False,
 ) -> None:
-    """Tell what has begun to go wrong, and what has ended.
+    """Evaluate alert rules and notify on changes.
 
-    Made for cron: each alert is told once. Exit 1 while one fires. Asks no provider.
+    For cron: each alert is reported once. Exits 1 while one is active. Sends nothing to a provider.
     """
     from biollm._runtime import ledger
     from biollm.config import load_config
     from biollm.config.paths import state_dir
-    from biollm.monitoring import alerts as rules
-    from biollm.monitoring.snapshot import Top
+    from biollm.monitoring.alerts import check
+    from biollm.monitoring.snapshot import Collector
 
     config = load_config()
-    shot = Top.of_process(config).snapshot()
-    found = rules.check(config, ledger(), shot, state_dir(), lambda line: print(line, file=sys.stderr))
+    snapshot = Collector.of_process(config).snapshot()
+    found = check(config, ledger(), snapshot, state_dir(), lambda line: print(line, file=sys.stderr))
     if as_json:
         output.as_json([each.facts for each in found])
     elif not quiet and not config.alerts.active:
-        print("There are no rules: write some under `alerts:` in providers.yaml.")
+        print("No alert rules configured: add some under `alerts:` in providers.yaml.")
     elif not quiet:
-        print("\n".join(f"since {output.moment(each.since)}  {each}" for each in found) or "Nothing fires.")
+        print("\n".join(f"since {output.moment(each.since)}  {each}" for each in found) or "No active alerts.")
     if found:
         raise typer.Exit(1)

@@ -180,12 +180,12 @@ def _registry(settings: Config) -> list[Problem]:
     from datetime import UTC, datetime
     from importlib.metadata import version
 
-    from biollm.monitoring import alerts
+    from biollm.monitoring import delivery
     from biollm.routing import config_check, pricing
 
     source = f"litellm {version('litellm')}'s {pricing.PRICES}"
     found = config_check.check(settings, datetime.now(UTC).date(), pricing.price_map(), source)
-    return [*found, *alerts.unready(settings)]
+    return [*found, *delivery.unready(settings)]
 
 
 def _litellm(settings: Config) -> None:

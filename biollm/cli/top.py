@@ -31,10 +31,10 @@ def top(
     from biollm.config import load_config
     from biollm.monitoring.alerts import firing
     from biollm.monitoring.dashboard import render
-    from biollm.monitoring.snapshot import Top
+    from biollm.monitoring.snapshot import Collector
 
     config = load_config()
-    view = Top.of_process(config, partial(firing, config))
+    view = Collector.of_process(config, partial(firing, config))
     if html:
         from biollm._files import write_for_user
         from biollm.monitoring import page

@@ -27,7 +27,7 @@ from biollm.errors import BiollmError, UsageError
 from biollm.gateway import openai_api as face
 from biollm.monitoring import metrics, page
 from biollm.monitoring.alerts import firing
-from biollm.monitoring.snapshot import Top
+from biollm.monitoring.snapshot import Collector
 from biollm.routing.candidates import check_names
 from biollm.types import Completion, StreamChunk, StreamRestarted
 
@@ -73,7 +73,7 @@ class _Gateway:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._top: Top | None = None
+        self._top: Collector | None = None
 
     async def answer(self, request: Request, *, chat: bool) -> Response:
         try:
@@ -129,8 +129,8 @@ class _Gateway:
     async def events(self, request: Request) -> Response:
         return _Events(page.events(self._picture().snapshot), {})
 
-    def _picture(self) -> Top:
-        self._top = self._top or Top.of_process(self._client.config, partial(firing, self._client.config))
+    def _picture(self) -> Collector:
+        self._top = self._top or Collector.of_process(self._client.config, partial(firing, self._client.config))
         return self._top
 
     async def _whole(self, asked: face.Asked) -> Completion:

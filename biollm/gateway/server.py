@@ -129,9 +129,9 @@ def _lacks(config: Config) -> list[str]:
 def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> None:
     """Look every minute whether a rule of `alerts:` holds; in a thread of its own, so that no target delays an answer."""
     from biollm.monitoring import alerts
-    from biollm.monitoring.snapshot import Top
+    from biollm.monitoring.snapshot import Collector
 
-    top = Top.of_process(config)
+    top = Collector.of_process(config)
     while not end.is_set():
         try:
             alerts.check(config, ledger(), top.snapshot(), state_dir(), say, log=True)

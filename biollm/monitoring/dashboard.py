@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from biollm.config.values import short
-from biollm.monitoring.snapshot import JobView, Minute, Quota, RungView, Snapshot
+from biollm.monitoring.snapshot import CandidateView, JobView, LimitUse, Minute, Snapshot
 
 _LOOK = {"ready": ("●", 32), "failing": ("✖", 31), "refused": ("✖", 31), "cooling": ("◐", 33), "limited": ("◐", 33)}
 _SPANS = ((172800, 86400, "d"), (7200, 3600, "h"), (120, 60, "m"))  # from so many seconds on, in these
@@ -19,19 +19,19 @@ def render(snapshot: Snapshot, width: int = 80, height: int | None = None, *, co
     series = [_cut(line, width) for line in _series_lines(snapshot.minutes)]
     alerts = [_cut(f"ALERT  {alert}", width) for alert in snapshot.alerts]
     jobs = [_job(job, width, color) for job in snapshot.jobs] or ["    none"]
-    rungs = [_rung(candidate, width, color) for candidate in snapshot.rungs]
+    candidates = [_candidate(each, width, color) for each in snapshot.candidates]
     if height is not None:
         alerts = _fit(alerts, 3)
         room = max(2, height - 6 - len(alerts) - len(series))  # head, two titles, blank lines between the parts
-        jobs = _fit(jobs, max(1, room - len(rungs), room // 3))
-        rungs = _fit(rungs, room - len(jobs))
+        jobs = _fit(jobs, max(1, room - len(candidates), room // 3))
+        candidates = _fit(candidates, room - len(jobs))
     titles = [
         f" #  {'candidate':27} {'state':13} last  limits, or why not",
         f"    {'job':8} {'model':18} {'state':13} left  node",
     ]
     titles = [f"\033[1m{_cut(title, width)}\033[0m" if color else _cut(title, width) for title in titles]
     alerts = [f"\033[31m{alert}\033[0m" if color else alert for alert in alerts]
-    lines = [head, "", titles[0], *rungs, "", titles[1], *jobs, "", *series, *alerts]
+    lines = [head, "", titles[0], *candidates, "", titles[1], *jobs, "", *series, *alerts]
     return "\n".join(line.rstrip() for line in lines[:height])
 
 
@@ -45,7 +45,7 @@ def _fit(lines: list[str], room: int) -> list[str]:
     return lines if len(lines) <= room else [*lines[: room - 1], f"    ... {len(lines) - room + 1} more"]
 
 
-def _rung(candidate: RungView, width: int, color: bool) -> str:
+def _candidate(candidate: CandidateView, width: int, color: bool) -> str:
     glyph, hue = _LOOK.get(candidate.state, ("○", 90))
     state = f"{glyph} {candidate.state} {'' if candidate.frees_s is None else span(candidate.frees_s)}"
     said = candidate.why
@@ -81,7 +81,7 @@ def _spark(values: Sequence[float | None], top: float | None = None) -> str:
     return "".join(" " if not value else "▁▂▃▄▅▆▇█"[min(7, int(8 * value / high))] for value in values)
 
 
-def _share(quota: Quota) -> float:
+def _share(quota: LimitUse) -> float:
     return quota.used / quota.amount if quota.amount else 1.0
 
 

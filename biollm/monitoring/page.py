@@ -47,7 +47,9 @@ async def events(take: Callable[[], Snapshot], interval: float = 1.0) -> AsyncGe
 
 
 def _json(snapshot: Snapshot) -> str:
-    text = json.dumps(asdict(snapshot), separators=(",", ":"))
+    facts = asdict(snapshot)
+    facts["rungs"] = facts.pop("candidates")  # the name on the wire
+    text = json.dumps(facts, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -1,6 +1,6 @@
-"""The picture of now: who would answer, what runs, how the last half hour went, as a value.
+"""A snapshot of now: which deployments would answer, what runs, how the last half hour went.
 
-Reads only the attempts that are new since the last picture: Slurm, vLLM and LiteLLM each show a part, none the whole.
+Slurm, vLLM and LiteLLM each show a part of it. Only attempts that are new since the last snapshot are read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from biollm.slurm.endpoints import Endpoint
 from biollm.slurm.submissions import Job
 
 MINUTES = 30  # of the series
-_JOBS_S = 5.0  # seconds between two questions about jobs
+_JOBS_S = 5.0  # seconds between two calls of Slurm
 _NEW = 'SELECT id, at, request, deployment, outcome, ms, "order", reason FROM attempt WHERE '
 _LAST = (  # SQLite takes the other columns from the row of the maximum
     "SELECT max(id), max(at + ms / 1000), '', deployment, outcome, 0, 0, reason FROM attempt WHERE at >= ? GROUP BY 4, 5"
@@ -38,7 +39,7 @@ State = Status | Literal["cooling", "failing"]
 
 
 @dataclass(frozen=True)
-class Quota:
+class LimitUse:
     """A limit, and how much of it is used; both in requests, tokens or USD."""
 
     limit: str
@@ -47,30 +48,30 @@ class Quota:
 
 
 @dataclass(frozen=True)
-class RungView:
-    """A rung as it stands.
+class CandidateView:
+    """A deployment and its state.
 
     Attributes:
         place: From 1; accounts and replicas share one.
-        state: Its standing, but "cooling" when it rests after a failure, and "failing" when it may be asked though its
-            last attempt, in the last half hour, failed.
+        state: Its status, but "cooling" on cooldown after a failure, and "failing" if it may be used though its last
+            attempt, in the last half hour, failed.
         why: One sentence; empty when ready.
-        frees_s: Seconds until it may be asked again, or None.
-        last_s: Seconds since its last answer, None when that is more than a day ago.
+        frees_s: Seconds until it may be used again, or None.
+        last_s: Seconds since its last answer, None if that is more than a day ago.
     """
 
     place: int
     deployment: str
     state: State
     why: str
-    quotas: tuple[Quota, ...]
+    quotas: tuple[LimitUse, ...]
     frees_s: float | None
     last_s: float | None
 
 
 @dataclass(frozen=True)
 class JobView:
-    """A job of this user, or the server of another that is used here. `left_s`: seconds of walltime left."""
+    """A job of this user, or another user's server in use here. `left_s`: seconds of walltime left."""
 
     job: str
     models: str
@@ -82,11 +83,11 @@ class JobView:
 
 @dataclass(frozen=True)
 class Minute:
-    """The requests sent in a minute; None where nothing is to be told.
+    """The requests sent in a minute.
 
     Attributes:
-        ms: Median milliseconds of those answered, over all their attempts.
-        fallback: Share that a later rung answered because an earlier one failed or was limited.
+        ms: Median milliseconds of those answered, over all their attempts; None without an answer.
+        fallback: Share answered by a later candidate because an earlier one failed or was limited; None without one.
     """
 
     requests: int = 0
@@ -99,7 +100,7 @@ class Snapshot:
     """Everything at the time `at` (epoch seconds). `minutes`: the last 30, oldest first, the present one last."""
 
     at: float
-    rungs: tuple[RungView, ...]
+    candidates: tuple[CandidateView, ...]
     jobs: tuple[JobView, ...]
     minutes: tuple[Minute, ...]
     alerts: tuple[str, ...] = ()
@@ -113,16 +114,16 @@ class _Request:
     fell: bool = False
 
 
-class Top:
+class Collector:
     """Takes snapshots; from any thread, one at a time.
 
     Args:
         config: The configuration.
-        ledger: Who is limited and cools.
+        ledger: Holds limits and cooldowns.
         state: The state folder: the ledger's history, tokens, weights.
         discover: Returns the running servers.
-        jobs: Returns this user's jobs; asked in a thread of its own, since Slurm's controller may hang.
-        alerts: Returns the alerts that fire.
+        jobs: Returns this user's jobs; called in a thread of its own, since Slurm's controller may hang.
+        alerts: Returns the active alerts.
         clock: Seconds since the epoch.
     """
 
@@ -138,43 +139,42 @@ class Top:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._ledger, self._state = config, ledger, state
-        self._discover, self._ask, self._alerts, self._clock = discover, jobs, alerts, clock
+        self._discover, self._read_jobs, self._alerts, self._clock = discover, jobs, alerts, clock
         self._lock = threading.Lock()
-        self._known: Sequence[Job] = ()
-        self._asking: threading.Thread | None = None
-        self._asked = 0.0
-        self._forget()
+        self._jobs: Sequence[Job] = ()
+        self._jobs_thread: threading.Thread | None = None
+        self._jobs_at = -_JOBS_S  # monotonic
+        self._reset()
 
     @classmethod
-    def of_process(cls, config: Config, alerts: Callable[[], Iterable[object]] = tuple) -> Top:
-        """Return one of this process's ledger, servers and jobs."""
+    def of_process(cls, config: Config, alerts: Callable[[], Iterable[object]] = tuple) -> Collector:
+        """Return one with this process's ledger, servers and jobs."""
         from biollm import slurm
 
-        def jobs() -> Sequence[Job]:
-            return slurm.status(config.cluster)
-
+        jobs = partial(slurm.status, config.cluster)
         return cls(config, ledger(), state_dir(), discover=watch(config.cluster).alive, jobs=jobs, alerts=alerts)
 
     def snapshot(self) -> Snapshot:
-        """Look at everything; sends nothing."""
+        """Take one; nothing is sent to a provider."""
         with self._lock:
             now = self._clock()
             self._follow(now)
-            servers = tuple(self._discover())
-            rungs = DeploymentPool(self._config, self._ledger, self._state, self._config.data_policy, lambda: servers)
-            found = explain(rungs, requirements := Requirements(policy=self._config.data_policy))
-            scopes = {candidate.deployment.scope: candidate.deployment.limits for candidate in found}
+            servers, policy = tuple(self._discover()), self._config.data_policy
+            pool = DeploymentPool(self._config, self._ledger, self._state, policy, lambda: servers)
+            found = explain(pool, requirements := Requirements(policy=policy))
+            scopes = {each.deployment.scope: each.deployment.limits for each in found}
             used = {scope: self._ledger.used(scope, limits) for scope, limits in scopes.items()}
-            views: list[RungView] = []
-            for candidate in found:
-                claim = rungs.claim(candidate.deployment, requirements) if candidate.status == "limited" else None
-                views.append(self._view(candidate, claim, used[candidate.deployment.scope], now))
-            jobs, alerts = _jobs(self._jobs(), servers), tuple(map(str, self._alerts()))
+            views: list[CandidateView] = []
+            for each in found:
+                claim = pool.claim(each.deployment, requirements) if each.status == "limited" else None
+                views.append(self._view(each, claim, used[each.deployment.scope], now))
+            self._update_jobs()
+            jobs, alerts = _job_views(self._jobs, servers), tuple(map(str, self._alerts()))
             return Snapshot(now, tuple(views), jobs, self._series(now), alerts)
 
     def _view(
         self, candidate: Candidate, claim: Claim | None, used: Sequence[tuple[Limit, float, object]], now: float
-    ) -> RungView:
+    ) -> CandidateView:
         name, why = candidate.deployment.id, candidate.reason
         state: State = candidate.status
         answered = self._answered.get(name)
@@ -183,23 +183,28 @@ class Top:
             state = "cooling"
         elif state == "ready" and failed > max(answered or 0.0, now - 60 * MINUTES):
             state, why = "failing", reason
-        frees = max(0.0, candidate.until - now) if candidate.until else None
-        last = max(0.0, now - answered) if answered else None
-        quotas = tuple(Quota(str(limit), count, limit.amount) for limit, count, _ in used)
-        return RungView(candidate.deployment.order, name, state, why, quotas, frees, last)
+        return CandidateView(
+            place=candidate.deployment.order,
+            deployment=name,
+            state=state,
+            why=why,
+            quotas=tuple(LimitUse(str(limit), count, limit.amount) for limit, count, _ in used),
+            frees_s=max(0.0, candidate.until - now) if candidate.until else None,
+            last_s=max(0.0, now - answered) if answered else None,
+        )
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._seen = -1  # the last row's id; a row's time is that of sending, so rows come out of order by it
         self._answered: dict[str, float] = {}
         self._failed: dict[str, tuple[float, str]] = {}
-        self._rows: dict[int, dict[str, _Request]] = defaultdict(dict)
+        self._requests: dict[int, dict[str, _Request]] = defaultdict(dict)  # by minute and id
         self._minutes: dict[int, Minute] = {}
 
     def _follow(self, now: float) -> None:
         """Read the attempts that are new."""
         newest: int = (self._query("SELECT max(id) FROM attempt") or [(None,)])[0][0] or -1
-        if newest < self._seen:  # another file has taken its place
-            self._forget()
+        if newest < self._seen:  # the file was replaced
+            self._reset()
         if self._seen < 0:
             rows = self._query(_LAST, now - 86400) + self._query(f"{_NEW}at >= ?", now - 60 * MINUTES)
         else:
@@ -212,7 +217,7 @@ class Top:
             elif outcome == "failed":
                 self._failed[deployment] = max((ended, reason), self._failed.get(deployment, (0.0, "")))
             if request:
-                seen = self._rows[int(at // 60)].setdefault(request, _Request())
+                seen = self._requests[int(at // 60)].setdefault(request, _Request())
                 seen.fell = seen.fell or (answered and order > 1 and bool(reason or seen.attempts))
                 seen.ms, seen.attempts, seen.answered = seen.ms + ms, seen.attempts + 1, seen.answered or answered
                 self._minutes.pop(int(at // 60), None)
@@ -225,33 +230,36 @@ class Top:
     def _series(self, now: float) -> tuple[Minute, ...]:
         last = int(now // 60)
         span = range(last - MINUTES + 1, last + 1)
-        for old in [minute for minute in self._rows if minute < span[0]]:
-            del self._rows[old]
+        for old in [minute for minute in self._requests if minute < span[0]]:
+            del self._requests[old]
             self._minutes.pop(old, None)
         for minute in span:
-            if minute not in self._minutes and (rows := self._rows.get(minute)):
-                took = [seen.ms for seen in rows.values() if seen.answered]
-                fell = sum(seen.fell for seen in rows.values()) / len(rows)
-                self._minutes[minute] = Minute(len(rows), median(took) if took else None, fell)
+            if minute not in self._minutes and (seen := self._requests.get(minute)):
+                took = [each.ms for each in seen.values() if each.answered]
+                fell = sum(each.fell for each in seen.values()) / len(seen)
+                self._minutes[minute] = Minute(len(seen), median(took) if took else None, fell)
         return tuple(self._minutes.get(minute, Minute()) for minute in span)
 
-    def _jobs(self) -> Sequence[Job]:
-        if self._asking is None or (not self._asking.is_alive() and time.monotonic() - self._asked >= _JOBS_S):
-            first, self._asked = self._asking is None, time.monotonic()
-            self._asking = threading.Thread(target=self._learn, name="biollm-jobs", daemon=True)
-            self._asking.start()
-            self._asking.join(2.0 if first else 0.0)
-        return self._known
+    def _update_jobs(self) -> None:
+        """Read the jobs in a thread every 5 s; only the first call waits for it, up to 2 s."""
 
-    def _learn(self) -> None:
-        with suppress(BiollmError, OSError):  # what was known stays
-            self._known = self._ask()
+        def work() -> None:
+            with suppress(BiollmError, OSError):  # what was known stays
+                self._jobs = self._read_jobs()
+
+        first = self._jobs_thread is None
+        busy = self._jobs_thread is not None and self._jobs_thread.is_alive()
+        if not busy and time.monotonic() - self._jobs_at >= _JOBS_S:
+            self._jobs_at = time.monotonic()
+            self._jobs_thread = threading.Thread(target=work, name="biollm-jobs", daemon=True)
+            self._jobs_thread.start()
+            self._jobs_thread.join(2.0 if first else 0.0)
 
 
-def _jobs(jobs: Sequence[Job], servers: Sequence[Endpoint]) -> tuple[JobView, ...]:
-    mine = {job.submission.id for job in jobs}
+def _job_views(jobs: Sequence[Job], servers: Sequence[Endpoint]) -> tuple[JobView, ...]:
+    own = {job.submission.id for job in jobs}
     views = [
         JobView(j.submission.job, ", ".join(j.submission.models), j.phase, j.reason, j.node, j.left_s) for j in jobs
     ]
-    others = [JobView(e.job, e.model, "ready", "", e.host, e.left_s) for e in servers if e.submission not in mine]
+    others = [JobView(e.job, e.model, "ready", "", e.host, e.left_s) for e in servers if e.submission not in own]
     return (*views, *others)

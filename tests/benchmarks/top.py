@@ -17,7 +17,7 @@ def measure(address: str, scratch: Path) -> list[Bar]:
     from biollm.ledger import Ledger, Record
     from biollm.monitoring import page
     from biollm.monitoring.dashboard import render
-    from biollm.monitoring.snapshot import Top
+    from biollm.monitoring.snapshot import Collector
 
     folder = waterfall(scratch / "top", **{f"rung{n}": f"{address}/ok/v1" for n in range(12)})
     state = scratch / "top-state"
@@ -36,7 +36,7 @@ def measure(address: str, scratch: Path) -> list[Bar]:
         if number % 5000 == 0:
             ledger.flush()
     ledger.flush()
-    top = Top(load_config(folder), ledger, state)
+    top = Collector(load_config(folder), ledger, state)
     render(top.snapshot(), 80, 24)
     used: list[float] = []
     for redraw in range(20):

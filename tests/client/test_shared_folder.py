@@ -24,7 +24,7 @@ from biollm.gateway import auth
 from biollm.ledger import Claim, Ledger, Record
 from biollm.monitoring import alerts
 from biollm.monitoring.doctor import check
-from biollm.monitoring.snapshot import Top
+from biollm.monitoring.snapshot import Collector
 from biollm.providers import copilot, embedded
 
 GROUP, ANN, BOB = 65500, 65501, 65502
@@ -95,7 +95,7 @@ def key() -> list[str]:
 def told() -> list[str]:
     config, said = load_config(), list[str]()
     ledger = Ledger(state_dir())
-    alerts.check(config, ledger, Top.of_process(config).snapshot(), state_dir(), said.append)
+    alerts.check(config, ledger, Collector.of_process(config).snapshot(), state_dir(), said.append)
     ledger.close()
     return said
 
@@ -120,7 +120,7 @@ def test_gateway_keys_are_each_members_own_and_stay(lab: Path) -> None:
 
 @root_only
 def test_alerts_are_told_to_each_member_once(lab: Path) -> None:
-    load_config(), Top.of_process(load_config()).snapshot()  # imports, which these members may not read
+    load_config(), Collector.of_process(load_config()).snapshot()  # imports, which these members may not read
     member(lab, "ann", counted)
     assert [len(member(lab, name, told)) for name in ("ann", "bob", "ann", "bob")] == [1, 1, 0, 0]
 

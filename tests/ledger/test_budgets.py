@@ -20,7 +20,7 @@ from biollm._runtime import ledger as shared_ledger
 from biollm.client import get_model_client
 from biollm.config import Limit, load_config
 from biollm.ledger import Claim, Ledger, Record, Refused
-from biollm.monitoring.snapshot import Top
+from biollm.monitoring.snapshot import Collector
 
 Write = Callable[..., Path]
 NOON = 1_795_003_200.0
@@ -243,9 +243,9 @@ def test_explain_top_and_ledger_agree_on_full(net: Loopback, waterfall: Write, s
         return candidate.status, "answered"
 
     assert status(30_000) == ("limited", "AllLimitedError")
-    assert Top(config, shared_ledger(), state).snapshot().rungs[0].state == "ready"
+    assert Collector(config, shared_ledger(), state).snapshot().candidates[0].state == "ready"
     assert status(10) == ("ready", "answered")
     finish(shared_ledger(), asyncio.run(shared_ledger().reserve(Claim(SCOPE, (limit,)))), 5_000, at=time.time())
     shared_ledger().flush()
     assert status(10) == ("limited", "AllLimitedError")
-    assert Top(config, shared_ledger(), state).snapshot().rungs[0].state == "limited"
+    assert Collector(config, shared_ledger(), state).snapshot().candidates[0].state == "limited"

@@ -22,7 +22,8 @@ from biollm.config import Alerts, load_config
 from biollm.errors import ConfigError
 from biollm.ledger import Record
 from biollm.monitoring import alerts
-from biollm.monitoring.snapshot import JobView, RungView, Snapshot, Top
+from biollm.monitoring.rules import down_since, holding
+from biollm.monitoring.snapshot import CandidateView, Collector, JobView, Snapshot
 from biollm.monitoring.usage import Quota, Report, Row
 
 Biollm = Callable[..., Ran]
@@ -36,16 +37,16 @@ FREQUENT = Quota("lightning/default", "120k tokens/min", "tokens", 120e3, 119e3,
 USED = Report(NOW - 900, NOW, "provider", True, (), ROW, quotas=(BUDGET, TOKENS, FREQUENT))
 
 
-def candidate(state: Any, last: float | None = None) -> RungView:
-    return RungView(1, "gemini/flash", state, "HTTP 503", (), None, last)
+def candidate(state: Any, last: float | None = None) -> CandidateView:
+    return CandidateView(1, "gemini/flash", state, "HTTP 503", (), None, last)
 
 
 def job(phase: str, left: float, number: str = "4711") -> JobView:
     return JobView(number, "qwen", phase, "out of memory", "gpu01", left)
 
 
-def seen(*, rungs: tuple[RungView, ...] = (), jobs: tuple[JobView, ...] = ()) -> Snapshot:
-    return replace(NOTHING, rungs=rungs, jobs=jobs)
+def seen(*, candidates: tuple[CandidateView, ...] = (), jobs: tuple[JobView, ...] = ()) -> Snapshot:
+    return replace(NOTHING, candidates=candidates, jobs=jobs)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def seen(*, rungs: tuple[RungView, ...] = (), jobs: tuple[JobView, ...] = ()) ->
         (
             {"fallback_rate": "1/4", "window": "3 h"},
             NOTHING,
-            ["a later rung answered 50% of 20 requests in the last 3.0 h"],
+            ["50% of 20 requests fell back to a later deployment in the last 3.0 h"],
         ),
         ({"p95": "30 s"}, NOTHING, ["5% of 20 requests took over 31.0 s in the last 15 min"]),
         ({"p95": "32 s"}, NOTHING, []),
@@ -80,22 +81,22 @@ def seen(*, rungs: tuple[RungView, ...] = (), jobs: tuple[JobView, ...] = ()) ->
         ),
         (
             {"down": "10 min"},
-            seen(rungs=(candidate("failing"),)),
-            ["gemini/flash gives no answer for 20 min: HTTP 503"],
+            seen(candidates=(candidate("failing"),)),
+            ["gemini/flash has not answered for 20 min: HTTP 503"],
         ),
-        ({"down": "30 min"}, seen(rungs=(candidate("failing"),)), []),
-        ({"down": "10 min"}, seen(rungs=(candidate("failing", 60.0),)), []),
-        ({"down": "10 min"}, seen(rungs=(candidate("limited"),)), []),
+        ({"down": "30 min"}, seen(candidates=(candidate("failing"),)), []),
+        ({"down": "10 min"}, seen(candidates=(candidate("failing", 60.0),)), []),
+        ({"down": "10 min"}, seen(candidates=(candidate("limited"),)), []),
         ({"job_failed": True}, seen(jobs=(job("failed", 0),)), ["job 4711 (qwen) failed: out of memory"]),
         ({"expires": "30 min"}, seen(jobs=(job("ready", 900),)), ["the server of qwen (job 4711) ends in 15 min"]),
         ({"expires": "30 min"}, seen(jobs=(job("ready", 900), job("ready", 9000, "4712"))), []),
         ({"expires": "30 min"}, seen(jobs=(job("ready", 3600),)), []),
-        ({}, seen(rungs=(candidate("failing"),), jobs=(job("failed", 0),)), []),
+        ({}, seen(candidates=(candidate("failing"),), jobs=(job("failed", 0),)), []),
     ],
 )
 def test_a_rule_holds_when_it_should(rules: Any, snapshot: Snapshot, texts: list[str]) -> None:
-    down = alerts._down({"gemini/flash": NOW - 1200}, snapshot)
-    assert [str(each) for each in alerts.holding(Alerts(**rules), USED, snapshot, down)] == texts
+    down = down_since({"gemini/flash": NOW - 1200}, snapshot)
+    assert [str(each) for each in holding(Alerts(**rules), USED, snapshot, down)] == texts
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def sent(outcome: Any, count: int = 10) -> None:
 
 def look(state: Path, said: list[str], **more: Any) -> list[str]:
     config = load_config()
-    shot = Top.of_process(config).snapshot()
+    shot = Collector.of_process(config).snapshot()
     return [each.rule for each in alerts.check(config, ledger(), shot, state, said.append, **more)]
 
 
@@ -170,7 +171,7 @@ def test_everybody_is_told_once_of_the_beginning_and_once_of_the_end(
     assert [look(state, said) for _ in range(3)] == [["error_rate"]] * 3
     text = "100% of 10 requests got no answer in the last 15 min"
     config = load_config()
-    assert Top.of_process(config, partial(alerts.firing, config)).snapshot().alerts == (text,)
+    assert Collector.of_process(config, partial(alerts.firing, config)).snapshot().alerts == (text,)
     sent("ok", 90)
     assert [look(state, said) for _ in range(3)] == [[]] * 3
     assert said == [f"ALERT  {text}", f"ALERT  resolved: {text}"]
@@ -202,12 +203,12 @@ def test_a_command_that_hangs_is_ended_and_sees_no_key(
     sent("failed")
     said: list[str] = []
     assert look(state, said, patience=3) == ["error_rate"]
-    assert said[1].endswith("had not ended after 3 s. It is tried again next time.")
+    assert said[1].endswith("did not exit within 3 s. It will be retried at the next check.")
     assert "PATH" in seen.read_text()
     assert "planted" not in seen.read_text()
 
 
-@pytest.mark.parametrize(("how", "why"), [(500, "it answered HTTP 500"), (None, "TimeoutError")])
+@pytest.mark.parametrize(("how", "why"), [(500, "HTTP 500"), (None, "TimeoutError")])
 def test_a_target_that_fails_is_told_later_and_holds_up_nobody(
     net: Loopback, waterfall: Waterfall, state: Path, hook: Any, how: int | None, why: str
 ) -> None:
@@ -216,7 +217,7 @@ def test_a_target_that_fails_is_told_later_and_holds_up_nobody(
     hook.how, said = how, list[str]()
     assert look(state, said, patience=0.5) == ["error_rate"]
     assert said[0].startswith("ALERT  100% of 10")
-    assert said[1:] == [f"The webhook of alerts was not told: {why}. It is tried again next time."]
+    assert said[1:] == [f"Alert delivery to the webhook failed: {why}. It will be retried at the next check."]
     hook.how, hook.heard[:] = 200, []
     assert look(state, said) == look(state, said) == ["error_rate"]
     assert (len(hook.heard), len(said)) == (1, 2)
@@ -273,14 +274,14 @@ def test_a_failed_job_is_news_once(state: Path, net: Loopback, waterfall: Waterf
 
 @pytest.mark.parametrize(
     ("rules", "alert"),
-    [({"down": 0}, "gemini/flash gives no answer for 0 min: HTTP 503"), ({"p95": 0}, "5% of 10 requests took over")],
+    [({"down": 0}, "gemini/flash has not answered for 0 min: HTTP 503"), ({"p95": 0}, "5% of 10 requests took over")],
 )
 def test_a_bound_of_nothing_is_a_rule_like_any_other(
     state: Path, net: Loopback, waterfall: Waterfall, rules: Any, alert: str
 ) -> None:
     waterfall({"alerts": rules}, first=net.serve())
     sent("ok")
-    config, said, shot = load_config(), list[str](), seen(rungs=(candidate("failing"),))
+    config, said, shot = load_config(), list[str](), seen(candidates=(candidate("failing"),))
     for later in range(3):
         found = alerts.check(config, ledger(), replace(shot, at=NOW + later), state, said.append)
         assert [each.rule for each in found] == [*rules]
@@ -310,9 +311,9 @@ def test_what_a_log_was_told_a_cron_still_mails(net: Loopback, waterfall: Waterf
 
 def test_the_command_is_made_for_cron(net: Loopback, waterfall: Waterfall, state: Path, biollm: Biollm) -> None:
     waterfall(first=net.serve())
-    assert "There are no rules" in biollm("alerts").out
+    assert "No alert rules" in biollm("alerts").out
     waterfall({"alerts": {"error_rate": "40%"}}, first=net.serve())
-    assert biollm("alerts") == (0, "Nothing fires.\n", "")
+    assert biollm("alerts") == (0, "No active alerts.\n", "")
     sent("failed")
     first, again = biollm("alerts", "--quiet"), biollm("alerts", "--quiet")
     assert (first.code, first.out) == (1, "")
@@ -330,7 +331,7 @@ def test_a_webhook_without_its_url_or_with_one_that_others_can_read(
     waterfall({"alerts": {"error_rate": 0.4, "webhook_env": "NOT_THERE"}}, first=net.serve())
     assert "NOT_THERE is not set" in biollm("alerts").err
     checked = biollm("config", "--check")
-    assert "alerts.webhook_env: cannot be told: NOT_THERE is not set." in checked.out + checked.err
+    assert "alerts.webhook_env: cannot be used: NOT_THERE is not set." in checked.out + checked.err
     (tmp_path / "url").write_text("http://127.0.0.1:1/planted")
     (tmp_path / "url").chmod(0o644)
     waterfall({"alerts": {"error_rate": 0.4, "webhook_file": str(tmp_path / "url")}}, first=net.serve())
@@ -338,7 +339,7 @@ def test_a_webhook_without_its_url_or_with_one_that_others_can_read(
     assert "chmod 600" in ran.err
     (tmp_path / "url").chmod(0o600)
     ran = biollm("alerts")
-    assert "was not told: URLError" in ran.err
+    assert "webhook failed: URLError" in ran.err
     assert "planted" not in ran.err
 
 

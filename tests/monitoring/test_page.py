@@ -16,7 +16,7 @@ import pytest
 from picture import group
 
 from biollm.monitoring import page
-from biollm.monitoring.snapshot import RungView, Snapshot
+from biollm.monitoring.snapshot import CandidateView, Snapshot
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\"'__POLICY__\\1\u2028"
 
@@ -59,7 +59,7 @@ def test_its_policy_admits_its_own_script_and_style_alone(taken: Snapshot) -> No
 
 def test_no_word_of_a_provider_becomes_markup(taken: Snapshot) -> None:
     evil = replace(
-        taken, rungs=(RungView(1, EVIL, "refused", EVIL, (), None, None),), alerts=(EVIL,), jobs=(replace(taken.jobs[0], reason=EVIL),)
+        taken, candidates=(CandidateView(1, EVIL, "refused", EVIL, (), None, None),), alerts=(EVIL,), jobs=(replace(taken.jobs[0], reason=EVIL),)
     )  # fmt: skip
     text = page.html(evil)
     assert [tag for tag, _ in Tags(text).seen] == [tag for tag, _ in Tags(page.html(taken)).seen]

@@ -29,7 +29,7 @@ from biollm.client import get_model_client
 from biollm.config import load_config
 from biollm.ledger import Claim, Ledger
 from biollm.monitoring.dashboard import render
-from biollm.monitoring.snapshot import Minute, Quota, RungView, Snapshot, Top
+from biollm.monitoring.snapshot import CandidateView, Collector, LimitUse, Minute, Snapshot
 
 UPDATE = os.environ.get("BIOLLM_UPDATE") == "1"
 RECORDING = Path(__file__).parents[2] / "examples" / "top.txt"
@@ -46,7 +46,7 @@ def test_the_recording_in_the_examples_is_what_top_shows(waterfall: Write, tmp_p
 def test_each_rung_stands_as_it_does(waterfall: Write, tmp_path: Path) -> None:
     rungs = {
         candidate.deployment.split("/")[0]: candidate
-        for candidate in reversed(group(waterfall, tmp_path).snapshot().rungs)
+        for candidate in reversed(group(waterfall, tmp_path).snapshot().candidates)
     }
     assert {name: candidate.state for name, candidate in rungs.items()} == {
         "lightning": "limited",
@@ -58,8 +58,8 @@ def test_each_rung_stands_as_it_does(waterfall: Write, tmp_path: Path) -> None:
     }
     assert rungs["gemini"].frees_s == 42
     assert rungs["gemini"].why == "HTTP 503: the model is overloaded (time given by the provider)"
-    assert rungs["lightning"].quotas == (Quota("15/min", 15, 15),)
-    assert rungs["github_copilot"].quotas == (Quota("30/min", 11, 30),)
+    assert rungs["lightning"].quotas == (LimitUse("15/min", 15, 15),)
+    assert rungs["github_copilot"].quotas == (LimitUse("30/min", 11, 30),)
     assert rungs["lightning"].frees_s == pytest.approx(41, abs=1)
     assert rungs["vllm"].last_s == pytest.approx(68.8)
     assert rungs["openai"].last_s is None
@@ -67,17 +67,17 @@ def test_each_rung_stands_as_it_does(waterfall: Write, tmp_path: Path) -> None:
 
 def test_an_attempt_is_seen_when_it_happens(net: Loopback, waterfall: Write) -> None:
     waterfall(first=net.refusing(), second=net.serve())
-    top = Top.of_process(load_config())
+    top = Collector.of_process(load_config())
     before = top.snapshot()
     get_model_client().complete("a prompt that nobody may see")
     ledger().flush()
     after = top.snapshot()
-    assert [candidate.state for candidate in before.rungs] == ["ready", "ready"]
+    assert [candidate.state for candidate in before.candidates] == ["ready", "ready"]
     assert sum(minute.requests for minute in before.minutes) == 0
-    assert after.rungs[0].state == "cooling"
-    assert after.rungs[0].why
-    assert after.rungs[1].state == "ready"
-    assert after.rungs[1].last_s is not None
+    assert after.candidates[0].state == "cooling"
+    assert after.candidates[0].why
+    assert after.candidates[1].state == "ready"
+    assert after.candidates[1].last_s is not None
     assert sum(minute.requests for minute in after.minutes) == 1
     assert [minute.fallback for minute in after.minutes if minute.requests] == [1.0]
     assert "planted" not in repr(after)
@@ -85,14 +85,14 @@ def test_an_attempt_is_seen_when_it_happens(net: Loopback, waterfall: Write) -> 
 
 
 @pytest.fixture
-def quiet(waterfall: Write, tmp_path: Path) -> tuple[Top, Ledger]:
+def quiet(waterfall: Write, tmp_path: Path) -> tuple[Collector, Ledger]:
     """A waterfall of two that nobody used, at a clock that stands still."""
     waterfall(first="http://localhost:1/v1", second="http://localhost:2/v1")
     ledger = Ledger(tmp_path / "group", clock=lambda: NOW, network=False)
-    return Top(load_config(), ledger, tmp_path / "group", clock=lambda: NOW), ledger
+    return Collector(load_config(), ledger, tmp_path / "group", clock=lambda: NOW), ledger
 
 
-def test_a_minute_counts_requests_not_attempts(quiet: tuple[Top, Ledger]) -> None:
+def test_a_minute_counts_requests_not_attempts(quiet: tuple[Collector, Ledger]) -> None:
     top, ledger = quiet
     ledger.finish(None, "", record(NOW, "fell", "first/small", 1, "failed", 300, "HTTP 500"))
     ledger.finish(None, "", record(NOW + 0.3, "fell", "second/small", 2, "ok", 700))
@@ -106,13 +106,13 @@ def test_a_minute_counts_requests_not_attempts(quiet: tuple[Top, Ledger]) -> Non
     assert (minutes[-1], minutes[-3]) == (Minute(3, 750, 1 / 3), Minute(1, 100, 0.0))
 
 
-def test_a_rung_whose_last_attempt_failed_is_failing_until_it_answers(quiet: tuple[Top, Ledger]) -> None:
+def test_a_rung_whose_last_attempt_failed_is_failing_until_it_answers(quiet: tuple[Collector, Ledger]) -> None:
     top, ledger = quiet
     states: list[tuple[str, str]] = []
     for outcome, at in (("failed", -60), ("cancelled", -50), ("ok", -40)):
         ledger.finish(None, "", record(NOW + at, outcome, "first/small", 1, outcome, 0, "HTTP 500"))
         ledger.flush()
-        first = top.snapshot().rungs[0]
+        first = top.snapshot().candidates[0]
         states.append((first.state, first.why))
     assert states == [("failing", "HTTP 500"), ("failing", "HTTP 500"), ("ready", "")]
 
@@ -126,11 +126,11 @@ def test_a_limit_with_no_room_for_a_whole_request_is_used_up(
     claim = Claim("first/default", tuple(config.providers[0].accounts[0].limits))
     assert all(isinstance(asyncio.run(ledger.reserve(claim)), int) for _ in range(sent))  # type: ignore[arg-type]
     ledger.cool("account:first/default", 42, "HTTP 503")
-    (candidate,) = Top(config, ledger, tmp_path).snapshot().rungs
-    assert (candidate.state, candidate.quotas) == (state, (Quota("7.5/hour", sent, 7.5),))
+    (candidate,) = Collector(config, ledger, tmp_path).snapshot().candidates
+    assert (candidate.state, candidate.quotas) == (state, (LimitUse("7.5/hour", sent, 7.5),))
 
 
-def test_a_new_history_file_is_followed(quiet: tuple[Top, Ledger], tmp_path: Path) -> None:
+def test_a_new_history_file_is_followed(quiet: tuple[Collector, Ledger], tmp_path: Path) -> None:
     top, ledger = quiet
     for number in range(3):
         ledger.finish(None, "", record(NOW, f"{number}", "first/small", 1, "ok", 1))
@@ -153,7 +153,7 @@ def test_a_controller_that_hangs_holds_up_nothing(waterfall: Write, tmp_path: Pa
         release.wait(60)
         return []
 
-    top = Top(load_config(), Ledger(tmp_path), tmp_path, jobs=jobs)
+    top = Collector(load_config(), Ledger(tmp_path), tmp_path, jobs=jobs)
     began = time.monotonic()
     top.snapshot()
     top.snapshot()
@@ -162,9 +162,9 @@ def test_a_controller_that_hangs_holds_up_nothing(waterfall: Write, tmp_path: Pa
     assert took < 30
 
 
-MANY = tuple(RungView(n, f"a_long_provider_name/model-{n}", "ready", "", (), None, 12) for n in range(40))
-NASTY = RungView(
-    1, "evil\033]0;x\007/\033[2Jm", "refused", "said \033[31m\r\nboo" * 30, (Quota("0/min", 0, 0),), 1e6, 1e7
+MANY = tuple(CandidateView(n, f"a_long_provider_name/model-{n}", "ready", "", (), None, 12) for n in range(40))
+NASTY = CandidateView(
+    1, "evil\033]0;x\007/\033[2Jm", "refused", "said \033[31m\r\nboo" * 30, (LimitUse("0/min", 0, 0),), 1e6, 1e7
 )
 
 
@@ -172,7 +172,7 @@ NASTY = RungView(
 @pytest.mark.parametrize("color", [False, True])
 def test_it_fits_any_terminal(waterfall: Write, tmp_path: Path, width: int, height: int, color: bool) -> None:
     taken = group(waterfall, tmp_path).snapshot()
-    crowd = replace(taken, rungs=(NASTY, *MANY), jobs=taken.jobs * 9, alerts=("a " * 200,) * 9)
+    crowd = replace(taken, candidates=(NASTY, *MANY), jobs=taken.jobs * 9, alerts=("a " * 200,) * 9)
     for snapshot in (taken, crowd, Snapshot(NOW, (), (), (Minute(),) * 30)):
         lines = render(snapshot, width, height, color=color).split("\n")
         plain = [re.sub(r"\033\[\d+m", "", line) for line in lines]
@@ -183,7 +183,7 @@ def test_it_fits_any_terminal(waterfall: Write, tmp_path: Path, width: int, heig
 
 def test_at_80x24_every_part_is_there_whatever_the_crowd(waterfall: Write, tmp_path: Path) -> None:
     taken = group(waterfall, tmp_path).snapshot()
-    text = render(replace(taken, rungs=(*taken.rungs, *MANY), jobs=taken.jobs * 9), 80, 24)
+    text = render(replace(taken, candidates=(*taken.candidates, *MANY), jobs=taken.jobs * 9), 80, 24)
     for part in ("1  lightning/gpt-oss-20b", "cooling 42s", "████", "4711", "requests/min", "ALERT", "more"):
         assert part in text
     assert render(taken, 80).count("\n") < 24, "the usual needs no cutting"

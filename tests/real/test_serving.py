@@ -21,7 +21,7 @@ from slurm_lab import SlurmLab, wait_until
 from biollm import slurm
 from biollm.client import Client, get_model_client
 from biollm.config import Cluster, Environment, Model
-from biollm.monitoring.snapshot import Top
+from biollm.monitoring.snapshot import Collector
 from biollm.slurm.endpoints import Endpoint, ask, figures, read_key
 from biollm.slurm.script import Options
 from biollm.slurm.submissions import Job
@@ -108,11 +108,11 @@ def test_it_answers_through_the_client_without_configuration_of_its_address(
 
 
 def test_top_shows_the_job_and_its_rung(served: tuple[Job, float], configured: Callable[[str], Client]) -> None:
-    shot = Top.of_process(configured("smollm-a").config).snapshot()
+    shot = Collector.of_process(configured("smollm-a").config).snapshot()
     (job,) = (view for view in shot.jobs if view.job == served[0].submission.job)
     assert (job.models, job.phase) == ("smollm-a, smollm-b", "ready")
     assert 0 < job.left_s <= 3600
-    assert shot.rungs[0].state == "ready"
+    assert shot.candidates[0].state == "ready"
 
 
 def routes(endpoint: Endpoint) -> list[tuple[str, str]]:
