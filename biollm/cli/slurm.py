@@ -8,29 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biollm import config, slurm
 from biollm.cli import output
 from biollm.cli.output import Json, Progress
 from biollm.errors import SlurmError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from biollm.config import Config, Model
-    from biollm.slurm.memory import FitReport
-    from biollm.slurm.script import Options
-    from biollm.slurm.submissions import Job
+    from biollm.slurm import Job, Options
 
-Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="One or several models.")]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="One or more models.")]
+Target = typer.Argument(metavar="TARGET", help="A model or a job id.")
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a model's entry, as vllm_args.max_model_len=16384; repeatable."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a model's setting: vllm_args.max_model_len=16384."),
 ]
-Partition = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm's partition.")]
-Account = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm's account.")]
-Qos = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm's quality of service.")]
+Partition = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm partition.")]
+Account = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm account.")]
+Qos = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm quality of service.")]
 Time = Annotated[str | None, typer.Option("--time", metavar="H:MM:SS", help="Walltime.")]
-Gpus = Annotated[int | None, typer.Option(min=0, metavar="N", help="GPUs of the one model.")]
-Force = Annotated[bool, typer.Option("--force", help="Even what does not fit.")]
+Gpus = Annotated[int | None, typer.Option(min=0, metavar="N", help="Number of GPUs (single model only).")]
 
 
 def render_slurm(
@@ -41,60 +38,55 @@ def render_slurm(
     time: Time = None,
     gpus: Gpus = None,
     change: Set = None,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Render even if it does not fit.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Just `vllm serve`, without biollm's supervisor.")] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="Port for --plain.")] = 8000,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the script to a file.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to a file.")] = None,
 ) -> None:
     """Print the launch script of a model server, ready for sbatch.
 
     Several models share one job. Nothing is submitted.
     """
-    from biollm import slurm
     from biollm._files import write_for_user
-    from biollm.config import load_config
-    from biollm.slurm.script import render, render_plain
+    from biollm.slurm import script
 
-    config = load_config()
-    options = _options(partition=partition, account=account, qos=qos, time=time, gpus=gpus, force=force)
-    chosen = _chosen(config, models, change)
+    settings = config.load_config()
+    cluster, chosen = settings.cluster, _local_models(settings, models, change)
+    options = _options(time, partition=partition, account=account, qos=qos, gpus=gpus, force=force)
+    if plain and len(chosen) > 1:
+        raise UsageError("--plain serves one model.", hint="Render one script for each model.")
     if plain:
-        if len(chosen) > 1:
-            raise UsageError("--plain serves one model.", hint="Render one script for each model.")
-        key_file = slurm.plain_key_file(config.cluster)
-        script = render_plain(chosen[0], config.cluster, options, key_file=key_file, port=port)
+        key_file = slurm.plain_key_file(cluster)
+        rendered = script.render_plain(chosen[0], cluster, options, key_file=key_file, port=port)
     else:
-        script = render(chosen, config.cluster, options)
-    warnings = [*script.warnings]
+        rendered = script.render(chosen, cluster, options)
+    warnings = [*rendered.warnings]
     try:
-        slurm.prepare(config.cluster, plain=plain)
+        slurm.prepare(cluster, plain=plain)
     except (SlurmError, OSError) as error:
         warnings.append(f"{error} Repeat this command on a login node before sbatch: it writes what the job reads.")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if output:
-        write_for_user(output, script.text)
+    if file:
+        write_for_user(file, rendered.text)
     else:
-        print(script.text, end="")
+        print(rendered.text, end="")
 
 
-def _options(*, time: str | None, **rest: Any) -> Options:
+def _options(time: str | None, **others: Any) -> Options:
     from biollm.config.values import walltime
-    from biollm.slurm.script import Options
 
     try:
-        return Options(walltime=walltime(time) if time else None, **rest)
+        return slurm.Options(walltime=walltime(time) if time else None, **others)
     except ValueError as error:
         raise UsageError(f"--time: {error}") from None
 
 
-def _chosen(config: Config, names: list[str], changes: list[str] | None = None) -> list[Model]:
-    """Return the local models of these names, with `--set` applied to each."""
+def _local_models(settings: Config, names: list[str], changes: list[str] | None = None) -> list[Model]:
+    """Return the local models of these names, each with all of `--set` applied."""
     from biollm.slurm.script import override
 
-    local = {key: model for key, model in config.models.items() if model.type == "local"}
+    local = {key: model for key, model in settings.models.items() if model.type == "local"}
     chosen: list[Model] = []
     for name in names:
         if name not in local:
@@ -107,45 +99,44 @@ def _chosen(config: Config, names: list[str], changes: list[str] | None = None) 
 
 
 def fit(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="By default every local one.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Default: all local models.")] = None,
     config_json: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="The config.json of a model that is not in models.yaml."),
+        Path | None, typer.Option("--config", metavar="FILE", help="config.json of a model not in models.yaml.")
     ] = None,
     gpus: Gpus = None,
-    gpu: Annotated[str | None, typer.Option(metavar="GPU", help="Another GPU: h100, a100-40, or its GiB.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="GPU", help="Another GPU: h100, a100-40gb, or its GiB.")] = None,
     gpu_memory_utilization: Annotated[
-        float | None, typer.Option(min=0.01, max=1, metavar="SHARE", help="Of a GPU's memory, that vLLM takes.")
+        float | None, typer.Option(min=0.01, max=1, metavar="SHARE", help="Share of a GPU's memory for vLLM.")
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Of the weights: fp8, int8, awq, ...")
+        str | None, typer.Option(metavar="KIND", help="Quantization of the weights: fp8, int8, awq, ...")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether a model fits its GPUs.
+    """Check whether models fit their GPUs.
 
-    With how many tokens, and what would make it fit. Exit 78 when one does not.
+    Shows the context that fits, and what would make a model fit. Exits 78 if one does not.
     """
-    from biollm.config import load_config
+    from biollm.slurm import memory
     from biollm.slurm.add_model import unregistered
-    from biollm.slurm.memory import fit as compute
 
-    config = load_config()
-    local = [key for key, each in config.models.items() if each.type == "local" and each.architecture]
-    chosen = [unregistered(config_json)] if config_json else _chosen(config, [model] if model else local)
-    options: dict[str, Any] = {
-        "gpus": gpus,
-        "gpu": gpu,
-        "gpu_memory_utilization": gpu_memory_utilization,
-        "quantization": quantization,
-    }
-    reports = {each.key: compute(each, config.cluster, **options) for each in chosen}
+    settings = config.load_config()
+    known = [key for key, each in settings.models.items() if each.type == "local" and each.architecture]
+    chosen = [unregistered(config_json)] if config_json else _local_models(settings, [model] if model else known)
+    options: dict[str, Any] = {"gpus": gpus, "gpu": gpu, "quantization": quantization}
+    options["gpu_memory_utilization"] = gpu_memory_utilization
+    reports = {each.key: memory.fit(each, settings.cluster, **options) for each in chosen}
     if as_json:
         output.as_json(reports)
     else:
-        output.table(
-            ("model", "fits", "GPUs", "weights/GPU", "KV cache", "context", "tokens", "sequences"), _rows(reports)
-        )
+        head = ("model", "fits", "GPUs", "weights/GPU", "KV cache", "context", "tokens", "sequences")
+        weights = {key: f"{r.weights_per_gpu_gib:.1f} of {r.budget_gib:.1f} GiB" for key, r in reports.items()}
+        rows = [
+            (key, "yes" if r.fits else "no", r.gpus, weights[key], f"{r.kv_gib:.1f} GiB", r.max_model_len, r.tokens,
+             f"{r.sequences:.1f}")
+            for key, r in reports.items()
+        ]  # fmt: skip
+        output.table(head, rows)
         for key, report in reports.items():
             for line in (*report.reasons, *(f"would help: {each}" for each in report.suggestions)):
                 print(f"{key}: {line}")
@@ -153,170 +144,121 @@ def fit(
         raise typer.Exit(78)
 
 
-def _rows(reports: dict[str, FitReport]) -> list[tuple[object, ...]]:
-    return [
-        (
-            key,
-            "yes" if report.fits else "no",
-            report.gpus,
-            f"{report.weights_per_gpu_gib:.1f} of {report.budget_gib:.1f} GiB",
-            f"{report.kv_gib:.1f} GiB",
-            report.max_model_len,
-            report.tokens,
-            f"{report.sequences:.1f}",
-        )
-        for key, report in reports.items()
-    ]
-
-
 def pull(models: Models) -> None:
-    """Get models' weights before a GPU waits for them.
+    """Download the weights of models.
 
-    Goes on where it was interrupted; looks for free space first.
+    Resumes an interrupted download; checks for free space first.
     """
-    from biollm.config import load_config
     from biollm.slurm import weights
 
-    config, progress = load_config(), Progress()
-    for model in _chosen(config, models):
-        path = weights.pull(model, config.cluster, progress.bytes)
+    settings, progress = config.load_config(), Progress()
+    for model in _local_models(settings, models):
+        path = weights.pull(model, settings.cluster, progress.bytes)
         progress.note(f"{model.key}: ready")
         print(path)
 
 
 def up(
     models: Models,
-    replicas: Annotated[int, typer.Option(min=1, metavar="N", help="How many such jobs.")] = 1,
-    together: Annotated[bool, typer.Option("--together", help="Several models share one job.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, metavar="N", help="Number of replicas.")] = 1,
+    together: Annotated[bool, typer.Option("--together", help="Serve several models in one job.")] = False,
     partition: Partition = None,
     account: Account = None,
     qos: Qos = None,
     time: Time = None,
     gpus: Gpus = None,
     change: Set = None,
-    share: Annotated[str, typer.Option(metavar="GROUP", help="A Unix group that may use the servers, too.")] = "",
+    share: Annotated[str, typer.Option(metavar="GROUP", help="Unix group that may use the servers, too.")] = "",
     handover: Annotated[
-        bool | None, typer.Option("--handover/--no-handover", help="A successor before the walltime ends.")
+        bool | None, typer.Option("--handover/--no-handover", help="Start a successor before the walltime ends.")
     ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once submitted.")] = False,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Wait no longer; the job stays.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Even where GPUs of a whole node would idle.")] = False,
-    force: Force = False,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop waiting; the job stays.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Submit even if GPUs of a whole node would be idle.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Submit even if it does not fit.")] = False,
     as_json: Json = False,
 ) -> None:
     """Start model servers and wait until they answer."""
-    from biollm import slurm
-    from biollm.config import load_config
-
-    config, progress = load_config(), output.Progress(quiet=as_json)
-    options = _options(
-        time=time, partition=partition, account=account, qos=qos, gpus=gpus, force=force, handover=handover
-    )
-    chosen = _chosen(config, models, change)
+    settings, progress = config.load_config(), Progress(quiet=as_json)
+    options = _options(time, partition=partition, account=account, qos=qos, gpus=gpus, force=force, handover=handover)
+    chosen = _local_models(settings, models, change)
     jobs: list[Job] = []
     for part in [chosen] if together else [[model] for model in chosen]:
         jobs += slurm.up(
-            part,
-            config.cluster,
-            options,
-            replicas=replicas,
-            share=share,
-            whole_nodes=yes,
-            wait=not no_wait,
-            timeout=timeout,
-            on_state=lambda job: progress.say(state_line(job)),
-        )
+            part, settings.cluster, options, replicas=replicas, share=share, whole_nodes=yes, wait=not no_wait,
+            timeout=timeout, on_state=lambda job: progress.say(state_line(job)),
+        )  # fmt: skip
     progress.clear()
     _show(jobs, as_json=as_json)
 
 
 def state_line(job: Job) -> str:
-    """Return one line that says how a job is."""
-    names = " ".join(job.submission.models)
-    start = f", Slurm expects it at {job.start}" if job.phase == "pending" and job.start not in ("", "N/A") else ""
-    where = " ".join(endpoint.base_url for endpoint in job.endpoints)
+    """Return the state of a job in one line."""
+    names, where = " ".join(job.submission.models), " ".join(endpoint.base_url for endpoint in job.endpoints)
+    start = f", estimated start {job.start}" if job.phase == "pending" and job.start not in ("", "N/A") else ""
     return f"{names}: job {job.submission.job} {job.phase} {where or job.reason}{start}".rstrip()
 
 
 def _show(jobs: list[Job], *, as_json: bool) -> None:
+    facts: list[dict[str, Any]] = []
+    rows: list[tuple[str, ...]] = []
+    for job in jobs:
+        submission, requests = job.submission, [each for each in job.requests.values() if each]
+        servers = [
+            {"model": e.model, "url": e.base_url, "start": e.start, "requests": job.requests.get(e.start)}
+            for e in job.endpoints
+        ]
+        state = {name: getattr(job, name) for name in ("phase", "reason", "start", "node", "left_s")}
+        names = {"job": submission.job, "models": submission.models, "gpus": submission.gpus}
+        facts.append(names | state | {"servers": servers})
+        load = f"{sum(running for running, _ in requests)}+{sum(waiting for _, waiting in requests)}"
+        where = " ".join(endpoint.base_url for endpoint in job.endpoints) or job.reason or "-"
+        rows.append(
+            (submission.job, " ".join(submission.models), job.phase, job.node or "-", _clock(job.left_s),
+             load if requests else "-", where)
+        )  # fmt: skip
     if as_json:
-        output.as_json([_fact(job) for job in jobs])
-        return
-    rows = [
-        (
-            job.submission.job,
-            " ".join(job.submission.models),
-            job.phase,
-            job.node or "-",
-            _span(job.left_s),
-            _requests(job),
-            " ".join(endpoint.base_url for endpoint in job.endpoints) or job.reason or "-",
-        )
-        for job in jobs
-    ]
-    output.table(("job", "models", "phase", "node", "left", "running+waiting", "where or why"), rows)
+        output.as_json(facts)
+    else:
+        output.table(("job", "models", "phase", "node", "left", "running+waiting", "where or why"), rows)
 
 
-def _fact(job: Job) -> dict[str, Any]:
-    submission = job.submission
-    servers = [
-        {"model": e.model, "url": e.base_url, "start": e.start, "requests": job.requests.get(e.start)}
-        for e in job.endpoints
-    ]
-    facts = {name: getattr(job, name) for name in ("phase", "reason", "start", "node", "left_s")}
-    return {"job": submission.job, "models": submission.models, "gpus": submission.gpus, **facts, "servers": servers}
-
-
-def _span(seconds: float | None) -> str:
+def _clock(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
-
-
-def _requests(job: Job) -> str:
-    known = [each for each in job.requests.values() if each]
-    return f"{sum(each[0] for each in known)}+{sum(each[1] for each in known)}" if known else "-"
+    minutes, left = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{left:02}"
 
 
 def status(as_json: Json = False) -> None:
     """Show jobs, servers, walltime left and requests."""
-    from biollm import slurm
-    from biollm.config import load_config
-
-    jobs = slurm.status(load_config().cluster)
-    if not jobs and not as_json:
-        print("No model server has been started in the last day. `biollm up MODEL` starts one.")
-        return
-    _show(jobs, as_json=as_json)
+    jobs = slurm.status(config.load_config().cluster)
+    if jobs or as_json:
+        _show(jobs, as_json=as_json)
+    else:
+        print("No model server was started in the last day. Start one with `biollm up MODEL`.")
 
 
 def logs(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A model, or a job's number.")],
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job ends.")] = False,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=0, metavar="N", help="How many.")] = 50,
+    target: Annotated[str, Target],
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow the log until the job ends.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, metavar="N", help="Number of lines.")] = 50,
 ) -> None:
     """Print the last lines of a server's log."""
-    from biollm import slurm
-    from biollm.config import load_config
-
-    for line in slurm.logs(load_config().cluster, target, lines=lines, follow=follow):
+    for line in slurm.logs(config.load_config().cluster, target, lines=lines, follow=follow):
         print(line, flush=follow)
 
 
 def down(
-    target: Annotated[str | None, typer.Argument(metavar="TARGET", help="A model, or a job's number.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every job of yours that biollm started.")] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once.")] = False,
+    target: Annotated[str | None, Target] = None,
+    every: Annotated[bool, typer.Option("--all", help="All your jobs that biollm started.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Stop servers, once they have finished what runs."""
-    from biollm import slurm
-    from biollm.config import load_config
-
+    """Stop servers after they finish the requests in flight."""
     if (target is None) == (not every):
-        raise UsageError("Name a model or a job, or say --all.")
-    stopped = slurm.down(load_config().cluster, target, wait=not no_wait)
+        raise UsageError("Name a model or a job, or use --all.")
+    stopped = slurm.down(config.load_config().cluster, target, wait=not no_wait)
     if as_json:
         output.as_json([{"job": submission.job, "models": submission.models} for submission in stopped])
         return
@@ -327,41 +269,35 @@ def down(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check what a newcomer trips over, with the mend.
+    """Check the setup and suggest fixes.
 
-    Exit 1 when something is wrong.
+    Exits 1 if a check fails.
     """
-    from biollm.config import load_config
-    from biollm.monitoring import doctor as checks
+    from biollm.monitoring.doctor import check
 
-    found = checks.check(load_config())
+    checks = check(config.load_config())
     if as_json:
-        output.as_json(found)
-    for each in [] if as_json else found:
-        print(
-            f"{'ok  ' if each.ok else 'FAIL'}  {each.name}: {each.detail}"
-            + (f"\n      {each.mend}" if not each.ok else "")
-        )
-    if not all(each.ok for each in found):
+        output.as_json(checks)
+    else:
+        for each in checks:
+            print(f"{'ok  ' if each.ok else 'FAIL'}  {each.name}: {each.detail}")
+            if not each.ok:
+                print(f"      {each.mend}")
+    if not all(each.ok for each in checks):
         raise typer.Exit(1)
 
 
 def models_add(
-    hf_id: Annotated[
-        str, typer.Argument(metavar="HF_ID", help="Its name at Hugging Face: Qwen/Qwen2.5-Coder-32B-Instruct.")
-    ],
+    hf_id: Annotated[str, typer.Argument(metavar="HF_ID", help="Hugging Face id: Qwen/Qwen2.5-Coder-32B-Instruct.")],
     config_json: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="Its config.json; else it is fetched.")
+        Path | None, typer.Option("--config", metavar="FILE", help="Its config.json (default: downloaded).")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name here.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Key in models.yaml.")] = None,
 ) -> None:
     """Add a model, with its architecture, to models.yaml."""
-    from biollm.config import load_config
     from biollm.config.paths import config_dirs
     from biollm.slurm import add_model
 
-    folder, cluster = config_dirs()[-1][1], load_config().cluster
+    folder, cluster = config_dirs()[-1][1], config.load_config().cluster
     key, file = add_model.add(hf_id, folder, cluster, config=config_json, name=name)
-    print(
-        f"{key}: added to {file}. `biollm fit {key}` says what it needs, `biollm pull {key}` and `biollm up {key}` start it."
-    )
+    print(f"{key}: added to {file}. Next: `biollm fit {key}`, `biollm pull {key}`, `biollm up {key}`.")

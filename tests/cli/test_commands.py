@@ -316,7 +316,7 @@ USAGE = [
     (["login", "github_copilot"], "There is no provider named 'github_copilot'."),
     (["embedded", "pull", "nosuch"], "Known: smollm2-135m."),
     (["health", "--timeout", "0"], "--timeout"),
-    (["down"], "Name a model or a job, or say --all."),
+    (["down"], "Name a model or a job, or use --all."),
     (["up", "qwen-coder-32"], "Did you mean 'qwen-coder-32b'?"),
 ]
 
