@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from pydantic import ValidationError
 
 from biollm._files import write_for_user
 from biollm.config import Architecture, Cluster, Model
@@ -31,8 +32,9 @@ def entry(hf_id: str, published: dict[str, Any], cluster: Cluster, key: str | No
     model |= {"size_gb": round(architecture.weight_bytes / 1e9, 1), "context_length": architecture.context or None}
     try:
         sizes = [Model(**model, gpus_required=2**n, vllm_args={"tensor_parallel_size": 2**n}) for n in range(7)]
-    except ValueError as error:  # pydantic's; its second line is the key, its third says what is wrong
-        raise UsageError(" ".join(line.strip() for line in str(error).splitlines()[1:3])) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))} {first['msg']}") from None
     reports = [fit(size, cluster) for size in sizes]
     for size, report in zip(sizes, reports, strict=True):
         if report.fits:

@@ -1,8 +1,8 @@
-"""Answers, by arithmetic alone, whether a model fits N GPUs and with how many tokens.
+"""Computes whether a model fits N GPUs, and with how many tokens.
 
 vLLM knows only once it holds the GPUs and has loaded the weights; no library estimates this well offline. Per GPU:
-memory x utilisation - runtime - weights / (TP x PP) = room for the KV cache. The runtime's share is an assumption
-(`OVERHEAD_GIB`): nothing of this was measured on a GPU. Of layers with a sliding window the KV cache is an upper bound.
+memory x utilization - runtime - weights / (TP x PP) = room for the KV cache. The runtime's share is an assumption
+(`OVERHEAD_GIB`), not measured on a GPU. For layers with a sliding window the KV cache is an upper bound.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BITS = {"fp8": 8, "int8": 8, "awq": 4.16, "gptq": 4.16, "mxfp4": 4.25}  # per w
 
 @dataclass(frozen=True)
 class Setup:
-    """What vLLM would be started with; sizes in GiB. `max_model_len` None means the model's own context."""
+    """How vLLM would be started; sizes in GiB. `max_model_len` None means the model's own context."""
 
     gpu_gib: float
     tp: int = 1
@@ -50,11 +50,11 @@ class FitReport:
 
     Attributes:
         gpus: GPUs of one replica, TP x PP.
-        budget_gib: Memory vLLM may use on each GPU.
-        weights_gib: All weights; `weights_per_gpu_gib` one GPU's share.
+        budget_gib: Memory that vLLM may use on each GPU.
+        weights_gib: All weights; `weights_per_gpu_gib` is one GPU's share.
         kv_gib: KV cache of all GPUs together, replicas of it (MLA) counted once.
         kv_bytes_per_token: Of the whole model.
-        tokens: How many fit in the KV cache.
+        tokens: Tokens that fit in the KV cache.
         max_model_len: Tokens of one full sequence; `sequences` of them fit.
         reasons: Why it does not start; empty when `fits`.
         suggestions: What would make it fit.
@@ -87,7 +87,7 @@ def fit(
     gpu_memory_utilization: float | None = None,
     quantization: str | None = None,
 ) -> FitReport:
-    """Say whether `model` starts on the GPUs of `cluster`; the keywords override what both say.
+    """Return whether `model` starts on the GPUs of `cluster`; the keywords override the settings of both.
 
     Args:
         model: With an `architecture`.
@@ -99,7 +99,7 @@ def fit(
 
     Raises:
         DoesNotFitError: The model has no architecture numbers.
-        UsageError: A value makes no sense.
+        UsageError: A value is out of range or unknown.
     """
     if model.architecture is None:
         raise DoesNotFitError(
@@ -129,7 +129,7 @@ def fit(
 
 
 def compute(arch: Architecture, setup: Setup) -> FitReport:
-    """Do the arithmetic for one setup; the report has no suggestions."""
+    """Compute the report of one setup, without suggestions."""
     weights = weight_bytes(arch, setup) / GIB
     share = max(0.0, weights / (setup.tp * setup.pp) - setup.offload_gib)
     budget = setup.gpu_gib * setup.utilization
@@ -145,26 +145,16 @@ def compute(arch: Architecture, setup: Setup) -> FitReport:
     length = own if setup.max_model_len is None else setup.max_model_len or min(tokens, own)
     reasons = tuple(_reasons(arch, setup, share, budget, tokens, length))
     return FitReport(
-        gpu_gib=setup.gpu_gib,
-        gpus=setup.tp * setup.pp,
-        tp=setup.tp,
-        pp=setup.pp,
-        budget_gib=budget,
-        overhead_gib=OVERHEAD_GIB,
-        weights_gib=weights,
-        weights_per_gpu_gib=share,
-        kv_gib=tokens * per_layer * arch.layers / GIB,
-        kv_bytes_per_token=per_layer * arch.layers,
-        max_model_len=length,
-        tokens=tokens,
-        sequences=tokens / length if length else 0.0,
-        fits=not reasons,
-        reasons=reasons,
-    )
+        gpu_gib=setup.gpu_gib, gpus=setup.tp * setup.pp, tp=setup.tp, pp=setup.pp,
+        budget_gib=budget, overhead_gib=OVERHEAD_GIB, weights_gib=weights, weights_per_gpu_gib=share,
+        kv_gib=tokens * per_layer * arch.layers / GIB, kv_bytes_per_token=per_layer * arch.layers,
+        max_model_len=length, tokens=tokens, sequences=tokens / length if length else 0.0,
+        fits=not reasons, reasons=reasons,
+    )  # fmt: skip
 
 
 def weight_bytes(arch: Architecture, setup: Setup) -> float:
-    """Return the bytes of all weights on the GPUs: as published, or quantised to `setup.quantization`."""
+    """Return the bytes of all weights on the GPUs: as published, or quantized to `setup.quantization`."""
     bits = _bits(setup.quantization or "")
     published = arch.weight_bytes or arch.parameters * 2
     if bits and setup.quantization != arch.dtype:
@@ -180,8 +170,8 @@ def _reasons(arch: Architecture, setup: Setup, share: float, budget: float, toke
     elif heads and heads % tp and tp % heads:
         yield f"tensor_parallel_size {tp} and its {heads} KV heads do not divide one another."
     elif arch.quant_block and not setup.expert_parallel and arch.intermediate % (tp * arch.quant_block):
-        cut = f"{arch.intermediate} / {tp} = {arch.intermediate / tp:g}"
-        yield f"its FP8 blocks of {arch.quant_block} cannot be cut so: {cut} is no multiple."
+        width = f"{arch.intermediate} / {tp} = {arch.intermediate / tp:g}"
+        yield f"its FP8 blocks of {arch.quant_block} cannot be divided: {width} is not a multiple."
     if setup.pp > arch.layers:
         yield f"pipeline_parallel_size {setup.pp} is more than its {arch.layers} layers."
     if arch.context and length > arch.context and not setup.stretched:
@@ -194,7 +184,7 @@ def _reasons(arch: Architecture, setup: Setup, share: float, budget: float, toke
 
 
 def _suggest(arch: Architecture, setup: Setup, report: FitReport) -> Iterator[str]:
-    """Try one change at a time and name those that work."""
+    """Yield those single changes that would make it fit."""
 
     def works(**change: Any) -> bool:
         return compute(arch, replace(setup, **change)).fits

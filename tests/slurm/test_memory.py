@@ -198,7 +198,7 @@ def test_what_starts(name: str, gpus: int, args: dict[str, object], fits: bool) 
         ("llama-3.3-70b", 2, {}, "holds 162.. tokens", [
             "a shorter context (max_model_len: 15360)", "more GPUs (tensor_parallel_size: 4)",
             "FP8 weights (quantization: fp8), or an INT8 checkpoint"]),
-        ("minimax-m2", 8, {}, "1536 / 8 = 192 is no multiple", [
+        ("minimax-m2", 8, {}, "1536 / 8 = 192 is not a multiple", [
             "whole experts on each GPU (enable_expert_parallel: true)"]),
         ("qwen-coder-32b", 3, {}, "3 does not divide its 40 attention heads", ["more GPUs (tensor_parallel_size: 4)"]),
         ("qwen-coder-32b", 5, {}, "5 and its 8 KV heads do not divide", ["more GPUs (tensor_parallel_size: 8)"]),

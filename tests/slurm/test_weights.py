@@ -68,7 +68,7 @@ def test_files_that_the_user_put_there_are_not_replaced(hub: Hub, cluster: Clust
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("mine")
     with pytest.raises(
-        UnavailableError, match=r"biollm did not put there: .* would be replaced, config.json"
+        UnavailableError, match=r"biollm did not put there: .* would be replaced, such as config.json"
     ) as raised:
         pull(MODEL, cluster)
     assert "`path`" in str(raised.value.hint)
@@ -83,13 +83,13 @@ def test_files_that_the_user_put_there_are_not_replaced(hub: Hub, cluster: Clust
 
 def test_an_interrupted_pull_is_said_and_keeps_the_files_that_are_whole(hub: Hub, cluster: Cluster) -> None:
     hub.broken.add(BIG)
-    with pytest.raises(UnavailableError, match=r"org/name could not be pulled: .*500") as raised:
+    with pytest.raises(UnavailableError, match=r"org/name could not be downloaded: .*500") as raised:
         pull(MODEL, cluster)
-    assert "not fetched again" in str(raised.value.hint)
+    assert "complete files are kept" in str(raised.value.hint)
     folder = weights_dir(MODEL, cluster)
     whole = {path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size}
     (folder / "config.json").write_bytes(FILES["config.json"])
-    assert "a download was interrupted. `biollm pull mine` gets them." in str(present(MODEL, cluster))
+    assert "a download was interrupted. Run `biollm pull mine`." in str(present(MODEL, cluster))
     hub.broken.clear()
     hub.requests.clear()
     assert present(MODEL, cluster) != pull(MODEL, cluster) == present(MODEL, cluster)
@@ -105,7 +105,7 @@ def test_an_index_that_is_cut_off_is_weights_that_are_not_complete(cluster: Clus
     assert present(MODEL, cluster) == folder
     (folder / "model.safetensors.index.json").write_text(text)
     said = str(present(MODEL, cluster))
-    assert said.endswith("are not complete: model.safetensors.index.json is broken. `biollm pull mine` gets them.")
+    assert said.endswith("are incomplete: model.safetensors.index.json is broken. Run `biollm pull mine`.")
 
 
 def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, cluster: Cluster) -> None:
@@ -151,15 +151,15 @@ def test_wrong_names(hub: Hub, cluster: Cluster, changes: dict[str, str], says: 
 
 def test_a_hub_that_is_away(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UnavailableError, match=r"org/name could not be pulled: .*[Cc]onnect") as raised:
+    with pytest.raises(UnavailableError, match=r"org/name could not be downloaded: .*[Cc]onnect") as raised:
         pull(MODEL, cluster)
-    assert "Pull where Hugging Face can be reached" in str(raised.value.hint)
-    with pytest.raises(UnavailableError, match="org/name could not be pulled"):
+    assert "Run this where Hugging Face can be reached" in str(raised.value.hint)
+    with pytest.raises(UnavailableError, match="org/name could not be downloaded"):
         published_config("org/name")
 
 
 def test_only_models_of_hugging_face_can_be_pulled(cluster: Cluster, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nothing to pull"):
+    with pytest.raises(UsageError, match="nothing to download"):
         pull(MODEL.model_copy(update={"path": tmp_path}), cluster)
     with pytest.raises(UsageError, match="not a local model"):
         pull(MODEL.model_copy(update={"type": "api"}), cluster)
@@ -170,8 +170,11 @@ def test_only_models_of_hugging_face_can_be_pulled(cluster: Cluster, tmp_path: P
     [
         ({}, "are not in"),
         ({"config.json": "{}"}, "no weights file"),
-        ({"config.json": "{}", "model.safetensors": "", ".biollm-pull": ""}, "not complete"),
-        ({"config.json": "{}", "model.safetensors.index.json": json.dumps(INDEX)}, "lack 2 files, model-00001"),
+        ({"config.json": "{}", "model.safetensors": "", ".biollm-pull": ""}, "incomplete: a download"),
+        (
+            {"config.json": "{}", "model.safetensors.index.json": json.dumps(INDEX)},
+            "2 files are missing, such as model-00001",
+        ),
         ({"config.json": "{}", "model.safetensors": ""}, None),
         ({"config.json": "{}", "pytorch_model.bin": ""}, None),
     ],
@@ -191,7 +194,7 @@ def test_the_config_alone(hub: Hub, cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": 1}')
     assert published_config("", tmp_path) == published_config("", tmp_path / "config.json") == {"a": 1}
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UsageError, match=r"no config\.json of a model"):
+    with pytest.raises(UsageError, match=r"is not a model's config\.json"):
         published_config("", tmp_path)
     with pytest.raises(UsageError, match="cannot be read"):
         published_config("", tmp_path / "none")
