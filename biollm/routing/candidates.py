@@ -26,9 +26,9 @@ from biollm.routing.deployments import (
     allowance,
     asked_for,
     build_deployments,
+    ineligible_reason,
     informed,
     models_of,
-    obstacle,
 )
 from biollm.slurm import endpoints
 from biollm.types import DataPolicy, Usage
@@ -137,7 +137,7 @@ class DeploymentPool:
         self._looked = 0.0
         self.deployments: list[Deployment] = []
         self.credentials: dict[str, Credential] = {}
-        self.needs: dict[str, Claim] = {}
+        self.claims: dict[str, Claim] = {}
         self._informed = False
         self._missing: dict[str, tuple[Status, str]] = {}
 
@@ -157,7 +157,7 @@ class DeploymentPool:
     def survey(self) -> Survey:
         """Look for servers, keys, tokens and weights that are new or were missing; in any thread, changes nothing."""
         servers = tuple(sorted(self._discover(), key=lambda server: server.start))
-        known, missing = self.needs.keys(), self._missing
+        known, missing = self.claims.keys(), self._missing
         if self._servers is not None and self._starts(servers) == self._starts(self._servers):
             deployments, sought = None, [each for each in self.deployments if each.id in missing]
         else:
@@ -171,7 +171,7 @@ class DeploymentPool:
         if survey.deployments is not None:
             self._servers, self.deployments, self._informed = survey.servers, survey.deployments, False
             alive = {deployment.id for deployment in self.deployments}
-            for known in (self.credentials, self.needs, self._missing):
+            for known in (self.credentials, self.claims, self._missing):
                 for gone in set(known) - alive:
                     del known[gone]
         for deployment, found in survey.found:
@@ -203,7 +203,7 @@ class DeploymentPool:
             return None
         self._missing.pop(deployment.id, None)
         self.credentials[deployment.id] = found
-        self.needs[deployment.id] = Claim(deployment.scope, deployment.limits, cooling_keys(deployment, found))
+        self.claims[deployment.id] = Claim(deployment.scope, deployment.limits, cooling_keys(deployment, found))
         return found
 
     def _look(self, deployment: Deployment, exchange: bool, servers: Sequence[Endpoint]) -> Credential | str:
@@ -231,7 +231,7 @@ class DeploymentPool:
         The prompt has an upper bound; the answer is taken to be as long as the deployment's usually are, for an agent
         asks for 64,000 tokens and uses 500.
         """
-        claim = self.needs[deployment.id]
+        claim = self.claims[deployment.id]
         kinds = {limit.kind for limit in claim.limits}
         if not kinds & {"tokens", "usd"}:
             return claim
@@ -270,12 +270,12 @@ class DeploymentPool:
     def _stand(self, deployment: Deployment, requirements: Requirements, blocked: Any, now: float) -> Candidate:
         if missing := self._missing.get(deployment.id):
             return Candidate(deployment, *missing)
-        if reason := obstacle(deployment, requirements):
+        if reason := ineligible_reason(deployment, requirements):
             return Candidate(deployment, "unfit", reason)
         if requirements.media and refuses(deployment, requirements.media):
             return Candidate(deployment, "unfit", f"refused {' and '.join(sorted(requirements.media))} before")
         if blocked:
-            claim = self.needs[deployment.id]
+            claim = self.claims[deployment.id]
             for key in (*claim.cooling, f"scope:{claim.scope}"):
                 if (found := blocked.get(key)) and found.until > now:
                     status = "refused" if key.startswith("key:") else "limited"

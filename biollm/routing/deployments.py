@@ -198,7 +198,7 @@ def _takes_tools(provider: Provider, model: Model | None) -> bool:
     return provider.type == "api"
 
 
-def obstacle(deployment: Deployment, requirements: Requirements) -> str | None:
+def ineligible_reason(deployment: Deployment, requirements: Requirements) -> str | None:
     """Return why `deployment` may not serve such a request, as one sentence, or None."""
     if requirements.policy == "local_only" and not deployment.local:
         return "the data policy is local_only and this deployment is not local"

@@ -69,15 +69,15 @@ def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) 
 
 def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
     """Return how each account and each running server is, in waterfall order. `timeout` is in seconds, for all."""
-    rungs = DeploymentPool(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
-    rungs.refresh()
+    pool = DeploymentPool(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
+    pool.refresh()
     groups: dict[str, list[Deployment]] = {}
-    for candidate in rungs.candidates(Requirements(policy=config.data_policy)):
+    for candidate in pool.candidates(Requirements(policy=config.data_policy)):
         deployment = candidate.deployment
         groups.setdefault(f"{deployment.scope.split(':')[0]}{deployment.start}", []).append(deployment)
-    found = background().run(_check_all(rungs, list(groups.values()), timeout))
+    found = background().run(_check_all(pool, list(groups.values()), timeout))
     resting = {
-        candidate.deployment.id: candidate.reason for candidate in rungs.candidates(Requirements()) if candidate.until
+        candidate.deployment.id: candidate.reason for candidate in pool.candidates(Requirements()) if candidate.until
     }
     return [
         replace(each, resting=next((resting[one.id] for one in group if one.id in resting), ""))
@@ -85,7 +85,7 @@ def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
     ]
 
 
-async def _check_all(rungs: DeploymentPool, groups: Sequence[list[Deployment]], timeout: float) -> list[Health]:
+async def _check_all(pool: DeploymentPool, groups: Sequence[list[Deployment]], timeout: float) -> list[Health]:
     import httpx
 
     async with (
@@ -94,19 +94,19 @@ async def _check_all(rungs: DeploymentPool, groups: Sequence[list[Deployment]], 
     ):
         return list(
             await asyncio.gather(
-                *(_check(rungs, group, local if group[0].local else cloud, timeout) for group in groups)
+                *(_check(pool, group, local if group[0].local else cloud, timeout) for group in groups)
             )
         )
 
 
-async def _check(rungs: DeploymentPool, group: list[Deployment], client: httpx.AsyncClient, timeout: float) -> Health:
+async def _check(pool: DeploymentPool, group: list[Deployment], client: httpx.AsyncClient, timeout: float) -> Health:
     import httpx
 
     first = group[0]
     who = first.id if first.start else first.id.removesuffix(f"/{first.model}")
-    known = rungs.credentials.get(first.id)
+    known = pool.credentials.get(first.id)
     if known is None:
-        return Health(first.provider.name, who, False, error=rungs.missing(first))
+        return Health(first.provider.name, who, False, error=pool.missing(first))
     if first.embedded:
         return Health(first.provider.name, who, True, 0.0)
     if not (_address(first) or known.base_url):
@@ -114,11 +114,11 @@ async def _check(rungs: DeploymentPool, group: list[Deployment], client: httpx.A
     try:
         async with asyncio.timeout(timeout):
             if known.ends_within(0):  # `refresh` renews none
-                renewed = rungs.note(first, await apart(rungs.look, first))
+                renewed = pool.note(first, await apart(pool.look, first))
                 if renewed is None:
-                    return Health(first.provider.name, who, False, error=rungs.missing(first))
+                    return Health(first.provider.name, who, False, error=pool.missing(first))
                 known = renewed
-            if why := await host_check.trust().objection(first, known, rungs.config.cluster):
+            if why := await host_check.trust().objection(first, known, pool.config.cluster):
                 return Health(first.provider.name, who, False, error=why)
             started = time.perf_counter()
             listed = await _models(client, first, known)
@@ -132,7 +132,7 @@ async def _check(rungs: DeploymentPool, group: list[Deployment], client: httpx.A
         text = hide(str(error), [known.secret])
         return Health(first.provider.name, who, False, error=f"{type(error).__name__}: {text}".strip(": "))
     ms = (time.perf_counter() - started) * 1000
-    rungs.ledger.recover(key for key in rungs.needs[first.id].cooling if key.startswith(("endpoint:", "key:")))
+    pool.ledger.recover(key for key in pool.claims[first.id].cooling if key.startswith(("endpoint:", "key:")))
     names = {deployment.litellm_model.split("/", 1)[1] for deployment in group}
     return Health(first.provider.name, who, True, ms, missing=tuple(sorted(names - listed)) if listed else ())
 

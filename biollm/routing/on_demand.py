@@ -22,7 +22,7 @@ def startable(config: Config, requirements: Requirements) -> Model:
             continue
         if (model := config.models.get(deployment.model)) is None:
             continue
-        reason = deployments.obstacle(deployment, requirements) or _cannot_start(config, model)
+        reason = deployments.ineligible_reason(deployment, requirements) or _cannot_start(config, model)
         if reason is None:
             return model
         why.append(f"  {model.key}: {reason}")

@@ -184,7 +184,7 @@ class Waterfall:
         if run.repeat:
             same, run.repeat = run.repeat, None
             await asyncio.sleep(_AGAIN)
-            if same.id in self.pool.needs:  # else its server left
+            if same.id in self.pool.claims:  # else its server left
                 return [same]
         while True:
             allowed, wait = await self._allowed(run)
@@ -301,7 +301,7 @@ class Waterfall:
         if len(rungs) > 1:
             rungs = await self._balance.least_busy(rungs, self.pool)
         # Meanwhile a server may have left, and its rung with it.
-        if not (rungs := [d for d in rungs if d.id in self.pool.needs]):
+        if not (rungs := [d for d in rungs if d.id in self.pool.claims]):
             return None
         call = RouterCall(self.ledger, {d.id: self._need(run, d) for d in rungs})
         limit, shortened = self._limit(run.request, rungs[0], stream)
@@ -501,7 +501,7 @@ class Waterfall:
             run.caps[ident] = failure.afford or 0
             return True
         slip = failure.rule.again and failure.wait is None and not sent.head and run.request.fallback and sent.alone
-        return slip and not self.ledger.failing(self.pool.needs[ident].cooling if ident in self.pool.needs else ())
+        return slip and not self.ledger.failing(self.pool.claims[ident].cooling if ident in self.pool.claims else ())
 
     def _ends(self, run: Run, deployment: Deployment, failure: Failure) -> bool:
         """Return whether no other deployment is asked."""
@@ -598,8 +598,8 @@ class Waterfall:
         deployment, choice, usage = sent.deployment, whole.choices[0], self._spent(run, sent)
         attempt = Attempt(deployment.id, "ok", ms=sent.ms)
         run.note(deployment, attempt)
-        if deployment.id in self.pool.needs:
-            self.ledger.recover(self.pool.needs[deployment.id].cooling)
+        if deployment.id in self.pool.claims:
+            self.ledger.recover(self.pool.claims[deployment.id].cooling)
         completion = Completion(
             text=text,
             provider=deployment.provider.name,

@@ -186,7 +186,7 @@ def test_what_a_request_needs_rules_deployments_out(
     config: Config, ident: str, requirements: Requirements, reason: str | None
 ) -> None:
     (deployment,) = [d for d in deployments.build_deployments(config, [server("1")]) if d.id == ident]
-    said = deployments.obstacle(deployment, requirements)
+    said = deployments.ineligible_reason(deployment, requirements)
     assert said is None if reason is None else said and reason in said
 
 
@@ -210,7 +210,7 @@ def test_images_go_to_who_may_take_them(
     tmp_path: Path, ident: str, vision: bool | None, media: tuple[str, ...], reason: str | None
 ) -> None:
     [found] = [d for d in deployments.build_deployments(_config(tmp_path, shipped=True)) if d.id == ident]
-    assert deployments.obstacle(replace(found, vision=vision), Requirements(media=frozenset(media))) == reason
+    assert deployments.ineligible_reason(replace(found, vision=vision), Requirements(media=frozenset(media))) == reason
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_long_answer_is_shortened_to_what_fits(
 ) -> None:  # fmt: skip
     deployment = replace(deployments.build_deployments(config)[0], context_length=context, max_output=most)
     requirements = Requirements(prompt=prompt, prompt_most=2 * prompt, answer=wanted)
-    assert deployments.obstacle(deployment, requirements) == reason
+    assert deployments.ineligible_reason(deployment, requirements) == reason
     assert deployments.allowance(deployment, requirements) == asked
 
 
