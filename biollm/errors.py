@@ -19,13 +19,12 @@ BiollmError                      1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from biollm.types import Attempt
+from biollm.types import Attempt, known
 
 
 class BiollmError(Exception):
@@ -41,6 +40,24 @@ class BiollmError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a gateway sends to its client: the class, the message and the fields."""
+        given = {name: value for name, value in vars(self).items() if name not in ("attempts", "partial", "problems")}
+        attempts: Iterable[Attempt] = getattr(self, "attempts", ())
+        facts = [dict(vars(each)) for each in attempts]
+        return {"class": type(self).__name__, "message": str(self), **given, "attempts": facts}
+
+    @staticmethod
+    def from_json(given: Mapping[str, Any], **fields: Any) -> BiollmError:
+        """Return the error that `to_json` wrote, with further fields; one of an unknown class is a CompletionError."""
+        kind: Any = globals().get(str(given.get("class")))
+        if not (isinstance(kind, type) and issubclass(kind, BiollmError)):
+            kind = CompletionError
+        error: BiollmError = kind.__new__(kind, given.get("message"))  # as unpickling does: constructors differ
+        vars(error).update({name: given.get(name) for name in ("hint", "retry_after", "kind", "name", "choices")})
+        vars(error).update(attempts=tuple(known(Attempt, each) for each in given.get("attempts", ())), **fields)
+        return error
 
 
 class UsageError(BiollmError):

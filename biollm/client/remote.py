@@ -403,14 +403,7 @@ def _error(error: object, *, status: int = 0, partial: str = "") -> errors.Bioll
         return errors.UnavailableError(
             "The gateway refuses the key.", hint="Set BIOLLM_GATEWAY_KEY to one of its keys."
         )
-    told = cast("Json", error) if isinstance(error, dict) else {}
-    ours: Json = told.get("biollm") or {}
-    kind: Any = getattr(errors, str(ours.get("class")), None)
-    if not (isinstance(kind, type) and issubclass(kind, errors.BiollmError)):
-        kind = errors.CompletionError
-    met = kind.__new__(kind)  # each has arguments of its own, which the message already holds
-    text = ours.get("message") or told.get("message") or f"The gateway answered HTTP {status}."
-    errors.BiollmError.__init__(met, text, hint=ours.get("hint"))
-    attempts = tuple(known(Attempt, each) for each in ours.get("attempts", ()))
-    vars(met).update(attempts=attempts, retry_after=ours.get("retry_after"), partial=partial)
-    return met
+    given = cast("Json", error) if isinstance(error, dict) else {}
+    ours: Json = given.get("biollm") or {}
+    message = ours.get("message") or given.get("message") or f"The gateway answered HTTP {status}."
+    return errors.BiollmError.from_json({**ours, "message": message}, partial=partial)

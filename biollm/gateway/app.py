@@ -1,7 +1,7 @@
-"""One OpenAI-compatible face over a client, for whoever speaks that interface: agents, editors, notebooks.
+"""One OpenAI-compatible API over a client, for agents, editors and notebooks.
 
-LiteLLM's proxy costs more than twice the time and memory, keeps no ledger that other processes share, and goes on at
-the provider after its caller has left.
+LiteLLM's proxy takes more than twice the time and memory, keeps no ledger that other processes share, and goes on at
+the provider after its caller has disconnected.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from biollm._runtime import apart, ledger
 from biollm.errors import BiollmError, UsageError
-from biollm.gateway import openai_api as face
+from biollm.gateway import openai_api
+from biollm.gateway.openai_api import Delivery, Json
 from biollm.monitoring import metrics, page
 from biollm.monitoring.alerts import firing
 from biollm.monitoring.snapshot import Collector
@@ -35,21 +36,20 @@ if TYPE_CHECKING:
     from biollm.client import Client, Options
     from biollm.types import Piece
 
-_STREAM = {"content-type": "text/event-stream", "cache-control": "no-store", "x-accel-buffering": "no"}
 _PAGE = {"cache-control": "no-store", "x-content-type-options": "nosniff", "x-frame-options": "DENY"}
-_MAY = "Write start_local: true beside it in gateway_keys.yaml, or ask over the Unix socket."
+_MAY = "Add start_local: true to the key in gateway_keys.yaml, or use the Unix socket."
 _log = logging.getLogger(__name__)
 
 
 def app(client: Client, *, touched: Callable[[int], None] | None = None) -> Starlette:
-    """Return the gateway's routes; they admit everybody, and open no socket.
+    """Return the gateway's routes, without authentication or sockets.
 
-    A middleware may put `scope["biollm.tags"]`, a dict, there: they are stored with the request's usage record; and
+    A middleware may set `scope["biollm.tags"]`, a dict that is stored with the request's usage record, and
     `scope["biollm.start_local"]`, False where the request may start no server on the cluster.
 
     Args:
-        client: Who asks the waterfall; its defaults hold for every request.
-        touched: Told how many requests under /v1/ are under way, whenever one starts or ends.
+        client: Answers the requests; its defaults hold for each.
+        touched: Called with the number of requests in flight under /v1/ whenever one starts or ends.
     """
     gateway = _Gateway(client)
     routes = [
@@ -64,7 +64,7 @@ def app(client: Client, *, touched: Callable[[int], None] | None = None) -> Star
         Route("/", gateway.page),
         Route("/events", gateway.events),
     ]
-    handlers: Any = {HTTPException: _lost, Exception: _failed}
+    handlers: Any = {HTTPException: _not_found, Exception: _failed}
     return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_Counted, touched=touched)])
 
 
@@ -73,48 +73,47 @@ class _Gateway:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._top: Collector | None = None
 
     async def answer(self, request: Request, *, chat: bool) -> Response:
         try:
             tags = request.scope.get("biollm.tags", {})
-            asked = face.read(await request.body(), request.headers, self._client.config, tags, chat=chat)
+            asked = openai_api.read(await request.body(), request.headers, self._client.config, tags, chat=chat)
             headers = {"x-biollm-policy": self._client.policy(asked.options)}
             if asked.options.get("start_local") and not request.scope.get("biollm.start_local", True):
                 return _refused(UsageError("This key may not start servers.", hint=_MAY), 403)
         except BiollmError as error:
             return _refused(error)
         try:
-            async with _while_there(request.receive):
-                if asked.whole or asked.held:
-                    return self._sent(asked, await self._whole(asked), headers, chat=chat)
-                return await self._live(asked, headers)
+            async with _while_connected(request.receive):
+                if asked.delivery is Delivery.LIVE:
+                    return await self._live(asked, headers)
+                return _whole(asked, await self._complete(asked), headers, chat=chat)
         except BiollmError as error:
             return _refused(error, headers=headers)
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the caller has disconnected
 
     async def responses(self, request: Request) -> Response:
         return _refused(UsageError("There is no /v1/responses here.", hint="Use /v1/chat/completions."), 404)
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": face.models(self._client.config)})
+        return _json({"object": "list", "data": openai_api.models(self._client.config)})
 
     async def model(self, request: Request) -> Response:
         name, config = request.path_params["name"], self._client.config
-        if (known := next((each for each in face.models(config) if each["id"] == name), None)) is not None:
+        if (known := next((each for each in openai_api.models(config) if each["id"] == name), None)) is not None:
             return _json(known)
-        where = face.address(config, name)
+        where = openai_api.address(config, name)
         try:
             check_names(config, where.get("provider"), where["model"])
         except BiollmError as error:
             return _refused(error)
-        return _json(face.model(name, [where["provider"]]))
+        return _json(openai_api.model(name, [where["provider"]]))
 
     async def health(self, request: Request) -> Response:
         return _json({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Say whether a rung could answer now; nothing is sent."""
+        """Return whether a deployment could answer now; nothing is sent."""
         found = await apart(self._client.explain)
         first = next((candidate.deployment.id for candidate in found if candidate.status == "ready"), None)
         return _json({"ready": first is not None, "first": first}, 200 if first else 503)
@@ -124,57 +123,36 @@ class _Gateway:
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
     async def page(self, request: Request) -> Response:
-        return HTMLResponse(page.html(await apart(self._picture().snapshot)), headers=_PAGE)
+        return HTMLResponse(page.html(await apart(self._top.snapshot)), headers=_PAGE)
 
     async def events(self, request: Request) -> Response:
-        return _Events(page.events(self._picture().snapshot), {})
+        return _Events(page.events(self._top.snapshot), {})
 
-    def _picture(self) -> Collector:
-        self._top = self._top or Collector.of_process(self._client.config, partial(firing, self._client.config))
-        return self._top
+    @cached_property
+    def _top(self) -> Collector:
+        return Collector.of_process(self._client.config, partial(firing, self._client.config))
 
-    async def _whole(self, asked: face.Asked) -> Completion:
-        """Return the whole answer."""
+    async def _complete(self, asked: openai_api.Asked) -> Completion:
         if isinstance(asked.prompt, str):
             return await self._client.afill_in_middle(asked.prompt, asked.suffix, **asked.options)
-        if not asked.held:
+        if asked.delivery is Delivery.WHOLE:
             return await self._client.acomplete(asked.prompt, **asked.options)
         async with aclosing(self._client.astream(asked.prompt, **asked.options)) as pieces:
             last = [piece async for piece in pieces if isinstance(piece, StreamChunk)][-1].completion
         assert last  # noqa: S101 # a stream that ends without an error ends with it
         return last
 
-    def _sent(self, asked: face.Asked, done: Completion, headers: Mapping[str, str], *, chat: bool) -> Response:
-        """Return the response of a whole answer, as a stream if that was asked for."""
-        headers = {
-            **headers,
-            "x-biollm-deployment": done.deployment,
-            "x-biollm-attempts": face.brief(done.attempts),
-            "x-biollm-degraded": str(done.degraded).lower(),
-        }
-        if not asked.stream:
-            return _json(face.answer(done, chat=chat), headers=headers)
-        line = face.Line(f"{done.provider}/{done.model}", chat=chat)
-
-        async def frames() -> AsyncGenerator[str]:
-            if text := line.whole(done):
-                yield text
-            for frame in line.end(done, usage=asked.usage):
-                yield frame
-
-        return _Events(frames(), headers)
-
-    async def _live(self, asked: face.Asked, headers: Mapping[str, str]) -> Response:
+    async def _live(self, asked: openai_api.Asked, headers: Mapping[str, str]) -> Response:
         """Return the response of a stream once its first piece is there: until then an error has a status."""
-        asked_of: list[str] = []
-        options: Options = {**asked.options, "on_send": asked_of.append}
+        sent_to: list[str] = []
+        options: Options = {**asked.options, "on_send": sent_to.append}
         pieces = self._client.astream(asked.prompt, **options)
         try:
             first = await anext(pieces)
         except BaseException:
             await pieces.aclose()
             raise
-        *failed, answering = asked_of
+        *failed, answering = sent_to
         name = _name(answering)
         headers = {
             **headers,
@@ -182,11 +160,26 @@ class _Gateway:
             "x-biollm-attempts": ", ".join([*(f"{each}=failed" for each in failed), f"{answering}=ok"]),
             "x-biollm-degraded": str(self._client.config.provider(name.split("/")[0]).type == "embedded").lower(),
         }
-        return _Events(_frames(first, pieces, face.Line(name), asked.usage, asked_of), headers)
+        return _Events(_frames(first, pieces, openai_api.Chunks(name), asked.usage, sent_to), headers)
+
+
+def _whole(asked: openai_api.Asked, done: Completion, headers: Mapping[str, str], *, chat: bool) -> Response:
+    """Return the response of a whole answer, in the form of a stream where one was asked for."""
+    headers = {
+        **headers,
+        "x-biollm-deployment": done.deployment,
+        "x-biollm-attempts": openai_api.brief(done.attempts),
+        "x-biollm-degraded": str(done.degraded).lower(),
+    }
+    if not asked.stream:
+        return _json(openai_api.answer(done, chat=chat), headers=headers)
+    chunks = openai_api.Chunks(f"{done.provider}/{done.model}", chat=chat)
+    frames = [*chunks.whole(done), *chunks.end(done, usage=asked.usage)]
+    return Response("".join(frames), 200, {**_Events.HEADERS, **headers}, _Events.media_type)
 
 
 async def _frames(
-    first: Piece, rest: AsyncGenerator[Piece, None], line: face.Line, usage: bool, asked_of: Sequence[str]
+    first: Piece, rest: AsyncGenerator[Piece, None], chunks: openai_api.Chunks, usage: bool, sent_to: Sequence[str]
 ) -> AsyncGenerator[str, None]:
     """Yield the events of a stream; an error is the last one, without [DONE]."""
     try:
@@ -195,43 +188,41 @@ async def _frames(
             again = False
             while piece is not None:
                 if isinstance(piece, StreamRestarted):
-                    yield line.restarted(piece.attempt)
+                    yield chunks.restarted(piece.attempt)
                     again = True
                 elif piece.completion is None:
                     if again:
-                        line.name(_name(asked_of[-1]))
+                        chunks.name(_name(sent_to[-1]))
                         again = False
-                    yield line.text(piece.text)
+                    yield chunks.text(piece.text)
                 else:
-                    line.name(f"{piece.completion.provider}/{piece.completion.model}")
-                    for frame in line.end(piece.completion, usage=usage):
+                    chunks.name(f"{piece.completion.provider}/{piece.completion.model}")
+                    for frame in chunks.end(piece.completion, usage=usage):
                         yield frame
                 piece = await anext(rest, None)
     except Exception as error:
         if not isinstance(error, BiollmError):
             _log.exception("A stream failed.")
-        yield face.event(face.refusal(error)[1])
+        yield openai_api.event(openai_api.refusal(error)[1])
 
 
-class _Events(Response):
-    """Server-sent events, until their end or until the reader leaves. Starlette's own needs a task group for that."""
+class _Events(StreamingResponse):
+    """Server-sent events, until their end or until the reader disconnects."""
+
+    media_type = "text/event-stream"
+    HEADERS: ClassVar = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
     def __init__(self, frames: AsyncGenerator[str, None], headers: Mapping[str, str]) -> None:
-        super().__init__(headers={**_STREAM, **headers})
-        del self.headers["content-length"]
-        self._frames = frames
+        super().__init__(frames, headers={**self.HEADERS, **headers})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(self._frames) as frames, _while_there(receive):
-            async for frame in frames:
-                await send({"type": "http.response.body", "body": frame.encode(), "more_body": True})
-        await send({"type": "http.response.body"})
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(cast("AsyncGenerator[str, None]", self.body_iterator)):  # the request ends now, not at GC
+            await super().stream_response(send)
 
 
 @asynccontextmanager
-async def _while_there(receive: Receive) -> AsyncGenerator[None]:
-    """Give up what is inside when the caller leaves; ASGI servers tell, but cancel nothing."""
+async def _while_connected(receive: Receive) -> AsyncGenerator[None]:
+    """Cancel what is inside when the caller disconnects; ASGI servers report that, but cancel nothing."""
     me, gone = asyncio.current_task(), False
 
     async def watch() -> None:
@@ -253,7 +244,7 @@ async def _while_there(receive: Receive) -> AsyncGenerator[None]:
 
 
 class _Counted:
-    """Tells how many requests are under way. Starlette's BaseHTTPMiddleware would copy every stream."""
+    """Reports the number of requests in flight. Starlette's BaseHTTPMiddleware would copy every stream."""
 
     def __init__(self, inner: ASGIApp, *, touched: Callable[[int], None] | None) -> None:
         self._inner, self._touched, self._count = inner, touched, 0
@@ -279,21 +270,20 @@ def _name(ident: str) -> str:
     return f"{provider.partition('.')[0]}/{model}"
 
 
-def _json(data: face.Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def _json(data: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(json.dumps(data, separators=(",", ":")), status, headers, "application/json")
 
 
 def _refused(error: Exception, status: int | None = None, headers: Mapping[str, str] | None = None) -> Response:
-    usual, body, more = face.refusal(error)
+    usual, body, more = openai_api.refusal(error)
     return _json(body, status or usual, {**(headers or {}), **more})
 
 
-async def _lost(request: Request, error: HTTPException) -> Response:
-    """Say in OpenAI's shape that there is no such route or method."""
-    what = face.problem(f"{error.detail}: {request.method} {request.url.path}", "invalid_request_error", "not_found")
-    return _json(what, error.status_code, error.headers)
+async def _not_found(request: Request, error: HTTPException) -> Response:
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    return _json(openai_api.problem(message, "invalid_request_error", "not_found"), error.status_code, error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Say that something of ours broke; Starlette raises it again, for the log."""
+    """Answer after an unexpected error; Starlette raises it again, for the log."""
     return _refused(error)

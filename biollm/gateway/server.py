@@ -1,6 +1,6 @@
-"""Runs the gateway: on a Unix socket of this user alone, and if asked on a TCP port for who has a key.
+"""Runs the gateway on a private Unix socket and, with --port, on TCP for clients with a key.
 
-LiteLLM's proxy knows TCP alone, without a key by default, and drops streams when it is told to end.
+LiteLLM's proxy serves TCP only, without a key by default, and drops its streams on SIGTERM.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from biollm.config import Config
 
 Record = dict[str, Any]
-IDLE = 2 * 3600.0  # seconds until a detached gateway ends that nobody asks
-_SEE = "See biollm serve status; biollm serve stop ends it."
+IDLE = 2 * 3600.0  # seconds without a request until a detached gateway ends
+_RUNNING = "A gateway is already running, or still draining."
+_SEE = "See `biollm serve status`; `biollm serve stop` stops it."
 _LONGEST = 107  # bytes of a Unix socket's path, without the 0 at its end
 _CONNECTIONS = 256  # at once, of the TCP port
 _ALERTS = 60.0  # seconds between two looks at the alerts
@@ -47,7 +48,7 @@ _FLUSH = 5.0  # seconds for the last bytes of the last answers, when somebody ke
 
 @dataclass
 class _Busy:
-    """How many requests are under way, and since when none was."""
+    """How many requests are in flight, and since when there were none."""
 
     count: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -63,14 +64,15 @@ class _Busy:
 def serve(
     *, host: str = "127.0.0.1", port: int | None = None, idle: float | None = None, say: Callable[[str], None]
 ) -> None:
-    """Serve until told to end by SIGTERM, SIGINT or `idle` seconds without a request; answers under way are finished.
+    """Serve until SIGTERM, SIGINT or `idle` seconds without a request; requests in flight are finished.
 
     Args:
-        host, port: Where to listen for who has a key as well; port 0 is a free one.
-        say: Told where it listens, line by line.
+        host, port: Where to listen for clients with a key as well; port 0 is a free one.
+        idle: Seconds.
+        say: Called with each line of where it listens.
 
     Raises:
-        UsageError: One runs already, the port is taken, or no folder is fit for the socket.
+        UsageError: A gateway is running, the port is taken, or there is no suitable folder for the socket.
     """
     try:
         from biollm.gateway import app as gateway
@@ -79,31 +81,27 @@ def serve(
     from biollm.client import Client
     from biollm.routing import import_waterfall
 
-    os.environ["BIOLLM_GATEWAY"] = "off"  # it asks nobody but itself
+    os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
     mine, busy, end = identity(), _Busy(), threading.Event()
     with Client() as client, _alone(home()) as folder:
-        app = gateway.app(client, touched=busy.touched)
-        servers = [_server(app)]
-        told: Record = {
+        app, path = gateway.app(client, touched=busy.touched), folder / SOCKET
+        listening, url = [(_server(app), _unix(path))], None
+        notes = [f"listening on {path} (pid {os.getpid()})"]
+        if port is not None:
+            server, listener, url, where = _with_keys(app, host, port)
+            listening.append((server, listener))
+            notes.append(f"and on {url}/v1 for the key in {where}")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: _end(end))
+        running = [_start(server, listener) for server, listener in listening]
+        facts = {
             "pid": os.getpid(),
             "started": time.time(),
             "identity": mine,
-            "url": None,
+            "url": url,
             "lacks": _lacks(client.config),
         }
-        sockets, notes = [_unix(folder / SOCKET)], [f"listening on {folder / SOCKET} (pid {os.getpid()})"]
-        if port is not None:
-            from biollm.gateway.auth import Admission, keys
-
-            known, where = keys()
-            sockets.append(_tcp(host, port))
-            servers.append(_server(Admission(app, known, host), limit_concurrency=_CONNECTIONS))
-            told["url"] = f"http://{f'[{host}]' if ':' in host else host}:{sockets[1].getsockname()[1]}"
-            notes.append(f"and on {told['url']}/v1 for the key in {where}")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: _last_words(end))
-        running = [_start(server, listener) for server, listener in zip(servers, sockets, strict=True)]
-        write_private(folder / RECORD, json.dumps(told))
+        write_private(folder / RECORD, json.dumps(facts))
         for line in notes:
             say(line)
         if client.config.alerts.active:
@@ -111,23 +109,33 @@ def serve(
         import_waterfall()  # here, so that the first request need not wait for it
         lean.settle()
         try:
-            _until_the_end(end, busy, idle, folder / SOCKET, (folder / SOCKET).stat().st_ino)
+            _until_the_end(end, busy, idle, path, path.stat().st_ino)
         finally:
             (folder / RECORD).unlink(missing_ok=True)
-            (folder / SOCKET).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         end.set()
-        _drain(servers, running, busy)
+        _drain([server for server, _ in listening], running, busy)
+
+
+def _with_keys(app: Any, host: str, port: int) -> tuple[uvicorn.Server, socket.socket, str, str]:
+    """Return a server for clients with a key, its socket and URL, and where the keys are."""
+    from biollm.gateway.auth import Admission, keys
+
+    known, where = keys()
+    listener = _tcp(host, port)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    return _server(Admission(app, known, host), limit_concurrency=_CONNECTIONS), listener, url, where
 
 
 def _lacks(config: Config) -> list[str]:
-    """Return the variables that hold keys by the configuration, and hold none here."""
+    """Return the variables that should hold keys, and are not set here."""
     accounts = [account for provider in config.providers for account in provider.accounts]
     names = [each.env_key for each in accounts if each.env_key and not each.key_file]
     return sorted({name for name in names if not os.environ.get(name)})
 
 
 def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> None:
-    """Look every minute whether a rule of `alerts:` holds; in a thread of its own, so that no target delays an answer."""
+    """Evaluate the rules of `alerts:` every minute, in a thread of its own, so that no target delays an answer."""
     from biollm.monitoring import alerts
     from biollm.monitoring.snapshot import Collector
 
@@ -136,12 +144,12 @@ def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> 
         try:
             alerts.check(config, ledger(), top.snapshot(), state_dir(), say, log=True)
         except Exception as error:  # the next look may be better
-            say(f"The alerts could not be looked at: {error}")
+            say(f"The alerts could not be evaluated: {error}")
         end.wait(_ALERTS)
 
 
-def _last_words(end: threading.Event) -> None:
-    if end.is_set():  # told twice: at once
+def _end(end: threading.Event) -> None:
+    if end.is_set():  # the second signal: at once
         os._exit(1)
     end.set()
 
@@ -157,7 +165,7 @@ def _server(app: Any, **limits: Any) -> uvicorn.Server:
 
 
 def _start(server: uvicorn.Server, listener: socket.socket) -> Future[None]:
-    """Serve on the loop of the waterfall: a request then crosses no thread."""
+    """Serve on the waterfall's loop, so that a request crosses no thread."""
     future = asyncio.run_coroutine_threadsafe(server.serve([listener]), background().loop)
     while not (server.started or future.done()):
         time.sleep(0.005)
@@ -182,7 +190,7 @@ def _is_there(path: Path, inode: int) -> bool:
 def _drain(
     servers: Sequence[uvicorn.Server], running: Sequence[Future[None]], busy: _Busy, flush: float = _FLUSH
 ) -> None:
-    """Take no more requests, finish those under way, and close what is left: pages that follow the events."""
+    """Accept no more requests, finish those in flight, and close what is left: pages that follow the events."""
     for server in servers:
         server.should_exit = True
     while busy.count:
@@ -194,20 +202,20 @@ def _drain(
 
 
 def home() -> Path:
-    """Return the folder for the socket, made where it is missing.
+    """Return the folder for the socket; it is made if missing.
 
     Raises:
-        UsageError: None is this user's alone, or its name is too long.
+        UsageError: No folder is private, or its path is too long.
     """
     for folder in folders():
         with suppress(OSError):
             if folder.parent.is_dir() and is_private(private_folder(folder)):
                 if len(os.fsencode(folder / SOCKET)) > _LONGEST:
-                    hint = "Set XDG_RUNTIME_DIR to a folder of yours with a shorter name."
+                    hint = "Set XDG_RUNTIME_DIR to a private folder with a shorter path."
                     raise UsageError(f"{folder / SOCKET} is too long for a socket: over {_LONGEST} bytes.", hint=hint)
                 return folder
     last = folders()[-1]
-    raise UsageError(f"{last} is not yours alone.", hint="Set XDG_RUNTIME_DIR to a folder that is (chmod 700).")
+    raise UsageError(f"{last} is not private.", hint="Set XDG_RUNTIME_DIR to a folder of yours with mode 0700.")
 
 
 @contextmanager
@@ -221,19 +229,19 @@ def _alone(folder: Path) -> Generator[Path]:
                 break
             time.sleep(0.05)
         else:
-            raise UsageError("A gateway runs already, or finishes its last answers.", hint=_SEE)
+            raise UsageError(_RUNNING, hint=_SEE)
         yield folder
     finally:
         os.close(handle)
 
 
 def _unix(path: Path) -> socket.socket:
-    if path.is_socket() and not path.is_symlink():  # of a gateway that was killed
+    if path.is_socket() and not path.is_symlink():  # left by a gateway that was killed
         path.unlink()
     elif os.path.lexists(path):
-        raise UsageError(f"{path} is no socket.", hint="Move it away: the gateway listens there.")
+        raise UsageError(f"{path} is not a socket.", hint="Move it away: the gateway listens there.")
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))  # in a folder that nobody else can enter
+    listener.bind(str(path))  # in a private folder
     path.chmod(0o600)
     return listener
 
@@ -250,7 +258,7 @@ def _tcp(host: str, port: int) -> socket.socket:
 
 
 def running() -> Record | None:
-    """Return what the running gateway says of itself; None when none runs."""
+    """Return the record of the running gateway; None if there is none."""
     for folder in folders():
         with suppress(OSError):
             connect(folder / SOCKET).close()
@@ -260,7 +268,7 @@ def running() -> Record | None:
 
 
 def stop(patience: float) -> bool:
-    """Tell the running gateway to end, and wait `patience` seconds; return whether it has."""
+    """Stop the running gateway; return whether it has ended within `patience` seconds."""
     if (told := running()) is None:
         return True
     os.kill(told["pid"], signal.SIGTERM)
@@ -278,10 +286,11 @@ def detach(arguments: Sequence[str], patience: float = 60) -> tuple[Record, Path
     """Run `biollm serve` with these arguments in a session of its own; return its record and log once it answers.
 
     Raises:
+        UsageError: A gateway is already running.
         UnavailableError: It ended at once; the message is the end of its log.
     """
     if running():
-        raise UsageError("A gateway runs already, or finishes its last answers.", hint=_SEE)
+        raise UsageError(_RUNNING, hint=_SEE)
     log = own_dir(state_dir()) / "gateway.log"
     write_private(log, "")
     command = [sys.executable, "-c", "from biollm.cli import main; main()", "serve", *arguments]
@@ -292,8 +301,8 @@ def detach(arguments: Sequence[str], patience: float = 60) -> tuple[Record, Path
         if (told := running()) and told["pid"] == child.pid:
             return told, log
         if child.poll() is not None:
-            said = log.read_text(errors="replace").strip().removeprefix("biollm: ")
-            error = UnavailableError(said[-2000:] or f"The gateway ended with exit code {child.returncode}.")
+            written = log.read_text(errors="replace").strip().removeprefix("biollm: ")
+            error = UnavailableError(written[-2000:] or f"The gateway ended with exit code {child.returncode}.")
             if child.returncode == ConfigError.exit_code:  # as without --detach
                 error.exit_code = child.returncode
             raise error

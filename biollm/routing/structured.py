@@ -26,8 +26,8 @@ class ResponseSchema:
 
     wanted: type[BaseModel] | Mapping[str, Any]
 
-    def check(self) -> None:
-        """Look whether it is a schema at all, before anybody is paid for an answer.
+    def check(self, name: str = "response_model") -> None:
+        """Check that it is a JSON Schema, or has one, before an answer is paid for.
 
         Raises:
             UsageError: It is not.
@@ -39,7 +39,7 @@ class ResponseSchema:
             try:
                 cast("Any", validator_for(self.json_schema)).check_schema(self.json_schema)
             except SchemaError as error:
-                raise UsageError(f"response_model is no JSON Schema: {error.message}") from None
+                raise UsageError(f"{name} is no JSON Schema: {error.message}") from None
             return
         try:
             json.dumps(self.json_schema, allow_nan=False)

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from biollm._runtime import ledger
 from biollm.client import Client
 from biollm.gateway import app as gateway
-from biollm.gateway import openai_api as face
+from biollm.gateway import openai_api
 
 CHAT = "/v1/chat/completions"
 HI = {"model": "biollm", "messages": [{"role": "user", "content": "hi"}]}
@@ -390,13 +390,13 @@ def test_model_and_policy_choose_who_may_answer(
     assert (answer.headers["x-biollm-policy"], answer.headers["x-biollm-deployment"]) == (policy, who)
 
 
-@pytest.mark.parametrize("name", face._EXTENSION)
+@pytest.mark.parametrize("name", openai_api._EXTENSION)
 def test_a_null_is_an_option_that_was_not_given(net: Loopback, waterfall: Callable[..., Path], name: str) -> None:
     waterfall(first=net.serve())
     body = {**HI, "model": "first/small", "stream": True, "temperature": None}
     for headers in ({}, {"x-biollm-policy": "no_training", "x-biollm-tags": "a=1", "x-biollm-on-interrupt": "restart"}):
         texts = (json.dumps({**body, "biollm": ours}).encode() for ours in ({}, {name: None}))
-        bare, null = (face.read(text, headers, Client().config, {}, chat=True) for text in texts)
+        bare, null = (openai_api.read(text, headers, Client().config, {}, chat=True) for text in texts)
         assert null == bare
 
 

@@ -98,28 +98,25 @@ def test_every_route_but_health_needs_a_key(url: str) -> None:
     assert tags == [{"key": "ann", "user": "ann", "run": "7"}, {"key": "bob"}]
 
 
-def test_a_browser_logs_in_to_see_the_page_and_no_more(url: str) -> None:
+def test_a_browser_sees_the_pages_by_http_basic_and_no_more(url: str) -> None:
     with httpx.Client(base_url=url, timeout=60) as client:
-        form = client.get("/", headers={"accept": "text/html"})
-        assert (form.status_code, "<form" in form.text) == (401, True)
-        assert client.post("/login", data={"key": "wrong"}).status_code == 401
-        assert client.post("/login", data={"key": "x" * 5000}).status_code == 413
-        entered = client.post("/login", data={"key": ANN})
-        assert (entered.status_code, entered.headers["location"]) == (303, "/")
-        cookie = entered.headers["set-cookie"]
-        assert "HttpOnly" in cookie and "SameSite=strict" in cookie
-        assert ANN not in cookie
+        asked = client.get("/")
+        assert (asked.status_code, asked.headers["www-authenticate"].split()[0]) == (401, "Basic")
+        assert client.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        for user, password in (("", ""), ("ann", ""), ("ann", ANN[:-1]), (ANN, "x"), ("ann", f"{ANN}:")):
+            assert client.get("/", auth=(user, password)).status_code == 401, (user, password)
+        for broken in ("Basic", "Basic x", "Basic ä", f"Basic {ANN}", "Basic gICA"):
+            assert client.get("/", headers=[(b"authorization", broken.encode())]).status_code == 401, broken
+    with httpx.Client(base_url=url, timeout=60, auth=("anything", ANN)) as client:
         assert "<html" in client.get("/").text
         with client.stream("GET", "/events") as events:
             assert events.status_code == 200
         assert client.get("/metrics").status_code == 200
-        assert [client.post(CHAT, json=HI).status_code, client.get("/v1/models").status_code] == [401, 401]
-        ours = cookie.partition(";")[0]
-        for beside in ("a=1", "a[b]=1", "odd name=1", "{}", '"', "ä=ä"):  # of other programs on this host
-            cookies = [(b"cookie", f"{beside}; {ours}".encode())]
-            assert httpx.get(f"{url}/", headers=cookies).status_code == 200, beside
-        client.cookies.set("biollm", "forged")
-        assert httpx.get(f"{url}/", headers={"cookie": "biollm=forged"}).status_code == 401
+        others = [client.post(CHAT, json=HI), client.get("/v1/models"), client.get("/ready"), client.post("/")]
+        assert {answer.status_code for answer in others} == {401}
+        for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
+            for path in ("/", "/metrics"):
+                assert client.get(path, headers={"sec-fetch-site": site}).status_code == status, site
 
 
 def test_a_random_key_is_made_once_in_a_private_file(state: Path) -> None:
@@ -140,8 +137,8 @@ EMPTY: list[tuple[tuple[str, str], dict[str, Any]]] = [  # requests that name no
     (MODELS, {}),
     (MODELS, {"headers": {"authorization": ""}}),
     (MODELS, {"headers": {"authorization": "Bearer"}}),
-    (("POST", "/login"), {}),
-    (("POST", "/login"), {"data": {"key": ""}}),
+    (("GET", "/"), {}),
+    (("GET", "/"), {"auth": ("ann", "")}),
 ]
 
 
@@ -210,14 +207,13 @@ def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("text", "mode", "told"),
     [
-        (KEYS, 0o640, "holds keys, and others can read it. chmod 600"),
-        (
-            "ann: {key: short-secret}\n",
-            0o600,
-            "gateway_keys.yaml:1: ann.key: String should have at least 16 characters.",
-        ),
-        (f"ann: {{key: {ANN}, limit: 1/day}}\n", 0o600, "ann.limit: Extra inputs are not permitted."),
-        (f"ann: {ANN}\n", 0o600, "gateway_keys.yaml:1: ann:"),
+        (KEYS, 0o640, "holds keys and can be read by others. chmod 600"),
+        ("ann: {key: short-secret}\n", 0o600, "gateway_keys.yaml:1: ann.key: must have at least 16 characters."),
+        (f"ann: {{key: {ANN}, limit: 1/day}}\n", 0o600, "ann.limit: is not a known key."),
+        (f"ann: {{key: {ANN}, rate_limit: fast}}\n", 0o600, "ann.rate_limit: 'fast' is not a"),
+        ("ann: {tags: {a: b}}\n", 0o600, "ann.key: is missing."),
+        (f"ann: {{key: {ANN}, start_local: perhaps}}\n", 0o600, "ann.start_local: is not valid."),
+        (f"ann: {ANN}\n", 0o600, "gateway_keys.yaml:1: ann: must be a mapping."),
         ("ann: [\n", 0o600, "gateway_keys.yaml:"),
         ("{}\n", 0o600, "holds no key. Write NAME: {key: ...}."),
     ],

@@ -68,7 +68,7 @@ def test_it_runs_in_the_background_answers_and_stops(
     again = biollm("serve")
     assert (again.code, again.err.split("\n")[0]) == (
         2,
-        "biollm: A gateway runs already, or finishes its last answers.",
+        "biollm: A gateway is already running, or still draining.",
     )
     assert biollm("serve", "--detach").code == 2
 
@@ -127,7 +127,7 @@ def test_told_to_end_it_finishes_its_streams(
     until(lambda: not (runtime / "gateway.sock").exists())
     assert _serve.running() is None
     assert alive(pid)
-    with pytest.raises(UsageError, match="A gateway runs already"):  # it ends, but is not gone
+    with pytest.raises(UsageError, match="A gateway is already running"):  # it ends, but is not gone
         _serve.serve(say=print)
     Paused.go.set()
     rest = [piece for piece in pieces if isinstance(piece, StreamChunk)]
@@ -202,7 +202,7 @@ def test_the_sockets_folder_is_the_users_alone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "getuid", lambda: 54321)  # whose /tmp/biollm-54321 nobody can have made but root
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "absent"))
     try:
-        with pytest.raises(UsageError, match="/tmp/biollm-54321 is not yours alone"):
+        with pytest.raises(UsageError, match="/tmp/biollm-54321 is not private"):
             _serve.home()
     finally:
         Path("/tmp/biollm-54321").rmdir()
