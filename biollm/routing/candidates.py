@@ -218,7 +218,7 @@ class DeploymentPool:
             if server is None:
                 return "its server has left"
             try:
-                return credentials.of_secret(endpoints.read_key(server))
+                return Credential(endpoints.read_key(server))
             except (OSError, ValueError) as error:  # its record still counts for some seconds after the key has gone
                 return f"the key of the server on {server.host} cannot be read: {error}"
         found = credentials.find(deployment.provider, deployment.account, self.state, exchange=exchange)

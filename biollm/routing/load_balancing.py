@@ -103,7 +103,7 @@ class Balance:
             self._client = httpx.AsyncClient(trust_env=False, timeout=PATIENCE)
             background().closing.append(self._client.aclose)
         url = (replica.base_url or "").removesuffix("/v1")
-        key = known.credentials.get(replica.id) or Credential("", "")
+        key = known.credentials.get(replica.id) or Credential()
         headers = {"Authorization": f"Bearer {key.secret}"} if key.secret else {}
         told: Figures | None = None
         try:

@@ -518,7 +518,7 @@ class Waterfall:
             rests = "endpoint"  # replicas are one account to the ledger, yet each has a queue of its own that is full
         elif rests == "account" and failure.kind == "limited" and not deployment.account.limits:
             rests, widens = "deployment", "account"  # whose limit it was, the next failure of the account tells
-        keys = _by_kind(cooling_keys(deployment, self.pool.credentials.get(deployment.id, Credential("", ""))))
+        keys = _by_kind(cooling_keys(deployment, self.pool.credentials.get(deployment.id, Credential())))
         concerned = [keys.get(rests, keys["deployment"])] if rests else []
         if rests == "deployment" and widens and self._alike(deployment, widens, failure):
             concerned.append(keys[widens])

@@ -49,7 +49,7 @@ def test_another_variable_never_stands_in(state: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("type_", ["local", "embedded"])
 def test_what_runs_here_needs_no_key(state: Path, type_: str) -> None:
-    assert find(state, type=type_) == Credential("", "")
+    assert find(state, type=type_) == Credential()
 
 
 def test_what_runs_here_needs_the_key_it_names(state: Path) -> None:
@@ -88,11 +88,11 @@ def test_a_key_file_that_others_may_open_is_refused_with_the_mend(state: Path, t
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "does not hold one key"),
-        ("\n\n", "does not hold one key"),
-        (f"{SECRET}\n{SECRET}\n", "does not hold one key"),
-        (f"KEY = {SECRET}", "does not hold one key"),
-        (f"{SECRET}…", "does not hold one key"),
+        ("", "must hold one key and nothing else"),
+        ("\n\n", "must hold one key and nothing else"),
+        (f"{SECRET}\n{SECRET}\n", "must hold one key and nothing else"),
+        (f"KEY = {SECRET}", "must hold one key and nothing else"),
+        (f"{SECRET}…", "must hold one key and nothing else"),
     ],
 )
 def test_a_key_file_holds_one_key(state: Path, tmp_path: Path, text: str, says: str) -> None:
@@ -138,6 +138,6 @@ def test_the_secret_shows_nowhere(state: Path, tmp_path: Path, caplog: pytest.Lo
 
 
 def test_fingerprints_are_the_same_in_every_process_and_tell_keys_apart() -> None:
-    assert credentials.fingerprint(SECRET) == "b6057e5e86ac"
-    assert credentials.fingerprint(SECRET + "0") != credentials.fingerprint(SECRET)
-    assert credentials.fingerprint("") == ""
+    assert Credential(SECRET).fingerprint == "b6057e5e86ac"
+    assert Credential(SECRET + "0").fingerprint != Credential(SECRET).fingerprint
+    assert Credential("").fingerprint == ""

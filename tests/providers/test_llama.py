@@ -217,7 +217,7 @@ def test_the_model_is_loaded_by_the_first_request_and_once(alone: None, monkeypa
 
 def test_a_schema_turns_off_what_penalises_repetition(alone: None, net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = net.serve(text='{"a": 1}')
-    monkeypatch.setattr(embedded, "server", lambda *_, start: Credential("k", "", base_url=fake.url))
+    monkeypatch.setattr(embedded, "server", lambda *_, start: Credential("k", base_url=fake.url))
     client = get_model_client()
     client.complete("hi", allow_degraded=True)
     client.complete("hi", allow_degraded=True, response_model={"type": "object"}, temperature=0.5)

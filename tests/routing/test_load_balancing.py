@@ -20,7 +20,7 @@ from biollm._runtime import background
 from biollm.client import Client, get_model_client
 from biollm.config.paths import run_dir
 from biollm.errors import CompletionError
-from biollm.providers.credentials import of_secret
+from biollm.providers.credentials import Credential
 from biollm.routing import load_balancing
 from biollm.routing.deployments import Deployment, build_deployments
 from biollm.slurm.endpoints import Endpoint, Figures, figures
@@ -277,7 +277,7 @@ def test_a_cloud_api_is_never_asked_for_metrics(net: Loopback, replicas: Replica
 
 
 def keyed(client: Client, found: Sequence[Deployment]) -> Any:
-    key = of_secret("the-key-of-the-start")
+    key = Credential("the-key-of-the-start")
     return SimpleNamespace(credentials={each.id: key for each in found}, config=client.config)
 
 

@@ -27,7 +27,7 @@ from biollm.config import load_config
 from biollm.config.paths import run_dir
 from biollm.errors import UnavailableError
 from biollm.providers import copilot
-from biollm.providers.credentials import of_secret
+from biollm.providers.credentials import Credential
 from biollm.routing.deployments import build_deployments
 from biollm.routing.health import check
 from biollm.routing.host_check import TRUSTED, trust
@@ -296,7 +296,7 @@ def test_what_was_looked_up_a_moment_ago_costs_microseconds(net: Loopback, water
     async def ask(times: int) -> float:
         began = time.perf_counter()
         for _ in range(times):
-            assert await trust().objection(deployment, of_secret("sk-planted"), client.config.cluster) is None
+            assert await trust().objection(deployment, Credential("sk-planted"), client.config.cluster) is None
         return (time.perf_counter() - began) / times
 
     assert background().run(ask(1000)) < 1e-3
