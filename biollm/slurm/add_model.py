@@ -34,7 +34,7 @@ def entry(hf_id: str, published: dict[str, Any], cluster: Cluster, key: str | No
         sizes = [Model(**model, gpus_required=2**n, vllm_args={"tensor_parallel_size": 2**n}) for n in range(7)]
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))} {first['msg']}") from None
+        raise UsageError(f"{'.'.join(map(str, first['loc']))} {first['msg'].removeprefix('Value error, ')}") from None
     reports = [fit(size, cluster) for size in sizes]
     for size, report in zip(sizes, reports, strict=True):
         if report.fits:

@@ -1,4 +1,4 @@
-"""Reads the records that running model servers leave in the run directory, and says which are alive.
+"""Reads the records that running model servers leave in the run directory, and finds those that are alive.
 
 Slurm knows jobs, not servers; LiteLLM knows configured URLs, not what came and went. A record counts while it is
 renewed, its walltime is not about to end, its owner is trusted, its host is a node of the cluster, and the server
@@ -31,11 +31,10 @@ if TYPE_CHECKING:
 
 STALE_S = 20.0  # a record is renewed every 5 s, or 10 s later by a server that is slow to answer
 ENDING_S = 10.0  # a server with less walltime left gets no new requests
-PROBE_S = 15.0  # between two questions to the same server
-_RETRY_S = 2.0  # the same, after it did not answer
-_LOOK_S = 2.0  # how long the first look is waited for
-_UNUSED_S = 60.0  # a watch that nobody asks stops reading
-_SKEW_S = 60.0  # how long a measured difference of clocks is believed
+PROBE_S, _RETRY_S = 15.0, 2.0  # between two probes of a server; after one without an answer
+_FIRST_S = 2.0  # the longest wait for the first refresh
+_UNUSED_S = 60.0  # an unused watch stops reading
+_SKEW_S = 60.0  # how long a measured difference of clocks is used
 START, PROOF = "x-biollm-start", "x-biollm-proof"  # headers of a server's answers
 _START, _RECORD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{32}\.json")
 _METRIC = re.compile(
@@ -50,7 +49,7 @@ class Endpoint:
     Attributes:
         start: Id of this start of the server; every answer carries it as `x-biollm-start`.
         job: Slurm's job id.
-        submission: Id of the submission; unlike a job's id it is never used again.
+        submission: Id of the submission; unlike a job id it is never reused.
         host: The node's name.
         base_url: "http://ADDRESS:PORT/v1".
         key_file: Holds the key of this start; see `read_key`.
@@ -82,7 +81,7 @@ class Records:
         self._skew = (-_SKEW_S, 0.0)
 
     def read(self) -> tuple[list[Endpoint], dict[str, str]]:
-        """Return what is alive by its record, and for every other record why it is not."""
+        """Return the servers that are alive by their records, and for every other record why it does not count."""
         alive: list[Endpoint] = []
         others: dict[str, str] = {}
         known, self._known = self._known, {}
@@ -93,14 +92,14 @@ class Records:
         now = self.now() if entries else 0.0
         for entry in entries:
             try:
-                seen = entry.stat(follow_symlinks=False)
-                mark = (seen.st_mtime_ns, seen.st_ino)
-                if (old := known.get(entry.path)) is None or old[0] != mark:
-                    old = (mark, *_load(entry.path))
+                file = entry.stat(follow_symlinks=False)
+                version = (file.st_mtime_ns, file.st_ino)
+                if (old := known.get(entry.path)) is None or old[0] != version:
+                    old = (version, *_load(entry.path))
                 self._known[entry.path] = old
-                found = self._judge(Path(entry.path), old[1], old[2], now - seen.st_mtime)
-            except FileNotFoundError:
-                continue  # it left just now
+                found = self._check(Path(entry.path), old[1], old[2], now - file.st_mtime)
+            except FileNotFoundError:  # removed just now
+                continue
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 found = "cannot be read, or is no record"
             if isinstance(found, str):
@@ -117,7 +116,7 @@ class Records:
             self._skew = (time.monotonic(), skew)
         return time.time() + skew
 
-    def _judge(self, path: Path, record: Any, owner: int, age: float) -> Endpoint | str:
+    def _check(self, path: Path, record: Any, owner: int, age: float) -> Endpoint | str:
         """Return the endpoint of a record, or why it does not count."""
         name = path.stem
         left = float(record["left_s"]) - age
@@ -127,7 +126,7 @@ class Records:
         if owner not in self._owners:
             return f"its owner (user id {owner}) is not trusted"
         if record["start"] != name or not _START.fullmatch(name):
-            return "is named otherwise than its file"
+            return "its file has another name"
         if age > STALE_S:
             return f"was not renewed for {age:.0f} s"
         if left < ENDING_S:
@@ -141,7 +140,7 @@ class Records:
         )  # fmt: skip
 
     def _node_map(self) -> Mapping[str, str]:
-        """Return node name -> address, as the controller told `biollm up` or `status` last."""
+        """Return node name -> address, as written by the last `biollm up` or `render-slurm`."""
         paths = [place / f"nodes-{self._cluster.name}.json" for place in self._places]
         try:
             path = next((path for path in paths if path.exists()), paths[0])
@@ -155,32 +154,32 @@ class Records:
 
 
 class Watch:
-    """The servers that are alive, kept in memory and refreshed in the background: asking costs no file access."""
+    """The servers that are alive, kept in memory and refreshed in the background: a look-up needs no file access."""
 
     def __init__(self, cluster: Cluster, interval: float = 0.5) -> None:
         self._records, self._interval = Records(cluster), interval
         self._alive: tuple[Endpoint, ...] = ()
         self._probed: dict[str, tuple[float, bool]] = {}  # start -> when, and whether it answered
         self._thread: threading.Thread | None = None
-        self._looked, self._due = threading.Event(), 0.0
-        self._asked = self._took = 0.0
+        self._refreshed, self._wait_until = threading.Event(), 0.0
+        self._used = self._read_s = 0.0
 
     def alive(self) -> tuple[Endpoint, ...]:
-        """Return the servers alive at most an interval ago; waits for the first look, and for one after a minute unasked.
+        """Return the servers alive at most an interval ago.
 
-        A file system that does not answer is waited for 2 s; then it is what was known before.
+        Waits for the first refresh, also after a minute without use; at most 2 s, then it returns what was known.
         """
         self.latest()
-        self._looked.wait(max(0.0, self._due - time.monotonic()))
+        self._refreshed.wait(max(0.0, self._wait_until - time.monotonic()))
         return self._alive
 
     def latest(self) -> tuple[Endpoint, ...]:
-        """Return the servers that are known to be alive, without waiting, and see to it that somebody looks."""
-        self._asked = time.monotonic()
+        """Return the servers known to be alive, without waiting, and start refreshing if that has stopped."""
+        self._used = time.monotonic()
         if self._thread is None or not self._thread.is_alive():  # also in the child of a fork
-            self._looked, self._due = threading.Event(), self._asked + _LOOK_S
+            self._refreshed, self._wait_until = threading.Event(), self._used + _FIRST_S
             self._thread = threading.Thread(
-                target=self._run, args=(self._looked,), name="biollm-endpoints", daemon=True
+                target=self._run, args=(self._refreshed,), name="biollm-endpoints", daemon=True
             )
             self._thread.start()
         return self._alive
@@ -188,39 +187,39 @@ class Watch:
     @property
     def awake(self) -> bool:
         """Return whether `alive` would not wait."""
-        seen = self._looked.is_set() or time.monotonic() >= self._due
-        return seen and self._thread is not None and self._thread.is_alive()
+        waited = self._refreshed.is_set() or time.monotonic() >= self._wait_until
+        return waited and self._thread is not None and self._thread.is_alive()
 
     def refresh(self) -> tuple[Endpoint, ...]:
-        """Read the records, and ask the servers that are new or were not asked for a while."""
+        """Read the records, and probe the servers that are new or were not probed for a while."""
         began = time.monotonic()
         found, _ = self._records.read()
         now = time.monotonic()
-        self._took = now - began
+        self._read_s = now - began
         probed = self._probed = {e.start: self._probed[e.start] for e in found if e.start in self._probed}
         due = [e for e in found if (p := probed.get(e.start)) is None or now - p[0] > (PROBE_S if p[1] else _RETRY_S)]
         for endpoint, named in _probe(due):
-            # One that is only slow counts as before, a new one by its record: it proves its start before it is asked.
+            # A slow one counts as before, a new one by its record: it proves its start before a request is sent.
             answered = probed.get(endpoint.start, (0.0, True))[1] if named is None else named == endpoint.start
             probed[endpoint.start] = (now, answered)
         self._alive = tuple(e for e in found if probed.get(e.start, (0.0, False))[1])
         return self._alive
 
-    def _run(self, looked: threading.Event) -> None:
-        while time.monotonic() - self._asked < _UNUSED_S:
+    def _run(self, refreshed: threading.Event) -> None:
+        while time.monotonic() - self._used < _UNUSED_S:
             try:
                 self.refresh()
             except RuntimeError:  # the interpreter is ending, and starts no more threads
                 return
-            looked.set()
-            time.sleep(max(self._interval, 20 * self._took))  # a slow file system is read more rarely
+            refreshed.set()
+            time.sleep(max(self._interval, 20 * self._read_s))  # a slow file system is read less often
 
 
 def read_key(endpoint: Endpoint) -> str:
     """Return the key of an endpoint.
 
     Raises:
-        OSError: It is gone, empty, not readable for this user, or not the record's owner's.
+        OSError: It is gone, empty, not readable, or does not belong to the record's owner.
     """
     with endpoint.key_file.open() as file:
         if os.fstat(file.fileno()).st_uid != endpoint.owner:
@@ -231,20 +230,20 @@ def read_key(endpoint: Endpoint) -> str:
 
 
 def challenge() -> tuple[str, str]:
-    """Return a nonce, and the path at which the server of a start proves, with its key, that it is that."""
+    """Return a nonce, and the path at which a server proves with its key that it is the start of its record."""
     nonce = secrets.token_hex(16)
     return nonce, f"/health?nonce={nonce}"
 
 
 def proof(key: str, nonce: str, start: str) -> str:
-    """Return what only a server with the key of the start can answer to a nonce."""
+    """Return the answer to a nonce, which only a server with the key of the start can compute."""
     return hmac.new(key.encode(), f"{nonce}{start}".encode(), "sha256").hexdigest()
 
 
 def unproven(base_url: str, model: str) -> str:
-    """Return what is said of a server that does not prove its start, one sentence."""
+    """Return one sentence about a server that does not prove its start."""
     restart = f"biollm down {model} && biollm up {model}"
-    return f"what listens at {base_url} does not prove to be its server: another program, or one of an older biollm ({restart})"
+    return f"{base_url} does not prove to be its server: another program, or one of an older biollm ({restart})"
 
 
 def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout: float) -> tuple[int, str]:
@@ -258,7 +257,7 @@ def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout
         timeout: Seconds.
 
     Raises:
-        OSError: It did not answer, or another server did, which was not sent the key.
+        OSError: It did not answer, or another server did; the key was not sent to that.
     """
     status, start, text = _request(endpoint, method, path, body, timeout, read_key(endpoint))
     if start != endpoint.start:
@@ -268,7 +267,7 @@ def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout
 
 @dataclass(frozen=True)
 class Figures:
-    """What vLLM says of its load: requests that run and that wait, and the share of the key-value cache in use."""
+    """The load of a vLLM server: running and waiting requests, and the share of the key-value cache in use."""
 
     running: int
     waiting: int
@@ -276,16 +275,15 @@ class Figures:
 
 
 def load(endpoint: Endpoint) -> tuple[int, int] | None:
-    """Return how many requests run and wait on a server, or None when it does not say."""
-    try:
-        said = figures(ask(endpoint, "GET", "/metrics", timeout=3)[1])
-    except OSError:
-        return None
-    return said and (said.running, said.waiting)
+    """Return the numbers of running and waiting requests, or None if they are unknown."""
+    with suppress(OSError):
+        if found := figures(ask(endpoint, "GET", "/metrics", timeout=3)[1]):
+            return found.running, found.waiting
+    return None
 
 
 def figures(text: str) -> Figures | None:
-    """Return the figures in a text of vLLM's /metrics, of all its engines; None where they are not there."""
+    """Return the load in vLLM's /metrics, of all its engines; None if it is not there."""
     found: dict[str, list[float]] = {}
     for name, value in _METRIC.findall(text):
         found.setdefault(name, []).append(float(value))
@@ -301,12 +299,12 @@ def _load(path: str | Path) -> tuple[Any, int]:
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
         seen = os.fstat(file.fileno())
         if not stat.S_ISREG(seen.st_mode) or seen.st_mode & 0o022:
-            raise ValueError("others may write it")
+            raise ValueError("others can write it")
         return json.load(file), seen.st_uid
 
 
 def _probe(endpoints: Sequence[Endpoint]) -> Iterable[tuple[Endpoint, str | None]]:
-    """Yield for each server the start that it names: "" for none or no connection, None for no answer in time."""
+    """Yield for each server the start that it reports: "" for none or no connection, None for no answer in time."""
     if not endpoints:
         return
     from concurrent.futures import ThreadPoolExecutor
@@ -338,8 +336,8 @@ def _request(
             connection.request("GET", where)
             answer = connection.getresponse()
             answer.read()
-            said = answer.headers.get(PROOF) or ""
-            if not hmac.compare_digest(said.encode(), proof(key, nonce, endpoint.start).encode()):
+            given = answer.headers.get(PROOF) or ""
+            if not hmac.compare_digest(given.encode(), proof(key, nonce, endpoint.start).encode()):
                 raise ConnectionError(unproven(endpoint.base_url, endpoint.model))
             connection.auto_open = 0  # a new connection could lead to another server
         connection.request(method, path, None if body is None else json.dumps(body), headers)

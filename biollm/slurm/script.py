@@ -200,7 +200,7 @@ def override(model: Model, assignment: str) -> Model:
     try:
         return type(model).model_validate({**model.model_dump(exclude_unset=True), first: value})
     except ValidationError as error:
-        raise UsageError(f"--set {assignment!r}: {error.errors()[0]['msg']}") from None
+        raise UsageError(f"--set {assignment!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def _sized(model: Model, options: Options) -> Model:

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import hmac
 import http.client
+import itertools
 import json
 import os
 import secrets
@@ -96,8 +97,7 @@ class Allocation:
 
     def stop_requested(self) -> bool:
         """Return whether the stop mark of this submission or chain exists."""
-        names = filter(None, (self.submission, self.options.chain))
-        return any((self.jobs / f"{name}.stop").exists() for name in names)
+        return any((self.jobs / f"{name}.stop").exists() for name in (self.submission, self.options.chain) if name)
 
     def event(self, model: str, state: str, reason: str = "", **detail: Any) -> None:
         """Write one change of state to the job's log and to the events that `biollm up` and `status` read."""
@@ -106,11 +106,10 @@ class Allocation:
             return  # the first node reports for the server
         entry = {"at": time.time(), "model": model, "state": state, "reason": reason, "restart": self.restart}
         line = json.dumps({**entry, "job": self.id, "host": self.host, **detail}) + "\n"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            file = os.open(self.jobs / f"{self.submission}.events", flags, 0o600)
-            with os.fdopen(file, "a") as stream:
-                stream.write(line)
+            with os.fdopen(os.open(self.jobs / f"{self.submission}.events", flags, 0o600), "a") as file:
+                file.write(line)
         except OSError as error:
             _log(f"cannot write the event: {error}")
 
@@ -154,10 +153,7 @@ class Server:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         code, failure = 0, ""
         try:
-            if self.job.rank:
-                self._follow()
-            else:
-                self._lead()
+            (self._follow if self.job.rank else self._lead)()
         except ServerFailedError as error:
             code, failure = error.code, str(error)
         except Exception as error:
@@ -220,8 +216,8 @@ class Server:
         if self.job.stop_reason:
             return
         address, port = json.loads(rendezvous.read_text())
-        rank = ["--headless", "--node-rank", str(self.job.rank)]
-        self._spawn([*rank, "--master-addr", address, "--master-port", port], {})
+        rank = ["--headless", "--node-rank", str(self.job.rank), "--master-addr", address, "--master-port", port]
+        self._spawn(rank, {})
         self.job.event(self.name, "starting", f"as rank {self.job.rank}", log=str(self._log))
         while self._may_continue() and rendezvous.exists():
             self.wake.wait(1)
@@ -239,12 +235,7 @@ class Server:
                 pass_fds=descriptors, start_new_session=True,
             )  # fmt: skip
         self._process = process
-
-        def wait() -> None:
-            process.wait()
-            self.wake.set()
-
-        threading.Thread(target=wait, daemon=True).start()
+        threading.Thread(target=lambda: (process.wait(), self.wake.set()), daemon=True).start()
 
     def _may_continue(self) -> bool:
         """Return False when the job is to stop.
@@ -285,7 +276,7 @@ class Server:
         return True
 
     def _complete(self) -> None:
-        """Request a completion of one token: with several nodes, /health is fine while one of them is dead."""
+        """Request a completion of one token: with several nodes, /health is fine while one is dead."""
         body = json.dumps({"model": self.name, "prompt": "Hello", "max_tokens": 1})
         answer = self._request("POST", "/v1/completions", body, timeout=max(1.0, self._start_by - time.monotonic()))
         if self._may_continue() and (not answer or answer[0] != 200):
@@ -330,11 +321,6 @@ class Server:
             with contextlib.suppress(OSError):
                 os.utime(self._record)
 
-    def _unpublish(self) -> None:
-        if self._start:
-            with contextlib.suppress(OSError):
-                self._record.unlink()
-
     def _serve(self) -> None:
         """Renew the record while the server answers; return when the job is to stop and a successor may take over."""
         self.job.event(self.name, "ready", took_s=int(time.monotonic() - self._began), start=self._start)
@@ -359,15 +345,14 @@ class Server:
         for path in self._record.parent.glob("*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 other = json.loads(path.read_text())
-                same = (other["chain"], other["model"]) == (options.chain, self.name)
-                if same and other["link"] > options.link:
+                if (other["chain"], other["model"]) == (options.chain, self.name) and other["link"] > options.link:
                     return False
         return True
 
     def _drain(self) -> None:
         """Leave routing and wait until the requests in flight have ended."""
         job = self.job
-        self._unpublish()
+        _remove(self._record)
         job.event(self.name, "draining", job.stop_reason)
         limit = CANCEL_S if job.stop_reason == "cancelled" else min(job.options.drain, job.left_s() - KILL_S - 5)
         deadline = time.monotonic() + limit
@@ -380,10 +365,9 @@ class Server:
 
     def _clear(self) -> None:
         """Unpublish, TERM, then KILL the group: a dead API server leaves its engine and workers behind."""
-        self._unpublish()
+        _remove(self._record)
         if not self.job.rank:  # the further nodes stop with this one
-            with contextlib.suppress(OSError):
-                self.job.rendezvous.unlink()
+            _remove(self.job.rendezvous)
         if process := self._process:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -396,8 +380,8 @@ class Server:
             os.close(self._lifeline)
             self._lifeline = -1
         if self._start:
-            with contextlib.suppress(OSError):  # anything else in there is not ours
-                (self._folder / "key").unlink()
+            _remove(self._folder / "key")
+            with contextlib.suppress(OSError):  # it holds something that is not ours
                 self._folder.rmdir()
         self.wake.clear()
 
@@ -408,6 +392,11 @@ def _reserve_port(host: str) -> socket.socket:
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind((host, 0))
     return reserved
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink()
 
 
 def _log(text: str) -> None:
@@ -430,8 +419,8 @@ def assign_devices(gpus: list[int], granted: str | None) -> list[str | None]:
     devices = [str(n) for n in range(sum(gpus))] if granted is None else [d for d in granted.split(",") if d]
     if sum(gpus) > len(devices):
         raise ValueError(f"the models need {sum(gpus)} GPUs, the job was granted {len(devices)}")
-    ends = [sum(gpus[: index + 1]) for index in range(len(gpus))]
-    return [",".join(devices[end - n : end]) if n else None for end, n in zip(ends, gpus)]
+    remaining = iter(devices)
+    return [",".join(itertools.islice(remaining, count)) if count else None for count in gpus]
 
 
 def parse(words: list[str]) -> list[argparse.Namespace]:
@@ -448,13 +437,9 @@ def parse(words: list[str]) -> list[argparse.Namespace]:
     for name, default in (("--walltime", 0), ("--drain", 0), ("--idle-timeout", 0), ("--heartbeat", 5), ("--grace", 3)):
         parser.add_argument(name, type=float, default=float(default))
     parser.add_argument("command", nargs="+")
-    blocks: list[list[str]] = [[]]
-    for word in words:
-        if word == "--and":
-            blocks.append([])
-        else:
-            blocks[-1].append(word)
-    return [parser.parse_args(block) for block in blocks]
+    ends = [place for place, word in enumerate(words) if word == "--and"] + [len(words)]
+    starts = [0] + [end + 1 for end in ends[:-1]]
+    return [parser.parse_args(words[start:end]) for start, end in zip(starts, ends)]
 
 
 def main() -> int:
