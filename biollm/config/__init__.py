@@ -27,29 +27,14 @@ if TYPE_CHECKING:
     from biollm.config.values import Limit
 
 __all__ = [
-    "LITELLM_PROVIDERS",
-    "Account",
-    "Alerts",
-    "Architecture",
-    "Cluster",
-    "Config",
-    "Costs",
-    "Environment",
-    "Limit",
-    "Model",
-    "Policy",
-    "Provider",
-    "Routing",
-    "describe",
-    "json_schema",
-    "load_config",
-]
-_IN_LOADER, _IN_VALUES = ("Config", "describe", "json_schema", "load_config"), ("Limit",)
+    "LITELLM_PROVIDERS", "Account", "Alerts", "Architecture", "Cluster", "Config", "Costs", "Environment", "Limit",
+    "Model", "Policy", "Provider", "Routing", "describe", "json_schema", "load_config",
+]  # fmt: skip
+_HOMES = {"Limit": "values"} | dict.fromkeys(("Config", "describe", "json_schema", "load_config"), "loader")
 
 
 def __getattr__(name: str) -> Any:
     """Import a name on first use, so that `biollm.config.paths` alone does not import pydantic."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "loader" if name in _IN_LOADER else "values" if name in _IN_VALUES else "schema"
-    return getattr(import_module(f"biollm.config.{home}"), name)
+    return getattr(import_module(f"biollm.config.{_HOMES.get(name, 'schema')}"), name)

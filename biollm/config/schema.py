@@ -1,20 +1,22 @@
 """The values of models.yaml, providers.yaml and cluster.yaml: frozen, each checked by itself.
 
-LiteLLM's own configuration knows deployments; it knows no accounts with budgets and no Slurm site, and it takes a
-misspelt key in silence.
+LiteLLM's own configuration has deployments; it has no accounts with budgets and no Slurm site, and it ignores a
+misspelt key.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from functools import cached_property
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from biollm.config import values as forms
+from biollm.config import values
 from biollm.config.values import Limit
-from biollm.errors import UsageError
+from biollm.errors import UsageError, nearest
+from biollm.types import DataPolicy
 
 # LiteLLM's prefix for providers it knows by the name people give them; others need a base_url or litellm_provider
 LITELLM_PROVIDERS = (
@@ -23,37 +25,36 @@ LITELLM_PROVIDERS = (
     "perplexity", "sambanova", "together_ai", "vertex_ai", "xai",
 )  # fmt: skip
 
+ENTRY_NAME = {"models": "key", "providers": "name"}  # the field that an entry's name in the file gives
+
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class _Limited(_Value):
-    rate_limit: forms.Requests = Field(default=(), repr=False)
-    token_limit: forms.Tokens = Field(default=(), repr=False)
-    token_budget: forms.Tokens = Field(default=(), repr=False)
-    budget: forms.Dollars = Field(default=(), repr=False)
-    resets: forms.Resets = None
-    share: forms.Share = 1.0
-    env_key: forms.EnvKey = None
-    key_file: forms.FullPath | None = None
+    rate_limit: values.Requests = Field(default=(), repr=False)
+    token_limit: values.Tokens = Field(default=(), repr=False)
+    token_budget: values.Tokens = Field(default=(), repr=False)
+    budget: values.Dollars = Field(default=(), repr=False)
+    resets: values.Resets = None
+    share: values.Share = 1.0
+    env_key: values.EnvKey = None
+    key_file: values.FullPath | None = None
 
 
 class Account(_Limited):
-    """One key of a provider, with its limits: the amounts in `limits` already hold the account's `share`."""
+    """One key of a provider, with its limits."""
 
-    name: forms.Name = "default"
-    limits: tuple[Limit, ...] = ()
+    name: values.Name = "default"
 
-    @model_validator(mode="after")
-    def _fold(self) -> Self:
-        written = (*self.rate_limit, *self.token_limit, *self.token_budget, *self.budget)
-        own = (
+    @cached_property
+    def limits(self) -> tuple[Limit, ...]:
+        """Return all limits, with the account's `share` of each amount."""
+        return tuple(
             replace(each, amount=each.amount * self.share, resets=None if each.rolling else self.resets)
-            for each in written
+            for each in (*self.rate_limit, *self.token_limit, *self.token_budget, *self.budget)
         )
-        object.__setattr__(self, "limits", (*self.limits, *own))
-        return self
 
 
 class Provider(_Limited):
@@ -67,40 +68,61 @@ class Provider(_Limited):
         timeout: Seconds per attempt; None is the routing block's, as for `patience` and `on_refusal`.
     """
 
-    name: forms.Name
-    title: forms.SingleLine = ""
+    name: values.Name
+    title: values.SingleLine = ""
     description: str = ""
     enabled: bool = True
     type: Literal["api", "local", "embedded"]
-    priority: forms.Count = 50
-    base_url: forms.Url = None
-    models: tuple[forms.ModelName, ...] = ()
-    model_ids: dict[str, forms.SingleLine] = {}
+    priority: values.Count = 50
+    base_url: values.Url = None
+    models: tuple[values.ModelName, ...] = ()
+    model_ids: dict[str, values.SingleLine] = {}
     litellm_provider: str = ""
-    accounts: tuple[Account, ...] = ()
+    named_accounts: tuple[Account, ...] = Field(default=(), alias="accounts")
     limits_per: Literal["account", "model"] = "account"
     free_tier: bool = False
     trains_on_prompts: bool = False
     json_schema: bool | None = None
     tools: bool | None = None
-    timeout: forms.Amount | None = None
-    patience: forms.Price | None = None
+    timeout: values.Amount | None = None
+    patience: values.Price | None = None
     on_refusal: Literal["stop", "next"] | None = None
     requires_gpu: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, written: dict[str, Any]) -> dict[str, Any]:
+        name = written.get("name", "")
+        prefix = name if name in LITELLM_PROVIDERS else "openai" if written.get("base_url") else ""
+        if written.get("type") in ("local", "embedded"):
+            prefix = "hosted_vllm"
+        return {"title": name, "litellm_provider": prefix} | written
+
+    @field_validator("named_accounts")
+    @classmethod
+    def _differ(cls, accounts: tuple[Account, ...]) -> tuple[Account, ...]:
+        keys = [account.env_key or account.key_file for account in accounts if account.env_key or account.key_file]
+        for what, found in (("name", [account.name for account in accounts]), ("key", keys)):
+            if len(set(found)) < len(found):
+                raise ValueError(f"has two accounts with one {what}.")
+        return accounts
+
     @model_validator(mode="after")
-    def _complete(self) -> Self:
-        """Give every account the provider's limits where it has none, and find LiteLLM's name for the provider."""
-        if self.accounts and (self.env_key or self.key_file):
+    def _is_complete(self) -> Self:
+        if self.named_accounts and (self.env_key or self.key_file):
             raise ValueError("has accounts, and a key beside them. Write the key into an account.")
-        common = {key: getattr(self, key) for key in self.model_fields_set & set(_Limited.model_fields)}
-        own = [{key: getattr(each, key) for key in each.model_fields_set} for each in self.accounts or (Account(),)]
-        known = self.name if self.name in LITELLM_PROVIDERS else "openai" if self.base_url else ""
-        prefix = {"local": "hosted_vllm", "embedded": "hosted_vllm"}.get(self.type, known)
-        object.__setattr__(self, "accounts", tuple(Account(**common | each) for each in own))
-        object.__setattr__(self, "litellm_provider", self.litellm_provider or prefix)
-        object.__setattr__(self, "title", self.title or self.name)
+        if not self.litellm_provider:
+            hint = nearest(self.name, LITELLM_PROVIDERS)
+            hint = hint or "An OpenAI-compatible API needs a base_url, others litellm_provider."
+            raise ValueError(f"is not a provider that LiteLLM knows by name, and has no base_url. {hint}")
         return self
+
+    @cached_property
+    def accounts(self) -> tuple[Account, ...]:
+        """Return the accounts, at least one, each with the provider's key and limits where it has none."""
+        common = {key: getattr(self, key) for key in self.model_fields_set & set(_Limited.model_fields)}
+        listed = self.named_accounts or (Account(),)
+        return tuple(Account(**common | {key: getattr(each, key) for key in each.model_fields_set}) for each in listed)
 
 
 @dataclass(frozen=True)
@@ -119,21 +141,21 @@ class Architecture:
         context: Tokens; the longest the model can.
     """
 
-    parameters: forms.Count
-    layers: forms.Positive
-    heads: forms.Positive
-    hidden: forms.Positive
+    parameters: values.Count
+    layers: values.Positive
+    heads: values.Positive
+    hidden: values.Positive
     dtype: str = "bfloat16"
-    weight_bytes: forms.Count = 0
-    kv_heads: forms.Count = 0
-    head_dim: forms.Count = 0
-    kv_lora_rank: forms.Count = 0
-    rope_dim: forms.Count = 0
-    intermediate: forms.Count = 0
-    vocab: forms.Count = 0
-    experts: forms.Count = 0
-    quant_block: forms.Count = 0
-    context: forms.Count = 0
+    weight_bytes: values.Count = 0
+    kv_heads: values.Count = 0
+    head_dim: values.Count = 0
+    kv_lora_rank: values.Count = 0
+    rope_dim: values.Count = 0
+    intermediate: values.Count = 0
+    vocab: values.Count = 0
+    experts: values.Count = 0
+    quant_block: values.Count = 0
+    context: values.Count = 0
 
 
 class Model(_Value):
@@ -154,28 +176,28 @@ class Model(_Value):
         idle_timeout: Seconds without requests after which its server stops; None is the cluster's.
     """
 
-    key: forms.ModelName
-    name: forms.SingleLine = ""
+    key: values.ModelName
+    name: values.SingleLine = ""
     description: str = ""
     enabled: bool = True
     type: Literal["local", "api", "embedded"] = "local"
     hf_id: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     revision: str | None = Field(default=None, pattern=r"^\w[\w./-]*$")
-    path: forms.FullPath | None = None
-    gguf: forms.SingleLine | None = None
-    size_gb: forms.Amount | None = None
-    gpus_required: forms.Count = 1
-    context_length: forms.Positive | None = None
-    capabilities: frozenset[forms.Capability] | None = None
-    priority: forms.Count | None = None
-    vllm_args: forms.Flags = {}
+    path: values.FullPath | None = None
+    gguf: values.SingleLine | None = None
+    size_gb: values.Amount | None = None
+    gpus_required: values.Count = 1
+    context_length: values.Positive | None = None
+    capabilities: frozenset[values.Capability] | None = None
+    priority: values.Count | None = None
+    vllm_args: values.Flags = {}
     json_schema: bool | None = None
     tools: bool | None = None
     vision: bool | None = None
     fim: tuple[str, str, str] | None = None
-    threads: forms.Positive = 1
-    start_timeout: forms.Duration = 1800
-    idle_timeout: forms.Duration | None = None
+    threads: values.Positive = 1
+    start_timeout: values.Duration = 1800
+    idle_timeout: values.Duration | None = None
     architecture: Architecture | None = None
 
     @model_validator(mode="after")
@@ -189,20 +211,20 @@ class Model(_Value):
         """Return how many tokens a server of ours takes: the model's context, cut by `max_model_len`."""
         known = [self.context_length]
         with suppress(UsageError):  # `biollm up` tells
-            known.append(forms.token_count(self.vllm_args.get("max_model_len")))
+            known.append(values.token_count(self.vllm_args.get("max_model_len")))
         return min((size for size in known if size), default=None)
 
 
 class Environment(_Value):
     """What makes vLLM available on a node: at most one of venv, conda and container. In `env`, None unsets."""
 
-    modules: tuple[forms.SingleLine, ...] = ()
-    venv: forms.FullPath | None = None
-    conda: forms.Expanded | None = None
-    container: forms.Expanded | None = None
-    container_command: forms.SingleLine = "apptainer"
-    binds: tuple[forms.Expanded, ...] = ()
-    env: dict[str, forms.EnvValue] = {}
+    modules: tuple[values.SingleLine, ...] = ()
+    venv: values.FullPath | None = None
+    conda: values.Expanded | None = None
+    container: values.Expanded | None = None
+    container_command: values.SingleLine = "apptainer"
+    binds: tuple[values.Expanded, ...] = ()
+    env: dict[str, values.EnvValue] = {}
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -214,42 +236,42 @@ class Environment(_Value):
 class Cluster(_Value):
     """The site profile. Times in seconds, GPU memory in GiB, a node's in GB. None leaves it to Slurm, or unlimited."""
 
-    name: forms.Name = "cluster"
-    partition: forms.SingleLine | None = None
-    account: forms.SingleLine | None = None
-    qos: forms.SingleLine | None = None
-    constraint: forms.SingleLine | None = None
-    gpu_type: forms.SingleLine | None = None
-    gpu_memory_gib: forms.Amount = 79.1
-    gpus_per_node: forms.Positive = 8
-    cpus_per_node: forms.Positive | None = None
-    memory_gb_per_node: forms.Positive | None = None
+    name: values.Name = "cluster"
+    partition: values.SingleLine | None = None
+    account: values.SingleLine | None = None
+    qos: values.SingleLine | None = None
+    constraint: values.SingleLine | None = None
+    gpu_type: values.SingleLine | None = None
+    gpu_memory_gib: values.Amount = 79.1
+    gpus_per_node: values.Positive = 8
+    cpus_per_node: values.Positive | None = None
+    memory_gb_per_node: values.Positive | None = None
     exclusive: bool = False
     gpu_request: Literal["gpus-per-node", "gres"] = "gpus-per-node"
-    walltime: forms.Walltime = 8 * 3600
+    walltime: values.Walltime = 8 * 3600
     environment: Environment = Environment()
-    models_dir: forms.FullPath | None = None
-    run_dir: forms.FullPath | None = None
-    cache_dir: forms.FullPath | None = None
-    log_dir: forms.FullPath | None = None
-    max_jobs: forms.Count | None = None
-    max_gpus: forms.Count | None = None
-    gpu_hours_per_day: forms.Price | None = None
-    local_hosts: tuple[forms.SingleLine, ...] = ()
-    trusted_owners: tuple[forms.SingleLine, ...] = ()
-    idle_timeout: forms.Duration = 1800
-    drain: forms.Duration = 120
+    models_dir: values.FullPath | None = None
+    run_dir: values.FullPath | None = None
+    cache_dir: values.FullPath | None = None
+    log_dir: values.FullPath | None = None
+    max_jobs: values.Count | None = None
+    max_gpus: values.Count | None = None
+    gpu_hours_per_day: values.Price | None = None
+    local_hosts: tuple[values.SingleLine, ...] = ()
+    trusted_owners: tuple[values.SingleLine, ...] = ()
+    idle_timeout: values.Duration = 1800
+    drain: values.Duration = 120
     handover: bool = False
-    max_chain: forms.Positive = 2
-    sbatch_options: tuple[forms.SingleLine, ...] = ()
+    max_chain: values.Positive = 2
+    sbatch_options: tuple[values.SingleLine, ...] = ()
 
 
 class Costs(_Value):
     """What usage is compared with: the model paid for otherwise; a GPU hour, and providers' prices of your own, in USD."""
 
     reference_model: str | None = None
-    gpu_hour_usd: forms.Price | None = None
-    per_million_tokens: dict[str, forms.Price] = {}
+    gpu_hour_usd: values.Price | None = None
+    per_million_tokens: dict[str, values.Price] = {}
 
 
 class Alerts(_Value):
@@ -266,19 +288,19 @@ class Alerts(_Value):
             environment or a 0600 file; a program, with JSON on its stdin.
     """
 
-    budget_share: forms.Share | None = None
-    error_rate: forms.Share | None = None
-    fallback_rate: forms.Share | None = None
-    p95: forms.Duration | None = None
-    down: forms.Duration | None = None
-    expires: forms.Duration | None = None
+    budget_share: values.Share | None = None
+    error_rate: values.Share | None = None
+    fallback_rate: values.Share | None = None
+    p95: values.Duration | None = None
+    down: values.Duration | None = None
+    expires: values.Duration | None = None
     job_failed: bool = False
-    window: forms.Duration = 900
-    at_least: forms.Positive = 10
+    window: values.Duration = 900
+    at_least: values.Positive = 10
     stderr: bool = True
-    webhook_env: forms.EnvKey = None
-    webhook_file: forms.FullPath | None = None
-    command: tuple[forms.Expanded, ...] = ()
+    webhook_env: values.EnvKey = None
+    webhook_file: values.FullPath | None = None
+    command: tuple[values.Expanded, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -297,8 +319,29 @@ class Routing(_Value):
     """
 
     policy: Literal["order", "cheapest"] = "order"
-    timeout: forms.Amount = 60.0
-    stream_timeout: forms.Amount | None = None
-    patience: forms.Price = 0.0
+    timeout: values.Amount = 60.0
+    stream_timeout: values.Amount | None = None
+    patience: values.Price = 0.0
     on_refusal: Literal["stop", "next"] = "stop"
-    local_timeout: forms.Amount | None = None
+    local_timeout: values.Amount | None = None
+
+
+class Tree(_Value):
+    """All of the configuration, as merged from the files."""
+
+    models: dict[str, Model] = {}
+    providers: dict[str, Provider] = {}
+    cluster: Cluster = Cluster()
+    routing: Routing = Routing()
+    costs: Costs = Costs()
+    alerts: Alerts = Alerts()
+    data_policy: DataPolicy = "any"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_entries(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        named = {section: tree.get(section, {}).items() for section in ENTRY_NAME}
+        return tree | {
+            section: {name: entry | {ENTRY_NAME[section]: name} for name, entry in entries}
+            for section, entries in named.items()
+        }

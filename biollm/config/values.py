@@ -1,6 +1,6 @@
-"""Turns the texts people write in YAML (`15/min`, `8:00:00`, `1/5`, `~/weights`) into checked values.
+"""Turns what people write in YAML (`15/min`, `8:00:00`, `1/5`, `~/weights`) into checked values.
 
-Pydantic knows numbers and patterns; it lacks quotas, Slurm's time spans, and errors that never print a key.
+Pydantic checks numbers and patterns; it lacks rate limits, Slurm's time spans, and errors that never print a key.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -20,27 +19,6 @@ from biollm.errors import UsageError
 
 Kind = Literal["requests", "tokens", "usd"]
 Unit = Literal["s", "min", "hour", "day", "month"]
-_SECONDS = {"s": 1, "min": 60, "hour": 3600, "day": 86400, "month": 30 * 86400}
-_WORDS = {
-    "s": "s",
-    "sec": "s",
-    "second": "s",
-    "m": "min",
-    "minute": "min",
-    "h": "hour",
-    "hr": "hour",
-    "d": "day",
-    "mo": "month",
-}
-_LIMIT = re.compile(
-    r"\$?\s*([\d_,]*\.?\d+)\s*([kmb]?)\s*(tokens?|req(?:uest)?s?|usd|dollars?)?\s*(?:/|\bper\b)\s*([a-z]+)", re.I
-)
-_EXAMPLES = {"requests": "15/min", "tokens": "120k/min or 30M/month", "usd": "10 USD/month"}
-_SPAN = re.compile(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)|(\d+(?:\.\d+)?)\s*([a-z]*))")
-_KEY = re.compile(r"(?:sk-|pk-|rk-|gsk_|gh[opsu]_|github_pat_|hf_|xai-|AIza|nvapi-|r8_|pplx-)[\w-]{12,}")
-_RANDOM = re.compile(r"(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{20,}|[0-9a-fA-F-]{24,}")
-_TOKENS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # as vLLM reads them
-_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -73,6 +51,31 @@ class Limit:
         return f"{self.amount:.15g}{' USD' if self.kind == 'usd' else ''}/{self.unit}"
 
 
+_SECONDS: dict[Unit, int] = {"s": 1, "min": 60, "hour": 3600, "day": 86400, "month": 30 * 86400}
+_NAMES: dict[Unit, str] = {
+    "s": "s sec second",
+    "min": "m min minute",
+    "hour": "h hr hour",
+    "day": "d day",
+    "month": "mo month",
+}
+_UNITS: dict[str, Unit] = {
+    name + s: unit for unit, names in _NAMES.items() for name in names.split() for s in ("", "s")
+}
+_LIMIT = re.compile(
+    r"\$?\s*([\d_,]*\.?\d+)\s*([kmb]?)\s*(tokens?|req(?:uest)?s?|usd|dollars?)?\s*(?:/|\bper\b)\s*([a-z]+)", re.I
+)
+_KINDS: dict[str, Kind] = {"tok": "tokens", "req": "requests", "usd": "usd", "dol": "usd"}
+_EXAMPLES = {"requests": "15/min", "tokens": "120k/min or 30M/month", "usd": "10 USD/month"}
+_SPAN = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+_NUMBER_UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z%]*)", re.I)
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_KEY = re.compile(r"(?:sk-|pk-|rk-|gsk_|gh[opsu]_|github_pat_|hf_|xai-|AIza|nvapi-|r8_|pplx-)[\w-]{12,}")
+_RANDOM = re.compile(r"(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{20,}|[0-9a-fA-F-]{24,}")
+_TOKENS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # as vLLM reads them
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
 def short(amount: float, digits: int = 3) -> str:
     """Return a number as people write it: 12, 1.5k, 30M."""
     size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if amount >= n), (1, ""))
@@ -99,40 +102,36 @@ def _limit(kind: Kind, item: object) -> Limit:
     if isinstance(item, Limit):
         return item
     if found := _LIMIT.fullmatch(str(item).strip()):
-        unit = _unit(found[4])
-        said = {"tok": "tokens", "req": "requests", "": kind}.get((found[3] or "").lower()[:3], "usd")
-        amount = float(re.sub("[_,]", "", found[1])) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[found[2].lower()]
-        if unit and said == kind and amount > 0:
-            return Limit(kind, amount, cast("Unit", unit))
-    raise ValueError(f"{shown(item)} is not a limit. Write it like {_EXAMPLES[kind]}.")
+        number, letter, noun, per = found.groups("")
+        amount = float(re.sub("[_,]", "", number)) * _THOUSANDS[letter.lower()]
+        unit = _UNITS.get(per.lower())
+        if unit and amount > 0 and _KINDS.get(noun.lower()[:3], kind) == kind:
+            return Limit(kind, amount, unit)
+    raise ValueError(f"{shown(item)} is not a valid limit; use e.g. {_EXAMPLES[kind]}.")
 
 
 def _limits(kind: Kind) -> tuple[BeforeValidator, WithJsonSchema]:
-    def parse(value: object) -> tuple[Limit, ...]:
-        return tuple(_limit(kind, item) for item in as_list(value))
-
     text = {"type": "string", "examples": [_EXAMPLES[kind]]}
-    return BeforeValidator(parse), WithJsonSchema({"anyOf": [text, {"type": "array", "items": text}]})
-
-
-def _unit(word: str) -> str | None:
-    word = word.lower()
-    word = word if word in _WORDS else word.removesuffix("s")
-    return _WORDS.get(word, word if word in _SECONDS else None)
+    return (
+        BeforeValidator(lambda value: tuple(_limit(kind, item) for item in as_list(value))),
+        WithJsonSchema({"anyOf": [text, {"type": "array", "items": text}]}),
+    )
 
 
 def _duration(value: object) -> int:
-    if found := _SPAN.fullmatch(str(value).strip()):
-        if found[2]:
-            days, hours, minutes, seconds = (int(part or 0) for part in found.group(1, 2, 3, 4))
-            return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-        if (unit := _unit(found[6] or "s")) and unit != "month":
-            return round(float(found[5]) * _SECONDS[unit])
-    raise ValueError(f"{shown(value)} is not a time span. Write it like 8:00:00, 30 min or 900 (seconds).")
+    text = str(value).strip()
+    if found := _SPAN.fullmatch(text):
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    found = _NUMBER_UNIT.fullmatch(text)
+    unit = _UNITS.get(found[2].lower() or "s") if found else None
+    if not found or not unit or unit == "month":
+        raise ValueError(f"{shown(value)} is not a valid time span; use e.g. 8:00:00, 30 min or 900 (seconds).")
+    return round(float(found[1]) * _SECONDS[unit])
 
 
 def walltime(value: object) -> int:
-    """Return the seconds of a walltime as people write it: 8:00:00, 480 min. A bare number has no unit."""
+    """Return the seconds of a walltime: 8:00:00, 480 min. A string of digits is an error, as its unit is unknown."""
     if isinstance(value, str) and value.strip().isdigit():
         raise ValueError(f"{value} could be minutes or seconds. Write it like 8:00:00 or 480 min.")
     return _duration(value)
@@ -170,7 +169,7 @@ def _env_key(value: object) -> object:
 def _url(value: object) -> object:
     text = str(value)
     if "@" in text:
-        raise ValueError("holds a user name or a password. Keys belong in env_key or key_file.")
+        raise ValueError("contains a user name or a password. Keys belong in env_key or key_file.")
     try:
         url = urlsplit(text)
         good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query and not url.fragment
@@ -194,20 +193,21 @@ def _resets(value: object) -> str:
 
 def _share(value: object) -> object:
     text = str(value).strip()
-    if found := re.fullmatch(r"(\d+)\s*/\s*([1-9]\d*)", text):
-        return int(found[1]) / int(found[2])
-    return float(percent[1]) / 100 if (percent := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)) else value
+    if fraction := re.fullmatch(r"(\d+)\s*/\s*([1-9]\d*)", text):
+        return int(fraction[1]) / int(fraction[2])
+    found = _NUMBER_UNIT.fullmatch(text)
+    return float(found[1]) / 100 if found and found[2] == "%" else value
 
 
 def _flags(value: object) -> object:
-    """Write vLLM's flags in one way: --max-model-len is max_model_len."""
+    """Give vLLM's flags one spelling: --max-model-len is max_model_len."""
     if not isinstance(value, dict):
         return value
     return {key.lstrip("-").replace("-", "_"): item for key, item in cast("dict[str, object]", value).items()}
 
 
 def _typed(value: object) -> object:
-    """Read the texts of vllm_args as YAML means them: truth values, numbers, JSON, or themselves."""
+    """Read the strings of vllm_args as YAML means them: truth values, numbers, JSON, or themselves."""
     if isinstance(value, dict):
         return {key: _typed(item) for key, item in cast("dict[str, object]", value).items()}
     if isinstance(value, list):
@@ -224,30 +224,22 @@ def token_count(value: object) -> int | None:
     """Return the tokens of 16384, "16k" (16000) or "16K" (16384); None stays None, "auto" and -1 become 0.
 
     Raises:
-        UsageError: It is no such number.
+        UsageError: It is not such a number.
     """
     if value is None:
         return None
     if value in ("auto", -1, "-1"):
         return 0
-    match = re.fullmatch(r"(\d+(?:\.\d+(?=[kmg]))?)([kmgKMG]?)", str(value))
-    if not match or not float(match[1]):
-        raise UsageError(f"{value!r} is no number of tokens.", hint="Write 16384, 16k (16000) or 16K (16384).")
-    return int(float(match[1]) * _TOKENS[match[2]])
+    found = re.fullmatch(r"(\d+(?:\.\d+(?=[kmg]))?)([kmgKMG]?)", str(value))
+    if not found or not float(found[1]):
+        raise UsageError(f"{value!r} is not a number of tokens.", hint="Write 16384, 16k (16000) or 16K (16384).")
+    return int(float(found[1]) * _TOKENS[found[2]])
 
 
 def _no_key(value: object) -> object:
     if _KEY.search(str(value)):
-        raise ValueError("looks like a key; it would stand in the launch script for all to read.")
+        raise ValueError("looks like a key; everybody can read it in the launch script.")
     return value
-
-
-def _capability(value: object) -> str:
-    return str(value).strip().lower().replace("_", "-")
-
-
-def _if_set(check: Callable[[object], object]) -> BeforeValidator:
-    return BeforeValidator(lambda value: None if value is None else check(value))
 
 
 Requests = Annotated[tuple[Limit, ...], *_limits("requests")]
@@ -257,24 +249,19 @@ Duration = Annotated[int, Field(ge=0), BeforeValidator(_duration), WithJsonSchem
 Walltime = Annotated[
     int, Field(ge=60), BeforeValidator(walltime), WithJsonSchema({"type": "string", "examples": ["8:00:00"]})
 ]
-Share = Annotated[
-    float,
-    Field(gt=0, le=1),
-    BeforeValidator(_share),
-    WithJsonSchema({"type": ["string", "number"], "examples": ["1/5"]}),
-]
-Expanded = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$"), BeforeValidator(_expanded)]
+_SHARE_SCHEMA = WithJsonSchema({"type": ["string", "number"], "examples": ["1/5"]})
+Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_share), _SHARE_SCHEMA]
+SingleLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
+Expanded = Annotated[SingleLine, BeforeValidator(_expanded)]
 FullPath = Annotated[Path, BeforeValidator(_path)]
-EnvKey = Annotated[str | None, _if_set(_env_key)]
-Url = Annotated[str | None, _if_set(_url)]
-Resets = Annotated[str | None, _if_set(_resets)]
-Typed = Annotated[object, BeforeValidator(_typed)]
-Flags = Annotated[dict[str, Typed], BeforeValidator(_flags)]
+EnvKey = Annotated[str, BeforeValidator(_env_key)] | None
+Url = Annotated[str, BeforeValidator(_url)] | None
+Resets = Annotated[str, BeforeValidator(_resets)] | None
+Flags = Annotated[dict[str, Annotated[object, BeforeValidator(_typed)]], BeforeValidator(_flags)]
 EnvValue = Annotated[str | None, BeforeValidator(_no_key)]
-Capability = Annotated[str, BeforeValidator(_capability)]
+Capability = Annotated[str, BeforeValidator(lambda value: str(value).strip().lower().replace("_", "-"))]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9](?:\.?[\w:/@+-])*$")]
-SingleLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0)]

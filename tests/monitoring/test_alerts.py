@@ -104,7 +104,7 @@ def test_a_rule_holds_when_it_should(rules: Any, snapshot: Snapshot, texts: list
     [
         ({"error_rat": 0.1}, "error_rate"),
         ({"error_rate": 7}, "alerts.error_rate"),
-        ({"window": "soon"}, "is not a time span"),
+        ({"window": "soon"}, "is not a valid time span"),
         ({"command": "mail me"}, "must be a list"),
         ({"webhook_env": "https://hooks.slack.com/services/T0/B0/x"}, "not the name of an environment variable"),
     ],

@@ -314,7 +314,7 @@ def test_tokens_are_written_as_vllm_reads_them(text: object, tokens: int | None)
 
 @pytest.mark.parametrize("text", ["-5", -5, 0, "0", "1.5", "1.5K", "many", "16kk", True])
 def test_wrong_numbers_of_tokens(text: object) -> None:
-    with pytest.raises(UsageError, match="is no number of tokens"):
+    with pytest.raises(UsageError, match="is not a number of tokens"):
         token_count(text)
 
 
