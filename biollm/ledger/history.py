@@ -13,6 +13,7 @@ import math
 import re
 import sqlite3
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -100,6 +101,7 @@ INSERT OR IGNORE INTO rolled (one, last, pruned) VALUES (1, 0, 0);
 """
 _HISTOGRAMS = ("ms", "ttft")
 _SUMS = [each.name for each in fields(Cell)]
+_COUNTS = [name for name in _SUMS if name not in _HISTOGRAMS]
 _READ = "SELECT {} FROM attempt WHERE ".format(", ".join(f'"{name}"' for name in _Attempt._fields))
 _ADD = "INSERT INTO rollup ({0}, {1}) VALUES ({2}) ON CONFLICT ({0}) DO UPDATE SET {3}".format(
     ", ".join(Key._fields),
@@ -126,6 +128,21 @@ def bucket(ms: float) -> int:
 def middle(number: float) -> float:
     """Return the milliseconds that a bucket stands for."""
     return _SMALLEST * math.exp((number - 0.5) * _WIDTH)
+
+
+def latencies(groups: Iterable[Iterable[float]], exact: bool = False) -> Counter[float]:
+    """Return how often each latency occurs, in ms, of the `ms` or `ttft` of cells."""
+    counts = Counter[float](chain.from_iterable(groups))
+    return counts if exact else Counter({middle(number): count for number, count in counts.items()})
+
+
+def total(cells: Iterable[Cell]) -> Cell:
+    """Return the sum of cells, without their latencies."""
+    whole = Cell()
+    for cell in cells:
+        for name in _COUNTS:
+            setattr(whole, name, getattr(whole, name) + getattr(cell, name))
+    return whole
 
 
 _KINDS = {

@@ -1,6 +1,6 @@
-"""Writes the ledger's figures as Prometheus text, for `biollm usage --prometheus` and a gateway's `/metrics`.
+"""The ledger's figures as Prometheus text, for `biollm usage --prometheus` and a gateway's `/metrics`.
 
-LiteLLM's Prometheus callback counts one process and needs its proxy; these count every process that shares the ledger.
+LiteLLM's Prometheus callback counts one process and needs its proxy; these cover every process that shares the ledger.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import json
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from itertools import accumulate, chain
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 from biollm.config import Config
@@ -54,10 +54,10 @@ def _counters(cells: usage.Cells) -> Iterator[_Family]:
     for name, said, counts in (
         ("requests", "Requests sent to a provider, by outcome.", requests),
         ("failures", "Requests that a provider failed, by kind of failure.", failures),
-        ("fallbacks", "Requests answered by a later rung, by what kept the first one from it.", fallbacks),
+        ("fallbacks", "Requests answered by a later candidate, by why the first one did not answer.", fallbacks),
         ("tokens", "Tokens sent (input) and received (output).", tokens),
         ("cost_usd", "Cost in USD of the requests whose price is known, by your prices or LiteLLM's.", cost),
-        ("unpriced_requests", "Requests that used tokens whose price is unknown.", unpriced),
+        ("unpriced_requests", "Requests with tokens whose price is unknown.", unpriced),
     ):
         samples = [("", json.loads(labels), float(count)) for labels, count in sorted(counts.items())]
         yield _Family(f"biollm_{name}_total", "counter", said, samples)
@@ -68,25 +68,31 @@ def _durations(cells: usage.Cells) -> Iterator[_Family]:
     for key, cell in cells:
         if key.outcome == "ok":
             groups[key.provider, key.account, key.model].append(cell)
+    for name, said, which in (
+        ("request_duration", "Seconds from sending a request to its whole answer.", "ms"),
+        ("time_to_first_token", "Seconds from sending a request to the first token of its stream.", "ttft"),
+    ):
+        samples = [
+            sample
+            for (provider, account, model), group in sorted(groups.items())
+            for sample in _histogram(
+                history.latencies(getattr(cell, which) for cell in group),
+                {"provider": provider, "account": account, "model": model},
+            )
+        ]
+        yield _Family(f"biollm_{name}_seconds", "histogram", said, samples)
 
-    def histogram(buckets: Iterable[float], who: tuple[str, str, str]) -> Iterator[tuple[str, dict[str, str], float]]:
-        labels: dict[str, str] = dict(zip(("provider", "account", "model"), who, strict=True))
-        counts = sorted((history.middle(each) / 1000, count) for each, count in Counter(buckets).items())
-        if not counts:
-            return
-        values, upto = [value for value, _ in counts], [0, *accumulate(count for _, count in counts)]
-        for bound in _BOUNDS:
-            yield "_bucket", labels | {"le": f"{bound:g}"}, upto[bisect_right(values, bound)]
-        yield "_bucket", labels | {"le": "+Inf"}, upto[-1]
-        yield "_sum", labels, sum(value * count for value, count in counts)
-        yield "_count", labels, upto[-1]
 
-    whole = [histogram(chain.from_iterable(cell.ms for cell in group), who) for who, group in sorted(groups.items())]
-    first = [histogram(chain.from_iterable(cell.ttft for cell in group), who) for who, group in sorted(groups.items())]
-    said = "Seconds from sending a request to its whole answer."
-    yield _Family("biollm_request_duration_seconds", "histogram", said, chain.from_iterable(whole))
-    said = "Seconds from sending a request to the first token of its stream."
-    yield _Family("biollm_time_to_first_token_seconds", "histogram", said, chain.from_iterable(first))
+def _histogram(latencies: Mapping[float, int], labels: dict[str, str]) -> Iterator[tuple[str, dict[str, str], float]]:
+    if not latencies:
+        return
+    counts = sorted((ms / 1000, count) for ms, count in latencies.items())
+    values, upto = [value for value, _ in counts], [0, *accumulate(count for _, count in counts)]
+    for bound in _BOUNDS:
+        yield "_bucket", labels | {"le": f"{bound:g}"}, upto[bisect_right(values, bound)]
+    yield "_bucket", labels | {"le": "+Inf"}, upto[-1]
+    yield "_sum", labels, sum(value * count for value, count in counts)
+    yield "_count", labels, upto[-1]
 
 
 def _gauges(quotas: Iterable[usage.Quota]) -> Iterator[_Family]:

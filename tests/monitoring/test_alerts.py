@@ -30,11 +30,40 @@ Biollm = Callable[..., Ran]
 Waterfall = Callable[..., Path]
 NOW = 1_000_000.0
 NOTHING = Snapshot(NOW, (), (), ())
-ROW = Row("total", requests=20, error_rate=0.25, fallback_rate=0.5, p95_ms=31_000)
-BUDGET = Quota("openai/default", "10 USD/month", "usd", 10, 8.1, 1.9, None, None)
-TOKENS = Quota("lightning/default", "30M tokens/month", "tokens", 30e6, 29e6, 1e6, None, None)
-FREQUENT = Quota("lightning/default", "120k tokens/min", "tokens", 120e3, 119e3, 1e3, None, None)
-USED = Report(NOW - 900, NOW, "provider", True, (), ROW, quotas=(BUDGET, TOKENS, FREQUENT))
+ROW = Row(name="total", requests=20, error_rate=0.25, fallback_rate=0.5, p95_ms=31_000)
+BUDGET = Quota(
+    scope="openai/default",
+    limit="10 USD/month",
+    unit="usd",
+    amount=10,
+    used=8.1,
+    left=1.9,
+    resets_at=None,
+    exhausted_at=None,
+)
+TOKENS = Quota(
+    scope="lightning/default",
+    limit="30M tokens/month",
+    unit="tokens",
+    amount=30e6,
+    used=29e6,
+    left=1e6,
+    resets_at=None,
+    exhausted_at=None,
+)
+FREQUENT = Quota(
+    scope="lightning/default",
+    limit="120k tokens/min",
+    unit="tokens",
+    amount=120e3,
+    used=119e3,
+    left=1e3,
+    resets_at=None,
+    exhausted_at=None,
+)
+USED = Report(
+    since=NOW - 900, until=NOW, by="provider", exact=True, rows=(), total=ROW, quotas=(BUDGET, TOKENS, FREQUENT)
+)
 
 
 def candidate(state: Any, last: float | None = None) -> CandidateView:

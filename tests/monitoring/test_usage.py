@@ -69,7 +69,7 @@ SECOND = replace(OK, provider="second", deployment="second/small", order=2)
 
 def test_nothing_is_an_empty_report(tmp_path: Path) -> None:
     report = ask(Ledger(tmp_path))
-    assert (report.rows, report.exact, report.total) == ((), True, usage.Row("total"))
+    assert (report.rows, report.exact, report.total) == ((), True, usage.Row(name="total"))
 
 
 @pytest.mark.parametrize("exact", [history.EXACT, 0], ids=["from attempts", "rolled up"])
