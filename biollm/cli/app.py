@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from biollm import __version__
-from biollm.cli import alerts, complete, config, drill, serve, slurm, top, usage
+from biollm.cli import complete, config, drill, monitoring, serve, slurm
 from biollm.errors import BiollmError
 from biollm.routing import lean
 
@@ -45,8 +45,8 @@ def _root(  # pyright: ignore[reportUnusedFunction] # Typer calls it
 
 _COMMANDS = (
     complete.complete, complete.explain, complete.login, config.providers, config.health, config.config, config.init, slurm.render_slurm,
-    slurm.fit, slurm.pull, slurm.up, slurm.status, slurm.logs, slurm.down, slurm.doctor, top.top,
-    usage.usage, drill.drill, alerts.alerts,
+    slurm.fit, slurm.pull, slurm.up, slurm.status, slurm.logs, slurm.down, slurm.doctor, monitoring.top,
+    monitoring.usage, drill.drill, monitoring.alerts,
 )  # fmt: skip
 _EMBEDDED = typer.Typer(
     name="embedded", no_args_is_help=True, help="The small model that runs in biollm's own process."

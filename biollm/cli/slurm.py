@@ -277,12 +277,12 @@ def doctor(as_json: Json = False) -> None:
 
     checks = check(config.load_config())
     if as_json:
-        output.as_json(checks)
+        output.as_json([{**vars(each), "mend": each.fix} for each in checks])  # `mend`: its name until 0.2
     else:
         for each in checks:
             print(f"{'ok  ' if each.ok else 'FAIL'}  {each.name}: {each.detail}")
             if not each.ok:
-                print(f"      {each.mend}")
+                print(f"      {each.fix}")
     if not all(each.ok for each in checks):
         raise typer.Exit(1)
 

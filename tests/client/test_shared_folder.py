@@ -205,5 +205,5 @@ def test_doctor_says_what_is_shared(lab: Path, mode: int, file_mode: int, ok: bo
     (lab / "state" / "quotas.db").chmod(file_mode)
     found = next(each for each in check(load_config()) if each.name == "state folder")
     assert (found.ok, told in found.detail) == (ok, True), found
-    assert found.ok or found.mend.startswith("chmod ")
+    assert found.ok or found.fix.startswith("chmod ")
     assert not ok or mode == 0o700 or "logins" in found.detail

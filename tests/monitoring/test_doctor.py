@@ -1,4 +1,4 @@
-"""Each check of `biollm doctor`, good and bad, with its mend."""
+"""Each check of `biollm doctor`, good and bad, with its fix."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def command(folder: Path, name: str, text: str) -> None:
 
 def test_keys(waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch) -> None:
     waterfall(first="https://a.example/v1", second="https://b.example/v1")
-    assert (found("keys").ok, found("keys").detail) == (True, "found for first, second; 0 lack one")
+    assert (found("keys").ok, found("keys").detail) == (True, "found for first, second; 0 missing")
     monkeypatch.delenv("SECOND_KEY")
-    assert (found("keys").ok, found("keys").detail) == (True, "found for first; 1 lack one")
+    assert (found("keys").ok, found("keys").detail) == (True, "found for first; 1 missing")
     monkeypatch.delenv("FIRST_KEY")
     assert not found("keys").ok
-    assert "FIRST_KEY" in found("keys").mend
+    assert "FIRST_KEY" in found("keys").fix
 
 
 def test_a_proxy_that_does_not_answer(waterfall: Waterfall, net: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_a_proxy_that_does_not_answer(waterfall: Waterfall, net: object, monkeyp
     assert found("proxy").ok
     monkeypatch.setenv("https_proxy", net.refusing().removesuffix("/v1"))  # type: ignore[attr-defined]
     assert not found("proxy").ok
-    assert found("proxy").mend == "Correct or unset https_proxy."
+    assert found("proxy").fix == "Correct or unset https_proxy."
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def site(folder: Path, text: str) -> None:
 def test_the_serving_environment(waterfall: Waterfall, tmp_path: Path, bare: Path) -> None:
     folder = waterfall()
     site(folder, f"environment: {{venv: {tmp_path}/venv}}")
-    assert "pip install vllm" in found("serving environment").mend
+    assert "pip install vllm" in found("serving environment").fix
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     command(tmp_path / "venv" / "bin", "vllm", "exit 0")
     assert found("serving environment").ok
@@ -98,7 +98,7 @@ def test_a_machine_without_slurm_is_told_where_to_run_and_is_asked_nothing_more(
     waterfall()
     last = check(load_config())[-1]
     assert (last.name, last.ok) == ("slurm", False)
-    assert "login node" in last.mend
+    assert "login node" in last.fix
 
 
 def test_a_submission_that_slurm_would_refuse(waterfall: Waterfall, bare: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_submission_that_slurm_would_refuse(waterfall: Waterfall, bare: Path, 
     command(bare, "sbatch", f'/bin/cp "$2" {tmp_path}/asked; echo "{refusal}" >&2; exit 1')
     site(folder, "partition: nowhere")
     assert "no such partition" in found("submission").detail
-    assert "sinfo" in found("submission").mend
+    assert "sinfo" in found("submission").fix
     assert "#SBATCH --partition=nowhere" in (tmp_path / "asked").read_text()
     command(bare, "sbatch", "exit 0")
     assert found("submission").ok
@@ -120,6 +120,6 @@ def test_a_run_directory_that_only_this_host_sees(waterfall: Waterfall, bare: Pa
     command(bare, "scontrol", "echo 'NodeName=n1 NodeAddr=10.0.0.1'")
     site(folder, f"run_dir: {tmp_path}/run")
     assert not found("run directory").ok
-    assert "shared folder" in found("run directory").mend
+    assert "shared folder" in found("run directory").fix
     command(bare, "scontrol", f"echo 'NodeName=n1 NodeAddr={os.uname().nodename}'")
     assert found("run directory").ok

@@ -223,7 +223,7 @@ def test_the_terminal_is_left_as_it_was(waterfall: Write, end: bytes | int, code
     seen, ready = b"", select.poll()  # select() knows no descriptor above 1023
     ready.register(ours, select.POLLIN)
     try:
-        while seen.count(b"\033[J") < 2:  # drawn twice
+        while seen.count(b"biollm top") < 2:  # drawn twice
             assert ready.poll(60_000), seen
             seen += os.read(ours, 65536)
         os.write(ours, end) if isinstance(end, bytes) else process.send_signal(end)
@@ -239,7 +239,7 @@ def test_the_terminal_is_left_as_it_was(waterfall: Write, end: bytes | int, code
         os.close(theirs)
     assert b"\033[?1049h" in seen
     assert b"\033[?25h\033[?1049l" in seen
-    frame = re.findall(r"\033\[H(.*?)\033\[J", seen.decode(), re.DOTALL)[0]
-    lines = [re.sub(r"\033\[\d*[mK]", "", line) for line in frame.split("\r\n")]
+    frame = re.findall(r"\033\[H([^\033]*biollm top.*?)\033\[(?:H|\?)", seen.decode(), re.DOTALL)[0]
+    lines = [re.sub(r"\033\[[\d;]*m", "", line) for line in frame.split("\r\n")]
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
