@@ -412,17 +412,19 @@ class Waterfall:
         if (known := self.pool.credentials.get(deployment.id)) is None:
             run.tried.add(deployment.id)
             return False  # its server left
-        if known.ends_within(_FRESH) or deployment.embedded:
-            if found := self.pool.note(deployment, await apart(self.pool.look, deployment)):
-                if found != known:
-                    self._renew(deployment, found)
-            else:
-                reason = self.pool.missing(deployment)
-            known = found or known
         sent = InFlight(deployment, None, time.time(), time.perf_counter())
         limit, shortened = self._limit(run.request, deployment, stream=False)
-        limit = min(limit, host_check.PATIENCE)
         try:
+            if known.ends_within(_FRESH) or deployment.embedded:  # which loads its model now
+                async with asyncio.timeout(limit):
+                    looked = await apart(self.pool.look, deployment)
+                if found := self.pool.note(deployment, looked):
+                    if found != known:
+                        self._renew(deployment, found)
+                    known = found
+                else:
+                    reason = self.pool.missing(deployment)
+            limit = min(limit, host_check.PATIENCE)
             async with asyncio.timeout(limit):
                 reason = reason or await host_check.trust().objection(deployment, known, self.pool.config.cluster)
         except Exception as error:  # a server that was found does not take the connection, or does not speak

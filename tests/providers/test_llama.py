@@ -22,7 +22,7 @@ import litellm
 
 from biollm.client import get_model_client
 from biollm.config import load_config
-from biollm.errors import UnavailableError
+from biollm.errors import CompletionError, UnavailableError
 from biollm.providers import embedded
 from biollm.providers.credentials import Credential
 from biollm.routing.failures import classify
@@ -213,6 +213,14 @@ def test_the_model_is_loaded_by_the_first_request_and_once(alone: None, monkeypa
     assert client.complete("hi", max_tokens=2, allow_degraded=True).degraded, "a server that ended is started again"
     for process, _ in embedded._servers.values():
         process.kill()
+
+
+def test_a_load_counts_towards_the_timeout(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "server", lambda *_, start: time.sleep(20 * start) or Credential())
+    started = time.monotonic()
+    with pytest.raises(CompletionError, match=r"no answer within 0\.3 s"):
+        get_model_client().complete("hi", timeout=0.3, allow_degraded=True)
+    assert time.monotonic() - started < 15
 
 
 def test_a_schema_turns_off_what_penalises_repetition(alone: None, net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
