@@ -3,11 +3,11 @@
 Slurm runs scripts and vLLM serves; neither knows the other. What a robust script needs, and where it is:
 
 - On the node, in the supervisor that the script ends with (bash loses signals in subshells): wait and true exit code,
-  port, readiness, first completion, record, start timeout, key, idle watchdog, drain and stop, process groups, GPU
-  slices, the barrier of several nodes. `exec` replaces the shell, so that Slurm's signals reach it.
+  port, readiness, first completion, record, start timeout, key, idle watchdog, drain and stop, process groups, GPUs
+  per model, the barrier of several nodes. `exec` replaces the shell, so that Slurm's signals reach the supervisor.
 - In the script: `set -euo pipefail` (-u only after modules and venv, which use unset variables), `--signal`,
   offline weights, caches off $HOME, `srun --kill-on-bad-exit` for several nodes, `--gpus-per-node` or typed
-  `--gres`, the walltime as a number (Slurm before 23.02 tells a job no end), every value quoted.
+  `--gres`, the walltime as a number (Slurm before 23.02 does not tell a job its end), every value quoted.
 - At submit, in `jobs`: the allowlisted environment, the successor (`--dependency=after:`), the arguments "$@".
 - Nowhere: a key. Keys are made on the node. `VLLM_PORT` is vLLM's internal port, and unset.
 

@@ -1,7 +1,7 @@
 """Checks `vllm_args` against a snapshot of vLLM's flags, and turns them into arguments of `vllm serve`.
 
-vLLM's own parser cannot be imported on a login node (it wants a device), and it accepts an unknown quantisation
-or parser, and a GPU memory utilisation of 1.7. tests/real/vllm_flags.py makes the snapshot from that parser.
+vLLM's own parser cannot be imported on a login node (it wants a device), and it accepts an unknown quantization
+or parser, and a GPU memory utilization of 1.7. tests/real/vllm_flags.py makes the snapshot from that parser.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def snapshot() -> dict[str, Any]:
 
 
 def problems(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield (key, one sentence) for everything in `args` that vLLM would refuse, or take and then fail."""
+    """Yield (key, one sentence) for everything in `args` that vLLM would refuse, or accept and then fail."""
     known = snapshot()["flags"]
     given = {_name(key) for key in args}
     for key, value in args.items():
@@ -44,17 +44,17 @@ def problems(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
         if name in _SECRET:
             yield key, "is a secret. Every start gets a key of its own; `biollm pull` reads HF_TOKEN."
         elif name in _OURS:
-            yield key, "is set by biollm itself. Take it out."
+            yield key, "is set by biollm itself. Remove it."
         elif name not in known:
-            yield key, f"is no flag of vLLM {snapshot()['vllm']}. {nearest(name, known, repr)}".rstrip()
+            yield key, f"is not a flag of vLLM {snapshot()['vllm']}. {nearest(name, known, repr)}".rstrip()
         elif message := _wrong(name, known[name], value, free=_PLUGINS.get(name) in given):
             yield key, message
     if args.get("enable_auto_tool_choice") and "tool_call_parser" not in given:
-        yield "enable_auto_tool_choice", "needs tool_call_parser beside it."
+        yield "enable_auto_tool_choice", "needs tool_call_parser, too."
 
 
 def _wrong(name: str, kind: Any, value: Any, *, free: bool) -> str | None:
-    """Return what is wrong with one value, or None; `free` lets any choice pass."""
+    """Return what is wrong with one value, or None; `free` accepts any choice."""
     if value is None or value == "" or "\0" in str(value):
         return "has no value."
     if (kind in ("bool", "flag")) != isinstance(value, bool):
@@ -70,7 +70,7 @@ def _wrong(name: str, kind: Any, value: Any, *, free: bool) -> str | None:
     if isinstance(value, dict) or (isinstance(value, list) and kind != "list"):
         return "takes one value."
     if kind == "list":
-        return "takes no values that begin with a dash." if any(item.startswith("-") for item in items) else None
+        return "cannot have values that begin with a dash." if any(item.startswith("-") for item in items) else None
     return _number(name, kind, value)
 
 
@@ -79,7 +79,7 @@ def _number(name: str, kind: str, value: Any) -> str | None:
         try:
             token_count(value)
         except UsageError as error:
-            return f"is no number of tokens: {value!r}. {error.hint}"
+            return f"is not a number of tokens: {value!r}. {error.hint}"
     if kind not in ("int", "float"):
         return None
     if not isinstance(value, int | float) or (kind == "int" and value != int(value)):
@@ -87,11 +87,11 @@ def _number(name: str, kind: str, value: Any) -> str | None:
     if name == "gpu_memory_utilization" and not 0 < value <= 1:
         return f"is {value}; it is a share of the GPU's memory, above 0 and at most 1."
     least = _LEAST.get(name)
-    return f"is {value}; the least is {least}." if least is not None and value < least else None
+    return f"is {value}; the minimum is {least}." if least is not None and value < least else None
 
 
 def flags(args: Mapping[str, object]) -> Iterator[list[str]]:
-    """Yield the words of each flag on the command line; call it only on what has no `problems`."""
+    """Yield the words of each flag on the command line; `args` must have no `problems`."""
     value: Any
     for key, value in args.items():
         flag, kind = "--" + _name(key).replace("_", "-"), snapshot()["flags"][_name(key)]
