@@ -16,6 +16,7 @@ from biollm.errors import SlurmError, UnknownNameError, UsageError
 if TYPE_CHECKING:
     from biollm.config import Config, Model
     from biollm.slurm import Job, Options
+    from biollm.slurm.memory import FitReport
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="One or more models.")]
 Target = typer.Argument(metavar="TARGET", help="A model or a job id.")
@@ -60,13 +61,12 @@ def render_slurm(
         rendered = script.render_plain(chosen[0], cluster, options, key_file=key_file, port=port)
     else:
         rendered = script.render(chosen, cluster, options)
-    warnings = [*rendered.warnings]
+    warnings = list(rendered.warnings)
     try:
         slurm.prepare(cluster, plain=plain)
     except (SlurmError, OSError) as error:
         warnings.append(f"{error} Repeat this command on a login node before sbatch: it writes what the job reads.")
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    print(*(f"warning: {warning}\n" for warning in warnings), sep="", end="", file=sys.stderr)
     if file:
         write_for_user(file, rendered.text)
     else:
@@ -129,19 +129,23 @@ def fit(
     if as_json:
         output.as_json(reports)
     else:
-        head = ("model", "fits", "GPUs", "weights/GPU", "KV cache", "context", "tokens", "sequences")
-        weights = {key: f"{r.weights_per_gpu_gib:.1f} of {r.budget_gib:.1f} GiB" for key, r in reports.items()}
-        rows = [
-            (key, "yes" if r.fits else "no", r.gpus, weights[key], f"{r.kv_gib:.1f} GiB", r.max_model_len, r.tokens,
-             f"{r.sequences:.1f}")
-            for key, r in reports.items()
-        ]  # fmt: skip
-        output.table(head, rows)
-        for key, report in reports.items():
-            for line in (*report.reasons, *(f"would help: {each}" for each in report.suggestions)):
-                print(f"{key}: {line}")
+        _print_reports(reports)
     if not all(report.fits for report in reports.values()):
         raise typer.Exit(78)
+
+
+def _print_reports(reports: dict[str, FitReport]) -> None:
+    head = ("model", "fits", "GPUs", "weights/GPU", "KV cache", "context", "tokens", "sequences")
+    weights = {key: f"{r.weights_per_gpu_gib:.1f} of {r.budget_gib:.1f} GiB" for key, r in reports.items()}
+    rows = [
+        (key, "yes" if r.fits else "no", r.gpus, weights[key], f"{r.kv_gib:.1f} GiB", r.max_model_len, r.tokens,
+         f"{r.sequences:.1f}")
+        for key, r in reports.items()
+    ]  # fmt: skip
+    output.table(head, rows)
+    for key, report in reports.items():
+        for line in (*report.reasons, *(f"would help: {each}" for each in report.suggestions)):
+            print(f"{key}: {line}")
 
 
 def pull(models: Models) -> None:

@@ -106,12 +106,24 @@ def fit(
             f"The size of {model.key} is unknown: it has no `architecture:` in models.yaml.",
             hint=f"`biollm models add {model.hf_id} --config config.json` writes the numbers.",
         )
+    setup = _setup(model, gpu_gib(gpu) if gpu else cluster.gpu_memory_gib, gpus, gpu_memory_utilization, quantization)
+    if setup.tp < 1 or setup.pp < 1 or not 0 < setup.utilization <= 1:
+        raise UsageError(f"{model.key}: GPUs must be at least 1, gpu_memory_utilization above 0 and at most 1.")
+    if quantization and _bits(quantization) is None:
+        raise UsageError(f"Unknown quantization {quantization!r}.", hint=f"Known: {', '.join(_BITS)}.")
+    report = compute(model.architecture, setup)
+    return report if report.fits else replace(report, suggestions=tuple(_suggest(model.architecture, setup, report)))
+
+
+def _setup(
+    model: Model, gpu_gib: float, gpus: int | None, utilization: float | None, quantization: str | None
+) -> Setup:
     args: dict[str, Any] = model.vllm_args
-    setup = Setup(
-        gpu_gib=gpu_gib(gpu) if gpu else cluster.gpu_memory_gib,
+    return Setup(
+        gpu_gib=gpu_gib,
         tp=gpus or args.get("tensor_parallel_size") or model.gpus_required or 1,
         pp=1 if gpus else args.get("pipeline_parallel_size", 1),
-        utilization=gpu_memory_utilization or args.get("gpu_memory_utilization", 0.9),
+        utilization=utilization or args.get("gpu_memory_utilization", 0.9),
         quantization=quantization or args.get("quantization"),
         float32=args.get("dtype") in ("float32", "float"),
         kv_bytes=_kv_bytes(args.get("kv_cache_dtype", "auto")),
@@ -120,12 +132,6 @@ def fit(
         stretched="hf_overrides" in args,
         offload_gib=args.get("cpu_offload_gb", 0.0),
     )
-    if setup.tp < 1 or setup.pp < 1 or not 0 < setup.utilization <= 1:
-        raise UsageError(f"{model.key}: GPUs must be at least 1, gpu_memory_utilization above 0 and at most 1.")
-    if quantization and _bits(quantization) is None:
-        raise UsageError(f"Unknown quantization {quantization!r}.", hint=f"Known: {', '.join(_BITS)}.")
-    report = compute(model.architecture, setup)
-    return report if report.fits else replace(report, suggestions=tuple(_suggest(model.architecture, setup, report)))
 
 
 def compute(arch: Architecture, setup: Setup) -> FitReport:

@@ -54,14 +54,9 @@ def present(model: Model, cluster: Cluster) -> Path | str:
 def pull(model: Model, cluster: Cluster, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
     """Download the weights of `model`, or what is still missing of them, and return their folder.
 
-    The commit of its revision is fixed for the whole download, and written to `.biollm-commit`.
-    Gated models need HF_TOKEN.
-
-    Args:
-        model: With an hf_id.
-        cluster: Gives models_dir.
-        progress: Called with bytes (done, total) at the start and the end; in between huggingface_hub draws its
-            own bars, on a terminal only.
+    The commit of its revision is fixed for the whole download, and written to `.biollm-commit`. Gated models need
+    HF_TOKEN. `progress` is called with bytes (done, total) at the start and the end; in between huggingface_hub
+    draws its own bars, on a terminal only.
 
     Raises:
         UsageError: It is not a local model from Hugging Face.

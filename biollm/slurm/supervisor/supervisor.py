@@ -324,8 +324,7 @@ class Server:
     def _serve(self) -> None:
         """Renew the record while the server answers; return when the job is to stop and a successor may take over."""
         self.job.event(self.name, "ready", took_s=int(time.monotonic() - self._began), start=self._start)
-        while not self.job.stop_reason:
-            self._check_process()
+        while self._may_continue():
             answer = self._request("GET", "/health", timeout=10)
             if answer and answer[0] == 200 and answer[1].get("x-biollm-start") == self._start:
                 self._renew()
