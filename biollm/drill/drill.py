@@ -186,7 +186,8 @@ class _Harness:
         for order, each in enumerate(self._deployments, 1):
             (key, model), url = _address(each), self._servers[each.endpoint].url
             write_private(file := self._folder / key, key)  # a refused key is read again: never the user's
-            provider = each.provider.model_copy(update={"timeout": None})
+            kind = "api" if each.embedded else each.provider.type  # else the real model would start
+            provider = each.provider.model_copy(update={"timeout": None, "type": kind})
             account = each.account.model_copy(update={"env_key": None, "key_file": file})
             place: dict[str, Any] = {"litellm_model": f"openai/{model}", "base_url": url, "local": True, "limits": ()}
             moved.append(replace(each, provider=provider, account=account, order=order, **place))
@@ -234,7 +235,8 @@ class _Harness:
                 done = await self._waterfall.complete(request)
         except CompletionError as error:
             return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return done.deployment, _DEGRADED if done.degraded else "an answer"
+        embedded = any(each.embedded for each in self._deployments if each.id == done.deployment)
+        return done.deployment, _DEGRADED if embedded else "an answer"
 
 
 def _address(each: Deployment) -> tuple[str, str]:

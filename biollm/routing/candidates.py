@@ -1,7 +1,7 @@
-"""Says who may serve a request now, and why each of the others may not. Sends nothing.
+"""Which deployments may serve a request now, and why each of the others may not. Sends nothing.
 
-The deployments of the waterfall with what they need: a key, a claim on the ledger, weights. `explain` reads it, the
-waterfall routes by it.
+The pool holds the deployments of one configuration with what each needs: a key, a claim on the ledger, weights.
+`explain` reports from it, the waterfall routes by it. LiteLLM's Router knows nothing but its own cooldowns.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from biollm._ownership import in_the_clear
 from biollm.config import Config
@@ -27,17 +26,17 @@ from biollm.routing.deployments import (
     asked_for,
     build_deployments,
     ineligible_reason,
-    informed,
     models_of,
 )
 from biollm.slurm import endpoints
 from biollm.types import DataPolicy, Usage
 
 if TYPE_CHECKING:
+    from biollm.ledger.quotas import Cooldown
     from biollm.routing.pricing import Cost
     from biollm.slurm.endpoints import Endpoint, Figures
 
-_REMEMBERED = 3600.0  # seconds for which a model's refusal of images is remembered in this process
+_REMEMBERED = 3600.0  # seconds that this process remembers a model's refusal of images
 _refused: dict[tuple[str, str, frozenset[str]], float] = {}
 
 Status = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
@@ -45,14 +44,14 @@ Status = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
 
 @dataclass(frozen=True)
 class Load:
-    """What a replica has to do.
+    """The load of a replica.
 
     Attributes:
-        own: This process's requests under way there.
-        others: Everybody else's. A silent server is taken to have as many as the busiest that speaks, so that it is
-            not sought for its silence.
+        own: Requests of this process in flight there.
+        others: Those of other clients. A server without metrics counts as the busiest of the others, so that it is
+            not preferred.
         cache: Share of its key-value cache in use.
-        told: What its server said, or None where it said nothing.
+        told: The server's figures, or None where it has no metrics.
     """
 
     own: int
@@ -62,29 +61,31 @@ class Load:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """Return what the least busy has least of; the cache tells between equal numbers of requests, in tenths."""
+        """Return a key that sorts the least busy first: requests, then the share of the cache in tenths."""
         return self.own + self.others, round(self.cache, 1)
 
     def __str__(self) -> str:
-        told, total = self.told, f"{self.own} of this process = {self.own + self.others} under way"
-        if told:
-            said = f"{told.running} running, {told.waiting} waiting, cache {told.cache:.0%}"
-            return f"{self.others} of others + {total} ({said})"
-        return f"{self.others} assumed + {total} (no metrics)" if self.others else total.replace(f" = {self.own}", "")
+        total = f"{self.own} of this process = {self.own + self.others} in flight"
+        if self.told:
+            figures = f"{self.told.running} running, {self.told.waiting} waiting, cache {self.told.cache:.0%}"
+            return f"{self.others} of others + {total} ({figures})"
+        return (
+            f"{self.others} assumed + {total} (no metrics)" if self.others else f"{self.own} of this process in flight"
+        )
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A deployment and how it stands now.
+    """A deployment and its status.
 
     Attributes:
-        standing: "ready"; "limited" (a quota or a cooldown, until `until`); "refused" (its key was refused);
-            "keyless" (no key); "unfit" (the request needs or forbids something); "absent" (no server, no weights).
+        status: "ready"; "limited" (a quota or a cooldown, until `until`); "refused" (its key was refused);
+            "keyless" (no key); "unfit" (not eligible for this request); "absent" (no server, no weights).
         reason: One sentence; empty when ready.
-        until: Epoch seconds at which a limited rung frees.
-        stated: Whether a limit or the provider names that time; else it is an estimate.
-        cost: What its answer would cost, under `policy: cheapest`.
-        load: What it has to do, where it is one of several ready replicas and somebody looked.
+        until: Epoch seconds at which a limited deployment is available again.
+        cost: Expected cost of its answer, under `policy: cheapest`.
+        load: Its load, where it is one of several ready replicas and they were polled.
+        stated: Whether a limit or the provider names the time `until`; else it is an estimate.
     """
 
     deployment: Deployment
@@ -98,10 +99,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at servers and credentials found; `deployments` is None where the servers are the same.
+    """The servers and credentials found by a look; `deployments` is None where the servers are the same as before.
 
     Attributes:
-        found: Credentials, or why there are none, of deployments that are new or lacked them.
+        found: The credential of each deployment that is new or lacked one, or why there is none.
     """
 
     servers: tuple[Endpoint, ...]
@@ -118,7 +119,7 @@ class DeploymentPool:
         state: The folder of tokens and weights.
         policy: Overrides the configuration's data policy.
         discover: Returns the running servers; called before every request, so it must only look at memory.
-        interval: Seconds between two looks for what a rung lacks.
+        interval: Seconds between two looks for what a deployment lacks.
     """
 
     def __init__(
@@ -142,28 +143,27 @@ class DeploymentPool:
         self._missing: dict[str, tuple[Status, str]] = {}
 
     def refresh(self) -> bool:
-        """Follow the running servers and, every few seconds, what was missing; return whether anything changed.
+        """Follow the running servers and, every few seconds, look for what was missing; return whether anything changed.
 
-        May block on slow file systems. An event loop asks `due`, runs `survey` in a thread, and then calls `apply`.
+        May block on slow file systems. An event loop calls `due`, then `survey` in a thread, then `apply`.
         """
         return self.due() and self.apply(self.survey())
 
     def due(self) -> bool:
         """Return whether servers came or went, or it is time to look for what was missing; reads memory alone."""
-        if self._servers is None or self._starts(self._discover()) != self._starts(self._servers):
+        if self._servers is None or _starts(self._discover()) != _starts(self._servers):
             return True
         return bool(self._missing) and time.monotonic() - self._looked >= self._interval
 
     def survey(self) -> Survey:
         """Look for servers, keys, tokens and weights that are new or were missing; in any thread, changes nothing."""
         servers = tuple(sorted(self._discover(), key=lambda server: server.start))
-        known, missing = self.claims.keys(), self._missing
-        if self._servers is not None and self._starts(servers) == self._starts(self._servers):
-            deployments, sought = None, [each for each in self.deployments if each.id in missing]
+        if self._servers is not None and _starts(servers) == _starts(self._servers):
+            deployments, wanted = None, [each for each in self.deployments if each.id in self._missing]
         else:
             deployments = build_deployments(self.config, servers, self.policy)
-            sought = [each for each in deployments if each.id not in known and each.id not in missing]
-        return Survey(servers, deployments, [(each, self._look(each, False, servers)) for each in sought])
+            wanted = [each for each in deployments if each.id not in self.claims and each.id not in self._missing]
+        return Survey(servers, deployments, [(each, self._look(each, False, servers)) for each in wanted])
 
     def apply(self, survey: Survey) -> bool:
         """Take over what was found; return whether anything changed."""
@@ -181,25 +181,18 @@ class DeploymentPool:
             changed |= self.note(deployment, found) is not None
         return changed
 
-    @staticmethod
-    def _starts(servers: Iterable[Endpoint]) -> list[str]:
-        return sorted(server.start for server in servers)
+    def look(self, deployment: Deployment) -> Credential | str:
+        """Return the deployment's credential, or why there is none; in any thread, changes nothing.
 
-    def look(self, deployment: Deployment, *, exchange: bool = True) -> Credential | str:
-        """Look for what the deployment needs to be asked; return its credential, or why there is none.
-
-        In any thread; changes nothing. With `exchange`, a short-lived token may be fetched, which blocks.
+        May fetch a short-lived token, which blocks.
         """
-        return self._look(deployment, exchange, self._servers or ())
+        return self._look(deployment, True, self._servers or ())
 
     def note(self, deployment: Deployment, found: Credential | str) -> Credential | None:
         """Take over what `look` found; return the credential, or None where there is none."""
         if isinstance(found, str):
             self.credentials.pop(deployment.id, None)
-            self._missing[deployment.id] = (
-                "keyless" if deployment.provider.type == "api" else "absent",
-                found,
-            )
+            self._missing[deployment.id] = ("keyless" if deployment.provider.type == "api" else "absent", found)
             return None
         self._missing.pop(deployment.id, None)
         self.credentials[deployment.id] = found
@@ -216,7 +209,7 @@ class DeploymentPool:
         if deployment.start:
             server = next((server for server in servers if server.start == deployment.start), None)
             if server is None:
-                return "its server has left"
+                return "its server has stopped"
             try:
                 return Credential(endpoints.read_key(server))
             except (OSError, ValueError) as error:  # its record still counts for some seconds after the key has gone
@@ -228,8 +221,8 @@ class DeploymentPool:
     def claim(self, deployment: Deployment, requirements: Requirements) -> Claim:
         """Return the deployment's claim on the ledger, with what such a request is expected to use at most.
 
-        The prompt has an upper bound; the answer is taken to be as long as the deployment's usually are, for an agent
-        asks for 64,000 tokens and uses 500.
+        The prompt has an upper bound; the answer is assumed to be as long as the deployment's usually are, since an
+        agent asks for 64,000 tokens and uses 500.
         """
         claim = self.claims[deployment.id]
         kinds = {limit.kind for limit in claim.limits}
@@ -239,10 +232,10 @@ class DeploymentPool:
         expected = Usage(requirements.prompt_most, min(typical, allowance(deployment, requirements) or typical))
         usd = 0.0
         if "usd" in kinds:
-            from biollm.routing import pricing
+            from biollm.routing.pricing import price
 
-            price = pricing.price(deployment, self.config)
-            usd = price.usd(expected) if price else 0.0
+            known = price(deployment, self.config)
+            usd = known.usd(expected) if known else 0.0
         return replace(claim, tokens=expected.total_tokens, usd=usd)
 
     def missing(self, deployment: Deployment) -> str:
@@ -250,24 +243,28 @@ class DeploymentPool:
         return self._missing.get(deployment.id, ("", ""))[1]
 
     def candidates(self, requirements: Requirements, *, skip: Iterable[str] = ()) -> list[Candidate]:
-        """Return how each deployment asked for stands, in waterfall order, but those in `skip`."""
-        asks = requirements.media or (requirements.answer or 0) > LEAST_ANSWER
-        if asks and not self._informed:  # reading the map takes 50 ms
-            self.deployments, self._informed = _informed(self.deployments), True
-        blocked, now = self.ledger.blocked(), time.time()
-        found: list[tuple[Deployment, Cost | None]] = [(deployment, None) for deployment in self.deployments]
+        """Return the deployments that the request may name, in waterfall order, with their status; not those in `skip`."""
+        by_map = requirements.media or (requirements.answer or 0) > LEAST_ANSWER
+        if by_map and not self._informed:  # reading the map takes 50 ms
+            from biollm.routing.pricing import with_facts
+
+            self.deployments, self._informed = with_facts(self.deployments), True
+        now, blocked = time.time(), self.ledger.blocked()
+        priced: list[tuple[Deployment, Cost | None]] = [(deployment, None) for deployment in self.deployments]
         if self.config.policy == "cheapest":
-            from biollm.routing import pricing
+            from biollm.routing.pricing import cheapest
 
-            found = pricing.cheapest(self.deployments, requirements, self.config)
-        rungs: list[Candidate] = []
-        for deployment, cost in found:
+            priced = cheapest(self.deployments, requirements, self.config)
+        found: list[Candidate] = []
+        for deployment, cost in priced:
             if deployment.id not in skip and asked_for(deployment, requirements):
-                candidate = self._stand(deployment, requirements, blocked, now)
-                rungs.append(replace(candidate, cost=cost) if cost else candidate)
-        return rungs
+                candidate = self._candidate(deployment, requirements, blocked, now)
+                found.append(replace(candidate, cost=cost) if cost else candidate)
+        return found
 
-    def _stand(self, deployment: Deployment, requirements: Requirements, blocked: Any, now: float) -> Candidate:
+    def _candidate(
+        self, deployment: Deployment, requirements: Requirements, blocked: Mapping[str, Cooldown], now: float
+    ) -> Candidate:
         if missing := self._missing.get(deployment.id):
             return Candidate(deployment, *missing)
         if reason := ineligible_reason(deployment, requirements):
@@ -277,43 +274,22 @@ class DeploymentPool:
         if blocked:
             claim = self.claims[deployment.id]
             for key in (*claim.cooling, f"scope:{claim.scope}"):
-                if (found := blocked.get(key)) and found.until > now:
+                cooldown = blocked.get(key)
+                if cooldown and cooldown.until > now:
+                    source = "given by the provider" if cooldown.stated else "estimated"
+                    reason = cooldown.reason + ("" if key.startswith("scope:") else f" (time {source})")
                     status = "refused" if key.startswith("key:") else "limited"
-                    of = (
-                        ""
-                        if key.startswith("scope:")
-                        else " (time given by the provider)"
-                        if found.stated
-                        else " (time estimated)"
-                    )
-                    return Candidate(deployment, status, found.reason + of, found.until, stated=found.stated)
+                    return Candidate(deployment, status, reason, cooldown.until, stated=cooldown.stated)
         return Candidate(deployment, "ready")
 
 
-def _informed(found: Iterable[Deployment]) -> list[Deployment]:
-    """Return the deployments with what LiteLLM's map says of them."""
-    # Copilot's deployments go to LiteLLM as OpenAI's; the map may list a model under either.
-    asked: dict[str, tuple[str, str, str]] = {}
-    for each in found:
-        if each.provider.type == "api":
-            prefix, _, model = each.litellm_model.partition("/")
-            asked[each.id] = (each.provider.litellm_provider, prefix, model)
-    facts = _facts(frozenset(asked.values()))
-    return [informed(each, facts[asked[each.id]] if each.id in asked else {}) for each in found]
-
-
-@cache
-def _facts(asked: frozenset[tuple[str, str, str]]) -> dict[tuple[str, str, str], Mapping[str, object]]:
-    """Return what LiteLLM's map says of (provider, prefix, model); the map is large, so only that is kept."""
-    from biollm.routing.pricing import listed, price_map
-
-    known = price_map()
-    return {key: listed(known, key[0], key[2])[1] or listed(known, key[1], key[2])[1] for key in asked}
+def _starts(servers: Iterable[Endpoint]) -> list[str]:
+    return sorted(server.start for server in servers)
 
 
 def note_refusal(deployment: Deployment, media: frozenset[str]) -> None:
-    """Remember that this model refused a request for holding such media."""
-    if media:  # of a request with nothing but text the refusal says nothing
+    """Remember that this model refused a request because of such media."""
+    if media:  # the refusal of a text says nothing about media
         _refused[deployment.provider.name, deployment.model, media] = time.monotonic()
 
 
@@ -324,9 +300,9 @@ def refuses(deployment: Deployment, media: frozenset[str]) -> bool:
 
 
 def cooling_keys(deployment: Deployment, credential: Credential) -> tuple[str, ...]:
-    """Return the ledger's keys of which each, while it cools, keeps the deployment from serving."""
+    """Return the ledger's keys that put the deployment on cooldown."""
     keys = [f"account:{deployment.scope}", f"endpoint:{deployment.endpoint}", f"deployment:{deployment.id}"]
-    if credential.fingerprint:  # of this account: the same word may be a good key elsewhere
+    if credential.fingerprint:  # of this account: the same key may be valid elsewhere
         keys.append(f"key:{deployment.provider.name}/{deployment.account.name}:{credential.fingerprint}")
     return tuple(keys)
 
@@ -346,20 +322,19 @@ def check_names(config: Config, provider: str | None, model: str | None) -> None
             raise UnknownNameError("model", model, names)
 
 
-def explain(rungs: DeploymentPool, requirements: Requirements) -> Sequence[Candidate]:
-    """Return every deployment with how it stands now, quotas counted freshly; nothing is sent."""
-    rungs.refresh()
-    rungs.ledger.refresh()
-    found = rungs.candidates(requirements)
-    fresh: list[Candidate] = []
-    for candidate in found:
-        if candidate.status == "ready":
-            used = rungs.ledger.used(candidate.deployment.scope, candidate.deployment.limits)
-            claim = rungs.claim(candidate.deployment, requirements)
-            full = [(limit, resets) for limit, count, resets in used if quotas.excess(limit, count, claim) > 0]
-            if full:
-                candidate = replace(
-                    candidate, status="limited", reason=f"{full[0][0]} is used up", until=full[0][1] or 0.0
-                )
-        fresh.append(candidate)
-    return fresh
+def explain(pool: DeploymentPool, requirements: Requirements) -> Sequence[Candidate]:
+    """Return every deployment with its status, quotas counted anew; nothing is sent."""
+    pool.refresh()
+    pool.ledger.refresh()
+    return [_counted(pool, candidate, requirements) for candidate in pool.candidates(requirements)]
+
+
+def _counted(pool: DeploymentPool, candidate: Candidate, requirements: Requirements) -> Candidate:
+    """Return the candidate, limited where a limit of its account has no room for the request."""
+    if candidate.status == "ready":
+        deployment = candidate.deployment
+        claim = pool.claim(deployment, requirements)
+        for limit, used, resets in pool.ledger.used(deployment.scope, deployment.limits):
+            if quotas.excess(limit, used, claim) > 0:
+                return replace(candidate, status="limited", reason=f"{limit} is used up", until=resets or 0.0)
+    return candidate

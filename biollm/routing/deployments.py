@@ -1,8 +1,7 @@
-"""Turns configuration and discovered endpoints into deployments, and deployments into Router arguments.
+"""Turns the configuration and the running servers into deployments: one for each place that may answer.
 
-Pure: nothing is read, sent or imported from LiteLLM. LiteLLM has `order`, `rpm` and model groups; it has no notion
-of an account that several deployments share, of data that must not leave, or of what a request needs, so a
-Deployment carries those facts beside LiteLLM's own.
+Pure: nothing is read or sent. LiteLLM's deployments have `order`, `rpm` and a model group. They have no account whose
+limits several deployments share, no data policy, and no facts to check a request against; a Deployment adds those.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ _STREAM, _REASONING_STREAM, _NO_LIMIT = 12.0, 60.0, 86400.0  # seconds
 
 @dataclass(frozen=True)
 class Deployment:
-    """One place that may answer: a model at an account or at a running server.
+    """A model at an account or at a running server.
 
     Attributes:
         id: "provider/model", "provider.account/model" where a provider has several accounts, "#start" appended
             for a discovered server.
         order: Place in the waterfall, from 1; accounts and replicas of one model share it.
-        scope: Who its limits belong to: the account, or the account and model where limits are per model.
+        scope: What its limits belong to: the account, or the account and model where limits are per model.
         local: True when nothing leaves the cluster.
         free: True when a token costs nothing (free tier, local, embedded).
         trains: True when the provider may train on prompts.
@@ -74,7 +73,7 @@ class Deployment:
 
     @property
     def endpoint(self) -> str:
-        """Return what a network failure concerns: a URL, a server's start, or the provider's default address."""
+        """Return what a network failure affects: a server's start, a URL, or the provider's default address."""
         return self.start or self.base_url or self.provider.name
 
 
@@ -106,24 +105,23 @@ class Requirements:
 def build_deployments(
     config: Config, endpoints: Iterable[Endpoint] = (), policy: DataPolicy | None = None
 ) -> list[Deployment]:
-    """Return every deployment in waterfall order; with a local_only policy, those that never leave the cluster.
+    """Return every deployment in waterfall order; under a local_only policy, the local ones alone.
 
-    A local model without a server stands there too, without an address, so that it can be explained.
+    A local model without a server is included, without an address, so that it can be explained.
     """
-    found: list[Deployment] = []
-    order = 0
     running = list(endpoints)
-    for provider in config.providers:
-        for model in models_of(config, provider):
-            order += 1
-            found += _of_model(config, provider, model, order, [e for e in running if e.model == model])
-    if (policy or config.data_policy) == "local_only":
-        return [deployment for deployment in found if deployment.local]
-    return found
+    models = [(provider, name) for provider in config.providers for name in models_of(config, provider)]
+    found = [
+        deployment
+        for order, (provider, name) in enumerate(models, 1)
+        for deployment in _of_model(config, provider, name, order, [each for each in running if each.model == name])
+    ]
+    local_only = (policy or config.data_policy) == "local_only"
+    return [deployment for deployment in found if deployment.local or not local_only]
 
 
 def models_of(config: Config, provider: Provider) -> list[str]:
-    """Return the provider's models in their order: a `priority` of their own, then the place in the list.
+    """Return the provider's models in their order: by `priority` of their own, then by place in the list.
 
     Local models that no provider lists belong to the first local provider without a fixed address, after its own.
     """
@@ -146,17 +144,16 @@ def _of_model(
     places: list[tuple[str, Account, Endpoint | None]] = []
     if not served or provider.base_url or not endpoints:
         for account in provider.accounts:
-            who = f"{provider.name}.{account.name}" if several else provider.name
-            places.append((f"{who}/{name}", account, None))
+            account_id = f"{provider.name}.{account.name}" if several else provider.name
+            places.append((f"{account_id}/{name}", account, None))
     if served:
         places += [(f"{provider.name}/{name}#{e.start[:8]}", provider.accounts[0], e) for e in endpoints]
-    # LiteLLM's github_copilot keeps one login for all; its API is OpenAI's, so each account goes there with its own.
+    # LiteLLM's github_copilot keeps one login for all; its API is OpenAI's, so each account is sent there with its own.
     prefix = "openai" if provider.litellm_provider == "github_copilot" else provider.litellm_provider
-    context = model and (model.served_context if served else model.context_length)
     for ident, account, endpoint in places:
         base_url = endpoint.base_url if endpoint else provider.base_url or _DEFAULT_URL.get(provider.litellm_provider)
-        own = provider.type == "embedded" or endpoint is not None or (served and not base_url)
-        local = own or is_local(base_url, config.cluster.local_hosts)
+        on_cluster = provider.type == "embedded" or endpoint is not None or (served and not base_url)
+        local = on_cluster or is_local(base_url, config.cluster.local_hosts)
         scope = f"{provider.name}/{account.name}"
         yield Deployment(
             id=ident,
@@ -173,9 +170,9 @@ def _of_model(
             trains=provider.trains_on_prompts,
             json_schema=_first(model and model.json_schema, provider.json_schema, _takes_schema(provider)),
             tools=_first(model and model.tools, provider.tools, _takes_tools(provider, model)),
-            context_length=context,
-            vision=model.vision if model else None,
-            capabilities=model.capabilities if model else None,
+            context_length=model and (model.served_context if served else model.context_length),
+            vision=model and model.vision,
+            capabilities=model and model.capabilities,
             fim=model.fim if model and served else None,
             start=endpoint.start if endpoint else "",
         )
@@ -187,35 +184,35 @@ def _first(*choices: bool | None) -> bool:
 
 def _takes_schema(provider: Provider) -> bool:
     if provider.litellm_provider == "openai" and provider.base_url:
-        return False  # some other company's idea of OpenAI's API
+        return False  # another company's version of OpenAI's API
     return provider.type == "embedded" or provider.litellm_provider in _TAKES_SCHEMA
 
 
 def _takes_tools(provider: Provider, model: Model | None) -> bool:
-    """vLLM answers tool requests only with a parser chosen; the embedded model drops tools silently."""
+    """Return the default: vLLM answers tool requests only with a parser, and the embedded model drops tools silently."""
     if provider.type == "local":
         return model is None or "tool_call_parser" in model.vllm_args
     return provider.type == "api"
 
 
 def ineligible_reason(deployment: Deployment, requirements: Requirements) -> str | None:
-    """Return why `deployment` may not serve such a request, as one sentence, or None."""
+    """Return why `deployment` is not eligible for such a request, one sentence, or None."""
     if requirements.policy == "local_only" and not deployment.local:
         return "the data policy is local_only and this deployment is not local"
     if requirements.policy == "no_training" and deployment.trains:
         return "the provider may train on prompts and the data policy is no_training"
     if deployment.embedded and not requirements.allow_degraded:
-        return "the embedded model is a degraded answer, which this request does not allow"
+        return "the embedded model gives degraded answers, which this request does not allow"
     if requirements.tools and not deployment.tools:
-        return "takes no tools"
+        return "does not support tools"
     if "images" in requirements.media and deployment.vision is False:
-        return "takes no images"
+        return "does not support images"
     if requirements.media and deployment.embedded:
-        return "takes nothing but text"
+        return "supports text only"
     if requirements.fim and not deployment.fim:
-        return "has no tokens for filling in code"
+        return "does not support fill-in-the-middle"
     if requirements.raw and deployment.provider.type != "local":
-        return "answers messages, and continues no text"
+        return "supports chat messages only, not plain text"
     if requirements.capability and requirements.capability not in (deployment.capabilities or ()):
         return f"lacks the capability {requirements.capability!r}"
     least = min(requirements.answer or 0, LEAST_ANSWER)

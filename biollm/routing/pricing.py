@@ -1,10 +1,10 @@
-"""Prices answers, and orders deployments of one priority by what an answer of each would cost.
+"""Computes the price of an answer, and sorts deployments of one priority by it.
 
-Prices are yours (`costs.per_million_tokens`), nothing where a token costs nothing, else those of LiteLLM's map. A local
-server counts nothing unless you name its price: its GPU hours are spent whether it answers or idles. LiteLLM's own
-`completion_cost` knows no price of yours, takes a missing price for 0, and costs 3 s of import; its cost-based routing
-adds the price of one token of prompt to that of one token of answer, however many there are of each. Left out are
-discounts by the hour, and what is not priced per token of text (images, audio, searches, the hour that a cache lives).
+A price is the user's own (`costs.per_million_tokens`), 0 where tokens are free, else the one in LiteLLM's map of models.
+A local server is free unless it has a price of its own: its GPU hours are spent whether it answers or idles. LiteLLM's
+`completion_cost` takes no such price, counts an unknown price as 0 and needs a 3 s import; its cost-based routing
+ignores how many tokens a request has. Not covered: discounts by the hour, and what is not priced per token of text
+(images, audio, searches, the storage of a cache).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from biollm.config import Config
-from biollm.routing.deployments import Deployment, Requirements
+from biollm.routing.deployments import Deployment, Requirements, informed
 from biollm.types import Usage
 
 PRICES = "model_prices_and_context_window_backup.json"  # LiteLLM's map of models, a file of its package
-ANSWER = 500  # tokens that an answer is taken to have where the request sets no max_tokens
+ANSWER = 500  # expected tokens of an answer where the request sets no max_tokens
 _SENT, _GOT, _THOUGHT = "input_cost_per_token", "output_cost_per_token", "output_cost_per_reasoning_token"
 _READ, _WRITTEN = "cache_read_input_token_cost", "cache_creation_input_token_cost"
 _ABOVE = re.compile(rf"{_SENT}(_above_(\d+)(k?)_tokens)")
@@ -32,7 +32,7 @@ _SERVICE = {"flex": "_flex", "balanced": "_balanced", "priority": "_priority", "
             "ultrafast": "_ultrafast"}  # fmt: skip
 
 Facts = Mapping[str, Any]
-Rates = tuple[float, float, float, float, float]  # sent, got, read from the cache, written to it, thought
+Rates = tuple[float, float, float, float, float]  # USD per token: prompt, answer, cache read, cache write, reasoning
 
 
 class Price:
@@ -84,7 +84,7 @@ class Price:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an answer is expected to cost; `price` is None where nobody knows it."""
+    """The expected cost of an answer; `price` is None where it is unknown."""
 
     prompt_tokens: int
     answer_tokens: int
@@ -97,7 +97,7 @@ class Cost:
 
     @property
     def usd(self) -> float | None:
-        """Return it in USD."""
+        """Return the cost in USD."""
         return self.price and self.price.usd(Usage(self.prompt_tokens, self.answer_tokens))
 
     def __str__(self) -> str:
@@ -108,36 +108,53 @@ class Cost:
 
 
 def price(deployment: Deployment, config: Config) -> Price | None:
-    """Return the price of a deployment; None where nobody knows it."""
+    """Return the price of a deployment; None where it is unknown."""
     return prices([deployment], config)[deployment.id]
 
 
-def prices(found: Iterable[Deployment], config: Config) -> dict[str, Price | None]:
-    """Return the price of each deployment by its id; None where nobody knows it."""
-    known: dict[str, Price | None] = {}
-    asked: dict[str, tuple[str, str, str]] = {}
+def prices(found: Sequence[Deployment], config: Config) -> dict[str, Price | None]:
+    """Return the price of each deployment by its id; None where it is unknown."""
+    own = {each.id: config.costs.per_million_tokens.get(each.provider.name) for each in found}
+    free = {each.id for each in found if each.free}
+    in_map = _entries([each for each in found if own[each.id] is None and each.id not in free])
+    return {ident: in_map[ident].price if ident in in_map else _flat(usd or 0.0) for ident, usd in own.items()}
+
+
+def with_facts(found: Sequence[Deployment]) -> list[Deployment]:
+    """Return the deployments with what LiteLLM's map says of them: the longest answer, and whether it takes images."""
+    in_map = _entries([each for each in found if each.provider.type == "api"])
+    return [informed(each, in_map[each.id].facts if each.id in in_map else {}) for each in found]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A provider's model in LiteLLM's map."""
+
+    facts: Facts
+    price: Price | None
+
+
+_Name = tuple[str, str, str]  # LiteLLM's prefix, its name of the provider (of Copilot these two differ), the model
+_known: dict[_Name, _Entry] = {}  # the map is large, so only what is used is kept
+
+
+def _entries(found: Iterable[Deployment]) -> dict[str, _Entry]:
+    """Return each deployment's entry by its id; the map is read once for all that are new."""
+    names: dict[str, _Name] = {}
     for each in found:
-        own = config.costs.per_million_tokens.get(each.provider.name)
-        if own is not None or each.free:
-            known[each.id] = _flat(own or 0.0)
-        else:  # Copilot is asked as OpenAI is, and counted so
-            counted, model = each.litellm_model.split("/", 1)
-            asked[each.id] = (counted, each.provider.litellm_provider, model)
-    if new := set(asked.values()) - _of_map.keys():  # the map is large, so only what is used is kept, and read at once
-        facts = price_map()
-        _of_map.update((key, _listed(facts, *key)) for key in new)
-    return known | {name: _of_map[key] for name, key in asked.items()}
+        prefix, _, model = each.litellm_model.partition("/")
+        names[each.id] = prefix, each.provider.litellm_provider, model
+    if new := set(names.values()) - _known.keys():
+        whole = price_map()
+        _known.update({name: _entry(whole, *name) for name in new})
+    return {ident: _known[name] for ident, name in names.items()}
 
 
-_of_map: dict[tuple[str, str, str], Price | None] = {}
-
-
-def _listed(facts: Mapping[str, Facts], prefix: str, provider: str, model: str) -> Price | None:
-    for name in (prefix, provider):
-        entry = cast("Facts", listed(facts, name, model)[1])
-        if priced(entry):
-            return Price(entry, inclusive=name == "xai")
-    return None
+def _entry(whole: Mapping[str, Facts], prefix: str, provider: str, model: str) -> _Entry:
+    """Return the facts that stand under the provider's name, and the price under LiteLLM's prefix, if they do."""
+    entries = {name: listed(whole, name, model)[1] for name in (prefix, provider)}
+    name = next((name for name, facts in entries.items() if priced(facts)), None)
+    return _Entry(entries[provider] or entries[prefix], Price(entries[name], inclusive=name == "xai") if name else None)
 
 
 def priced(facts: Facts) -> bool:
@@ -146,7 +163,7 @@ def priced(facts: Facts) -> bool:
 
 
 def _tiers(facts: Facts) -> list[Facts]:
-    """Return a price list of its own for each length of prompt, shortest first; mostly there is none."""
+    """Return the price lists by length of the prompt, shortest first; most models have none."""
     tiers: list[Facts] = sorted(facts.get("tiered_pricing") or (), key=lambda tier: tier["range"][0])
     return [{_GOT: facts.get(_GOT), **tier} for tier in tiers]
 
@@ -159,22 +176,20 @@ def _flat(usd_per_million: float) -> Price:
 def cheapest(
     found: Sequence[Deployment], requirements: Requirements, config: Config
 ) -> list[tuple[Deployment, Cost | None]]:
-    """Return deployments and costs by priority, then cost, unknown ones last, then as they stood; `order` follows."""
-    prompt, answer, known = requirements.prompt, requirements.answer or ANSWER, prices(found, config)
-    expected = {each.id: Cost(prompt, answer, known[each.id]) for each in found}
+    """Return deployments and costs by priority, then cost (unknown last), then their old order; `order` is renumbered."""
+    answer, known = requirements.answer or ANSWER, prices(found, config)
+    expected = {each.id: Cost(requirements.prompt, answer, known[each.id]) for each in found}
 
     def rank(each: Deployment) -> tuple[int, float, int]:
         usd = expected[each.id].usd
         return each.provider.priority, float("inf") if usd is None else usd, each.order
 
-    places: dict[int, int] = {}
-    return [
-        (replace(each, order=places.setdefault(each.order, len(places) + 1)), expected[each.id])
-        for each in sorted(found, key=rank)
-    ]
+    ranked = sorted(found, key=rank)
+    orders = {order: place for place, order in enumerate(dict.fromkeys(each.order for each in ranked), 1)}
+    return [(replace(each, order=orders[each.order]), expected[each.id]) for each in ranked]
 
 
-def price_map() -> dict[str, dict[str, object]]:
+def price_map() -> dict[str, dict[str, Any]]:
     """Return LiteLLM's prices, model -> facts, from its file: importing it takes seconds."""
     found = importlib.util.find_spec("litellm")
     if found is None or not found.submodule_search_locations:
@@ -182,16 +197,16 @@ def price_map() -> dict[str, dict[str, object]]:
     return json.loads(Path(found.submodule_search_locations[0], PRICES).read_bytes())
 
 
-def listed(prices: Mapping[str, Mapping[str, object]], provider: str, model: str) -> tuple[str, Mapping[str, object]]:
-    """Return the name and the facts under which LiteLLM's map lists a provider's model; ("", {}) where it does not."""
-    for name in (f"{provider}/{model}", model):  # OpenAI's and some others' models stand there by their bare names
+def listed(prices: Mapping[str, Facts], provider: str, model: str) -> tuple[str, Facts]:
+    """Return the name and the facts of a provider's model in LiteLLM's map; ("", {}) where it is not in there."""
+    for name in (f"{provider}/{model}", model):  # OpenAI's models and some others have no prefix
         facts = prices.get(name, {})
         if facts and (name != model or str(facts.get("litellm_provider")).startswith(provider)):
             return name, facts
     return "", {}
 
 
-def per_token(facts: Mapping[str, object]) -> tuple[float, float] | None:
+def per_token(facts: Facts) -> tuple[float, float] | None:
     """Return the USD per token of prompt and of answer; None unless both are known."""
-    sent, got = facts.get("input_cost_per_token"), facts.get("output_cost_per_token")
+    sent, got = facts.get(_SENT), facts.get(_GOT)
     return (float(sent), float(got)) if isinstance(sent, int | float) and isinstance(got, int | float) else None

@@ -319,7 +319,7 @@ def test_an_image_passes_over_who_takes_none(net: Loopback, waterfall: Write) ->
         unknown={"base_url": unknown.url, "models": ["unheard-of"]},
     )
     answer = get_model_client().complete(SEES)
-    assert [attempt.reason for attempt in answer.attempts] == ["takes no images", "takes no images", ""]
+    assert [attempt.reason for attempt in answer.attempts] == ["does not support images", "does not support images", ""]
     assert (str(answer), blind.requests, listed.requests) == ("a cat", [], [])
     assert get_model_client().complete("hi").provider == "blind"
 

@@ -300,7 +300,7 @@ def test_a_text_is_continued_by_a_local_server_alone(net: Loopback, serve: Any) 
     assert [each["choices"][0]["text"] for each in events(answer)[:-1]] == ["return a", ""]
     assert (server.requests[-1].body["prompt"], cloud.requests) == (asked["prompt"], [])
     error = serve(cloud=cloud).post("/v1/completions", json=asked).json()["error"]
-    assert error["biollm"]["attempts"][0]["reason"] == "answers messages, and continues no text"
+    assert error["biollm"]["attempts"][0]["reason"] == "supports chat messages only, not plain text"
 
 
 def test_a_stream_that_breaks_ends_with_an_error_and_without_done(net: Loopback, serve: Any) -> None:

@@ -94,7 +94,7 @@ def test_a_request_that_the_second_answers_is_one_request(tmp_path: Path, exact:
         ("limited: HTTP 500: broken", "cooling"),
         ("skipped: no key: set FIRST_KEY", "no key"),
         ("skipped: no server is up: biollm up small", "no server"),
-        ("skipped: takes no tools", "unfit"),
+        ("skipped: does not support tools", "unfit"),
         ("failed: HTTP 503: busy", "HTTP 503"),
         ("failed: no answer within 60 s", "timeout"),
         ("failed: the connection was refused", "connection"),

@@ -35,9 +35,9 @@ def server(start: str, key: Path) -> Endpoint:
     )  # fmt: skip
 
 
-def standings(rungs: DeploymentPool) -> dict[str, str]:
-    rungs.refresh()
-    return {candidate.deployment.id: candidate.status for candidate in rungs.candidates(Requirements())}
+def standings(pool: DeploymentPool) -> dict[str, str]:
+    pool.refresh()
+    return {candidate.deployment.id: candidate.status for candidate in pool.candidates(Requirements())}
 
 
 @pytest.mark.parametrize("key", [None, b"\xff\xfe"], ids=["gone", "not text"])
@@ -53,10 +53,10 @@ def test_a_server_whose_key_cannot_be_read_is_passed_over(
     if key is not None:
         (tmp_path / "bad").write_bytes(key)
     servers = [server("bad", tmp_path / "bad"), server("good", tmp_path / "good")]
-    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any", lambda: servers)
+    pool = DeploymentPool(load_config(), ledger, tmp_path, "any", lambda: servers)
     ledger.cool("account:elsewhere/default", 60, "so that every rung's needs are looked at")
-    assert standings(rungs) == {"gpu/mine#bad": "absent", "gpu/mine#good": "ready", "after/small": "ready"}
-    assert "the key of the server on node1 cannot be read" in rungs.missing(rungs.deployments[0])
+    assert standings(pool) == {"gpu/mine#bad": "absent", "gpu/mine#good": "ready", "after/small": "ready"}
+    assert "the key of the server on node1 cannot be read" in pool.missing(pool.deployments[0])
 
 
 def api_key(folder: Path) -> None:
@@ -103,33 +103,33 @@ def test_what_comes_while_the_process_runs_is_noticed(
         last={"type": "embedded", "models": ["tiny"]},
     )
     servers = [server("late", tmp_path / "server.key")]
-    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any", lambda: servers, interval=0)
-    before = standings(rungs)
+    pool = DeploymentPool(load_config(), ledger, tmp_path, "any", lambda: servers, interval=0)
+    before = standings(pool)
     assert set(before.values()) == {"keyless", "absent"}
     comes(tmp_path)
-    assert rungs.refresh() is (stands == "ready"), "the Router follows when it is told of a change"
-    assert standings(rungs) == before | {candidate: stands}
-    assert not rungs.refresh()
+    assert pool.refresh() is (stands == "ready"), "the Router follows when it is told of a change"
+    assert standings(pool) == before | {candidate: stands}
+    assert not pool.refresh()
 
 
 def test_what_is_missing_is_not_looked_for_at_each_request(waterfall: Write, ledger: Ledger, tmp_path: Path) -> None:
     waterfall(filed={"key_file": str(tmp_path / "api.key"), "base_url": "http://localhost:1/v1"})
-    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any")
-    rungs.refresh()
+    pool = DeploymentPool(load_config(), ledger, tmp_path, "any")
+    pool.refresh()
     api_key(tmp_path)
-    assert not rungs.refresh()
+    assert not pool.refresh()
 
 
 def test_a_server_that_left_is_no_reason_to_wait_for_ever(waterfall: Write, ledger: Ledger, tmp_path: Path) -> None:
     waterfall({"models": {"mine": {"type": "local", "hf_id": "lab/mine"}}}, gpu={"type": "local", "models": ["mine"]})
     server_key(tmp_path)
     servers = [server("late", tmp_path / "server.key")]
-    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any", lambda: servers)
-    rungs.refresh()
-    [deployment] = rungs.deployments
+    pool = DeploymentPool(load_config(), ledger, tmp_path, "any", lambda: servers)
+    pool.refresh()
+    [deployment] = pool.deployments
     servers.clear()
-    rungs.refresh()
-    assert asyncio.run(asyncio.wait_for(asyncio.to_thread(rungs.look, deployment), 5)) == "its server has left"
+    pool.refresh()
+    assert asyncio.run(asyncio.wait_for(asyncio.to_thread(pool.look, deployment), 5)) == "its server has stopped"
 
 
 def test_a_thread_that_runs_out_of_items_is_an_error() -> None:
@@ -151,15 +151,15 @@ def test_a_limit_is_full_to_explain_when_it_is_to_the_ledger(
     waterfall: Write, ledger: Ledger, tmp_path: Path, limit: dict[str, str], sent: int, stands: str
 ) -> None:
     waterfall(first={"base_url": "http://localhost:1/v1", **limit})
-    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any")
-    rungs.refresh()
-    claim = Claim(rungs.deployments[0].scope, rungs.deployments[0].limits)
+    pool = DeploymentPool(load_config(), ledger, tmp_path, "any")
+    pool.refresh()
+    claim = Claim(pool.deployments[0].scope, pool.deployments[0].limits)
 
     async def send(count: int) -> list[int | Refused]:
         return [await ledger.reserve(claim) for _ in range(count)]
 
     assert not any(isinstance(answer, Refused) for answer in asyncio.run(send(sent)))
-    (candidate,) = explain(rungs, Requirements())
+    (candidate,) = explain(pool, Requirements())
     assert candidate.status == stands
     (answer,) = asyncio.run(send(1))
     assert isinstance(answer, Refused) == (stands == "limited")
@@ -169,16 +169,16 @@ def test_a_refusal_of_images_is_remembered_for_requests_with_them(
     net: Loopback, waterfall: Write, ledger: Ledger, tmp_path: Path
 ) -> None:
     waterfall(blind=net.refusing(), seeing=net.refusing())
-    rungs = DeploymentPool(load_config(), ledger, tmp_path, "any")
-    rungs.refresh()
+    pool = DeploymentPool(load_config(), ledger, tmp_path, "any")
+    pool.refresh()
 
     def status(*media: str) -> list[str]:
-        return [candidate.reason for candidate in rungs.candidates(Requirements(media=frozenset(media)))]
+        return [candidate.reason for candidate in pool.candidates(Requirements(media=frozenset(media)))]
 
     assert status("images") == ["", ""]
-    note_refusal(rungs.deployments[0], frozenset({"images"}))
+    note_refusal(pool.deployments[0], frozenset({"images"}))
     assert status() == status("audio") == ["", ""]
     assert status("images") == ["refused images before", ""]
     assert status("images", "audio") == ["refused audio and images before", ""]
-    note_refusal(rungs.deployments[1], frozenset({"images", "audio"}))
+    note_refusal(pool.deployments[1], frozenset({"images", "audio"}))
     assert status("images") == ["refused images before", ""]  # it may have been for the audio

@@ -174,7 +174,7 @@ def test_both_groups_and_only_deployments_with_a_key(config: Config) -> None:
         ("one/big", Requirements(policy="local_only"), "local_only"),
         ("one/big", Requirements(policy="no_training"), "train on prompts"),
         ("two.lab/big", Requirements(policy="no_training"), None),
-        ("gpu/mine#1", Requirements(tools=True), "takes no tools"),
+        ("gpu/mine#1", Requirements(tools=True), "does not support tools"),
         ("two.lab/big", Requirements(tools=True), None),
         ("gpu/mine#1", Requirements(capability="reasoning"), None),
         ("two.lab/big", Requirements(capability="reasoning"), "lacks the capability"),
@@ -197,13 +197,13 @@ SMALL = "embedded/smollm2-135m"
     ("ident", "vision", "media", "reason"),
     [
         ("one/big", False, (), None),
-        ("one/big", False, ("images",), "takes no images"),
+        ("one/big", False, ("images",), "does not support images"),
         ("one/big", None, ("images",), None),  # unknown: tried
         ("one/big", True, ("images",), None),
         ("one/big", False, ("audio",), None),
         (SMALL, None, (), None),
-        (SMALL, None, ("images",), "takes nothing but text"),
-        (SMALL, None, ("files",), "takes nothing but text"),
+        (SMALL, None, ("images",), "supports text only"),
+        (SMALL, None, ("files",), "supports text only"),
     ],
 )
 def test_images_go_to_who_may_take_them(

@@ -326,9 +326,9 @@ def test_explain_shows_what_the_replicas_have_to_do(
     lines = biollm("explain").out.splitlines()
     reasons = [" ".join(line.split()) for line in lines]
     assert reasons[1:4] == [
-        f"1 {ids[0]} ready 9 of others + 0 of this process = 9 under way (7 running, 2 waiting, cache 31%)",
-        f"→ 1 {ids[1]} ready 1 of others + 0 of this process = 1 under way (1 running, 0 waiting, cache 0%)",
-        f"1 {ids[2]} ready 9 assumed + 0 of this process = 9 under way (no metrics)",
+        f"1 {ids[0]} ready 9 of others + 0 of this process = 9 in flight (7 running, 2 waiting, cache 31%)",
+        f"→ 1 {ids[1]} ready 1 of others + 0 of this process = 1 in flight (1 running, 0 waiting, cache 0%)",
+        f"1 {ids[2]} ready 9 assumed + 0 of this process = 9 in flight (no metrics)",
     ]
     assert lines[-1] == f"{ids[1]} would answer."
     facts = biollm("explain", "--json").json
