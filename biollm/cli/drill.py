@@ -26,7 +26,7 @@ def drill(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Break every deployment in every way and show which one answers instead.
+    """Break each deployment and show which one answers instead.
 
     Without --live, nothing is sent to a provider. With --live, your limits and cooldowns hold, and deployments of
     unknown price are skipped. Exits 1 if a failover or a live call fails.
