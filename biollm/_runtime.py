@@ -1,7 +1,7 @@
-"""One event loop in one thread per process, on which everything of LiteLLM runs.
+"""One event loop in one thread per process, on which LiteLLM runs, and the process's ledger and view of the servers.
 
-With several loops LiteLLM loses half of its events and its HTTP clients belong to a loop that is gone (repeated
-`asyncio.run`, Jupyter). A fork gets a new loop.
+With several loops (repeated `asyncio.run`, Jupyter) LiteLLM loses half of its events, and its HTTP clients belong to a
+loop that is closed. A fork gets a new loop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from concurrent.futures import CancelledError as FutureCancelled
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from biollm.config import Cluster
 from biollm.config.paths import run_dir, state_dir
@@ -25,8 +25,8 @@ from biollm.slurm.endpoints import Watch
 
 T = TypeVar("T")
 THREAD = "biollm"
-_SELF = "A callback of the client (on_send, progress) called one of its blocking methods, which would wait for itself."
-_SELF_HINT = "Let the callback only take notes, or call the client from another thread."
+_DEADLOCK = "A callback of the client (on_send, progress) called one of its blocking methods, which would wait for itself."
+_DEADLOCK_HINT = "Let the callback only take notes, or call the client from another thread."
 
 
 class CallbackExitError(Exception):
@@ -39,7 +39,7 @@ class Background:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
-        self.kept: dict[Any, Any] = {}  # ledgers and waterfalls, made once per process
+        self.kept: dict[Any, Any] = {}  # made once per process: ledgers, waterfalls, HTTP sessions
         self.closing: list[Callable[[], Awaitable[None]]] = []
         self._thread = threading.Thread(target=self.loop.run_forever, name=THREAD, daemon=True)
         self._thread.start()
@@ -50,9 +50,9 @@ class Background:
         Raises:
             UsageError: This is the loop's own thread, which would wait for itself.
         """
-        if self.here():
+        if threading.current_thread() is self._thread:
             work.close()
-            raise UsageError(_SELF, hint=_SELF_HINT)
+            raise UsageError(_DEADLOCK, hint=_DEADLOCK_HINT)
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
@@ -63,7 +63,7 @@ class Background:
             raise
 
     async def arun(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the loop, from another loop or from there; cancelling the caller cancels it."""
+        """Run `work` on the loop, from any loop; cancelling the caller cancels it."""
         if asyncio.get_running_loop() is self.loop:
             return await work
         try:
@@ -73,8 +73,8 @@ class Background:
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         """Yield from an async generator that runs on the loop; leaving early cancels it. Raises as `run` does."""
-        if self.here():
-            raise UsageError(_SELF, hint=_SELF_HINT)
+        if threading.current_thread() is self._thread:
+            raise UsageError(_DEADLOCK, hint=_DEADLOCK_HINT)
         inbox: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         pump = asyncio.run_coroutine_threadsafe(_pump(items, inbox.put), self.loop)
         try:
@@ -86,18 +86,15 @@ class Background:
             pump.cancel()
 
     async def aiterate(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """Yield from an async generator that runs on the loop, on the caller's loop, which may be the same."""
+        """Yield from an async generator that runs on the loop, to any loop."""
         inbox: asyncio.Queue[T | _End] = asyncio.Queue()
         caller = asyncio.get_running_loop()
 
         def put(item: T | _End) -> None:
-            with suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
+            with suppress(RuntimeError):  # the caller's loop is closed
                 caller.call_soon_threadsafe(inbox.put_nowait, item)
 
-        if caller is self.loop:
-            pump = asyncio.create_task(_pump(items, inbox.put_nowait))
-        else:
-            pump = asyncio.run_coroutine_threadsafe(_pump(items, put), self.loop)
+        pump = asyncio.run_coroutine_threadsafe(_pump(items, put), self.loop)
         try:
             while not isinstance(item := await inbox.get(), _End):
                 yield item
@@ -106,17 +103,12 @@ class Background:
         finally:
             pump.cancel()
 
-    def here(self) -> bool:
-        """Return whether the caller is in the loop's thread."""
-        return threading.current_thread() is self._thread
-
     def stop_first(self) -> None:
         """Stop, at interpreter exit, before whatever was registered until now."""
-        atexit.unregister(self.stop)
-        atexit.register(self.stop)
+        atexit.unregister(self._stop)
+        atexit.register(self._stop)
 
-    def stop(self) -> None:
-        """Cancel what runs, close what was opened, and end the thread; at interpreter exit."""
+    def _stop(self) -> None:
         if self.pid != os.getpid() or not self.loop.is_running():
             return
         with suppress(TimeoutError, FutureCancelled):
@@ -140,7 +132,7 @@ class _End:
 
 
 async def _pump(items: AsyncGenerator[T, None], put: Callable[[T | _End], None]) -> None:
-    """Move items to the caller from one task, so that timeouts and context variables hold over the whole stream."""
+    """Move items to the caller in one task, so that timeouts and context variables hold over the whole stream."""
     try:
         async for item in items:
             put(item)
@@ -156,7 +148,7 @@ async def _pump(items: AsyncGenerator[T, None], put: Callable[[T | _End], None])
 
 
 def called(callback: Callable[..., object], *arguments: object) -> None:
-    """Call a callback of the caller's on the loop."""
+    """Call a user's callback on the loop."""
     try:
         callback(*arguments)
     except (SystemExit, KeyboardInterrupt) as error:
@@ -166,30 +158,27 @@ def called(callback: Callable[..., object], *arguments: object) -> None:
 async def apart(work: Callable[..., T], *arguments: Any) -> T:
     """Run blocking `work` in a daemon thread of its own and return its result.
 
-    `asyncio.to_thread` shares a few threads with every other caller and keeps the process alive until they are done; a
-    StopIteration in one of them leaves the caller waiting for ever.
+    The few threads of `asyncio.to_thread` are shared and keep the process alive until they are done; a StopIteration in
+    one of them hangs the caller.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(cast("T", result))
-        else:
-            exits = isinstance(error, SystemExit | KeyboardInterrupt)
-            lost = isinstance(error, StopIteration)  # a future takes none
-            done.set_exception(CallbackExitError(error) if exits else RuntimeError(repr(error)) if lost else error)
+    def settle(set_outcome: Callable[..., None], outcome: object) -> None:
+        if not done.cancelled():
+            set_outcome(outcome)
 
     def run() -> None:
-        result, failed = None, None
         try:
-            result = work(*arguments)
+            outcome = (done.set_result, work(*arguments))
+        except StopIteration as error:  # a future takes none
+            outcome = (done.set_exception, RuntimeError(repr(error)))
+        except (SystemExit, KeyboardInterrupt) as error:
+            outcome = (done.set_exception, CallbackExitError(error))
         except BaseException as error:
-            failed = error
+            outcome = (done.set_exception, error)
         with suppress(RuntimeError):  # the loop is closed: no caller is waiting
-            loop.call_soon_threadsafe(settle, result, failed)
+            loop.call_soon_threadsafe(settle, *outcome)
 
     threading.Thread(target=run, name="biollm-apart", daemon=True).start()
     return await done
@@ -226,7 +215,7 @@ def ledger() -> Ledger:
 
 
 def watch(cluster: Cluster) -> Watch:
-    """Return the process's view of the servers that run at the site."""
+    """Return the process's view of the site's running servers."""
     kept, key = background().kept, ("watch", run_dir(cluster), cluster.trusted_owners)
     if key not in kept:
         kept[key] = Watch(cluster)
