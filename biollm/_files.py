@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, private ones and those of the user, and locks them between processes."""
+"""Writes files atomically, private ones and the user's, and locks them between processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def is_shared(folder: Path) -> bool:
-    """Return whether a group shares the folder: it may write there, and what is made there is the group's (setgid)."""
+    """Return whether a group shares the folder: it can write there, and new files are the group's (setgid)."""
     try:
         mode = folder.stat().st_mode
     except OSError:
@@ -30,22 +30,22 @@ def private_folder(path: Path) -> Path:
 
 
 def common_folder(path: Path) -> Path:
-    """Make the folder and return it: the group's where a group shares its parent, else private."""
+    """Make the folder and return it: the group's if a group shares its parent, else private."""
     if not path.is_dir() and is_shared(private_folder(path).parent):
         path.chmod(0o2770)
     return path
 
 
 def write_private(path: Path, text: str) -> None:
-    """Put `text` in the file `path` (0600) by renaming: readers see the old text or the new, whole."""
+    """Replace the file `path` (0600) atomically: readers see the old text or the new."""
     private_folder(path.parent)
     _replace(path, text, 0o600)
 
 
 def write_for_user(path: Path, text: str) -> None:
-    """Put `text` in a file that the user named, whole. It keeps its mode; a new one gets what the umask says.
+    """Replace a file of the user's atomically. It keeps its mode; a new one gets the umask's.
 
-    A link stays one, and what is no file, such as /dev/stdout, is written to.
+    A symbolic link stays one; what is not a file, such as /dev/stdout, is written to.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def _replace(path: Path, text: str, new: int, keep: int | None = None) -> None:
 
 
 def create(path: Path) -> None:
-    """Make an empty file with the mode that its folder asks for, whatever the umask, unless it exists.
+    """Make an empty file, 0660 in a group's folder, else 0600, unless it exists.
 
     An existing database is not opened: closing it would drop the locks that SQLite holds in this process.
     """
@@ -91,7 +91,7 @@ def create(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Generator[None]:
-    """Hold the lock file `path`; others wait. Where a file system has no locks, nobody does."""
+    """Hold the lock file `path`; others wait. Does nothing where the file system has no locks."""
     private_folder(path.parent)
     create(path)
     handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -104,7 +104,7 @@ def locked(path: Path) -> Generator[None]:
 
 
 def file_time(folder: Path) -> float:
-    """Return the time by the clock that stamps the files in `folder`; this host's where nothing can be written."""
+    """Return the time of the file server's clock; this host's where `folder` is not writable."""
     mark = folder / f".clock-{os.getuid()}"
     try:
         mark.touch(mode=0o600)

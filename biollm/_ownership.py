@@ -1,6 +1,6 @@
-"""Says whose a process or a file is, and whether an address may be sent a key or a prompt.
+"""Checks who owns a process or a file, and whether an address may receive a key or a prompt.
 
-On a shared host anybody can listen on loopback, and what travels over plain http:// can be read on the way.
+On a shared host any user can listen on loopback, and others can read what is sent over plain http://.
 """
 
 from __future__ import annotations
@@ -17,14 +17,9 @@ from urllib.parse import urlsplit
 
 
 def objection(url: str, *, key: bool, local_hosts: Iterable[str], trusted_owners: Sequence[str]) -> str | None:
-    """Return why nothing may be sent to an address, one sentence, or None.
+    """Return why nothing may be sent to a URL, with or without a key, in one sentence, or None.
 
-    Every sender asks this first, but for servers found by their record, which prove their start instead.
-
-    Args:
-        url: Where the request goes.
-        key: Whether a key goes with it.
-        local_hosts, trusted_owners: As in cluster.yaml.
+    Every sender calls this first, except to servers found by their record, which prove their start instead.
     """
     if key and (reason := in_the_clear(url, local_hosts)):
         return reason
@@ -34,7 +29,7 @@ def objection(url: str, *, key: bool, local_hosts: Iterable[str], trusted_owners
 
 
 def in_the_clear(url: str, local_hosts: Iterable[str]) -> str | None:
-    """Return why no key may be sent to an address, one sentence, or None: others could read it on the way."""
+    """Return why no key may be sent to a URL, in one sentence, or None."""
     if urlsplit(url).scheme != "http" or is_local(url, local_hosts):
         return None
     host = address(url)[0]
@@ -42,16 +37,15 @@ def in_the_clear(url: str, local_hosts: Iterable[str]) -> str | None:
 
 
 def is_local(url: str | None, local_hosts: Iterable[str]) -> bool:
-    """Return whether `url` is loopback or a host that the site calls its own."""
+    """Return whether `url` is loopback or one of the site's own hosts."""
     host = urlsplit(url).hostname if url else None
     return bool(host) and (is_loopback(host) or host in {each.lower() for each in local_hosts})
 
 
 def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:
-    """Does whatever listens at a URL of this host belong to this user, a trusted owner or root?
+    """Return False if the listener at a URL of this host is neither this user's, a trusted owner's nor root's.
 
-    On a shared host anybody can take port 8000 first. Other hosts, and a port where nobody listens, are not
-    judged: True.
+    On a shared host any user can take port 8000 first. True for other hosts, and where nothing listens.
     """
     host, port = address(base_url)
     if not is_this_host(host):
@@ -68,13 +62,13 @@ def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:
 
 
 def address(url: str) -> tuple[str, int]:
-    """Return the host and the port that a URL leads to."""
+    """Return the host and the port of a URL."""
     parts = urlsplit(url)
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def is_private(path: Path, kind: Callable[[int], bool] = stat.S_ISDIR) -> bool:
-    """Is the path of this kind, and for this user alone?"""
+    """Return whether the path is of this kind, and only this user can access it."""
     try:
         at = path.lstat()
     except OSError:
@@ -83,12 +77,12 @@ def is_private(path: Path, kind: Callable[[int], bool] = stat.S_ISDIR) -> bool:
 
 
 def is_this_host(address: str) -> bool:
-    """Is the address loopback, or this host's own name?"""
+    """Return whether the address is loopback, or this host's own name."""
     return is_loopback(address) or address == socket.gethostname()
 
 
 def is_loopback(host: str) -> bool:
-    """Does the host name this machine alone? All of 127.0.0.0/8 does."""
+    """Return whether the host is `localhost` or a loopback address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -25,7 +25,9 @@ from biollm.slurm.endpoints import Watch
 
 T = TypeVar("T")
 THREAD = "biollm"
-_DEADLOCK = "A callback of the client (on_send, progress) called one of its blocking methods, which would wait for itself."
+_DEADLOCK = (
+    "A callback of the client (on_send, progress) called one of its blocking methods, which would wait for itself."
+)
 _DEADLOCK_HINT = "Let the callback only take notes, or call the client from another thread."
 
 

@@ -3,11 +3,11 @@
 BiollmError                      1
 ├── UsageError                   2   the call or the command is wrong
 │   └── UnknownNameError         2   a name that is not configured; lists those that are
-├── ConfigError                 78   a YAML file is wrong; names file, line, key and mend
-├── CompletionError             69   nobody could answer; carries every attempt
-│   ├── AllLimitedError         75   every rung is at a limit; retry after N seconds
+├── ConfigError                 78   a YAML file is wrong; names file, line, key and fix
+├── CompletionError             69   all deployments failed; carries every attempt
+│   ├── AllLimitedError         75   every deployment is at a limit; retry after N seconds
 │   ├── KeysRefusedError        77   every key was refused or is missing
-│   ├── RequestRejectedError    69   the request itself is at fault: every deployment that was asked says so
+│   ├── RequestRejectedError    69   the request itself is invalid: every deployment tried rejects it
 │   ├── ContentPolicyError      69   a provider refused the content, and `on_refusal` is `stop`
 │   ├── DeadlineError           69   the caller's deadline passed
 │   └── InterruptedStreamError  69   a stream broke; carries the text so far
@@ -31,8 +31,8 @@ class BiollmError(Exception):
     """Base of everything biollm raises on purpose.
 
     Attributes:
-        hint: How to mend it, one sentence, or None.
-        exit_code: What the command line exits with.
+        hint: How to fix it, one sentence, or None.
+        exit_code: The exit code of the command line.
     """
 
     exit_code = 1
@@ -61,7 +61,7 @@ class BiollmError(Exception):
 
 
 class UsageError(BiollmError):
-    """The call, or the command line, does not make sense."""
+    """The call, or the command line, is wrong."""
 
     exit_code = 2
 
@@ -112,7 +112,7 @@ class CompletionError(BiollmError):
     """No deployment could answer.
 
     Attributes:
-        attempts: Every deployment that was tried or passed over, in order, with its reason.
+        attempts: Every deployment that was tried or skipped, in order, with its reason.
     """
 
     exit_code = 69
@@ -123,7 +123,7 @@ class CompletionError(BiollmError):
 
 
 class AllLimitedError(CompletionError):
-    """Every deployment is at a limit or cooling. `retry_after` is in seconds."""
+    """Every deployment is at a limit or cooling down. `retry_after` is in seconds."""
 
     exit_code = 75
 
@@ -139,11 +139,11 @@ class KeysRefusedError(CompletionError):
 
 
 class RequestRejectedError(CompletionError):
-    """The request itself is at fault: it cannot be sent, or every deployment that was asked says so."""
+    """The request itself is invalid: it cannot be sent, or every deployment tried rejects it."""
 
 
 class ContentPolicyError(CompletionError):
-    """A provider refused the prompt or its answer by its content policy; another provider was not asked."""
+    """A provider refused the prompt or its answer by its content policy; no other was tried."""
 
 
 class DeadlineError(CompletionError):
@@ -151,7 +151,7 @@ class DeadlineError(CompletionError):
 
 
 class InterruptedStreamError(CompletionError):
-    """A stream ended before the provider said it was done. `partial` is the text received so far."""
+    """A stream ended before its last event. `partial` is the text received so far."""
 
     def __init__(self, message: str, attempts: Sequence[Attempt], *, partial: str) -> None:
         super().__init__(message, attempts)

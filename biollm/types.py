@@ -13,7 +13,7 @@ DATA_POLICIES: tuple[DataPolicy, ...] = get_args(DataPolicy)  # from loose to st
 
 
 def known(kind: type[Kind], facts: Mapping[str, Any]) -> Kind:
-    """Make a dataclass of facts that another version may have written: fields that it does not have are left out."""
+    """Make a dataclass of fields that another version may have written, without those it does not have."""
     return kind(**{each.name: facts[each.name] for each in fields(kind) if each.name in facts})  # type: ignore[arg-type]
 
 
@@ -42,9 +42,9 @@ class Usage:
     """Tokens of one completion.
 
     Attributes:
-        prompt_tokens: Those read from and written to the provider's cache are in it.
-        completion_tokens: The reasoning is in it.
-        estimated: Whether the provider stated none, and these were counted by the length of the text.
+        prompt_tokens: Includes those read from and written to the provider's cache.
+        completion_tokens: Includes the reasoning.
+        estimated: Whether the provider reported none, and these were estimated from the length of the text.
     """
 
     prompt_tokens: int = 0
@@ -62,7 +62,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer, who gave it, and what happened on the way.
+    """An answer, which deployment gave it, and what was tried before.
 
     Attributes:
         text: The answer; also `str(completion)`.
@@ -73,7 +73,7 @@ class Completion:
         usage: Tokens as the provider counted them, else an estimate.
         cost_usd: In USD, by `costs.per_million_tokens`, else LiteLLM's map; None when the price is unknown.
         latency_ms: Milliseconds of the whole call, failed attempts included.
-        attempts: Every deployment that was tried or passed over, in order.
+        attempts: Every deployment that was tried or skipped, in order.
         degraded: True when the embedded model answered.
         parsed: The object of `response_model`, or None.
         tool_calls: OpenAI-shaped tool calls.
@@ -113,7 +113,7 @@ class StreamChunk:
 
 @dataclass(frozen=True)
 class StreamRestarted:
-    """The stream broke and starts again on the next rung: forget the text so far. `str()` is ""."""
+    """The stream broke and restarts on the next deployment: discard the text so far. `str()` is ""."""
 
     attempt: Attempt
 
