@@ -351,16 +351,16 @@ def _reason(candidate: Any) -> str:
 
 def login(
     provider: Annotated[str, typer.Argument(metavar="PROVIDER", help="github_copilot")],
-    account: Annotated[str | None, typer.Option(metavar="NAME", help="Which of the provider's accounts.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account of the provider.")] = None,
 ) -> None:
-    """Log in where a browser takes the place of a key."""
+    """Log in to a provider that uses a browser login instead of a key."""
     from biollm.config import load_config
     from biollm.config.paths import state_dir
     from biollm.providers import copilot
 
     if provider != "github_copilot":
         raise UsageError(
-            f"{provider} needs no login.", hint="Only github_copilot does; the others take a key (env_key)."
+            f"{provider} needs no login.", hint="Only github_copilot does; other providers take a key (env_key)."
         )
     names = [each.name for each in load_config().provider(provider).accounts]
     chosen = account or (names[0] if len(names) == 1 else "")
@@ -374,10 +374,10 @@ def login(
 
 def embedded_pull(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A model of type embedded; by default the first.")
+        str | None, typer.Argument(metavar="MODEL", help="A model of type embedded. Default: the first.")
     ] = None,
 ) -> None:
-    """Fetch the weights of the embedded model, once."""
+    """Download the weights of the embedded model."""
     from biollm.config import load_config
     from biollm.config.paths import state_dir
     from biollm.providers import embedded

