@@ -6,23 +6,24 @@ import fcntl
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
+# The newest whose `proxy` extra can be installed: later ones, to 1.110.2, need packages that the index lacks.
+PROXY = "1.108.7"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biollm"
 
 
 def litellm_proxy() -> Path:
-    """Return the `litellm` command of the real proxy, of the version in use here, in its own virtual environment.
+    """Return the `litellm` command of the real proxy, in a virtual environment of its own.
 
     Made on first use: 640 MB, 10 s where the packages are near.
 
     Raises:
         RuntimeError: It could not be installed.
     """
-    wanted, env = f"litellm[proxy]=={version('litellm')}", CACHE / "litellm-proxy"
+    wanted, env = f"litellm[proxy]=={PROXY}", CACHE / f"litellm-proxy-{PROXY}"
     env.parent.mkdir(parents=True, exist_ok=True)
-    ready, programs = env / f".ready-{version('litellm')}", env / "bin"
+    ready, programs = env / ".ready", env / "bin"
     with env.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not ready.exists():
