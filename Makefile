@@ -1,40 +1,43 @@
 # make demo: the main job on a fresh machine.   make test: every test.   make bench: the figures beside the peers'.
+# make test LITELLM=1.111.0: every test with that version of LiteLLM, in an environment of its own; test-fast, too.
 PYTHON ?= python3
-BIN = .venv/bin
+VENV = .venv$(LITELLM:%=-litellm-%)
+BIN = $(VENV)/bin
 
 .PHONY: demo test test-fast lint bench clean
 .DEFAULT_GOAL = test-fast
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 
-.venv/.demo: .venv/bin/python pyproject.toml
+$(VENV)/.demo: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[embedded]'
 	@touch $@
 
-.venv/.dev: .venv/bin/python pyproject.toml
+$(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@touch $@ .venv/.demo
+	$(if $(LITELLM),$(BIN)/pip install --quiet --disable-pip-version-check litellm==$(LITELLM))
+	@touch $@ $(VENV)/.demo
 
-demo: .venv/.demo
+demo: $(VENV)/.demo
 	$(BIN)/biollm embedded pull
 	$(BIN)/biollm complete "Why did this Nextflow run fail? Answer in two sentences." -f examples/nextflow_oom.log
 
-test: lint
+test: $(if $(LITELLM),$(VENV)/.dev,lint)
 	$(BIN)/python -m pytest
 
 # What needs no Slurm, no vLLM, no proxy and no browser.
-test-fast: lint
+test-fast: $(if $(LITELLM),$(VENV)/.dev,lint)
 	$(BIN)/python -m pytest -m 'not real and not slow'
 
-lint: .venv/.dev
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 
-bench: .venv/.dev
+bench: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python tests/benchmarks/run.py
 
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv .venv-litellm-* dist build

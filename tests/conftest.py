@@ -12,12 +12,16 @@ import os
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from provider import Loopback, Server
 
 from biollm._runtime import ledger
@@ -29,6 +33,15 @@ from biollm.providers import embedded
 
 KEYS = "LIGHTNING_API_KEY GOOGLE_API_KEY GEMINI_API_KEY OPENAI_API_KEY HF_TOKEN OPENAI_BASE_URL OPENAI_API_BASE"
 Candidate = Server | str | Mapping[str, Any]
+
+
+def pytest_configure() -> None:
+    """End at once if another LiteLLM is installed than pyproject.toml or `make test LITELLM=...` asks for."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    wanted = next(each for each in map(Requirement, project["dependencies"]) if each.name == "litellm").specifier
+    chosen = os.environ.get("LITELLM")
+    if version("litellm") not in (SpecifierSet(f"=={chosen}") if chosen else wanted):
+        pytest.exit(f"litellm {version('litellm')} is installed, not {chosen or wanted}: run `make lint`", 2)
 
 
 def until(true: Callable[[], Any], seconds: float = 30) -> float:
