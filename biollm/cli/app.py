@@ -11,7 +11,7 @@ import typer
 from biollm import __version__
 from biollm.cli import complete, config, drill, monitoring, serve, slurm
 from biollm.errors import BiollmError
-from biollm.routing import lean
+from biollm.routing import litellm_private
 
 _EPILOG = (
     "Exit codes: 0 ok, 2 usage, 69 nobody can answer, 75 all limited (retry later), 77 keys refused or missing, "
@@ -68,7 +68,7 @@ for group in (_EMBEDDED, _MODELS, _SERVE):
 
 def main() -> None:
     """Run the command line and exit; what went wrong is one sentence on stderr."""
-    lean.own_handler()
+    litellm_private.use_own_handler()
     code = _run()
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -181,9 +181,9 @@ def _registry(settings: Config) -> list[Problem]:
     from importlib.metadata import version
 
     from biollm.monitoring import delivery
-    from biollm.routing import config_check, pricing
+    from biollm.routing import config_check, litellm_private, pricing
 
-    source = f"litellm {version('litellm')}'s {pricing.PRICES}"
+    source = f"litellm {version('litellm')}'s {litellm_private.PRICES}"
     found = config_check.check(settings, datetime.now(UTC).date(), pricing.price_map(), source)
     return [*found, *delivery.unready(settings)]
 

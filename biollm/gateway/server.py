@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -28,7 +29,6 @@ from biollm._runtime import background, ledger
 from biollm.client.remote import RECORD, SOCKET, connect, folders, identity, record
 from biollm.config.paths import own_dir, state_dir
 from biollm.errors import ConfigError, UnavailableError, UsageError
-from biollm.routing import lean
 
 if TYPE_CHECKING:
     import uvicorn
@@ -107,7 +107,8 @@ def serve(
         if client.config.alerts.active:
             threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
         import_waterfall()  # here, so that the first request need not wait for it
-        lean.settle()
+        gc.collect()
+        gc.freeze()  # what there is now stays: no collection need look at it again
         try:
             _until_the_end(end, busy, idle, path, path.stat().st_ino)
         finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,8 +20,6 @@ def import_waterfall() -> type[Waterfall]:
     before, collects = os.environ.get(name), gc.isenabled()
     os.environ[name] = before or "True"
     gc.disable()  # an import makes much and drops little: to look for garbage takes a sixth of its time
-    # Pydantic's remark on one of LiteLLM's own types, at the first stream.
-    warnings.filterwarnings("ignore", message="Item 'summary' on TypedDict class")
     try:
         from biollm.routing.waterfall import Waterfall
     finally:

@@ -18,11 +18,11 @@ from typing import Any
 
 import httpx
 import litellm
-from litellm._internal_context import is_internal_call
 from litellm.integrations.custom_logger import CustomLogger
 
 from biollm._runtime import THREAD
 from biollm.ledger import Claim, Ledger, Refused
+from biollm.routing import litellm_private
 
 
 class RefusalError(Exception):
@@ -52,6 +52,14 @@ class RouterCall:
     refused: Refused | None = None
     handed: bool = False
     posted: dict[httpx.URL, Exception] = field(default_factory=dict[httpx.URL, Exception])
+
+    def cause(self, error: Exception) -> Exception:
+        """Return what the Router could not raise, as its text holds half of a surrogate pair; else `error` itself."""
+        if not isinstance(error, UnicodeEncodeError):
+            return error
+        answers = [each for each in self.posted.values() if isinstance(each, httpx.HTTPStatusError)]
+        failed = [each for each in answers if each.response.is_error]
+        return failed[-1] if failed else RuntimeError(error.object)
 
 
 current: ContextVar[RouterCall | None] = ContextVar("biollm_turn", default=None)
@@ -103,15 +111,15 @@ class Callback(CustomLogger):
         self, request_data: dict[str, Any], response: Any, call_type: Any
     ) -> None:
         if current.get() is not None:
-            # What has a price already is not priced by LiteLLM, which takes 0.4 ms and mostly for what is free; the
-            # waterfall does it where there is something to pay.
-            response._hidden_params["response_cost"] = 0.0
+            litellm_private.skip_pricing(response)
 
 
 _send = httpx.AsyncClient.send
 _HELD = "_biollm_sends_once"
 # JSON may hold these as they are, but httpx and LiteLLM take them for the ends of lines.
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+# Half of a surrogate pair, as in a text that was cut between the two; LiteLLM's Router fails on one in an error.
+_LONE = re.compile(rb"\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(\\u[dD][89a-fA-F]\w\w)")
 _CARRIES = re.compile(rb'"(choices|candidates|delta|content|text)"')
 
 
@@ -164,6 +172,7 @@ def _checked(line: bytes) -> bytes:
         if _CARRIES.search(data):
             raise
         return b""
+    line = _LONE.sub(lambda found: rb"\ufffd" if found[1] else found[0], line)
     line = line.replace(b"[DONE]", rb"\u005bDONE]")  # in a text; LiteLLM would take it for the stream's end
     return line if line.isascii() else line.decode().translate(_LINE_ENDS).encode()
 
@@ -178,15 +187,14 @@ class _Hush(logging.Filter):
 def install() -> None:
     """Put one Callback among LiteLLM's callbacks; again, if the host program has replaced them since. Mark the call as ours."""
     _ours.set(True)
-    # Else LiteLLM prices and dumps each answer once more, for callbacks that see nothing of it.
-    is_internal_call.set(True)
+    litellm_private.skip_success_events()
     if not vars(httpx.AsyncClient).get(_HELD):  # once: the host program may have put something around ours since
         setattr(httpx.AsyncClient, "send", _send_once)  # noqa: B010 # other requests pass through untouched
         setattr(httpx.AsyncClient, _HELD, True)
     if any(isinstance(callback, Callback) for callback in litellm.callbacks):
         return
     litellm.callbacks.append(Callback())
-    for name in ("LiteLLM", "LiteLLM Router", "openai._base_client", "httpx"):
+    for name in (*litellm_private.LOGGERS, "openai._base_client", "httpx"):
         logger = logging.getLogger(name)
         if not any(isinstance(each, _Hush) for each in logger.filters):
             logger.addFilter(_Hush())

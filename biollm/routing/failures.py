@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from biollm.routing import reset_times
+from biollm.routing import litellm_private, reset_times
 
 Rests = Literal["", "account", "key", "endpoint", "deployment"]
 Kind = Literal[
@@ -161,7 +161,9 @@ def classify(error: BaseException, now: float, *, shortened: bool = False, hande
     if "ProxyError" in names or "ProxyConnection" in names:
         status = next((link.status for link in chain if hasattr(link, "status")), None)  # type: ignore[attr-defined]
         return Failure("proxy", f"the proxy refused{f' (HTTP {status})' if status else ''}")
-    if "Empty or invalid response" in str(error):  # LiteLLM, of HTML that OpenAI's client let pass
+    if litellm_private.STREAM_WAS_CUT in str(error):
+        return CUT
+    if litellm_private.NOT_JSON in str(error):
         names += " JSONDecodeError"
     for signs, kind, reason in _NETWORK:
         if any(sign in names for sign in signs):
@@ -209,7 +211,7 @@ def _of_network(link: BaseException) -> bool:
 
 def _unsent(names: str, text: str) -> Failure:
     """Judge what LiteLLM raised while it put the request into the provider's dialect."""
-    if "UnsupportedParamsError" in names or "Invalid Message passed in" in text:
+    if "UnsupportedParamsError" in names or litellm_private.BAD_MESSAGE in text:
         return Failure("unsupported", f"not sent: {_clip(_message(text))}", sent=False)
     if "ImageFetchError" in names:  # LiteLLM fetches it for some dialects; others leave it to the provider
         return Failure("modality", f"not sent, an image cannot be fetched: {_clip(_message(text))}", sent=False)

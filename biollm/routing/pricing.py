@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from biollm.config import Config
+from biollm.routing import litellm_private
 from biollm.routing.deployments import Deployment, Requirements, informed
 from biollm.types import Usage
 
-PRICES = "model_prices_and_context_window_backup.json"  # LiteLLM's map of models, a file of its package
 ANSWER = 500  # expected tokens of an answer where the request sets no max_tokens
 _SENT, _GOT, _THOUGHT = "input_cost_per_token", "output_cost_per_token", "output_cost_per_reasoning_token"
 _READ, _WRITTEN = "cache_read_input_token_cost", "cache_creation_input_token_cost"
@@ -194,7 +194,7 @@ def price_map() -> dict[str, dict[str, Any]]:
     found = importlib.util.find_spec("litellm")
     if found is None or not found.submodule_search_locations:
         return {}
-    return json.loads(Path(found.submodule_search_locations[0], PRICES).read_bytes())
+    return json.loads(Path(found.submodule_search_locations[0], litellm_private.PRICES).read_bytes())
 
 
 def listed(prices: Mapping[str, Facts], provider: str, model: str) -> tuple[str, Facts]:

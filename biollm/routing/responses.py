@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from biollm.routing.failures import BROKE_OFF, CUT, EMPTY, FILTERED, NO_CHOICES, USED_UP, Failure
+from biollm.routing.litellm_private import chunks, provider_headers
 from biollm.routing.normalize import text
 from biollm.routing.request import InFlight
 from biollm.slurm.endpoints import START
@@ -40,12 +41,12 @@ def spent(sent: InFlight, prompt: int) -> Usage:
 
     Where nothing came, nothing was paid. A broken stream may have stated the tokens of a part of its answer.
     """
-    chunks = getattr(sent.response, "chunks", None)
-    pieces: Sequence[Any] = [sent.response] if chunks is None else chunks
+    kept = chunks(sent.response)
+    pieces: Sequence[Any] = [sent.response] if kept is None else kept
     if sent.response is None or not pieces:
         return Usage()
     stated = usage_of(next((each.usage for each in reversed(pieces) if getattr(each, "usage", None)), None))
-    if stated.total_tokens and (chunks is None or finishes(chunks)):
+    if stated.total_tokens and (kept is None or finishes(kept)):
         return stated
     came = sum(_length(choice) for piece in pieces for choice in piece.choices) // _CHARS_PER_TOKEN
     answer = max(stated.completion_tokens, came)
@@ -64,7 +65,7 @@ def _length(choice: Any) -> int:
 
 def service_tier(response: Any) -> str | None:
     """Return the tier at which an answer or a stream says that it was served."""
-    said = (getattr(each, "service_tier", None) for each in (response, *reversed(getattr(response, "chunks", ()))))
+    said = (getattr(each, "service_tier", None) for each in (response, *reversed(chunks(response) or ())))
     return next(filter(None, said), None)
 
 
@@ -92,7 +93,7 @@ def emptiness(response: Any) -> Failure | None:
 def stranger(sent: InFlight) -> Failure | None:
     """Return the verdict on an answer of a server found by its record that does not name the start of that server."""
     start = sent.deployment.start
-    named = sent.response._hidden_params.get("additional_headers", {}).get(f"llm_provider-{START}") if start else ""
+    named = provider_headers(sent.response).get(f"llm_provider-{START}") if start else ""
     return None if named == start else STRANGER
 
 
@@ -101,20 +102,20 @@ def delta(chunk: Any) -> str:
     return text(chunk.choices[0].delta.content or "") if chunk.choices else ""
 
 
-def fold(chunks: list[Any]) -> None:
+def fold(kept: list[Any]) -> None:
     """Join in place what is nothing but text, or thought: LiteLLM keeps each chunk of a stream, 3 kB for a word.
 
     The last two stay, for it compares them.
     """
     folded: list[Any] = []
-    for kind, found in groupby(chunks[:-2], _kind):
+    for kind, found in groupby(kept[:-2], _kind):
         run = list(found)
         if kind:
             deltas = [chunk.choices[0].delta for chunk in run]
             setattr(deltas[0], kind, "".join(getattr(each, kind) or "" for each in deltas))
             del run[1:]
         folded += run
-    chunks[:-2] = folded
+    kept[:-2] = folded
 
 
 def _kind(chunk: Any) -> str | None:
@@ -135,14 +136,14 @@ async def first_content(sent: InFlight) -> Failure | None:
         if new and (new.content or new.tool_calls or getattr(new, "reasoning_content", None)):
             sent.ttft_ms = sent.ms
             return None
-    ends = finishes(sent.response.chunks)
+    ends = finishes(chunks(sent.response))
     said = "".join(_refusal(chunk.choices[0].delta) for chunk in sent.head if chunk.choices)
     return _without_text(said, ends[-1]) if ends else CUT
 
 
 def _refusal(said: Any) -> str:
     """Return the words with which the model refuses in a field of their own; "" where it does not."""
-    kept: dict[str, Any] = getattr(said, "provider_specific_fields", None) or {}  # LiteLLM 1.106 moves it there
+    kept: dict[str, Any] = getattr(said, "provider_specific_fields", None) or {}  # LiteLLM moves it there
     return getattr(said, "refusal", None) or kept.get("refusal") or ""
 
 
@@ -153,13 +154,13 @@ def _without_text(refusal: str | None, finish: str | None) -> Failure:
     return {"content_filter": FILTERED, "length": USED_UP, "error": BROKE_OFF}.get(finish or "", EMPTY)
 
 
-def finishes(chunks: Sequence[Any]) -> list[str]:
+def finishes(kept: Sequence[Any]) -> list[str]:
     """Return the reasons with which the provider itself ended the stream; LiteLLM invents a "stop" for a cut one."""
-    return [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+    return [chunk.choices[0].finish_reason for chunk in kept if chunk.choices and chunk.choices[0].finish_reason]
 
 
-def without_text(chunks: Sequence[Any]) -> Failure | None:
+def without_text(kept: Sequence[Any]) -> Failure | None:
     """Return what is wrong with a stream that ended without any text; None where it calls a tool."""
-    if any(chunk.choices and chunk.choices[0].delta.tool_calls for chunk in chunks):
+    if any(chunk.choices and chunk.choices[0].delta.tool_calls for chunk in kept):
         return None
-    return _without_text(None, finishes(chunks)[-1])
+    return _without_text(None, finishes(kept)[-1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import random
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -31,6 +32,7 @@ from biollm.routing.callback import RefusalError, RouterCall
 from biollm.routing.candidates import Candidate, DeploymentPool, cooling_keys, note_refusal
 from biollm.routing.deployments import Deployment
 from biollm.routing.failures import BROKE_OFF, CUT, CUT_SHORT, Failure, classify, timed_out, unreachable
+from biollm.routing.litellm_private import chunks
 from biollm.routing.normalize import ANSWER_SIZES
 from biollm.routing.normalize import text as plain
 from biollm.routing.request import BREATH, InFlight, Request, Run
@@ -52,6 +54,7 @@ from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usag
 
 CONNECT = 3.0  # seconds that a host has to take a connection
 _LITELLM: Any = litellm  # its own types are partial
+_IMPORTED_IN = os.getpid()
 _LOOK = 2.0  # seconds that a request waits for what servers and keys there are
 _KEPT = 32  # chunks of a stream, before their text is joined
 _CONNECTIONS = 1000  # at once
@@ -82,7 +85,7 @@ class Waterfall:
 
     def let_go(self) -> None:
         """Take back what the Router registered with LiteLLM; it still serves."""
-        self._router.discard()
+        self._router.retire()
 
     def _entries(self) -> list[dict[str, Any]]:
         keys = {ident: _params(found) for ident, found in self.pool.credentials.items()}
@@ -105,10 +108,13 @@ class Waterfall:
         finally:
             self._survey = None
         wanted = {entry["model_info"]["id"]: entry for entry in self._entries()}
-        for gone in set(self._router.get_model_ids()) - set(wanted):
-            self._router.delete_deployment(gone)
-        for entry in wanted.values():
-            self._router.upsert_deployment(_LITELLM.Deployment(**entry))
+        gone = set(self._router.registry().names(kind="ids")) - set(wanted)
+        self._change(list(wanted.values()), delete=list(gone))
+
+    def _change(self, upsert: Sequence[dict[str, Any]], delete: Sequence[str] = ()) -> None:
+        """Add, replace and remove deployments of the Router."""
+        added = [_LITELLM.Deployment(**entry) for entry in upsert]
+        self._router.apply(_LITELLM.router_api.ChangeSet(upsert=added, delete=delete))
 
     async def complete(self, request: Request) -> Completion:
         """Return the first answer of the waterfall.
@@ -303,9 +309,11 @@ class Waterfall:
         # Meanwhile a server may have left, and its rung with it.
         if not (rungs := [d for d in rungs if d.id in self.pool.claims]):
             return None
+        sent = InFlight(rungs[0], None, time.time(), time.perf_counter(), alone=len(rungs) == 1)
+        if os.getpid() != _IMPORTED_IN:
+            rungs = [random.choice(rungs)]  # noqa: S311 # LiteLLM cannot choose from a group in a forked child
         call = RouterCall(self.ledger, {d.id: self._need(run, d) for d in rungs})
         limit, shortened = self._limit(run.request, rungs[0], stream)
-        sent = InFlight(rungs[0], None, time.time(), time.perf_counter(), alone=len(rungs) == 1)
         scope = asyncio.timeout(limit)
         watch: asyncio.Task[bool] | None = None
 
@@ -331,7 +339,7 @@ class Waterfall:
         try:
             callback.install()
             async with scope:
-                sent.response = await self._call(run, rungs[0], messages, limit, stream)
+                sent.response = await self._call(run, rungs, messages, limit, stream)
                 # LiteLLM keeps no headers of a plain text completion.
                 failure = None if run.request.middle else stranger(sent)
                 failure = failure or (await first_content(sent) if stream else emptiness(sent.response))
@@ -347,7 +355,7 @@ class Waterfall:
             if sent.broken:
                 self._cancelled(run, sent)
                 raise sent.broken from None
-            failure = classify(error, time.time(), shortened=shortened, handed=call.handed)
+            failure = classify(call.cause(error), time.time(), shortened=shortened, handed=call.handed)
         finally:
             callback.current.reset(token)
             call.on_choice = call.on_send = None  # a connection that is kept open keeps the call it was opened in
@@ -369,8 +377,10 @@ class Waterfall:
         limit = request.timeout if request.timeout is not None else configured
         return limit, limit < configured
 
-    def _call(self, run: Run, first: Deployment, messages: Sequence[Message], limit: float, stream: bool) -> Any:
-        request = run.request
+    def _call(
+        self, run: Run, rungs: Sequence[Deployment], messages: Sequence[Message], limit: float, stream: bool
+    ) -> Any:
+        request, first = run.request, rungs[0]
         params: dict[str, Any] = {**request.params, "timeout": limit}
         if size := self._size(run, first):
             params |= dict.fromkeys(ANSWER_SIZES & params.keys() or {"max_tokens"}, size)
@@ -381,18 +391,17 @@ class Waterfall:
             params["response_format"] = request.schema.response_format
         if first.embedded and "response_format" in params:
             params["extra_body"] = embedded.JSON_SAMPLING
-        if "tools" in params:
-            params["_skip_mcp_handler"] = True  # without it LiteLLM wants the mcp package for any tool
         # The host program's LiteLLM callbacks see nothing of ours.
         params |= {"disable_fallbacks": True, "no-log": True}
         group = router_config.LOCAL_GROUP if request.requirements.policy == "local_only" else router_config.GROUP
+        model = first.id if len(rungs) == 1 else group  # by its id, LiteLLM need not choose: 1 ms less
         if request.middle:
             prompt, suffix = request.middle
             if suffix is not None and first.fim:
                 prompt = "".join(map("".join, zip(first.fim, (prompt, suffix, ""), strict=True)))
-            return self._router.atext_completion(model=group, prompt=prompt, **params)
+            return self._router.atext_completion(model=model, prompt=prompt, **params)
         params["shared_session"] = _session()
-        return self._router.acompletion(model=group, messages=list(messages), **params)
+        return self._router.acompletion(model=model, messages=list(messages), **params)
 
     def _need(self, run: Run, deployment: Deployment) -> Claim:
         claim = self.pool.claim(deployment, run.request.requirements)
@@ -442,8 +451,7 @@ class Waterfall:
         return not reason
 
     def _renew(self, deployment: Deployment, found: Credential) -> None:
-        for entry in router_config.model_list([deployment], {deployment.id: _params(found)}):
-            self._router.upsert_deployment(_LITELLM.Deployment(**entry))
+        self._change(router_config.model_list([deployment], {deployment.id: _params(found)}))
 
     async def _reread_key(self, run: Run, deployment: Deployment, failure: Failure) -> None:
         """After a refused key, look whether its file holds another one; if so the deployment may be asked again."""
@@ -591,8 +599,7 @@ class Waterfall:
 
     def _streamed(self, run: Run, sent: InFlight, text: str) -> Completion:
         """Return the Completion of a stream that ended well."""
-        chunks = sent.response.chunks
-        whole: Any = _LITELLM.stream_chunk_builder(chunks, messages=run.request.messages)
+        whole: Any = _LITELLM.stream_chunk_builder(chunks(sent.response), messages=run.request.messages)
         return self._completion(run, sent, whole, text=text)
 
     def _completion(self, run: Run, sent: InFlight, whole: Any, *, text: str, parsed: Any = None) -> Completion:
@@ -646,9 +653,9 @@ class Waterfall:
                 if text := delta(chunk):
                     said = said or bool(text.strip())
                     yield text
-                if len(sent.response.chunks) >= due:
-                    fold(sent.response.chunks)
-                    due = 2 * len(sent.response.chunks) + _KEPT  # what cannot be joined is not tried at every chunk
+                if len(kept := chunks(sent.response)) >= due:
+                    fold(kept)
+                    due = 2 * len(kept) + _KEPT  # what cannot be joined is not tried at every chunk
         except (asyncio.CancelledError, GeneratorExit):
             self._cancelled(run, sent)
             raise
@@ -662,10 +669,10 @@ class Waterfall:
         finally:  # a stream that was left would go on at the provider
             with suppress(Exception):
                 await sent.response.aclose()
-        ends = finishes(sent.response.chunks)
+        ends = finishes(chunks(sent.response))
         if not ends or ends[-1] == "error":
             yield BROKE_OFF if ends else CUT
-        elif not said and (failure := without_text(sent.response.chunks)):
+        elif not said and (failure := without_text(chunks(sent.response))):
             yield failure
 
     def _redact(self, text: str) -> str:

@@ -20,7 +20,7 @@ from commands import BIOLLM, timed
 from programs import CACHE, end, litellm_proxy
 from setting import KEY, PROMPT, ROUNDS, Bar, interleaved, ratio, waterfall
 
-from biollm.routing import lean
+from biollm.routing import litellm_private
 
 PORTKEY = "@portkey-ai/gateway@1.15.2"
 STARTS, ALONE, BUSY, AT_ONCE = 3, 100, 320, 16
@@ -145,7 +145,7 @@ def contestants(
         "biollm serve": ([BIOLLM, "serve", "--port", str(ports[0])], Door(ports[0]), mine),
         "LiteLLM proxy": ([*proxy, str(ports[1])], Door(ports[1]), theirs),
         # As `biollm serve` has it; the bars are about the proxy as it comes.
-        "LiteLLM proxy, without OpenAI's SDK": ([*proxy, str(ports[3])], Door(ports[3]), {**theirs, lean.OWN_HANDLER: "True"}),
+        "LiteLLM proxy, without OpenAI's SDK": ([*proxy, str(ports[3])], Door(ports[3]), {**theirs, litellm_private.OWN_HANDLER: "True"}),
     }  # fmt: skip
     if program := portkey():
         headers = ("x-portkey-provider: openai", f"x-portkey-custom-host: {address}/ok/v1")

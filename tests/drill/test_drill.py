@@ -15,7 +15,7 @@ from test_supervisor import Job
 
 from biollm.config import load_config
 from biollm.drill.drill import FAULTS, HARMLESS, IN_PROCESS, Cell, drill
-from biollm.routing.lean import OWN_HANDLER
+from biollm.routing.litellm_private import OWN_HANDLER
 
 pytestmark = pytest.mark.slow  # each takes seconds
 

@@ -38,7 +38,7 @@ from biollm.client import (
     get_model_client,
 )
 from biollm.config.paths import run_dir
-from biollm.routing.lean import OWN_HANDLER
+from biollm.routing.litellm_private import OWN_HANDLER
 from biollm.slurm.endpoints import Endpoint
 
 pytestmark = pytest.mark.timeout(60)

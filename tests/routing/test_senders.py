@@ -31,7 +31,7 @@ from biollm.providers.credentials import Credential
 from biollm.routing.deployments import build_deployments
 from biollm.routing.health import check
 from biollm.routing.host_check import TRUSTED, trust
-from biollm.routing.lean import OWN_HANDLER
+from biollm.routing.litellm_private import OWN_HANDLER
 from biollm.slurm.endpoints import START, Endpoint, ask
 
 Write = Callable[..., Path]

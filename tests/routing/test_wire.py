@@ -16,7 +16,7 @@ from provider import Loopback
 
 from biollm._runtime import ledger
 from biollm.client import Client, CompletionError, InterruptedStreamError, get_model_client
-from biollm.routing.lean import OWN_HANDLER
+from biollm.routing.litellm_private import OWN_HANDLER
 
 pytestmark = pytest.mark.timeout(60)
 
