@@ -41,7 +41,7 @@ def pytest_configure() -> None:
     wanted = next(each for each in map(Requirement, project["dependencies"]) if each.name == "litellm").specifier
     chosen = os.environ.get("LITELLM")
     if version("litellm") not in (SpecifierSet(f"=={chosen}") if chosen else wanted):
-        pytest.exit(f"litellm {version('litellm')} is installed, not {chosen or wanted}: run `make lint`", 2)
+        pytest.exit(f"litellm {version('litellm')} is installed, not {chosen or wanted}: run `make .venv/.dev`", 2)
 
 
 def until(true: Callable[[], Any], seconds: float = 30) -> float:
