@@ -279,10 +279,10 @@ def test_many_waiting_processes_ask_the_controller_once_in_five_seconds(
     (tmp_path / "bin" / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     program = (
-        "import pickle, sys; from biollm import slurm\n"
+        "import pickle, sys; from biollm import slurm; from biollm.errors import SlurmError\n"
         "site = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
         "try: slurm.wait_for(slurm.find(site, sys.argv[2]), site, timeout=16)\n"
-        "except slurm.SlurmError as error: print(error)"
+        "except SlurmError as error: print(error)"
     )
     arguments = [sys.executable, "-c", program, pickle.dumps(site).hex(), job.submission.job]
     waiting = [subprocess.Popen(arguments, stdout=-1, text=True) for _ in range(6)]
