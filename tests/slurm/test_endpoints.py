@@ -237,7 +237,7 @@ def test_a_watch_works_in_the_child_of_a_fork(cluster: Cluster, server: Server) 
 
 
 @pytest.mark.slow
-def test_a_file_system_that_does_not_answer_holds_up_nobody(
+def test_a_file_system_that_does_not_answer_blocks_no_caller(
     net: Loopback, waterfall: Callable[..., Path], state: Path
 ) -> None:
     (state / "slurm" / "records").mkdir(parents=True)
@@ -253,7 +253,7 @@ def test_a_file_system_that_does_not_answer_holds_up_nobody(
 
 @pytest.mark.slow
 def test_a_watch_says_nothing_when_the_program_ends(cluster: Cluster, tmp_path: Path) -> None:
-    with socket.socket() as held:  # nobody answers there, so that it is asked again every 2 s
+    with socket.socket() as held:  # nothing answers there, so that it is probed again every 2 s
         held.bind(("127.0.0.1", 0))
         publish(cluster, held.getsockname()[1])
         code = f"""

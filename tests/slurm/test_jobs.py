@@ -1,4 +1,4 @@
-"""What is said to Slurm and made of its answers; the commands are small scripts that answer as the real ones do."""
+"""Slurm commands and their results; the commands are small scripts that answer as the real ones do."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def model(tmp_path: Path) -> Model:
 
 
 @pytest.mark.parametrize(
-    ("said", "sentence", "mend"),
+    ("output", "sentence", "fix"),
     [
         ("Invalid partition name specified", "no such partition", "`sinfo -s`"),
         ("Requested node configuration is not available", "no node with as many GPUs", "gpus_per_node"),
@@ -66,13 +66,13 @@ def model(tmp_path: Path) -> Model:
         ("Some new sentence", "sbatch failed: Batch job submission failed: Some new sentence", None),
     ],
 )  # fmt: skip
-def test_a_refusal_becomes_a_sentence_with_its_mend(answer: Answer, said: str, sentence: str, mend: str | None) -> None:
+def test_a_refusal_becomes_a_sentence_with_a_fix(answer: Answer, output: str, sentence: str, fix: str | None) -> None:
     answer(
-        "sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1".replace("user's", "users")
+        "sbatch", f"echo 'sbatch: error: Batch job submission failed: {output}' >&2; exit 1".replace("user's", "users")
     )
     with pytest.raises(SlurmError, match=sentence.replace("(", r"\(")) as caught:
         commands.submit(Path("job.sh"), [], [])
-    assert caught.value.hint is mend or str(mend) in str(caught.value.hint)
+    assert caught.value.hint is fix or str(fix) in str(caught.value.hint)
 
 
 def test_a_missing_command_says_where_to_run_this(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +145,8 @@ def test_an_estimated_start_is_in_iso_8601_utc_whatever_the_clusters_time_zone(a
 def test_a_look_at_the_queue_by_a_newer_version_is_read(answer: Answer, tmp_path: Path) -> None:
     answer("squeue", "exit 1")
     rows = [["7", "RUNNING", "", "", "node1", "one more column"]]
-    told = {"rows": rows, "error": "", "interval": 5.0, "more": 1}
-    (tmp_path / f"queue-lab-{os.getuid()}.json").write_text(json.dumps(told))
+    saved = {"rows": rows, "error": "", "interval": 5.0, "more": 1}
+    (tmp_path / f"queue-lab-{os.getuid()}.json").write_text(json.dumps(saved))
     assert commands.queue(tmp_path, "lab").rows["7"].node == "node1"
 
 

@@ -1,4 +1,4 @@
-"""`fit` is arithmetic: these are the numbers it must give, for H100 80GB unless said otherwise."""
+"""The numbers that `fit` must compute, for H100 80GB unless stated otherwise."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def test_nonsense_is_refused(config: Config, arguments: dict[str, Any], says: st
         fit(config.models["qwen-coder-32b"], config.cluster, **arguments)
 
 
-def test_a_model_of_unknown_size_is_refused_with_the_mend() -> None:
+def test_a_model_of_unknown_size_is_refused_with_a_fix() -> None:
     with pytest.raises(DoesNotFitError) as raised:
         fit(Model(key="mine", hf_id="me/mine"), Cluster())
     assert "biollm models add me/mine" in str(raised.value.hint)

@@ -227,7 +227,7 @@ def test_a_gpu_gets_its_share_of_cpus_and_memory() -> None:
     assert (script.gpus, script.idle_gpus, script.warnings) == (2, 0, ())
 
 
-def test_idle_gpus_of_a_whole_node_are_said() -> None:
+def test_idle_gpus_of_a_whole_node_are_reported() -> None:
     alone, together = render([MODELS["qwen-coder-32b"]], A3), render(*RECORDED["together"])
     assert alone.idle_gpus == 7
     assert "7 of 8 GPUs would be idle" in alone.warnings[0]

@@ -179,8 +179,8 @@ def test_does_not_publish_when_the_first_completion_fails(job: Job) -> None:
     "path", ["/v1/completions", "/v1/models", "/metrics", "/docs", "/", "/health/", "/invocations"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_every_route_needs_the_key(guarded: tuple[Job, dict[str, Any]], path: str, method: str) -> None:
-    job, record = guarded
+def test_every_route_needs_the_key(protected: tuple[Job, dict[str, Any]], path: str, method: str) -> None:
+    job, record = protected
     assert ask(record, path, method=method).status == 401
     assert ask(record, path, key="wrong", method=method).status == 401
     assert ask(record, path, key=job.key(record), method=method).status != 401
@@ -202,16 +202,18 @@ def test_a_server_does_not_start_with_an_empty_key(tmp_path: Path) -> None:
     assert ran.returncode == 1 and "holds no key" in ran.stderr
 
 
-def test_health_needs_no_key_and_tells_strangers_no_counts(guarded: tuple[Job, dict[str, Any]]) -> None:
-    job, record = guarded
+def test_health_needs_no_key_and_shows_counts_only_to_clients_with_the_key(
+    protected: tuple[Job, dict[str, Any]],
+) -> None:
+    job, record = protected
     assert ask(record, "/health").status == 200
     assert "x-biollm-in-flight" not in ask(record, "/health").headers
     assert ask(record, "/health", key=job.key(record)).headers["x-biollm-in-flight"] == "0"
     assert ask(record, "/health", method="POST").status == 401
 
 
-def test_a_server_proves_its_start_to_whoever_asks_with_a_nonce(guarded: tuple[Job, dict[str, Any]]) -> None:
-    job, record = guarded
+def test_a_server_proves_its_start_for_a_nonce(protected: tuple[Job, dict[str, Any]]) -> None:
+    job, record = protected
     for nonce in ("0" * 32, "0123456789abcdef" * 4):
         text = f"{nonce}{record['start']}".encode()
         expected = hmac.new(job.key(record).encode(), text, hashlib.sha256).hexdigest()
@@ -223,15 +225,15 @@ def test_a_server_proves_its_start_to_whoever_asks_with_a_nonce(guarded: tuple[J
     assert "x-biollm-proof" not in ask(record, f"/v1/models?nonce={'0' * 32}", job.key(record)).headers
 
 
-def test_a_refusal_names_the_start_too(guarded: tuple[Job, dict[str, Any]]) -> None:
-    _, record = guarded
+def test_a_refusal_names_the_start_too(protected: tuple[Job, dict[str, Any]]) -> None:
+    _, record = protected
     assert ask(record, "/v1/models").headers["x-biollm-start"] == record["start"]
 
 
 def test_the_key_is_in_no_argument_environment_log_event_or_record(
-    guarded: tuple[Job, dict[str, Any]],
+    protected: tuple[Job, dict[str, Any]],
 ) -> None:
-    job, record = guarded
+    job, record = protected
     key = job.key(record).encode()
     for file in [*job.log.iterdir(), *(job.run / "jobs").iterdir(), *(job.run / "records").iterdir()]:
         assert key not in file.read_bytes()
@@ -243,8 +245,8 @@ def test_the_key_is_in_no_argument_environment_log_event_or_record(
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, dict[str, Any]]]:
-    job = Job(tmp_path_factory.mktemp("guarded"))
+def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, dict[str, Any]]]:
+    job = Job(tmp_path_factory.mktemp("protected"))
     job.start("")
     yield job, job.record()
     job.stop()
@@ -386,7 +388,7 @@ def test_another_process_on_the_port_never_counts_as_ready(job: Job) -> None:
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n"], ids=["nothing", "503"])
-def test_who_listens_on_the_port_while_the_model_loads_does_not_learn_the_key(job: Job, says: bytes) -> None:
+def test_a_process_on_the_port_does_not_get_the_key_while_the_model_loads(job: Job, says: bytes) -> None:
     """A key that leaks before the server listens would be that of the record afterwards."""
     job.start("mute")
     begun = wait_for(lambda: job.events(), "the start")[0]
@@ -453,6 +455,6 @@ def test_the_walltime_left_counts_down_in_the_record(job: Job) -> None:
     wait_for(lambda: job.records()[0]["left_s"] < first["left_s"], "a renewal")
 
 
-def test_an_end_told_by_slurm_counts_when_it_is_earlier(job: Job) -> None:
+def test_the_end_given_by_slurm_counts_when_it_is_earlier(job: Job) -> None:
     job.start("", env={"SLURM_JOB_END_TIME": str(int(time.time()) + 600)})
     assert job.record()["left_s"] <= 600

@@ -1,4 +1,4 @@
-"""Weights are pulled before a GPU waits for them, from a Hub on loopback that breaks as told."""
+"""Weights are pulled before a GPU waits for them, from a Hub on loopback that breaks on purpose."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ MODEL = Model(key="mine", hf_id="org/name")
 
 
 def test_a_pull_brings_the_weights_once(hub: Hub, cluster: Cluster) -> None:
-    told: list[tuple[int, int]] = []
-    folder = pull(MODEL, cluster, lambda done, total: told.append((done, total)))
+    progress: list[tuple[int, int]] = []
+    folder = pull(MODEL, cluster, lambda done, total: progress.append((done, total)))
     assert folder == cluster.models_dir / "org" / "name"  # pyright: ignore[reportOptionalOperand]
     assert {path.name for path in folder.iterdir() if path.is_file()} == {*KEPT, ".biollm-commit"}
     assert all((folder / name).read_bytes() == FILES[name] for name in KEPT)
     assert (folder / ".biollm-commit").read_text() == f"{COMMIT}\n"
     total = sum(len(FILES[name]) for name in KEPT)
-    assert told == [(0, total), (total, total)]
+    assert progress == [(0, total), (total, total)]
     assert present(MODEL, cluster) == folder
 
 
@@ -104,8 +104,8 @@ def test_an_index_that_is_cut_off_is_weights_that_are_not_complete(cluster: Clus
         (folder / name).write_bytes(FILES[name])
     assert present(MODEL, cluster) == folder
     (folder / "model.safetensors.index.json").write_text(text)
-    said = str(present(MODEL, cluster))
-    assert said.endswith("are incomplete: model.safetensors.index.json is broken. Run `biollm pull mine`.")
+    message = str(present(MODEL, cluster))
+    assert message.endswith("are incomplete: model.safetensors.index.json is broken. Run `biollm pull mine`.")
 
 
 def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, cluster: Cluster) -> None:
