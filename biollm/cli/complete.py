@@ -353,7 +353,7 @@ def login(
     provider: Annotated[str, typer.Argument(metavar="PROVIDER", help="github_copilot")],
     account: Annotated[str | None, typer.Option(metavar="NAME", help="Account of the provider.")] = None,
 ) -> None:
-    """Log in to a provider that uses a browser login instead of a key."""
+    """Log in with a browser, for providers without keys."""
     from biollm.config import load_config
     from biollm.config.paths import state_dir
     from biollm.providers import copilot
