@@ -36,13 +36,12 @@ _CONVERTED = {"accounts": {*_LIMITS, *_KEYS}, "providers": {*_LIMITS, *_KEYS, "s
 _ADDED_UP = ("rate_limit", "token_limit", "token_budget", "budget")
 _NO_EFFECT = {
     "startup_command": "`biollm up` starts the servers.",
-    "slurm_partition": "cluster.yaml holds the partition.",
+    "slurm_partition": "the partition is in cluster.yaml.",
     "strategy": "the order is always that of the priorities.",
     "max_retries": "pass max_retries= in the call.",
     "failure_threshold": "a failing provider cools down for as long as its answers ask for.",
     "failure_reset_seconds": "a failing provider cools down for as long as its answers ask for.",
 }
-
 _HINTS = {("costs", "monthly_budget"): "Give each provider its own: `providers: {openai: {budget: 50 USD/month}}`."}
 
 
@@ -70,7 +69,7 @@ class Translator:
     lenient: bool
 
     def section(self, section: str, value: object, at: KeyPath = ()) -> Tree | None:
-        """Return a mapping with our keys, without those that are unknown; None where it is not a mapping."""
+        """Return a mapping with our keys, without those that are unknown; None if it is not a mapping."""
         if not isinstance(value, dict):
             self.document.problems.append(self.document.problem(at, NO_MAPPING))
             return None

