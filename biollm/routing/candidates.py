@@ -200,7 +200,7 @@ class DeploymentPool:
         return found
 
     def _look(self, deployment: Deployment, exchange: bool, servers: Sequence[Endpoint]) -> Credential | str:
-        if deployment.embedded and not deployment.base_url:  # a drill gives it one
+        if deployment.embedded:
             model = self.config.models[deployment.model]
             weights = embedded.ready(model, self.state)
             return weights if isinstance(weights, str) else embedded.server(model, weights, start=exchange)

@@ -1,4 +1,4 @@
-"""Asks every provider at once whether it is there, without a billable token: by its list of models."""
+"""Checks the availability of all providers at once by their lists of models, which cost no tokens."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _GEMINI = "https://generativelanguage.googleapis.com/v1beta"
 
 @dataclass(frozen=True)
 class Health:
-    """What one account of a provider, or one running server, answered.
+    """The state of one account of a provider, or of one running server.
 
     Attributes:
         who: The deployment's id without its model.
-        available: Whether it lists its models; None where that could not be asked.
+        available: Whether it lists its models; None where that could not be checked.
         latency_ms: Milliseconds of that answer.
-        error: Why it is not available, or was not asked, one sentence.
-        missing: Models that the configuration names and the provider does not list.
-        resting: Why a model of it is on cooldown or at a limit all the same, and whether the time is an estimate.
+        error: Why it is not available, or was not checked, one sentence.
+        missing: Models in the configuration that the provider does not list.
+        resting: Why one of its models is on cooldown or at a limit all the same, and whether the time is an estimate.
     """
 
     provider: str
@@ -68,7 +68,7 @@ def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) 
 
 
 def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
-    """Return how each account and each running server is, in waterfall order. `timeout` is in seconds, for all."""
+    """Return the health of each account and each running server, in waterfall order. `timeout` is in seconds, for all."""
     pool = DeploymentPool(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
     pool.refresh()
     groups: dict[str, list[Deployment]] = {}
@@ -76,12 +76,10 @@ def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
         deployment = candidate.deployment
         groups.setdefault(f"{deployment.scope.split(':')[0]}{deployment.start}", []).append(deployment)
     found = background().run(_check_all(pool, list(groups.values()), timeout))
-    resting = {
-        candidate.deployment.id: candidate.reason for candidate in pool.candidates(Requirements()) if candidate.until
-    }
+    resting = {each.deployment.id: each.reason for each in pool.candidates(Requirements()) if each.until}
     return [
-        replace(each, resting=next((resting[one.id] for one in group if one.id in resting), ""))
-        for each, group in zip(found, groups.values(), strict=True)
+        replace(health, resting=next((resting[each.id] for each in group if each.id in resting), ""))
+        for health, group in zip(found, groups.values(), strict=True)
     ]
 
 
@@ -92,58 +90,56 @@ async def _check_all(pool: DeploymentPool, groups: Sequence[list[Deployment]], t
         httpx.AsyncClient(timeout=timeout) as cloud,
         httpx.AsyncClient(timeout=timeout, trust_env=False) as local,
     ):
-        return list(
-            await asyncio.gather(
-                *(_check(pool, group, local if group[0].local else cloud, timeout) for group in groups)
-            )
-        )
+        checks = (_check(pool, group, local if group[0].local else cloud, timeout) for group in groups)
+        return list(await asyncio.gather(*checks))
 
 
 async def _check(pool: DeploymentPool, group: list[Deployment], client: httpx.AsyncClient, timeout: float) -> Health:
     import httpx
 
     first = group[0]
-    who = first.id if first.start else first.id.removesuffix(f"/{first.model}")
     known = pool.credentials.get(first.id)
+    unavailable = Health(
+        first.provider.name, first.id if first.start else first.id.removesuffix(f"/{first.model}"), False
+    )
     if known is None:
-        return Health(first.provider.name, who, False, error=pool.missing(first))
+        return replace(unavailable, error=pool.missing(first))
     if first.embedded:
-        return Health(first.provider.name, who, True, 0.0)
+        return replace(unavailable, available=True, latency_ms=0.0)
     if not (_address(first) or known.base_url):
-        return Health(first.provider.name, who, None, error="its address is known to LiteLLM alone; not asked")
+        return replace(unavailable, available=None, error="only LiteLLM knows its address; not checked")
     try:
         async with asyncio.timeout(timeout):
             if known.ends_within(0):  # `refresh` renews none
-                renewed = pool.note(first, await apart(pool.look, first))
-                if renewed is None:
-                    return Health(first.provider.name, who, False, error=pool.missing(first))
-                known = renewed
+                known = pool.note(first, await apart(pool.look, first))
+            if known is None:
+                return replace(unavailable, error=pool.missing(first))
             if why := await host_check.trust().objection(first, known, pool.config.cluster):
-                return Health(first.provider.name, who, False, error=why)
+                return replace(unavailable, error=why)
             started = time.perf_counter()
             listed = await _models(client, first, known)
     except TimeoutError:
-        return Health(first.provider.name, who, False, error=f"no answer within {timeout:g} s")
+        return replace(unavailable, error=f"no answer within {timeout:g} s")
     except httpx.HTTPStatusError as error:
-        return Health(first.provider.name, who, False, error=f"HTTP {error.response.status_code}")
+        return replace(unavailable, error=f"HTTP {error.response.status_code}")
     except (ValueError, TypeError, AttributeError):
-        return Health(first.provider.name, who, False, error="answered with something that is no JSON list of models")
+        return replace(unavailable, error="the answer is not a JSON list of models")
     except httpx.HTTPError as error:
-        text = hide(str(error), [known.secret])
-        return Health(first.provider.name, who, False, error=f"{type(error).__name__}: {text}".strip(": "))
+        text = hide(str(error), [known.secret] if known else [])
+        return replace(unavailable, error=f"{type(error).__name__}: {text}".strip(": "))
     ms = (time.perf_counter() - started) * 1000
     pool.ledger.recover(key for key in pool.claims[first.id].cooling if key.startswith(("endpoint:", "key:")))
-    names = {deployment.litellm_model.split("/", 1)[1] for deployment in group}
-    return Health(first.provider.name, who, True, ms, missing=tuple(sorted(names - listed)) if listed else ())
+    missing = {deployment.litellm_model.split("/", 1)[1] for deployment in group} - listed if listed else ()
+    return replace(unavailable, available=True, latency_ms=ms, missing=tuple(sorted(missing)))
 
 
 def _address(deployment: Deployment) -> str:
-    """Return where the provider answers; "" where LiteLLM alone knows it."""
+    """Return the provider's base URL; "" where only LiteLLM knows it."""
     return deployment.base_url or (_GEMINI if deployment.litellm_model.startswith("gemini/") else "")
 
 
 async def _models(client: httpx.AsyncClient, deployment: Deployment, known: Credential) -> set[str]:
-    """Return the ids that the provider lists; none where it lists nothing of use."""
+    """Return the ids that the provider lists."""
     if deployment.litellm_model.startswith("gemini/"):
         headers = {"x-goog-api-key": known.secret}
     else:

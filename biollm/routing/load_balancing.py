@@ -1,8 +1,8 @@
-"""Chooses among the replicas of a rung those with the least to do, by what their servers say.
+"""Narrows the choice among the replicas of one model to the least busy, by the metrics of their servers.
 
-LiteLLM's least-busy counts what its own Router sent, by callbacks that get lost between event loops; what other users
-and processes ask of a server it cannot know. vLLM tells that at /metrics. So the choice is narrowed to the least busy
-and LiteLLM draws among equals. Only local servers are asked, and only where a rung has several.
+LiteLLM's least-busy counts what its own Router sent, by callbacks that get lost between event loops, and knows nothing
+of the requests of other users and processes; vLLM reports those at /metrics. LiteLLM then picks among equals. Only local
+servers are polled, and only where a model has several.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
@@ -22,16 +22,16 @@ from biollm.routing.deployments import Deployment
 from biollm.routing.host_check import trust
 from biollm.slurm.endpoints import Figures, figures
 
-LOOK, PATIENCE = 0.3, 2.0  # seconds that requests wait at most for what the servers say; that a server has to say it
-FRESH, STALE = 1.0, 5.0  # seconds: older figures are asked for again beside the request; still older ones before it
-SILENT = 30.0  # seconds for which a server that said nothing of use is not asked again
+LOOK, PATIENCE = 0.3, 2.0  # seconds: the longest that requests wait for metrics; that a server has to send them
+FRESH, STALE = 1.0, 5.0  # seconds: older metrics are renewed beside the request; still older ones before it
+SILENT = 30.0  # seconds for which a server without usable metrics is not polled again
 
 
 @dataclass
 class _Server:
-    """The last word of a server, what of ours was under way there then, and when it is asked again (monotonic).
+    """The last metrics of a server, this process's requests there at the time, and when to poll again (monotonic).
 
-    While it is asked, `due` is until when a request waits for it.
+    While it is polled, requests wait for it until `due`.
     """
 
     told: Figures | None = None
@@ -41,10 +41,10 @@ class _Server:
 
 
 class Balance:
-    """What this process knows of the load of replicas. For the background loop only.
+    """The load of replicas, as this process knows it. For the background loop only.
 
     Attributes:
-        under_way: One object for each request under way, whose `deployment` answers it; one that is forgotten leaves.
+        under_way: An object for each request in flight, whose `deployment` serves it; a forgotten one leaves by itself.
     """
 
     def __init__(self) -> None:
@@ -53,62 +53,57 @@ class Balance:
         self._looks: dict[str, asyncio.Task[None]] = {}
         self._client: Any = None
 
-    async def least_busy(self, replicas: Sequence[Deployment], known: DeploymentPool) -> list[Deployment]:
-        """Return those of `replicas` with the least to do; `known` has their keys."""
-        loads = await self.loads(replicas, known)
+    async def least_busy(self, replicas: Sequence[Deployment], pool: DeploymentPool) -> list[Deployment]:
+        """Return the least busy of `replicas`; `pool` has their keys."""
+        loads = await self.loads(replicas, pool)
         least = min(load.rank for load in loads.values())
         return [replica for replica in replicas if loads[replica.id].rank == least]
 
-    async def weighed(self, rungs: Sequence[Candidate], known: DeploymentPool) -> Sequence[Candidate]:
-        """Return `rungs` with the load of those that share an order with others that are ready."""
+    async def weighed(self, candidates: Sequence[Candidate], pool: DeploymentPool) -> Sequence[Candidate]:
+        """Return `candidates` with the load of the ready ones that share an order with others."""
         loads: dict[str, Load] = {}
-        ready = [candidate.deployment for candidate in rungs if candidate.status == "ready"]
+        ready = [candidate.deployment for candidate in candidates if candidate.status == "ready"]
         for order, count in Counter(deployment.order for deployment in ready).items():
             if count > 1:
-                loads |= await self.loads([each for each in ready if each.order == order], known)
-        return [replace(candidate, load=loads.get(candidate.deployment.id)) for candidate in rungs]
+                loads |= await self.loads([each for each in ready if each.order == order], pool)
+        return [replace(candidate, load=loads.get(candidate.deployment.id)) for candidate in candidates]
 
-    async def loads(self, replicas: Sequence[Deployment], known: DeploymentPool) -> dict[str, Load]:
-        """Return the load of each of `replicas` by its id, asking their servers where that is due."""
-        speaking = {each.endpoint: each for each in replicas if each.local and each.base_url and not each.embedded}
-        if len(speaking) > 1:
-            now = time.monotonic()
-            for name, replica in speaking.items():
-                server = self._servers.setdefault(name, _Server())
-                if now >= server.due and name not in self._looks:
-                    self._looks[name] = asyncio.create_task(self._look(server, replica, known))
-                    server.due = now + LOOK
-            if late := [name for name in speaking if now >= self._servers[name].stale]:
-                patience = max(0.0, *(self._servers[name].due - now for name in late))
-                await asyncio.wait([self._looks[name] for name in late], timeout=patience)
-        servers = {each.id: self._servers.get(each.endpoint, _Server()) for each in replicas}
-        told = {name: server.told for name, server in servers.items() if server.told}
-        # What a server told of our own requests gives way to what is under way by now.
-        others = {name: max(0, each.running + each.waiting - servers[name].own) for name, each in told.items()}
-        most, fullest = max(others.values(), default=0), max((each.cache for each in told.values()), default=0.0)
-        own = self._own()
-        return {
-            name: Load(own[name], others.get(name, most), told[name].cache if name in told else fullest, told.get(name))
-            for name in servers
-        }
+    async def loads(self, replicas: Sequence[Deployment], pool: DeploymentPool) -> dict[str, Load]:
+        """Return the load of each of `replicas` by its id, after polling the servers that are due."""
+        pollable = {each.endpoint: each for each in replicas if each.local and each.base_url and not each.embedded}
+        if len(pollable) > 1:
+            await self._poll(pollable, pool)
+        return _loads({each.id: self._servers.get(each.endpoint, _Server()) for each in replicas}, self._own())
+
+    async def _poll(self, replicas: Mapping[str, Deployment], pool: DeploymentPool) -> None:
+        """Start to poll the servers that are due, and wait a moment for those whose metrics are stale."""
+        now = time.monotonic()
+        for name, replica in replicas.items():
+            server = self._servers.setdefault(name, _Server())
+            if now >= server.due and name not in self._looks:
+                self._looks[name] = asyncio.create_task(self._look(server, replica, pool))
+                server.due = now + LOOK
+        if late := [name for name in replicas if now >= self._servers[name].stale]:
+            patience = max(0.0, *(self._servers[name].due - now for name in late))
+            await asyncio.wait([self._looks[name] for name in late], timeout=patience)
 
     def _own(self) -> Counter[str]:
         return Counter(each.deployment.id for each in self.under_way)
 
-    async def _look(self, server: _Server, replica: Deployment, known: DeploymentPool) -> None:
-        """Ask one server for its figures: at /metrics, which lies beside its /v1."""
+    async def _look(self, server: _Server, replica: Deployment, pool: DeploymentPool) -> None:
+        """Poll one server at /metrics, which lies beside its /v1."""
         import httpx
 
         if self._client is None:
             self._client = httpx.AsyncClient(trust_env=False, timeout=PATIENCE)
             background().closing.append(self._client.aclose)
         url = (replica.base_url or "").removesuffix("/v1")
-        key = known.credentials.get(replica.id) or Credential()
+        key = pool.credentials.get(replica.id) or Credential()
         headers = {"Authorization": f"Bearer {key.secret}"} if key.secret else {}
         told: Figures | None = None
         try:
             async with asyncio.timeout(PATIENCE):
-                if not await trust().objection(replica, key, known.config.cluster):
+                if not await trust().objection(replica, key, pool.config.cluster):
                     told = figures((await self._client.get(f"{url}/metrics", headers=headers)).text)
         except (TimeoutError, httpx.HTTPError, ValueError):
             pass
@@ -119,6 +114,18 @@ class Balance:
             del self._looks[replica.endpoint]
 
 
+def _loads(servers: Mapping[str, _Server], own: Counter[str]) -> dict[str, Load]:
+    """Return the loads by deployment id; `own` counts this process's requests in flight now."""
+    told = {name: server.told for name, server in servers.items() if server.told}
+    # Of what a server reported, this process's own requests are replaced by those in flight now.
+    others = {name: max(0, figures.running + figures.waiting - servers[name].own) for name, figures in told.items()}
+    most, fullest = max(others.values(), default=0), max((figures.cache for figures in told.values()), default=0.0)
+    return {
+        name: Load(own[name], others.get(name, most), told[name].cache if name in told else fullest, told.get(name))
+        for name in servers
+    }
+
+
 def of_process() -> Balance:
-    """Return the process's one view of loads."""
+    """Return the process's one Balance."""
     return background().kept.setdefault("balance", Balance())

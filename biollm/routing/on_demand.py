@@ -1,12 +1,11 @@
-"""Chooses the model server to start on the cluster for a request that no other rung can answer."""
+"""Chooses the model server to start on the cluster for a request that no other deployment can answer."""
 
 from __future__ import annotations
 
 from biollm import slurm
 from biollm.config import Config, Model
 from biollm.errors import BiollmError, UnavailableError
-from biollm.routing import deployments
-from biollm.routing.deployments import Requirements
+from biollm.routing.deployments import Requirements, asked_for, build_deployments, ineligible_reason
 from biollm.slurm.script import render
 
 
@@ -17,12 +16,12 @@ def startable(config: Config, requirements: Requirements) -> Model:
         UnavailableError: There is none; the message says why for each.
     """
     why: list[str] = []
-    for deployment in deployments.build_deployments(config):
-        if deployment.provider.type != "local" or not deployments.asked_for(deployment, requirements):
+    for deployment in build_deployments(config):
+        if deployment.provider.type != "local" or not asked_for(deployment, requirements):
             continue
         if (model := config.models.get(deployment.model)) is None:
             continue
-        reason = deployments.ineligible_reason(deployment, requirements) or _cannot_start(config, model)
+        reason = ineligible_reason(deployment, requirements) or _cannot_start(config, model)
         if reason is None:
             return model
         why.append(f"  {model.key}: {reason}")

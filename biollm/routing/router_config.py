@@ -1,4 +1,11 @@
-"""Turns deployments into the arguments of LiteLLM's Router: priority becomes `order`, rate limits become `rpm`.
+"""The heart of biollm: deployments become LiteLLM's `model_list`. Priority becomes `order`, rate limits become `rpm`.
+
+    lightning:                                       model_name: biollm
+      priority: 1                                    litellm_params:
+      rate_limit: 15/min                     ->        model: openai/gpt-oss-20b
+      base_url: https://lightning.ai/api/v1            order: 1
+      models: [gpt-oss-20b]                            rpm: 15
+                                                       api_base: https://lightning.ai/api/v1
 
 Pure: nothing is read, sent or imported from LiteLLM. The same entries make a config.yaml for the LiteLLM proxy.
 """
@@ -17,6 +24,42 @@ if TYPE_CHECKING:
 GROUP, LOCAL_GROUP = "biollm", "biollm-local"  # LiteLLM's model groups: every deployment, and those that are local
 
 
+def model_list(found: Iterable[Deployment], keys: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return LiteLLM's `model_list`: local deployments stand in both groups.
+
+    Args:
+        found: The deployments; those without an entry in `keys` are left out.
+        keys: Deployment id -> further `litellm_params`: `api_key`, `extra_headers`, `api_base`.
+    """
+    entries: list[dict[str, Any]] = []
+    for deployment in found:
+        if deployment.id in keys:
+            entries.append(_entry(deployment, keys[deployment.id], GROUP, deployment.id))
+            if deployment.local:
+                entries.append(_entry(deployment, keys[deployment.id], LOCAL_GROUP, f"{deployment.id}@local"))
+    return entries
+
+
+def _entry(deployment: Deployment, key: Mapping[str, Any], group: str, ident: str) -> dict[str, Any]:
+    params = {
+        "model": deployment.litellm_model,
+        "order": deployment.order,
+        "rpm": requests_per_minute(deployment.limits),
+        "api_base": deployment.base_url,
+        "timeout": deployment.provider.timeout,
+        "drop_params": True,
+    }
+    info = {"id": ident, "provider": deployment.provider.name, "account": deployment.account.name}
+    params = {name: value for name, value in params.items() if value}
+    return {"model_name": group, "litellm_params": params | dict(key), "model_info": info}
+
+
+def requests_per_minute(limits: Iterable[Limit]) -> int | None:
+    """Return the tightest limit per second or minute as LiteLLM's `rpm`, or None."""
+    rates = [limit.amount * 60 / limit.seconds for limit in limits if limit.kind == "requests" and limit.seconds <= 60]
+    return max(1, int(min(rates))) if rates else None
+
+
 def router_settings(config: Config) -> dict[str, Any]:
     """Return the Router's settings: no retries, no cooldowns of its own (the ledger has them), finite timeouts."""
     return {
@@ -28,55 +71,11 @@ def router_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def model_list(found: Iterable[Deployment], keys: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return LiteLLM's `model_list`: group `biollm`, and `biollm-local` with the deployments that never leave.
-
-    Args:
-        found: The deployments; those without an entry in `keys` are left out.
-        keys: Deployment id -> further `litellm_params`: `api_key`, `extra_headers`, `api_base`.
-    """
-    entries: list[dict[str, Any]] = []
-    for deployment in found:
-        if deployment.id not in keys:
-            continue
-        entry = _entry(deployment, keys[deployment.id])
-        entries.append(entry)
-        if deployment.local:
-            twin = {**entry["model_info"], "id": f"{deployment.id}@local"}
-            params = dict(entry["litellm_params"])
-            entries.append({"model_name": LOCAL_GROUP, "litellm_params": params, "model_info": twin})
-    return entries
-
-
-def _entry(deployment: Deployment, key: Mapping[str, Any]) -> dict[str, Any]:
-    params: dict[str, Any] = {
-        "model": deployment.litellm_model,
-        "order": deployment.order,
-        "drop_params": True,
-    }
-    if deployment.base_url:
-        params["api_base"] = deployment.base_url
-    if rpm := requests_per_minute(deployment.limits):
-        params["rpm"] = rpm
-    if deployment.provider.timeout:
-        params["timeout"] = deployment.provider.timeout
-    info = {"id": deployment.id, "provider": deployment.provider.name, "account": deployment.account.name}
-    return {"model_name": GROUP, "litellm_params": {**params, **key}, "model_info": info}
-
-
-def requests_per_minute(limits: Iterable[Limit]) -> int | None:
-    """Return the requests of the tightest limit per second or minute, as LiteLLM's `rpm`, or None."""
-    rates = [
-        limit.amount * (60 / limit.seconds) for limit in limits if limit.kind == "requests" and limit.seconds <= 60
-    ]
-    return max(1, int(min(rates))) if rates else None
-
-
 def proxy_config(config: Config) -> tuple[dict[str, Any], list[str]]:
     """Return a config.yaml for the LiteLLM proxy, and a sentence for each deployment it cannot express.
 
-    Keys appear as `os.environ/NAME` only. The proxy counts requests per deployment and clock minute; token and
-    dollar budgets, shared accounts and data policies exist in biollm alone.
+    Keys appear as `os.environ/NAME` only. The proxy counts requests per deployment and clock minute; it has no budgets of
+    tokens or USD, no shared accounts and no data policies.
     """
     keys: dict[str, dict[str, Any]] = {}
     left_out: list[str] = []

@@ -45,8 +45,8 @@ def test_whatever_hangs_all_are_told_within_the_timeout(net: Loopback, waterfall
     assert found["hangs"].error == "no answer within 1 s"
     assert "Timeout" in found["drops"].error or found["drops"].error == "no answer within 1 s"
     assert (found["refuses"].error, found["breaks"].error) == ("HTTP 401", "HTTP 500")
-    assert "no JSON list" in found["portal"].error
-    assert "no JSON list" in found["other"].error
+    assert "not a JSON list" in found["portal"].error
+    assert "not a JSON list" in found["other"].error
     assert found["keyless"].error == "no key: set NOT_SET"
     assert "sk-planted" not in repr(found)
 
@@ -74,7 +74,7 @@ def test_who_has_no_address_here_is_neither_up_nor_down(
     waterfall(**{name: net.refusing() if candidate == "refusing" else candidate for name, candidate in rungs.items()})
     status = check_all_providers()
     assert {name: each["available"] for name, each in status.items()} == available
-    assert available["groq"] is False or "known to LiteLLM alone" in status["groq"]["error"]
+    assert available["groq"] is False or "only LiteLLM knows" in status["groq"]["error"]
     ran = biollm("health")
     assert ran.code == code
     assert ("unknown" in ran.out) is (None in available.values())
