@@ -179,6 +179,25 @@ def run(script: LaunchScript, folder: Path) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize(("key", "code"), [("a key", 0), ("", 78), (None, 78)])
+def test_a_plain_script_starts_vllm_with_the_key_in_its_environment_or_not_at_all(
+    tmp_path: Path, key: str | None, code: int
+) -> None:
+    """Without a key, vLLM would serve everybody who can reach the node."""
+    (tmp_path / "vllm").write_text('#!/bin/bash\necho "$VLLM_API_KEY: $*"\n')
+    (tmp_path / "vllm").chmod(0o755)
+    if key is not None:
+        (tmp_path / "my key").write_text(key)
+    script = render_plain(
+        custom(), site(BARE, Environment(), cache_dir=tmp_path), key_file=tmp_path / "my key", port=8001
+    )
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", script.text], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    started = "a key: serve /scratch/lab/models/me/mine --served-model-name mine"
+    assert done.stdout.startswith(started) if not code else not done.stdout
+
+
 @pytest.mark.parametrize("key", ["partition", "account", "qos", "constraint"])
 @pytest.mark.parametrize("value", HOSTILE)
 def test_hostile_values_stay_within_their_directive(key: str, value: str) -> None:
