@@ -160,9 +160,10 @@ def test_an_answer_is_expected_to_be_as_long_as_the_last_ones_were(tmp_path: Pat
 AMOUNT, EXPECTED, MOST = 20_000, 300, 360  # tokens: of the limit, expected and used at most by a request
 
 
-def busy(folder: Path, seed: int, out: Any) -> None:
-    """Send 50 requests at once; each asks again until it may go, or for 2 s."""
+def busy(folder: Path, seed: int, start: Any, out: Any) -> None:
+    """Send 50 requests at once; each tries again until it may go, or for 2 s."""
     ledger, dice = Ledger(folder), random.Random(seed)
+    start.wait()  # for the imports of all processes, which would keep the writers from the processors
 
     async def one() -> bool:
         claim, until = Claim(SCOPE, (tokens(AMOUNT),), tokens=EXPECTED), time.monotonic() + 2
@@ -187,8 +188,8 @@ def test_eight_processes_pass_a_token_limit_by_no_more_than_their_answers_pass_w
     tmp_path: Path,
 ) -> None:
     spawn = multiprocessing.get_context("spawn")
-    out = spawn.Queue()
-    children = [spawn.Process(target=busy, args=(tmp_path, seed, out)) for seed in range(8)]
+    start, out = spawn.Barrier(8), spawn.Queue()
+    children = [spawn.Process(target=busy, args=(tmp_path, seed, start, out)) for seed in range(8)]
     for child in children:
         child.start()
     sent = sum(out.get() for _ in children)
