@@ -63,12 +63,12 @@ class Cell:
     prompt: int = 0
     completion: int = 0
     cost: float = 0.0
-    ms: Sequence[float] = field(default_factory=lambda: array("H"))
-    ttft: Sequence[float] = field(default_factory=lambda: array("H"))
     unpriced: int = 0
     unpriced_prompt: int = 0
     unpriced_completion: int = 0
     estimated: int = 0
+    ms: Sequence[float] = field(default_factory=lambda: array("H"))
+    ttft: Sequence[float] = field(default_factory=lambda: array("H"))
 
 
 class _Attempt(NamedTuple):
@@ -99,24 +99,19 @@ CREATE TABLE IF NOT EXISTS rollup (
 CREATE TABLE IF NOT EXISTS rolled (one INTEGER PRIMARY KEY CHECK (one = 1), last INTEGER, pruned REAL);
 INSERT OR IGNORE INTO rolled (one, last, pruned) VALUES (1, 0, 0);
 """
-_HISTOGRAMS = ("ms", "ttft")
-_SUMS = [each.name for each in fields(Cell)]
-_COUNTS = [name for name in _SUMS if name not in _HISTOGRAMS]
+_HISTOGRAMS = ["ms", "ttft"]
+_COUNTS = [each.name for each in fields(Cell) if each.name not in _HISTOGRAMS]
+_NAMES = [*Key._fields, *_COUNTS, *_HISTOGRAMS]
+_ADDED = [f"{name} = {name} + excluded.{name}" for name in _COUNTS]
+_JOINED = [f"{name} = CAST({name} || excluded.{name} AS BLOB)" for name in _HISTOGRAMS]
 _READ = "SELECT {} FROM attempt WHERE ".format(", ".join(f'"{name}"' for name in _Attempt._fields))
-_ADD = "INSERT INTO rollup ({0}, {1}) VALUES ({2}) ON CONFLICT ({0}) DO UPDATE SET {3}".format(
-    ", ".join(Key._fields),
-    ", ".join(_SUMS),
-    ", ".join("?" * len((*Key._fields, *_SUMS))),
-    ", ".join(
-        f"{name} = CAST({name} || excluded.{name} AS BLOB)"
-        if name in _HISTOGRAMS
-        else f"{name} = {name} + excluded.{name}"
-        for name in _SUMS
-    ),
+_ADD = "INSERT INTO rollup ({}) VALUES ({}) ON CONFLICT ({}) DO UPDATE SET {}".format(
+    ", ".join(_NAMES), ", ".join("?" * len(_NAMES)), ", ".join(Key._fields), ", ".join(_ADDED + _JOINED)
 )
-_SUM = "SELECT hour / ? * ?, {}, {} FROM rollup WHERE hour >= ? AND hour < ? GROUP BY 1, 2, 3, 4, 5, 6, 7".format(
+_SUM = "SELECT hour / ? * ?, {}, {}, {} FROM rollup WHERE hour >= ? AND hour < ? GROUP BY 1, 2, 3, 4, 5, 6, 7".format(
     ", ".join(Key._fields[1:]),  # histograms joined by SQLite: ten times faster than rows fetched and joined here
-    ", ".join(f"CAST(group_concat({name}, '') AS BLOB)" if name in _HISTOGRAMS else f"sum({name})" for name in _SUMS),
+    ", ".join(f"sum({name})" for name in _COUNTS),
+    ", ".join(f"CAST(group_concat({name}, '') AS BLOB)" for name in _HISTOGRAMS),
 )
 
 
@@ -176,13 +171,9 @@ def _why(outcome: str, later: bool, status: int | None, reason: str) -> str:
 
 
 def _fold(rows: Iterable[Any], seen: dict[str, str], *, exact: bool, grain: int = 1) -> dict[Key, Cell]:
-    """Sum up attempts, each request's in the order in which they were made.
+    """Sum up attempts, those of a request in the order in which they were made; `exact` keeps every latency.
 
-    Args:
-        rows: The result of `_READ`.
-        seen: Request -> why its first attempt failed; added to. A request that is not in it begins here.
-        exact: Keep every latency instead of its bucket.
-        grain: Hours that are summed up together.
+    `seen` holds why the first attempt of a request failed, and is added to: a request that is not in it begins here.
     """
     cells: dict[Key, Cell] = {}
     for each in map(_Attempt._make, rows):
@@ -220,10 +211,9 @@ def _add(cell: Cell, each: _Attempt, exact: bool) -> None:
 def cells(
     ledger: Ledger, since: float, until: float, exact: int = EXACT, grain: int = 1
 ) -> tuple[list[tuple[Key, Cell]], bool]:
-    """Return the sums of `since` <= at < `until`, and whether their latencies are exact.
+    """Return the sums of `since` <= at < `until` by `grain` hours, and whether their latencies are exact.
 
-    They are exact if there are at most `exact` attempts and the time has not been pruned; of pruned time, whole hours
-    are counted. `grain` hours are summed up together.
+    They are if there are at most `exact` attempts and none was pruned; of pruned time, whole hours are counted.
     """
     with ledger.reading() as db:
         if db is None:
@@ -251,9 +241,7 @@ def _summed(db: sqlite3.Connection, since: float, until: float, grain: int) -> I
         first = math.floor(since / 3600)
     if first < end and (last or pruned):
         for row in db.execute(_SUM, (grain, grain, first, end)):
-            key, cell = Key(*row[:7]), Cell(*row[7:])
-            cell.ms, cell.ttft = (memoryview(blob).cast("H") for blob in (cell.ms, cell.ttft))  # type: ignore
-            yield key, cell
+            yield Key(*row[:7]), Cell(*row[7:-2], *(memoryview(blob).cast("H") for blob in row[-2:]))
     if first >= end:
         first = end = math.ceil(until / 3600)
     tail = db.execute(f"{_READ} id > ? AND at >= ? AND at < ? ORDER BY id", (last, first * 3600, end * 3600))
@@ -286,7 +274,7 @@ def _roll_chunk(db: sqlite3.Connection) -> bool:
         return False
     rows = db.execute(f"{_READ} id > ? AND id <= ? ORDER BY id", (last, until))
     for key, cell in _fold(rows, _before(db, last), exact=False).items():
-        db.execute(_ADD, (*key, *(getattr(cell, name) for name in _SUMS)))  # an array is written as its bytes
+        db.execute(_ADD, (*key, *(getattr(cell, name) for name in (*_COUNTS, *_HISTOGRAMS))))  # arrays as their bytes
     db.execute("UPDATE rolled SET last = ?", (until,))
     return count == _CHUNK
 

@@ -1,4 +1,4 @@
-"""What quotas.db holds, and how a limit is counted in it: windows request by request, days and months as sums."""
+"""The tables of quotas.db, and how limits are counted: windows request by request, days and months as sums."""
 
 # ruff: noqa: S608 # what is put into SQL are names of columns; values are parameters
 from __future__ import annotations
@@ -31,24 +31,22 @@ CREATE TABLE IF NOT EXISTS cooldown (
 """
 BEGIN = "INSERT INTO total (scope, start, until, requests, tokens, usd) VALUES (?, ?, ?, ?, ?, ?)"
 _LEAST = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # that must still fit
-_SOON = 1.0  # seconds after which a request that only those under way keep out may ask again
+_SOON = 1.0  # seconds until a request is tried again that only those in flight keep out
 _DAY = 86400.0
 COOLDOWNS = "SELECT key, until, reason, kind, stated, times FROM cooldown WHERE until > ?"
 RECOVER = "DELETE FROM cooldown WHERE key = ? AND until <= ? AND (until <= ? OR NOT stated)"
 MEMORY = 86400.0  # seconds for which a cooldown that ended is still a step of the ladder
-_TOGETHER = 1.0  # seconds: failures so near each other are one, where the first rests nothing
+_TOGETHER = 1.0  # seconds: failures so near each other are one step, if the first step is no cooldown
 _FARTHEST = 32 * 86400.0  # seconds; no cooldown is longer
 
 
 class Cooldown(NamedTuple):
-    """What keeps a key from serving.
+    """Why and until when a key may not be used.
 
     Attributes:
-        until: Epoch seconds; it may have passed, and then the cooldown only counts as a step of the ladder.
-        reason: One sentence.
-        kind: The failure's kind.
+        until: Epoch seconds; once it has passed, the cooldown only counts as a step of the ladder.
         stated: The provider named the time; else it is an estimate, which a success ends.
-        times: How many cooldowns of this kind followed each other without a success.
+        times: Consecutive cooldowns of this kind without a success.
     """
 
     until: float
@@ -65,7 +63,7 @@ class Cooldown(NamedTuple):
 def next_cooldown(
     before: Cooldown | None, now: float, reason: str, kind: str, seconds: float | None, ladder: Sequence[float]
 ) -> Cooldown:
-    """Return the cooldown after one more failure; requests that fail together are one step of the ladder."""
+    """Return the cooldown after one more failure; requests that fail together are one step of `ladder`."""
     row = before.times if before and before.kind == kind else 0
     near = _TOGETHER if before and row and before.step(ladder) == 0 else 0.0
     times = row if before and row and before.until + near > now else row + 1
@@ -124,9 +122,9 @@ def finish(db: sqlite3.Connection, scope: str, reservation: int, at: float, used
 
 
 def prune(db: sqlite3.Connection, now: float) -> None:
-    """Remove what no limit looks at: windows are an hour at most. Rows of a clock that ran ahead go too.
+    """Remove what no limit includes any more (windows are an hour at most), and rows of a clock that ran ahead.
 
-    What a process that died had reserved counts as used: it was probably sent.
+    The reservation of a process that died counts as used: the request was probably sent.
     """
     lost = "SELECT id, scope, at, tokens, usd FROM reserved WHERE abs(at - ?) > ?"
     for reservation, scope, at, *used in db.execute(lost, (now, _DAY)).fetchall():
@@ -164,17 +162,16 @@ def _reserved(query: Query, scope: str, limit: Limit, now: float) -> float:
 
 
 def excess(limit: Limit, used: float, claim: Claim | None = None) -> float:
-    """Return by how much a request would pass `limit`; it has room unless that is above 0.
+    """Return by how much a request would exceed `limit`; it has room unless that is above 0.
 
-    Counted is what `need` is expected to use, else the least that a request may use. One that is larger than the
-    whole limit takes it all.
+    A request counts what `claim` is expected to use, else the least possible; at most the whole limit.
     """
     expected = {"requests": 0.0, "tokens": claim.tokens, "usd": claim.usd}[limit.kind] if claim else 0.0
     return used + min(max(expected, _LEAST[limit.kind]), limit.amount) - limit.amount
 
 
 def full(db: sqlite3.Connection, claim: Claim, limit: Limit, now: float) -> tuple[float, bool] | None:
-    """Return when `limit` has room for `need` again, and whether it has none for any request; None if it has now."""
+    """Return when `limit` has room for `claim` again, and whether it has none for any request; None if it has now."""
 
     def query(sql: str, values: Sequence[object]) -> list[Any]:
         return db.execute(sql, values).fetchall()
@@ -198,16 +195,15 @@ def full(db: sqlite3.Connection, claim: Claim, limit: Limit, now: float) -> tupl
 
 
 def _window(limit: Limit) -> float:
-    """Return the seconds that a request counts in a rolling window.
+    """Return the seconds that a request counts in a rolling window: up to a second more than the limit says.
 
-    The server counts arrivals, not reservations. Where one request is slow to arrive (name look-up, TLS) and
-    a later one quick, they stand closer together there than here; the second more makes up for it.
+    The server counts arrivals. A slow one (name look-up, TLS) and a quick later one are closer together there.
     """
     return limit.seconds + min(1.0, limit.seconds / 10)
 
 
 def periods(claim: Claim, now: float) -> set[tuple[float, float]]:
-    """Return start and end of each day or month that the limits of `need` are about."""
+    """Return start and end of each day or month in the limits of `claim`."""
     return {period(limit, now) for limit in claim.limits if not limit.rolling}
 
 

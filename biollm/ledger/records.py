@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Claim:
-    """One attempt's claim.
+    """What one attempt claims.
 
     Attributes:
-        scope: Who the limits belong to: "gemini/default", or "gemini/default:model" where they are per model.
+        scope: Owner of the limits: "gemini/default", or "gemini/default:model" if they are per model.
         limits: Every one must have room.
-        cooling: Keys any of which blocks the attempt while it cools: the account, the endpoint, the API key.
-        tokens: That it is expected to use, prompt and answer; they count from `reserve` on, until `finish` has the
-            real ones. `usd` likewise.
+        cooling: Keys whose cooldown blocks the attempt: the account, the endpoint, the API key.
+        tokens, usd: Expected use, prompt and answer; counted from `reserve` until `finish` has the real figures.
     """
 
     scope: str
@@ -37,7 +36,7 @@ class Refused:
 
     Attributes:
         reason: One sentence: "15/min used by gemini/default, frees in 12 s".
-        key: What blocks: "scope:" and the scope for a limit, else the cooling key.
+        key: What blocks: "scope:" and the scope for a limit, else the key on cooldown.
     """
 
     until: float
@@ -50,11 +49,11 @@ class Record:
     """One finished attempt of a request. Times in seconds since the epoch, durations in ms, money in USD.
 
     Attributes:
-        request: The id that all attempts of a request share.
-        ttft_ms: Milliseconds to the first token of a stream.
+        request: The id shared by all attempts of a request.
+        ttft_ms: To the first token of a stream.
         order: The deployment's place in the waterfall, from 1.
-        cost_usd: None where the price is unknown, or nothing was counted.
-        estimated: Whether the tokens were counted by the length of what came, since the provider stated none.
+        cost_usd: None if the price is unknown, or nothing was counted.
+        estimated: Whether the tokens are estimated by the length of the text, since the provider reported none.
         tags: The caller's own, such as {"agent": "ErrorDiagnosisAgent"}.
     """
 

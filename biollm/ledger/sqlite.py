@@ -83,14 +83,7 @@ class Database:
     """
 
     def __init__(
-        self,
-        path: Path,
-        schema: str,
-        *,
-        network: bool,
-        synchronous: str,
-        patience: float,
-        migrate: Prepare | None = None,
+        self, path: Path, schema: str, network: bool, synchronous: str, patience: float, migrate: Prepare | None = None
     ) -> None:
         self.path, self._schema, self._patience, self._migrate = path, schema, patience, migrate
         self._pragmas = (f"journal_mode={'PERSIST' if network else 'WAL'}", f"synchronous={synchronous}")

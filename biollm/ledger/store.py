@@ -64,27 +64,17 @@ class Availability:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._failed_at: float | None = None
-        self._served = -math.inf  # monotonic
+        self.failed_at: float | None = None  # None while it works
+        self.served_at = -math.inf  # monotonic: the last request of this process
         self.wal: Path | None = None  # on a local disk: its time shows that some process is being served
 
-    @property
-    def failed(self) -> bool:
-        """Return whether the last use failed."""
-        return self._failed_at is not None
-
-    @property
     def usable(self) -> bool:
         """Return whether it should be used now."""
-        return self._failed_at is None or abs(self._clock() - self._failed_at) >= _RETRY
+        return self.failed_at is None or abs(self._clock() - self.failed_at) >= _RETRY
 
     def settle(self, error: Exception | None) -> None:
         """Note how a use ended."""
-        self._failed_at = self._clock() if error else None
-
-    def serve(self) -> None:
-        """Note that this process is being served."""
-        self._served = time.monotonic()
+        self.failed_at = self._clock() if error else None
 
     def may_wait(self, began: float, looked: float) -> bool:
         """Return whether a caller that began to wait at `began`, and last looked at `looked`, should wait longer."""
@@ -92,7 +82,7 @@ class Availability:
         if began <= now - _QUEUE:
             return False
         stalled = now - looked > 1.2 * BOUND  # this process did not run: a blocked loop, a long collection
-        if stalled or now - self._served < BOUND:
+        if stalled or now - self.served_at < BOUND:
             return True
         with suppress(OSError):
             return bool(self.wal) and time.time() - self.wal.stat().st_mtime < BOUND
@@ -123,8 +113,7 @@ class Ledger:
     """
 
     def __init__(self, directory: Path, *, clock: Callable[[], float] = time.time, network: bool | None = None) -> None:
-        self._directory, self._clock = directory, clock
-        self._network = network
+        self._directory, self._clock, self._network = directory, clock, network
         self._quotas, self._history = directory / "quotas.db", directory / "history.db"
         self._processes: dict[int, _Process] = {}  # by process id; closing a parent's files after a fork would harm it
         self._blocked: dict[str, Cooldown] = {}
@@ -139,12 +128,11 @@ class Ledger:
         """Count one request against every limit of `claim` and return the reservation, or why and until when not.
 
         Exact over all processes. Limits of tokens and USD are exceeded by no more than the requests in flight use
-        beyond their reservations; a request larger than a whole limit is let through when nothing else counts.
-        After 250 ms in which no request was served, this process's own count decides. A cancelled caller may leave its
-        request counted.
+        beyond their reservations; a request larger than a whole limit passes when nothing else counts. After 250 ms
+        without an answer this process's own count decides. A cancelled caller may leave its request counted.
         """
         process = self._process()
-        if self._availability.usable:
+        if self._availability.usable():
             from asyncio import get_running_loop
 
             loop = get_running_loop()
@@ -282,28 +270,22 @@ class Ledger:
         # A rollback journal waits for the disk at every commit. Callers wait for quotas.db, so it does not there,
         # and a power failure may cost it; what it held of days and months is then taken from history.db.
         synchronous = "OFF" if network else "NORMAL"
-        counts = Database(self._quotas, quotas.SCHEMA, network=network, synchronous=synchronous, patience=BOUND - 0.05)
+        counts = Database(self._quotas, quotas.SCHEMA, network, synchronous, patience=BOUND - 0.05)
         return _Process(
             Writer(counts, self._write_quotas, self._settle_quotas),
             Writer(self._open_history(), attempts.add, lambda _, error: self._warn(error)),
         )
 
     def _open_history(self, schema: str = "") -> Database:
-        return Database(
-            self._history,
-            attempts.SCHEMA + schema,
-            network=self._on_network(),
-            synchronous="NORMAL",
-            patience=_EXIT,
-            migrate=attempts.migrate,
-        )
+        schema = attempts.SCHEMA + schema
+        return Database(self._history, schema, self._on_network(), "NORMAL", patience=_EXIT, migrate=attempts.migrate)
 
     def _on_network(self) -> bool:
         return on_network(self._directory) if self._network is None else self._network
 
     def _count(self, change: _Write) -> None:
         process = self._process()
-        if self._availability.failed:
+        if self._availability.failed_at is not None:
             with process.lock:
                 change(process.memory)
         process.quotas.put(change)
@@ -315,7 +297,7 @@ class Ledger:
             self._pruned = now
         self._adopt(db.execute(quotas.COOLDOWNS, (now - quotas.MEMORY,)).fetchall())
         for job in jobs:
-            self._availability.serve()
+            self._availability.served_at = time.monotonic()
             if not isinstance(job, _Pending):
                 job(db)
             elif not job.future.done():
@@ -334,11 +316,11 @@ class Ledger:
     def _settle_quotas(self, jobs: Sequence[_Pending | _Write], error: Exception | None) -> None:
         self._availability.settle(error)
         self._warn(error)
-        loops: dict[asyncio.AbstractEventLoop, list[_Pending]] = {}
+        loops: defaultdict[asyncio.AbstractEventLoop, list[_Pending]] = defaultdict(list)
         for job in jobs:
             if isinstance(job, _Pending):
                 job.answer = None if error else job.answer
-                loops.setdefault(job.future.get_loop(), []).append(job)
+                loops[job.future.get_loop()].append(job)
         for loop, pending in loops.items():
             with suppress(RuntimeError):  # the loop is closed: no caller waits there
                 loop.call_soon_threadsafe(_resolve, pending)
@@ -403,12 +385,11 @@ class Ledger:
 
     def _warn(self, error: Exception | None) -> None:
         if error and self._warned.acquire(blocking=False):
-            _log.warning(
+            text = (
                 "The ledger in %s cannot be used (%s): limits hold within this process and records wait in memory "
-                "until it can. Make the folder writable, or set BIOLLM_STATE_DIR to another.",
-                self._directory,
-                error,
+                "until it can. Make the folder writable, or set BIOLLM_STATE_DIR to another."
             )
+            _log.warning(text, self._directory, error)
 
 
 def _resolve(pending: Sequence[_Pending]) -> None:

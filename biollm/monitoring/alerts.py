@@ -30,23 +30,14 @@ _AHEAD = 600.0  # seconds by which another node's clock may be ahead
 
 
 def check(
-    config: Config,
-    ledger: Ledger,
-    snapshot: Snapshot,
-    state: Path,
-    say: Callable[[str], None],
-    *,
-    log: bool = False,
-    patience: float = delivery.PATIENCE,
-) -> list[Alert]:
+    config: Config, ledger: Ledger, snapshot: Snapshot, state: Path, say: Callable[[str], None], *,
+    log: bool = False, patience: float = delivery.PATIENCE,
+) -> list[Alert]:  # fmt: skip
     """Evaluate the rules, report what has begun and what has ended to the targets, and return what holds.
 
     Concurrent processes wait for each other, so that nothing is reported twice.
 
     Args:
-        config: Holds the rules; nothing is sent to a provider.
-        ledger: Its usage is looked at.
-        snapshot: Likewise, its candidates and jobs.
         state: The folder of alerts.json (0600), which holds what each target has been sent.
         say: The target `stderr`; also called, without a secret, when another target fails.
         log: Whether `say` writes a log, which is not mailed as cron's stderr is: it then gets what is new in this

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 from biollm.config import Config
 from biollm.ledger import Ledger, history
+from biollm.ledger.history import Cell, Key
 from biollm.monitoring import usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -37,38 +38,38 @@ def text(config: Config, ledger: Ledger) -> str:
     return "".join(f"{line}\n" for family in families for line in _lines(family))
 
 
+_COUNTERS: Sequence[tuple[str, str, Callable[[Key, Cell], Mapping[tuple[str, str] | None, float]]]] = (
+    ("requests", "Requests sent to a provider, by outcome.", lambda key, cell: {("outcome", key.outcome): cell.attempts}),
+    ("failures", "Requests that a provider failed, by kind of failure.",
+     lambda key, cell: {("reason", key.why): cell.attempts} if key.outcome == "failed" else {}),
+    ("fallbacks", "Requests answered by a later candidate, by why the first one did not answer.",
+     lambda key, cell: {("reason", key.why): cell.attempts} if key.outcome == "ok" and key.why else {}),
+    ("tokens", "Tokens sent (input) and received (output).",
+     lambda _, cell: {("type", "input"): cell.prompt, ("type", "output"): cell.completion}),
+    ("cost_usd", "Cost in USD of the requests whose price is known, by your prices or LiteLLM's.",
+     lambda _, cell: {None: cell.cost} if cell.prompt + cell.completion > cell.unpriced_prompt + cell.unpriced_completion
+     else {}),  # unknown, not 0
+    ("unpriced_requests", "Requests with tokens whose price is unknown.", lambda _, cell: {None: cell.unpriced}),
+)  # fmt: skip
+
+
 def _counters(cells: usage.Cells) -> Iterator[_Family]:
-    requests, failures, fallbacks, tokens, cost, unpriced = (Counter[str]() for _ in range(6))
-    for key, cell in cells:
-        who = {"provider": key.provider, "account": key.account, "model": key.model}
-        requests[json.dumps(who | {"outcome": key.outcome})] += cell.attempts
-        if key.outcome == "failed":
-            failures[json.dumps(who | {"reason": key.why})] += cell.attempts
-        elif key.outcome == "ok" and key.why:
-            fallbacks[json.dumps(who | {"reason": key.why})] += cell.attempts
-        tokens[json.dumps(who | {"type": "input"})] += cell.prompt
-        tokens[json.dumps(who | {"type": "output"})] += cell.completion
-        unpriced[json.dumps(who)] += cell.unpriced
-        if cell.prompt + cell.completion > cell.unpriced_prompt + cell.unpriced_completion:  # else it is unknown, not 0
-            cost[json.dumps(who)] += cell.cost  # type: ignore[assignment] # USD
-    for name, said, counts in (
-        ("requests", "Requests sent to a provider, by outcome.", requests),
-        ("failures", "Requests that a provider failed, by kind of failure.", failures),
-        ("fallbacks", "Requests answered by a later candidate, by why the first one did not answer.", fallbacks),
-        ("tokens", "Tokens sent (input) and received (output).", tokens),
-        ("cost_usd", "Cost in USD of the requests whose price is known, by your prices or LiteLLM's.", cost),
-        ("unpriced_requests", "Requests with tokens whose price is unknown.", unpriced),
-    ):
-        samples = [("", json.loads(labels), float(count)) for labels, count in sorted(counts.items())]
-        yield _Family(f"biollm_{name}_total", "counter", said, samples)
+    for name, description, values in _COUNTERS:
+        counts: defaultdict[str, float] = defaultdict(float)
+        for key, cell in cells:
+            labels = {"provider": key.provider, "account": key.account, "model": key.model}
+            for label, value in values(key, cell).items():
+                counts[json.dumps(labels | dict([label] if label else []))] += value
+        samples = [("", json.loads(labels), count) for labels, count in sorted(counts.items())]
+        yield _Family(f"biollm_{name}_total", "counter", description, samples)
 
 
 def _durations(cells: usage.Cells) -> Iterator[_Family]:
-    groups: defaultdict[tuple[str, str, str], list[history.Cell]] = defaultdict(list)
+    groups: defaultdict[tuple[str, str, str], list[Cell]] = defaultdict(list)
     for key, cell in cells:
         if key.outcome == "ok":
             groups[key.provider, key.account, key.model].append(cell)
-    for name, said, which in (
+    for name, description, which in (
         ("request_duration", "Seconds from sending a request to its whole answer.", "ms"),
         ("time_to_first_token", "Seconds from sending a request to the first token of its stream.", "ttft"),
     ):
@@ -80,7 +81,7 @@ def _durations(cells: usage.Cells) -> Iterator[_Family]:
                 {"provider": provider, "account": account, "model": model},
             )
         ]
-        yield _Family(f"biollm_{name}_seconds", "histogram", said, samples)
+        yield _Family(f"biollm_{name}_seconds", "histogram", description, samples)
 
 
 def _histogram(latencies: Mapping[float, int], labels: dict[str, str]) -> Iterator[tuple[str, dict[str, str], float]]:
@@ -97,7 +98,7 @@ def _histogram(latencies: Mapping[float, int], labels: dict[str, str]) -> Iterat
 
 def _gauges(quotas: Iterable[usage.Quota]) -> Iterator[_Family]:
     rows = [({"scope": each.scope, "limit": each.limit, "unit": each.unit}, each) for each in quotas]
-    for name, said, values in (
+    for name, description, values in (
         ("used", "How much of a limit is used now.", [(labels, each.used) for labels, each in rows]),
         ("limit", "How much a limit allows.", [(labels, each.amount) for labels, each in rows]),
         (
@@ -106,7 +107,7 @@ def _gauges(quotas: Iterable[usage.Quota]) -> Iterator[_Family]:
             [(labels, each.resets_at) for labels, each in rows if each.resets_at is not None],
         ),
     ):
-        yield _Family(f"biollm_quota_{name}", "gauge", said, [("", labels, value) for labels, value in values])
+        yield _Family(f"biollm_quota_{name}", "gauge", description, [("", labels, value) for labels, value in values])
 
 
 def _lines(family: _Family) -> Iterator[str]:

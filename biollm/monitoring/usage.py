@@ -135,10 +135,6 @@ def report(
     """Report the attempts of `since` <= at < `until` (epoch seconds; by default the last week).
 
     Args:
-        config: Holds limits, prices and the cluster.
-        ledger: Holds the attempts.
-        since: The start.
-        until: The end.
         by: What a row is about. Days and hours are in UTC. A request counts in the row of each of its tags.
         exact: Attempts up to which percentiles are exact.
 

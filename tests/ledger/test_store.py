@@ -314,7 +314,7 @@ def test_a_killed_process_loses_nothing_and_blocks_nobody(tmp_path: Path, networ
             victim.send_signal(signal.SIGKILL)
             told += victim.communicate()[0]
             assert isinstance(reserve(ledger, per(1e6, "min"), scope="other"), int)
-        assert not ledger._availability.failed
+        assert ledger._availability.failed_at is None
         day = per(1e6, "day")
         ((_, reserved, _),) = ledger.used("s", [day])
         assert told.count("r") <= reserved <= told.count("r") + 4
@@ -698,7 +698,7 @@ def test_two_writers_of_one_process_open_a_new_file_at_once(tmp_path: Path) -> N
 
     def write(number: int, start: threading.Barrier) -> None:
         schema = "CREATE TABLE IF NOT EXISTS t (a)"
-        file = Database(tmp_path / f"{number}.db", schema, network=False, synchronous="NORMAL", patience=0.2)
+        file = Database(tmp_path / f"{number}.db", schema, False, "NORMAL", 0.2)
         start.wait()
         with contextlib.closing(file), contextlib.suppress(sqlite3.Error):
             file.write(lambda db: db.execute("INSERT INTO t VALUES (1)") and None)
@@ -767,7 +767,7 @@ def test_a_damaged_file_is_set_aside_and_a_new_one_begins(
         assert "after" in {entry.request for entry in ledger.history()}
         counted = [used for _, used, _ in ledger.used(SCOPE, [limit, day])]
         assert counted == [1 if name == "quotas.db" else 2, 2]  # history knows what the day held
-        assert not ledger._availability.failed
+        assert ledger._availability.failed_at is None
     (warning,) = caplog.messages
     assert f"{tmp_path / name} is damaged" in warning
     assert (tmp_path / f"{name}.corrupt-1").exists()
