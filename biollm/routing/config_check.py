@@ -1,7 +1,7 @@
-"""Warns where the configuration and LiteLLM's map of models disagree, and of free tiers that may train on prompts.
+"""Warns where the configuration and LiteLLM's map of models disagree, and about free tiers that may train on prompts.
 
-LiteLLM prices answers by its map, and says nothing of an entry past its date. The map may be older than the truth, so
-every warning names it. Models of this site are not in it. Pure: nothing is read or sent.
+LiteLLM itself does not warn about a deprecated model. Its map may be out of date, so every warning names it. Models of
+this site are not in it. Pure: nothing is read or sent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Facts = Mapping[str, object]
 
 @dataclass(frozen=True)
 class _Offer:
-    """A provider's model, and what the map says of it under which name; ("", {}) for nothing."""
+    """A provider's model, with its name and entry in the map; ("", {}) where it has none."""
 
     provider: Provider
     model: str
@@ -30,13 +30,13 @@ class _Offer:
 
 
 def check(config: Config, today: date, prices: Mapping[str, Facts], source: str) -> list[Problem]:
-    """Return what is odd, each with file, line and mend.
+    """Return what looks wrong, each with file, line and fix.
 
     Args:
         config: The configuration.
-        today: From when deadlines count.
+        today: The date that deadlines are compared with.
         prices: LiteLLM's map, model -> facts.
-        source: Whose map that is, for the sentences.
+        source: What the warnings call the map.
     """
     offers = [
         _Offer(provider, model, *listed(prices, provider.litellm_provider, provider.model_ids.get(model, model)))
@@ -50,8 +50,8 @@ def check(config: Config, today: date, prices: Mapping[str, Facts], source: str)
         found.append(
             ("costs.reference_model", f"{reference} is not", "Without it `biollm usage` shows no cost avoided.")
         )
-    told = [(key, f"{said} in {source}.", mend) for key, said, mend in found]
-    return [config.problem(*each) for each in (*told, *_training(config))]
+    in_map = [(key, f"{said} in {source}.", fix) for key, said, fix in found]
+    return [config.problem(*each) for each in (*in_map, *_training(config))]
 
 
 def _ends(offers: Iterable[_Offer], today: date) -> Iterator[tuple[str, str, str]]:
@@ -62,13 +62,13 @@ def _ends(offers: Iterable[_Offer], today: date) -> Iterator[tuple[str, str, str
             continue
         if left <= NEAR:
             when = f"ends in {left} days, on" if left > 0 else "has ended on"
-            said = f"{offer.model} {when} {offer.facts['deprecation_date']}: so says {offer.name}"
-            yield f"providers.{offer.provider.name}.models", said, "Put its successor into the list."
+            said = f"{offer.model} {when} {offer.facts['deprecation_date']}: listed as {offer.name}"
+            yield f"providers.{offer.provider.name}.models", said, "Replace it with its successor."
 
 
 def _contexts(config: Config, offers: Iterable[_Offer]) -> Iterator[tuple[str, str, str]]:
-    """Yield the context lengths that are longer than prompt and answer may be, or shorter than the prompt alone."""
-    shortest: dict[str, tuple[int, int, str]] = {}  # whoever of a model's providers takes the least must take it
+    """Yield context lengths beyond what prompt and answer may have together, or below what the prompt alone may have."""
+    shortest: dict[str, tuple[int, int, str]] = {}  # of a model's providers
     for offer in offers:
         prompt, answer = offer.facts.get("max_input_tokens"), offer.facts.get("max_output_tokens")
         if isinstance(prompt, int):
@@ -77,13 +77,13 @@ def _contexts(config: Config, offers: Iterable[_Offer]) -> Iterator[tuple[str, s
     for model, (prompt, answer, name) in shortest.items():
         own = config.models[model].context_length if model in config.models else None
         if own and not prompt <= own <= prompt + answer:
-            why = "Requests that it could take are passed over" if own < prompt else "Requests are sent that it refuses"
+            why = "Requests that it could serve are skipped" if own < prompt else "Requests are sent that it rejects"
             said = f"is {own}; {name} takes {prompt} tokens and answers with {answer}"
             yield f"models.{model}.context_length", said, f"{why}: write {prompt}."
 
 
 def _prices(config: Config, offers: Iterable[_Offer]) -> Iterator[tuple[str, str, str]]:
-    """Yield own prices that lie outside the map's, and budgets that a model without a price never uses up."""
+    """Yield the user's prices outside the range of the map, and budgets that do not apply to a model without a price."""
     known: dict[str, list[tuple[float, float]]] = {}
     own_prices = config.costs.per_million_tokens
     for offer in offers:
@@ -94,16 +94,16 @@ def _prices(config: Config, offers: Iterable[_Offer]) -> Iterator[tuple[str, str
             x.kind == "usd" for a in offer.provider.accounts for x in a.limits
         ):
             said = f"does not hold for {offer.model}: no price of it is"
-            mend = f"Write costs.per_million_tokens.{offer.provider.name}, or a token_budget beside it."
-            yield f"providers.{offer.provider.name}.budget", said, mend
+            fix = f"Write costs.per_million_tokens.{offer.provider.name}, or a token_budget beside it."
+            yield f"providers.{offer.provider.name}.budget", said, fix
     free = {provider.name for provider in config.providers if provider.free_tier}
     for provider, prices in known.items():
         own = own_prices.get(provider)
         low, high = min(1e6 * min(each) for each in prices), max(1e6 * max(each) for each in prices)
         if own is not None and provider not in free and not 0.99 * low <= own <= 1.01 * high:
             said = f"is {own:g} USD per million tokens; its models stand at {low:.4g} to {high:.4g}"
-            mend = "Take it out to count by the map, or write `free_tier: true` if tokens cost you nothing."
-            yield f"costs.per_million_tokens.{provider}", said, mend
+            fix = "Take it out to count by the map, or write `free_tier: true` if tokens cost you nothing."
+            yield f"costs.per_million_tokens.{provider}", said, fix
 
 
 def _training(config: Config) -> Iterator[tuple[str, str, str]]:
@@ -112,12 +112,12 @@ def _training(config: Config) -> Iterator[tuple[str, str, str]]:
     for provider in config.providers:
         key = f"providers.{provider.name}.trains_on_prompts"
         if provider.trains_on_prompts and config.data_policy == "any":
-            mend = "`data_policy: no_training` passes over it; if your plan is paid and does not, write false."
-            yield key, "prompts may be used for training.", mend
+            fix = "`data_policy: no_training` excludes it; if your plan does not train on prompts, write false."
+            yield key, "prompts may be used for training.", fix
         elif provider.free_tier and provider.type == "api" and "trains_on_prompts" not in provider.model_fields_set:
-            asked = ", and no_training does not pass over it" if config.data_policy == "no_training" else ""
+            asked = ", and no_training does not exclude it" if config.data_policy == "no_training" else ""
             yield (
                 key,
-                f"a free tier, of which nobody has said whether it trains on prompts{asked}.",
+                f"it is not stated whether this free tier trains on prompts{asked}.",
                 "Write true or false.",
             )

@@ -1,7 +1,7 @@
-"""Looks beside or before a request whether its host is there at all, and whether it may be sent a key or a prompt.
+"""Checks whether a request's host is reachable, and whether it may be sent a key or a prompt.
 
-A firewall that drops packets shall cost 3 s, not the whole request timeout; LiteLLM honours a separate connect
-timeout for OpenAI's client only, not for the others (vLLM, Gemini). The watch runs beside the request and delays nothing.
+A firewall that drops packets must cost 3 s, not the whole request timeout; LiteLLM honours a separate connect timeout
+for OpenAI's client only. That check runs beside the request and does not delay it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HOSTS = {"gemini": "https://generativelanguage.googleapis.com"}  # where LiteLL
 
 
 class Reach:
-    """What is known of the hosts, in this process. `patience` is in seconds."""
+    """The hosts that answered this process. `patience` is in seconds."""
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
@@ -46,7 +46,7 @@ class Reach:
         self._seen[deployment.endpoint] = time.monotonic()
 
     def watch(self, deployment: Deployment, scope: asyncio.Timeout) -> asyncio.Task[bool] | None:
-        """Connect beside the request; if nothing takes the connection, end `scope`. The task's result says whether."""
+        """Connect beside the request; if no connection comes up, end `scope`. The task returns whether one did."""
         url = deployment.base_url or _HOSTS.get(deployment.litellm_model.split("/")[0])
         if not url or time.monotonic() - self._seen.get(deployment.endpoint, -_KNOWN) < _KNOWN:
             return None
@@ -60,10 +60,10 @@ class Reach:
             host, port, tls = through.hostname or "", through.port or 80, False
         opening = asyncio.ensure_future(asyncio.open_connection(host, port, ssl=_any_certificate() if tls else None))
         try:
-            # In steps, so that a loop that was busy (LiteLLM's imports take seconds) loses one step, not its patience.
+            # In steps, so that a loop that was blocked (LiteLLM's imports take seconds) loses one step, not the whole wait.
             for _ in range(_STEPS):
                 if (await asyncio.wait({opening}, timeout=self._patience / _STEPS))[0]:
-                    if not opening.exception():  # else it answered, if only to refuse: the request itself will tell
+                    if not opening.exception():  # else the host is there, and the request itself gets the error
                         opening.result()[1].close()
                     return True
             scope.reschedule(asyncio.get_running_loop().time())
@@ -73,11 +73,10 @@ class Reach:
 
 
 class Trust:
-    """Whether addresses may be sent a key or a prompt, as was found a moment ago. For the background loop only.
+    """Checks whether an address may be sent a key or a prompt, and remembers it. For the background loop only.
 
     A server found by its record proves its start; at a fixed address on this host, the listener's owner is looked up.
-    Both take milliseconds, so what was found holds for `TRUSTED` seconds. In use it is renewed before that, beside
-    the requests, one look at a time.
+    Both take milliseconds, so a result holds for `TRUSTED` seconds. In use it is renewed earlier, beside the requests.
     """
 
     def __init__(self) -> None:
@@ -103,7 +102,7 @@ class Trust:
         return await asyncio.shield(self._looks[place]) if age >= TRUSTED else None
 
     def forget(self, deployment: Deployment) -> None:
-        """Look again before the next request, since one got no answer: another program may have taken the port."""
+        """Check again before the next request, since one got no answer: another program may have taken the port."""
         origin = _origin(deployment.base_url or "")
         self._good = {place: at for place, at in self._good.items() if place[0] != origin}
 
@@ -137,17 +136,17 @@ class Trust:
 
 
 def _origin(url: str) -> str:
-    """Return scheme, host and port, which is where the listener is: many models may lie behind one."""
+    """Return scheme, host and port: many models may share one listener."""
     return "/".join(url.split("/", 3)[:3])
 
 
 def trust() -> Trust:
-    """Return what the process knows of addresses."""
+    """Return the process's one Trust."""
     return background().kept.setdefault("trust", Trust())
 
 
 class FixedServers:
-    """Looks at servers of our own whose address stands in the configuration: what they serve."""
+    """Checks which models the local servers with a fixed address serve."""
 
     _PATIENCE = 3.0  # seconds
 
@@ -155,7 +154,7 @@ class FixedServers:
         self._listed: dict[str, tuple[float, set[str]]] = {}
 
     async def objection(self, deployment: Deployment, known: Credential) -> str | None:
-        """Return why the server should not be asked, one sentence, or None; a dead one shows when it is asked."""
+        """Return why the server should not be asked, one sentence, or None; the request itself finds a dead one."""
         import httpx
 
         url = deployment.base_url or ""
@@ -174,7 +173,7 @@ class FixedServers:
 
 
 def _any_certificate() -> ssl.SSLContext:
-    """Return a context that trusts anybody: no byte is sent, the handshake alone shows that someone is there."""
+    """Return a context that accepts any certificate: nothing is sent after the handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -45,8 +45,8 @@ def warn(waterfall: Callable[..., Path], tmp_path: Path) -> Check:
 @pytest.mark.parametrize(
     ("provider", "model", "said"),
     [
-        ("openai", "gpt-9", "ends in 57 days, on 2027-01-20: so says gpt-9 in the map"),
-        ("github_copilot", "gpt-9", "has ended on 2026-11-24: so says github_copilot/gpt-9 in the map"),
+        ("openai", "gpt-9", "ends in 57 days, on 2027-01-20: listed as gpt-9 in the map"),
+        ("github_copilot", "gpt-9", "has ended on 2026-11-24: listed as github_copilot/gpt-9 in the map"),
         ("gemini", "gemini-x", ""),  # 61 days; the bare name is another company's offer
         ("gemini", "gemini-y", ""),
         ("openai", "gpt-odd", ""),
@@ -70,8 +70,8 @@ def test_a_models_own_id_is_looked_up(warn: Check) -> None:
     [
         (900, ["openai"], ""),
         (1000, ["openai"], ""),
-        (1001, ["openai"], "is 1001; gpt-9 takes 900 tokens and answers with 100 in the map. Requests are sent that it refuses: write 900."),
-        (899, ["openai"], "Requests that it could take are passed over: write 900."),
+        (1001, ["openai"], "is 1001; gpt-9 takes 900 tokens and answers with 100 in the map. Requests are sent that it rejects: write 900."),
+        (899, ["openai"], "Requests that it could serve are skipped: write 900."),
         (900, ["openai", "github_copilot"], "github_copilot/gpt-9 takes 400 tokens and answers with 50"),
         (400, ["openai", "github_copilot"], ""),
     ],
@@ -114,11 +114,11 @@ def test_a_budget_that_no_price_uses_up_and_an_unknown_reference_are_named(warn:
 @pytest.mark.parametrize(
     ("tier", "policy", "said"),
     [
-        ({"trains_on_prompts": True}, "any", "may be used for training. `data_policy: no_training` passes over it"),
+        ({"trains_on_prompts": True}, "any", "may be used for training. `data_policy: no_training` excludes it"),
         ({"trains_on_prompts": True}, "no_training", ""),
         ({"trains_on_prompts": False}, "any", ""),
-        ({}, "any", "nobody has said whether it trains on prompts. Write true or false"),
-        ({}, "no_training", "and no_training does not pass over it"),
+        ({}, "any", "it is not stated whether this free tier trains on prompts. Write true or false"),
+        ({}, "no_training", "and no_training does not exclude it"),
         ({}, "local_only", ""),
     ],
 )
@@ -152,6 +152,6 @@ def test_config_check_warns_names_the_file_and_stays_right(waterfall: Callable[.
     ran = biollm("config", "--check", "--json")
     (warning,) = ran.json["warnings"]
     assert ran.code == 0 and warning["key"] == "providers.openai.models"
-    assert "gpt-4-turbo has ended on 2026-10-23: so says gpt-4-turbo in litellm 1." in warning["message"]
+    assert "gpt-4-turbo has ended on 2026-10-23: listed as gpt-4-turbo in litellm 1." in warning["message"]
     assert "model_prices_and_context_window_backup.json" in ran.err
     assert biollm("config", "--json").err == ""
