@@ -129,7 +129,7 @@ def test_error_diagnosis_says_why_nobody_answered(net: Loopback, waterfall: Wate
     waterfall(first=net.serve(then=HTTP_500))
     ran = run("error_diagnosis.py", LOG)
     assert (ran.code, ran.out) == (1, "")
-    assert ran.err.splitlines() == ["Nobody could answer.", "  first/small: HTTP 500: Internal server error."]
+    assert ran.err.splitlines() == ["All deployments failed.", "  first/small: HTTP 500: Internal server error."]
 
 
 def test_workflow_composer_sends_a_wrong_order_back(net: Loopback, waterfall: Waterfall, run: Run) -> None:

@@ -19,7 +19,12 @@ import biollm
 from biollm import client
 
 ROOT = Path(__file__).parent.parent
-NEEDS_LITELLM = {"biollm.routing.callback", "biollm.routing.waterfall", "biollm.providers.llama"}
+NEEDS_LITELLM = {
+    "biollm.routing.callback",
+    "biollm.routing.litellm_router",
+    "biollm.routing.waterfall",
+    "biollm.providers.llama",
+}
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(biollm.__path__, "biollm.") if module.name not in NEEDS_LITELLM
 )

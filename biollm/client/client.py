@@ -472,7 +472,7 @@ def get_model_client(
 def _let_go(making: asyncio.Future[Waterfall] | None) -> None:
     """Take what a waterfall registered with LiteLLM back; requests under way go on."""
     if making and making.done() and not making.cancelled() and not making.exception():
-        making.result().let_go()
+        making.result().discard()
 
 
 def _check_options(options: Options) -> None:

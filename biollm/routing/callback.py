@@ -25,32 +25,32 @@ from biollm.ledger import Claim, Ledger, Refused
 from biollm.routing import litellm_private
 
 
-class RefusalError(Exception):
+class RefusedError(Exception):
     """The ledger refused the deployment that LiteLLM chose; nothing was sent."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(refused.reason)
+        self.refused = refused
 
 
 @dataclass
 class RouterCall:
-    """One call of the Router: what it may choose from, and what came of it.
+    """One call of the Router: what it may choose from, and how far it came.
 
     Attributes:
-        needs: Deployment id -> its claim on the ledger; ids not in here may not be chosen.
+        claims: Deployment id -> its claim on the ledger; ids not in here may not be chosen.
         on_choice: Called with the id of the deployment that LiteLLM chose, before anything else happens.
-        on_send: Called with the chosen deployment's id just before the request is sent.
-        reservation: The ledger's row, once reserved.
-        refused: The ledger's refusal, if it refused.
-        handed: Whether LiteLLM has translated the request and handed it to its HTTP client. What is raised before that,
-            without a network error among its causes, was raised before anything was sent.
+        on_send: Called with that id and the ledger's row just before the request is sent.
+        translated: Whether LiteLLM has translated the request and handed it to its HTTP client. An error before that,
+            without a network error among its causes, came before anything was sent.
         posted: URL -> what came of the one request to it.
     """
 
     ledger: Ledger
-    needs: Mapping[str, Claim]
+    claims: Mapping[str, Claim]
     on_choice: Callable[[str], None] | None = None
-    on_send: Callable[[str], None] | None = None
-    reservation: int | None = None
-    refused: Refused | None = None
-    handed: bool = False
+    on_send: Callable[[str, int], None] | None = None
+    translated: bool = False
     posted: dict[httpx.URL, Exception] = field(default_factory=dict[httpx.URL, Exception])
 
     def cause(self, error: Exception) -> Exception:
@@ -62,17 +62,17 @@ class RouterCall:
         return failed[-1] if failed else RuntimeError(error.object)
 
 
-current: ContextVar[RouterCall | None] = ContextVar("biollm_turn", default=None)
+current: ContextVar[RouterCall | None] = ContextVar("biollm_call", default=None)
 _ours: ContextVar[bool] = ContextVar("biollm_ours", default=False)  # follows a call into LiteLLM's worker threads
 
 
-def deployment_id(entry: Mapping[str, Any]) -> str:
+def _deployment_id(entry: Mapping[str, Any]) -> str:
     """Return the deployment's id, the same in the groups `biollm` and `biollm-local`."""
     return str(entry["model_info"]["id"]).removesuffix("@local")
 
 
 class Callback(CustomLogger):
-    """Four of LiteLLM's hooks; see the module's docstring. The signatures are LiteLLM's."""
+    """Four of LiteLLM's hooks. The signatures are LiteLLM's."""
 
     async def async_filter_deployments(  # noqa: D102
         self,
@@ -82,35 +82,31 @@ class Callback(CustomLogger):
         request_kwargs: dict[str, Any] | None = None,
         parent_otel_span: Any = None,
     ) -> list[Any]:
-        call = current.get()
-        if call is None:
+        if (call := current.get()) is None:
             return healthy_deployments
-        return [entry for entry in healthy_deployments if deployment_id(entry) in call.needs]
+        return [entry for entry in healthy_deployments if _deployment_id(entry) in call.claims]
 
     async def async_pre_call_check(self, deployment: dict[str, Any], parent_otel_span: Any) -> dict[str, Any]:  # noqa: D102
-        call = current.get()
-        if call is None:
+        if (call := current.get()) is None:
             return deployment
-        chosen = deployment_id(deployment)
+        chosen = _deployment_id(deployment)
         if call.on_choice:
             call.on_choice(chosen)
-        granted = await call.ledger.reserve(call.needs[chosen])
+        granted = await call.ledger.reserve(call.claims[chosen])
         if isinstance(granted, Refused):
-            call.refused = granted
-            raise RefusalError(granted.reason)
-        call.reservation = granted
+            raise RefusedError(granted)
         if call.on_send:
-            call.on_send(chosen)
+            call.on_send(chosen, granted)
         return deployment
 
     def log_pre_api_call(self, model: Any, messages: Any, kwargs: Any) -> None:  # noqa: D102
-        if (call := current.get()) is not None:
-            call.handed = True
+        if call := current.get():
+            call.translated = True
 
     async def async_post_call_success_deployment_hook(  # noqa: D102
         self, request_data: dict[str, Any], response: Any, call_type: Any
     ) -> None:
-        if current.get() is not None:
+        if current.get():
             litellm_private.skip_pricing(response)
 
 

@@ -1,4 +1,4 @@
-"""One request on its way down the waterfall: what was tried, what it cost, and how it ends if nobody answers."""
+"""One request on its way through the waterfall: its options, what was tried, and the error if nothing answers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from biollm.errors import (
     RequestRejectedError,
 )
 from biollm.routing.candidates import Candidate
-from biollm.routing.deployments import Deployment, Requirements
+from biollm.routing.deployments import Deployment, Requirements, allowance
 from biollm.routing.failures import Failure
 from biollm.routing.structured import Message, ResponseSchema
 from biollm.types import Attempt, Outcome
 
 if TYPE_CHECKING:
+    from biollm.config import Config
     from biollm.slurm.submissions import Job
 
-# Seconds. A pass over the waterfall is repeated no sooner than this after a failure that cools nothing, and not at
-# all when the soonest rung frees later than a person would wait.
-BREATH, PATIENCE = 0.5, 300.0
+MIN_RETRY_S = 0.5  # before another pass, after a failure that put nothing on cooldown
+MAX_RETRY_WAIT_S = 300.0  # there is no other pass if the first deployment frees later than that
 
 _OUTCOMES: dict[str, Outcome] = {"limited": "limited", "refused": "limited"}
 
@@ -42,8 +42,9 @@ class Request:
         params: Further arguments of LiteLLM's `acompletion`: temperature, max_tokens, tools...
         on_send: Called with a deployment's id just before a request goes to it.
         middle: (prefix, suffix) of code to fill in between, instead of messages; without a suffix, a text to continue.
-        start: Start a server on the cluster when nobody else answers; then wait `wait` seconds for it.
-        on_state: Called with the job that is waited for whenever it has changed.
+        start: Start a server on the cluster if no deployment answers; then wait `wait` seconds for it.
+        on_state: Called with the job of that server whenever it has changed.
+        patience: How long to wait for an earlier deployment that is limited; None is the configured time.
         asked: When the call began, by the monotonic clock.
     """
 
@@ -84,20 +85,38 @@ class Request:
 
 
 @dataclass
+class _Pass:
+    """What one pass over the waterfall tried, and which deployments it skipped, by id."""
+
+    tried: list[tuple[Deployment, Attempt]] = field(default_factory=list[tuple[Deployment, Attempt]])
+    skipped: dict[str, Candidate] = field(default_factory=dict[str, Candidate])
+
+    def attempts(self) -> list[Attempt]:
+        """Return what was tried, and what was skipped before the deployment that answered, in waterfall order."""
+        answered = next((deployment.order for deployment, attempt in self.tried if attempt.outcome == "ok"), None)
+        skipped = [
+            (each.deployment, Attempt(each.deployment.id, _OUTCOMES.get(each.status, "skipped"), each.reason))
+            for each in self.skipped.values()
+            if answered is None or each.deployment.order < answered
+        ]
+        return [attempt for _, attempt in sorted([*self.tried, *skipped], key=lambda each: each[0].order)]
+
+
+@dataclass
 class Run:
-    """The memory of one request.
+    """The state of one request.
 
     Attributes:
-        tried: Ids of deployments that failed in this pass.
-        frees: Epoch seconds at which something that stood in the way for a passing reason frees, this pass.
-        pinned: With `fallback=False`, the only deployment that may be asked.
-        failures: What each failed attempt meant, with the deployment that was asked.
-        over: The failure after which no other deployment is asked.
-        repeat: The deployment that is asked once more at once.
+        tried: Ids of deployments that are not tried again in this pass.
+        frees: Epoch seconds at which something that blocks for a transient reason frees, this pass.
+        pinned: With `fallback=False`, the id of the only deployment that may be tried.
+        failures: Each failure, with the deployment that was tried.
+        over: The failure after which no other deployment is tried.
+        repeat: The deployment to try once more at once.
         repeated: Ids of those that were.
         caps: Deployment id -> the most tokens of answer that its account can pay for.
-        spare: An answer that was cut for want of room, which is given if no deployment has a longer one.
-        waiting_since: When patience for an earlier deployment began, on the monotonic clock.
+        spare: An answer that was cut at an output limit, to be returned if no deployment has a longer one.
+        waiting_since: When the wait for an earlier deployment began, by the monotonic clock.
     """
 
     request: Request
@@ -105,7 +124,6 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
     tried: set[str] = field(default_factory=set[str])
     frees: list[float] = field(default_factory=list[float])
-    passes: int = 0
     pinned: str | None = None
     failures: list[tuple[Deployment, Failure]] = field(default_factory=list[tuple[Deployment, Failure]])
     over: Failure | None = None
@@ -114,8 +132,7 @@ class Run:
     caps: dict[str, int] = field(default_factory=dict[str, int])
     spare: InFlight | None = None
     waiting_since: float | None = None
-    _attempts: list[tuple[int, int, Attempt]] = field(default_factory=list[tuple[int, int, Attempt]])
-    _passed: dict[tuple[int, str], Candidate] = field(default_factory=dict[tuple[int, str], Candidate])
+    _passes: list[_Pass] = field(default_factory=lambda: [_Pass()])
 
     @property
     def ms(self) -> float:
@@ -123,123 +140,137 @@ class Run:
         return (time.perf_counter() - self.started) * 1000
 
     @property
-    def waited(self) -> float:
-        """Return the seconds since patience for an earlier deployment began."""
-        return 0.0 if self.waiting_since is None else time.monotonic() - self.waiting_since
+    def repeats(self) -> bool:
+        """Return whether this is a further pass."""
+        return len(self._passes) > 1
 
-    def patient(self) -> None:
-        """Note that patience has begun."""
+    def start_waiting(self) -> None:
+        """Note that the wait for an earlier deployment has begun."""
         self.waiting_since = self.waiting_since or time.monotonic()
 
-    def pass_over(self, candidate: Candidate) -> None:
-        """Note a deployment that is not asked in this pass."""
-        ident = candidate.deployment.id
-        if (self.passes, ident) not in self._passed:
-            self._passed[self.passes, ident] = candidate
+    def patience(self, deployment: Deployment, config: Config) -> float:
+        """Return the seconds that this request may still wait for `deployment`."""
+        own = (self.request.patience, deployment.provider.patience, config.patience)
+        waited = 0.0 if self.waiting_since is None else time.monotonic() - self.waiting_since
+        return next((each for each in own if each is not None), 0.0) - waited
+
+    def answer_size(self, deployment: Deployment) -> int | None:
+        """Return the tokens of answer to request: what the deployment has room for and its account can pay."""
+        sizes = (allowance(deployment, self.request.requirements), self.caps.get(deployment.id))
+        return min((size for size in sizes if size), default=None)
+
+    def skip(self, candidate: Candidate) -> None:
+        """Note a deployment that is not tried in this pass."""
+        skipped = self._passes[-1].skipped
+        if candidate.deployment.id not in skipped:
+            skipped[candidate.deployment.id] = candidate
             if candidate.status == "limited":
                 self.frees.append(candidate.until)
 
     def note(self, deployment: Deployment, attempt: Attempt) -> None:
         """Note an attempt that was made."""
-        self._attempts.append((self.passes, deployment.order, attempt))
+        self._passes[-1].tried.append((deployment, attempt))
 
     def attempts(self) -> tuple[Attempt, ...]:
-        """Return what was tried and what was passed over before the last rung that was asked, in order."""
-        answered = next((order for _, order, attempt in reversed(self._attempts) if attempt.outcome == "ok"), None)
-        every = list(self._attempts)
-        for (number, ident), candidate in self._passed.items():
-            order = candidate.deployment.order
-            if answered is None or order < answered or number < self.passes:
-                every.append(
-                    (number, order, Attempt(ident, _OUTCOMES.get(candidate.status, "skipped"), candidate.reason))
-                )
-        return tuple(attempt for _, _, attempt in sorted(every, key=lambda entry: entry[:2]))
+        """Return what was tried and skipped so far, in order."""
+        return tuple(attempt for each in self._passes for attempt in each.attempts())
 
-    def passed_first(self) -> str:
-        """Return why the first rung gave no answer, "limited: 15/min used by ..."; empty where it did."""
+    def first_reason(self) -> str:
+        """Return why the first deployment gave no answer, "limited: 15/min used by ..."; empty if it did."""
         first = next(iter(self.attempts()), None)
         return f"{first.outcome}: {first.reason}" if first and first.outcome != "ok" else ""
 
     def next_pass(self) -> float | None:
-        """Return the seconds to wait before another pass over the waterfall, or None when there shall be none."""
-        if self.passes >= self.request.max_retries or self.over or self.spare or not self.frees:
+        """Return the seconds to wait before another pass over the waterfall, or None if there is none."""
+        if len(self._passes) > self.request.max_retries or self.over or self.spare or not self.frees:
             return None
         wait = max(0.0, min(self.frees) - time.time())
-        if wait > PATIENCE:
+        if wait > MAX_RETRY_WAIT_S:
             return None
-        self.passes += 1
+        self._passes.append(_Pass())
         self.tried.clear()
         self.frees.clear()
         return wait
 
     def failure(self) -> CompletionError:
-        """Return the error that says why nobody answered."""
+        """Return the error of a request that got no answer."""
         attempts = self.attempts()
-        told = _told(attempts)
         if self.over:
-            return self._ended(self.over, attempts)
+            return self._final(self.over, attempts)
+        reasons = _reasons(attempts)
         kinds = {failure.kind for _, failure in self.failures}
-        blame = {deployment.provider.litellm_provider for deployment, each in self.failures if each.kind == "malformed"}
-        hint = "Providers of different dialects say that the request itself is wrong." if len(blame) > 1 else None
-        if kinds and all(failure.rule.fault for _, failure in self.failures):
-            return RequestRejectedError(f"The request was rejected.\n{told}", attempts, hint=hint)
-        standings = {candidate.status for (number, _), candidate in self._passed.items() if number == self.passes}
-        keyless = kinds <= {"key"} and "limited" not in standings
-        if keyless and (kinds or standings & {"keyless", "refused"}):
-            where = "`biollm providers` shows which keys are missing; `biollm health` tries them."
-            return KeysRefusedError(f"No provider has a key that works.\n{told}", attempts, hint=where)
-        if kinds <= {"limited"} and (kinds or "limited" in standings) and self.frees:
+        skipped = {candidate.status for candidate in self._passes[-1].skipped.values()}
+        blaming = {each.provider.litellm_provider for each, failure in self.failures if failure.kind == "malformed"}
+        hint = "Providers with different APIs say that the request itself is invalid." if len(blaming) > 1 else None
+        if kinds and all(failure.rule.blames_request for _, failure in self.failures):
+            return RequestRejectedError(f"The request was rejected.\n{reasons}", attempts, hint=hint)
+        if kinds <= {"key"} and "limited" not in skipped and (kinds or skipped & {"keyless", "refused"}):
+            hint = "`biollm providers` shows which keys are missing; `biollm health` tries them."
+            return KeysRefusedError(f"No provider has a working key.\n{reasons}", attempts, hint=hint)
+        if kinds <= {"limited"} and (kinds or "limited" in skipped) and self.frees:
             wait = max(0.0, min(self.frees) - time.time())
-            return AllLimitedError(f"Every provider is at a limit or resting.\n{told}", attempts, retry_after=wait)
+            message = f"All deployments are at a limit or cooling down.\n{reasons}"
+            return AllLimitedError(message, attempts, retry_after=wait)
         if not attempts:
-            return CompletionError(
-                "No provider is configured that could answer.", hint="`biollm config` shows what is."
-            )
-        return CompletionError(f"Nobody could answer.\n{told}", attempts, hint=hint)
+            return CompletionError("No deployment is configured.", hint="`biollm config` shows the configuration.")
+        what = "All deployments failed." if kinds else "No deployment is available."
+        return CompletionError(f"{what}\n{reasons}", attempts, hint=hint)
 
-    def _ended(self, failure: Failure, attempts: Sequence[Attempt]) -> CompletionError:
-        """Return the error of a failure after which no other deployment is asked."""
-        said = f"{self.failures[-1][0].id}: {failure.reason}"
+    def _final(self, failure: Failure, attempts: Sequence[Attempt]) -> CompletionError:
+        """Return the error of a failure after which no other deployment is tried."""
+        reason = f"{self.failures[-1][0].id}: {failure.reason}"
         if failure.kind == "refusal":
-            hint = "`on_refusal: next` under `routing:` in providers.yaml, or of a provider, asks the next one."
-            return ContentPolicyError(f"Refused by content policy. {said}", attempts, hint=hint)
+            hint = "Set `on_refusal: next`, for a provider or under `routing:` in providers.yaml, to try the next one."
+            return ContentPolicyError(f"Refused by content policy. {reason}", attempts, hint=hint)
         if failure.kind == "used_up":
-            return RequestRejectedError(f"No text came. {said}", attempts, hint="Raise max_tokens.")
-        return RequestRejectedError(f"The request is not valid. {said}", attempts)
+            return RequestRejectedError(f"The answer has no text. {reason}", attempts, hint="Raise max_tokens.")
+        return RequestRejectedError(f"The request is invalid. {reason}", attempts)
 
 
-def _told(attempts: Sequence[Attempt]) -> str:
+def _reasons(attempts: Sequence[Attempt]) -> str:
     """Return a line per account and reason: its models often fail for the same one."""
     groups: dict[tuple[str, str], dict[str, None]] = {}
     for attempt in attempts:
-        who, _, model = attempt.deployment.partition("/")
-        groups.setdefault((who, attempt.reason), {})[model] = None
-    names = {
-        key: f"/{next(iter(models))}" if len(models) == 1 else f" ({len(models)} models)"
-        for key, models in groups.items()
-    }
-    return "\n".join(f"  {who}{names[who, reason]}: {reason}" for who, reason in groups)
+        account, _, model = attempt.deployment.partition("/")
+        groups.setdefault((account, attempt.reason), {})[model] = None
+    return "\n".join(
+        f"  {account}/{next(iter(models))}: {reason}"
+        if len(models) == 1
+        else f"  {account} ({len(models)} models): {reason}"
+        for (account, reason), models in groups.items()
+    )
 
 
 @dataclass(eq=False)
 class InFlight:
-    """One attempt that LiteLLM was asked for. Times are epoch seconds and milliseconds.
+    """One call of LiteLLM's Router and what came of it. Times are epoch seconds and milliseconds.
 
     Attributes:
-        broken: What the caller's `on_send` raised; nothing was sent then.
+        deployment: The one that LiteLLM chose; until then, the first of `choice`.
+        choice: What LiteLLM may choose from.
+        alone: Whether no other deployment of its order was available.
+        limit: Seconds that the call may take, or a stream between two chunks.
+        shortened: Whether the caller set a lower limit than is configured.
+        scope: The timeout of the call.
+        connecting: Whether the host accepts a connection, checked beside the call.
+        callback_error: What the caller's `on_send` raised; nothing was sent then.
         head: A stream's chunks up to its first content.
-        alone: No other deployment of its order could have been asked.
     """
 
     deployment: Deployment
-    reservation: int | None
-    at: float
-    started: float
+    choice: Sequence[Deployment]
+    alone: bool
+    limit: float
+    shortened: bool
+    scope: asyncio.Timeout
+    reservation: int | None = None
+    at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.perf_counter)
+    connecting: asyncio.Task[bool] | None = None
     response: Any = None
     ttft_ms: float | None = None
-    broken: Exception | None = None
+    callback_error: Exception | None = None
     head: list[Any] = field(default_factory=list[Any])
-    alone: bool = True
 
     @property
     def ms(self) -> float:

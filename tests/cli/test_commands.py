@@ -75,7 +75,7 @@ def test_a_stream_that_breaks_starts_again(net: Loopback, waterfall: Waterfall, 
     waterfall(first=net.serve(then=Behaviour(cut=3), text="half of it is lost"), second=net.serve(text="whole"))
     ran = biollm("complete", "why?", "--stream")
     assert ran.out.endswith("\n\nwhole\n")
-    assert "first/small broke off (the stream ended before the provider said it was done)" in ran.err
+    assert "first/small broke off (the stream ended before it was complete)" in ran.err
 
 
 def test_options_reach_the_provider(net: Loopback, waterfall: Waterfall, biollm: Biollm, state: Path) -> None:
@@ -168,7 +168,7 @@ def test_json_holds_a_failure_too(net: Loopback, waterfall: Waterfall, biollm: B
     biollm("complete", "why?")
     ran = biollm("complete", "why?", "--json", "-q")
     assert (ran.code, ran.json["exit_code"]) == (75, 75)
-    assert ran.json["error"] == "Every provider is at a limit or resting."
+    assert ran.json["error"] == "All deployments are at a limit or cooling down."
     assert 20 < ran.json["retry_after"] <= 30
     assert [each["deployment"] for each in ran.json["attempts"]] == ["first/small"]
     assert ran.err.endswith(f"{ran.json['hint']}\n")
@@ -246,7 +246,7 @@ def test_what_is_not_utf8_is_read_all_the_same_and_in_one_way(
 # --- Exit codes --------------------------------------------------------------------------------------------------
 
 FAILURES: list[tuple[str, list[Behaviour], list[str], int, str]] = [
-    ("a server error", [HTTP_500], [], 69, "Nobody could answer."),
+    ("a server error", [HTTP_500], [], 69, "All deployments failed."),
     (
         "every provider rejects the request",
         [HTTP_400, HTTP_400],
@@ -255,8 +255,8 @@ FAILURES: list[tuple[str, list[Behaviour], list[str], int, str]] = [
         "The request was rejected.",
     ),
     ("the deadline", [HANG], ["--deadline", "0.3"], 69, "No answer within the deadline of 0.3 s."),
-    ("a rate limit", [limited("30")], [], 75, "Every provider is at a limit or resting."),
-    ("a refused key", [HTTP_401], [], 77, "No provider has a key that works."),
+    ("a rate limit", [limited("30")], [], 75, "All deployments are at a limit or cooling down."),
+    ("a refused key", [HTTP_401], [], 77, "No provider has a working key."),
 ]
 
 
@@ -289,7 +289,7 @@ def test_missing_keys_are_named_once_per_account(waterfall: Waterfall, biollm: B
     ran = biollm("complete", "why?", "-q")
     assert (ran.code, ran.out) == (77, "")
     assert ran.err.splitlines() == [
-        "biollm: No provider has a key that works.",
+        "biollm: No provider has a working key.",
         "  one (2 models): no key: set ONE",
         "  two/small: no key: set TWO",
         "`biollm providers` shows which keys are missing; `biollm health` tries them.",

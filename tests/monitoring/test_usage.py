@@ -98,7 +98,7 @@ def test_a_request_that_the_second_answers_is_one_request(tmp_path: Path, exact:
         ("failed: HTTP 503: busy", "HTTP 503"),
         ("failed: no answer within 60 s", "timeout"),
         ("failed: the connection was refused", "connection"),
-        ("failed: answered with empty content and no tool call", "bad answer"),
+        ("failed: the response has no content and no tool call", "bad answer"),
     ],
 )
 def test_fallbacks_say_what_kept_the_first_rung(tmp_path: Path, reason: str, kind: str) -> None:

@@ -38,13 +38,13 @@ BROKEN = [
         ("openai/small", [{"role": "user", "content": [{"type": "image_url"}]}], False),
     ],
 )
-def test_a_call_tells_whether_litellm_handed_the_request_to_its_http_client(
+def test_a_call_shows_whether_litellm_handed_the_request_to_its_http_client(
     net: Loopback, tmp_path: Path, model: str, messages: list[Any], handed: bool, stream: bool
 ) -> None:
     server = net.serve()
     call = RouterCall(Ledger(tmp_path), {"a": Claim("a", (), ())})
     asyncio.run(_ask(model, server.url, messages, stream, call))
-    assert (call.handed, len(server.requests)) == (handed, int(handed))
+    assert (call.translated, len(server.requests)) == (handed, int(handed))
 
 
 async def _ask(model: str, url: str, messages: list[Any], stream: bool, call: RouterCall) -> None:

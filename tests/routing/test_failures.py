@@ -17,7 +17,8 @@ from provider import Loopback
 
 from biollm._runtime import ledger
 from biollm.client import ContentPolicyError, get_model_client
-from biollm.routing.failures import classify, timed_out
+from biollm.routing.classify import classify
+from biollm.routing.failures import timed_out
 from biollm.routing.reset_times import retry_after
 
 
@@ -49,7 +50,7 @@ def _litellm(kind: str, text: str) -> Any:
 def test_an_http_error_is_of_one_kind(case: Case) -> None:
     text = case.body if isinstance(case.body, str) else json.dumps(case.body)
     found = classify(answered(case.status, text, dict(case.headers)), NOW)
-    assert (found.kind, found.rests, found.status) == (case.kind, case.rests, case.status)
+    assert (found.kind, found.cools, found.status) == (case.kind, case.rests, case.status)
     assert found.wait == (None if case.wait is None else pytest.approx(case.wait, abs=0.01))
 
 
@@ -89,7 +90,7 @@ def test_what_the_account_can_afford_is_read() -> None:
 )
 def test_a_failure_without_an_answer_is_of_one_kind(error: Exception, kind: str, rests: str) -> None:
     failure = classify(error, NOW)
-    assert (failure.kind, failure.rests) == (kind, rests)
+    assert (failure.kind, failure.cools) == (kind, rests)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +103,14 @@ def test_a_failure_without_an_answer_is_of_one_kind(error: Exception, kind: str,
     ],
 )
 def test_what_was_raised_before_anything_was_sent_rests_nothing(error: Exception, kind: str, goes_on: bool) -> None:
-    failure = classify(error, NOW, handed=False)
-    assert (failure.kind, failure.rests, failure.sent, failure.rule.next) == (kind, "", False, goes_on)
+    failure = classify(error, NOW, translated=False)
+    assert (failure.kind, failure.cools, failure.sent, failure.rule.next) == (kind, "", False, goes_on)
 
 
 def test_a_connection_that_breaks_while_a_token_is_fetched_is_no_fault_of_the_request() -> None:
     error = _litellm("APIConnectionError", "no token")
     error.__cause__ = httpx.ConnectError("no route")
-    assert classify(error, NOW, handed=False).kind == "unreachable"
+    assert classify(error, NOW, translated=False).kind == "unreachable"
 
 
 def test_the_status_is_only_what_a_server_really_sent() -> None:
@@ -122,9 +123,9 @@ def test_the_text_of_a_transport_error_is_never_quoted() -> None:
 
 
 def test_a_timeout_that_the_caller_shortened_cools_nothing() -> None:
-    assert timed_out(0.1, shortened=True).rests == ""
-    assert classify(broke("ReadTimeout"), NOW, shortened=True).rests == ""
-    assert timed_out(60, shortened=False).rests == "deployment"
+    assert timed_out(0.1, shortened=True).cools == ""
+    assert classify(broke("ReadTimeout"), NOW, shortened=True).cools == ""
+    assert timed_out(60, shortened=False).cools == "deployment"
 
 
 def test_a_late_first_token_rests_nothing_until_it_repeats() -> None:

@@ -70,13 +70,13 @@ class Fault:
 
 LATE = r"no (answer|further text) (within|in time)"
 BROKE = "the connection broke"
-NOT_JSON = "something that is not JSON"
-CUT = "ended before the provider said it was done"
+NOT_JSON = "not valid JSON"
+CUT = "ended before it was complete"
 FAULTS = {
     "refused": Fault("the connection was refused", "refused"),
     "dropped": Fault(LATE, "dropped", slow=True),
     "dns": Fault("does not resolve", "dns"),
-    "tls": Fault("no TLS connection", "tls"),
+    "tls": Fault("TLS handshake failed", "tls"),
     "private-ca": Fault("certificate is not trusted .* SSL_CERT_FILE", "private-ca"),
     "proxy-403": Fault(r"the proxy refused \(HTTP 403\)", "proxy"),
     "proxy-407": Fault(r"the proxy refused \(HTTP 407\)", "proxy"),
@@ -85,10 +85,10 @@ FAULTS = {
     "403": Fault("HTTP 403: This account may not use", b.HTTP_403, alone=True),
     "404": Fault("HTTP 404: The model does not exist", b.HTTP_404, alone=True),
     "408": Fault("HTTP 408: Request timed out", b.HTTP_408, alone=True),
-    "429": Fault(r"HTTP 429: Rate limit reached.*rests 60 s", b.HTTP_429, alone=True),
-    "429-after": Fault(r"HTTP 429: .*rests 1234 s", b.limited("1234"), alone=True),
-    "429-fraction": Fault(r"HTTP 429: .*rests 1.5 s", b.limited("1.5"), alone=True),
-    "429-gemini": Fault(r"HTTP 429: .*rests 17 s", b.gemini_limited("Minute", "17s"), alone=True),
+    "429": Fault(r"HTTP 429: Rate limit reached.*cooldown 60 s", b.HTTP_429, alone=True),
+    "429-after": Fault(r"HTTP 429: .*cooldown 1234 s", b.limited("1234"), alone=True),
+    "429-fraction": Fault(r"HTTP 429: .*cooldown 1.5 s", b.limited("1.5"), alone=True),
+    "429-gemini": Fault(r"HTTP 429: .*cooldown 17 s", b.gemini_limited("Minute", "17s"), alone=True),
     "500": Fault("HTTP 500: Internal server error", b.HTTP_500, alone=True, slip="both"),
     "502": Fault("HTTP 502: ", b.HTTP_502, alone=True, slip="both"),
     "503": Fault("HTTP 503: The engine is overloaded", b.HTTP_503, alone=True, slip="both"),
@@ -99,8 +99,8 @@ FAULTS = {
     "drip": Fault(LATE, b.DRIP, alone=True, slow=True),
     "html": Fault(NOT_JSON, b.HTML, CUT, alone=True),
     "truncated": Fault(NOT_JSON, b.TRUNCATED, CUT, alone=True),
-    "no-choices": Fault("no choices", b.NO_CHOICES, f"{CUT}|empty content", alone=True),
-    "empty": Fault("empty content", b.EMPTY, alone=True),
+    "no-choices": Fault("no choices", b.NO_CHOICES, f"{CUT}|no content", alone=True),
+    "empty": Fault("no content", b.EMPTY, alone=True),
     "cut": Fault(NOT_JSON, b.CUT, CUT, alone=True),
     "torn": Fault(BROKE, b.TORN, alone=True),
     "error-event": Fault("HTTP 500", b.SSE_ERROR, "EngineCore died", alone=True, slip="plain"),

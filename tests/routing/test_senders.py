@@ -420,7 +420,9 @@ def test_an_answer_that_does_not_name_the_start_is_no_answer(
     running.behaviour = Behaviour(headers=((START, named),))
     answer = ask()
     assert (answer.text, answer.attempts[0].outcome) == ("from fine", "failed")
-    assert answer.attempts[0].reason == "the answer does not name its server's start: another program has its port"
+    assert (
+        answer.attempts[0].reason == "another program uses the server's port: the response lacks the server's start id"
+    )
     assert client.explain()[0].reason.startswith(answer.attempts[0].reason), "it rests"
 
 

@@ -93,7 +93,7 @@ def test_what_a_provider_says_decides_what_rests(net: Loopback, waterfall: Write
         (
             Behaviour(status=200, body="<html>maintenance</html>", content_type="text/html"),
             "deployment",
-            "JSON|said it was done",
+            "JSON|before it was complete",
         ),
     ],
     ids=["error-in-200", "error-event-first", "html"],
@@ -289,7 +289,7 @@ def test_a_request_that_two_dialects_call_malformed_still_meets_a_healthy_deploy
     client.reload()
     with pytest.raises(RequestRejectedError, match="temperature") as caught:
         client.complete("hi")
-    assert "dialects" in (caught.value.hint or "")
+    assert "different APIs" in (caught.value.hint or "")
     assert resting() == set()
 
 

@@ -147,7 +147,7 @@ def test_an_event_that_lost_its_end_breaks_the_stream(
     first = net.serve(then=Behaviour(hang=3, pause=0.1, garble=3), text="all of these words")
     waterfall(first={"base_url": first.url, "litellm_provider": dialect}, second=net.serve(text="from second"))
     said: list[str] = []
-    with pytest.raises(InterruptedStreamError, match="not JSON"):
+    with pytest.raises(InterruptedStreamError, match="not valid JSON"):
         said += (str(piece) for piece in get_model_client().stream("hi"))
     assert "".join(said) == "all "
 

@@ -1,0 +1,144 @@
+"""LiteLLM's Router, kept in step with the pool of deployments.
+
+LiteLLM makes a connection pool for each key, address and timeout, and forgets the older of 200 of them with their
+connections open; here all requests share one. It would send even loopback requests through HTTP_PROXY.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+import litellm
+
+from biollm._runtime import apart, background
+from biollm.providers import embedded
+from biollm.providers.credentials import Credential
+from biollm.routing import router_config
+from biollm.routing.candidates import DeploymentPool
+from biollm.routing.deployments import Deployment
+from biollm.routing.normalize import ANSWER_SIZES
+from biollm.routing.request import InFlight, Run
+from biollm.routing.structured import Message
+
+_LITELLM: Any = litellm  # its own types are partial
+_SURVEY_WAIT_S = 2.0  # that a request waits for a look at servers and keys
+_MAX_CONNECTIONS = 1000
+_IDLE_S = 60  # that an unused connection is kept, and the address that a name resolved to
+
+
+class LiteLLMRouter:
+    """The Router of one pool of deployments."""
+
+    def __init__(self, pool: DeploymentPool) -> None:
+        self._pool = pool
+        if (close := _LITELLM.close_litellm_async_clients) not in background().closing:
+            background().closing.append(close)  # else aiohttp complains at exit
+        self._survey: asyncio.Task[None] | None = None
+        self._surveyed = 0.0
+        pool.refresh()
+        pool.ledger.refresh()
+        self._router: Any = _LITELLM.Router(model_list=self._entries(), **router_config.router_settings(pool.config))
+
+    def discard(self) -> None:
+        """Take back what the Router registered with LiteLLM; it still serves."""
+        self._router.retire()
+
+    async def update(self) -> None:
+        """Follow the servers that run, without a long wait for a slow file system."""
+        now = time.monotonic()
+        if self._survey is None and self._pool.due():
+            self._survey, self._surveyed = asyncio.create_task(self._take_survey()), now
+        if self._survey:
+            wait = max(0.0, self._surveyed + _SURVEY_WAIT_S - now)
+            for done in (await asyncio.wait({self._survey}, timeout=wait))[0]:
+                done.result()
+
+    async def _take_survey(self) -> None:
+        try:
+            if not self._pool.apply(await apart(self._pool.survey)):
+                return
+        finally:
+            self._survey = None
+        wanted = {entry["model_info"]["id"]: entry for entry in self._entries()}
+        gone = set(self._router.registry().names(kind="ids")) - set(wanted)
+        self._change(list(wanted.values()), delete=list(gone))
+
+    async def renew(self, deployment: Deployment) -> Credential | None:
+        """Look for the deployment's credential again; return it, or None if there is none now."""
+        known = self._pool.credentials.get(deployment.id)
+        found = self._pool.note(deployment, await apart(self._pool.look, deployment))
+        if found and found != known:
+            self._change(router_config.model_list([deployment], {deployment.id: _params(found)}))
+        return found
+
+    def _change(self, upsert: Sequence[dict[str, Any]], delete: Sequence[str] = ()) -> None:
+        added = [_LITELLM.Deployment(**entry) for entry in upsert]
+        self._router.apply(_LITELLM.router_api.ChangeSet(upsert=added, delete=delete))
+
+    def _entries(self) -> list[dict[str, Any]]:
+        _bypass_proxies(self._pool.deployments)
+        keys = {ident: _params(found) for ident, found in self._pool.credentials.items()}
+        return router_config.model_list(self._pool.deployments, keys)
+
+    def call(self, run: Run, inflight: InFlight, messages: Sequence[Message], *, stream: bool) -> Awaitable[Any]:
+        """Let LiteLLM choose among the deployments of `inflight`, which have one order, and call one."""
+        request, first = run.request, inflight.choice[0]
+        # The host program's LiteLLM callbacks see nothing of ours.
+        params = {**request.params, "timeout": inflight.limit, "disable_fallbacks": True, "no-log": True}
+        if size := run.answer_size(first):
+            params |= dict.fromkeys(ANSWER_SIZES & params.keys() or {"max_tokens"}, size)
+        if stream:  # for which LiteLLM ignores `timeout`
+            params |= {"stream": True, "stream_timeout": inflight.limit, "stream_options": {"include_usage": True}}
+        if request.schema and first.json_schema:
+            params["response_format"] = request.schema.response_format
+        if first.embedded and "response_format" in params:
+            params["extra_body"] = embedded.JSON_SAMPLING
+        group = router_config.LOCAL_GROUP if request.requirements.policy == "local_only" else router_config.GROUP
+        model = first.id if len(inflight.choice) == 1 else group  # by its id, LiteLLM need not choose: 1 ms less
+        if not request.middle:
+            return self._router.acompletion(model=model, messages=list(messages), shared_session=_session(), **params)
+        prompt, suffix = request.middle
+        if suffix is not None and first.fim:
+            prompt = "".join(map("".join, zip(first.fim, (prompt, suffix, ""), strict=True)))
+        return self._router.atext_completion(model=model, prompt=prompt, **params)
+
+    @staticmethod
+    def join(chunks: Sequence[Any], messages: Sequence[Message]) -> Any:
+        """Return the response that a whole stream makes."""
+        return _LITELLM.stream_chunk_builder(chunks, messages=messages)
+
+
+def _session() -> aiohttp.ClientSession:
+    """Return the one pool of connections of this process, made on its loop."""
+    here = background()
+    if "session" not in here.kept:
+        connector = aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, keepalive_timeout=_IDLE_S, ttl_dns_cache=_IDLE_S)
+        here.kept["session"] = made = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        here.closing.append(made.close)
+    return here.kept["session"]
+
+
+def _bypass_proxies(found: Sequence[Deployment]) -> None:
+    hosts = {urlsplit(each.base_url).hostname or "" for each in found if each.local and each.base_url}
+    hosts |= {"127.0.0.1" for each in found if each.embedded}
+    if getproxies() and (proxied := sorted(host for host in hosts if not proxy_bypass(host))):
+        kept = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [kept, *proxied]))
+
+
+def _params(found: Credential) -> dict[str, Any]:
+    """Return a credential as LiteLLM's parameters."""
+    # LiteLLM would refuse more than `rpm` requests at once; the ledger counts, over all processes.
+    params: dict[str, Any] = {"api_key": found.secret or "none", "max_parallel_requests": 1_000_000}
+    if found.headers:
+        params["extra_headers"] = dict(found.headers)
+    if found.base_url:
+        params["api_base"] = found.base_url
+    return params

@@ -1,0 +1,210 @@
+"""What an attempt leads to: a cooldown, what is tried next, its row in the ledger, and the Completion."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from biollm.ledger import Record
+from biollm.providers.credentials import Credential, hide
+from biollm.routing import host_check, pricing
+from biollm.routing.candidates import DeploymentPool, cooling_keys, note_refusal
+from biollm.routing.deployments import Deployment
+from biollm.routing.failures import Failure
+from biollm.routing.load_balancing import Balance
+from biollm.routing.normalize import text as plain
+from biollm.routing.request import MIN_RETRY_S, InFlight, Run
+from biollm.routing.responses import content, service_tier, spent, tool_calls
+from biollm.types import Attempt, Completion, Usage
+
+_MIN_ANSWER = 16  # tokens of answer that are worth a request
+
+
+class Outcomes:
+    """Judges and records the attempts on one pool of deployments."""
+
+    def __init__(self, pool: DeploymentPool, balance: Balance) -> None:
+        self._pool, self._balance = pool, balance
+
+    def fail(self, run: Run, inflight: InFlight, failure: Failure) -> Attempt:
+        """Put on cooldown what the failure concerns, decide what is tried next, and record the attempt."""
+        deployment, reason, until = inflight.deployment, self.redact(failure.reason), 0.0
+        if failure.status is None:
+            host_check.trust().forget(deployment)
+        if not failure.sent and inflight.reservation is not None:
+            self._pool.ledger.release(inflight.reservation, deployment.scope)
+            inflight.reservation = None
+        if failure.kind == "modality" and failure.sent:
+            note_refusal(deployment, run.request.requirements.media)
+        run.failures.append((deployment, failure))
+        if self._repeats(run, inflight, failure):
+            run.repeat = deployment
+            run.repeated.add(deployment.id)
+        else:
+            if inflight.reservation is not None:
+                until = self.cool(deployment, failure)
+            if until and failure.kind == "limited":
+                reason += f" (cooldown {failure.wait or round(until - time.time()):.10g} s)"
+            self._move_on(run, deployment, failure, until)
+        return self.settle(run, inflight, Attempt(deployment.id, "failed", reason, failure.status, inflight.ms))
+
+    def _repeats(self, run: Run, inflight: InFlight, failure: Failure) -> bool:
+        """Return whether the same deployment is tried again at once, after a slip or with fewer tokens."""
+        ident = inflight.deployment.id
+        if ident in run.repeated:
+            return False
+        if failure.kind == "affordable":
+            if (failure.afford or 0) < _MIN_ANSWER:
+                return False
+            run.caps[ident] = failure.afford or 0
+            return True
+        slip = failure.rule.retry and failure.wait is None and not inflight.head
+        if not slip or not run.request.fallback or not inflight.alone:
+            return False
+        return not self._pool.ledger.failing(self._pool.claims[ident].cooling if ident in self._pool.claims else ())
+
+    def _move_on(self, run: Run, deployment: Deployment, failure: Failure, until: float) -> None:
+        """Decide whether this deployment is waited for, and whether others are tried."""
+        waits = failure.wait is not None and until and failure.wait <= run.patience(deployment, self._pool.config)
+        if waits and not run.pinned:
+            run.start_waiting()
+        else:
+            run.tried.add(deployment.id)
+        if self._ends(run, deployment, failure):
+            run.over = failure
+        if failure.rule.transient:
+            run.frees.append(until or time.time() + MIN_RETRY_S)
+
+    def _ends(self, run: Run, deployment: Deployment, failure: Failure) -> bool:
+        if failure.kind == "refusal":
+            return (deployment.provider.on_refusal or self._pool.config.on_refusal) == "stop"
+        if failure.kind == "used_up":  # without a limit of the caller's it was the provider's own, and others differ
+            return run.request.requirements.answer is not None and not self.leave_roomier(run, deployment)
+        return not failure.rule.next
+
+    def leave_roomier(self, run: Run, deployment: Deployment) -> bool:
+        """Return whether others have room for the longer answer that was wanted; then only they are tried."""
+        size, requirements = run.answer_size(deployment), run.request.requirements
+        wanted = requirements.answer
+        if size is None or not run.request.fallback or (wanted is not None and size >= wanted):
+            return False
+        roomier = {
+            each.deployment.id
+            for each in self._pool.candidates(requirements, skip={*run.tried, deployment.id})
+            if each.status == "ready" and not each.deployment.embedded
+            if (run.answer_size(each.deployment) or math.inf) > size
+        }
+        if roomier:
+            run.tried |= {each.id for each in self._pool.deployments} - roomier
+        return bool(roomier)
+
+    def cool(self, deployment: Deployment, failure: Failure) -> float:
+        """Put on cooldown what the failure concerns; return until when (epoch seconds), 0 for nothing."""
+        ledger, scope, widens = self._pool.ledger, failure.cools, failure.rule.widens
+        if scope == "account" and deployment.start:
+            scope = "endpoint"  # replicas share an account in the ledger, yet each has a queue of its own that is full
+        elif scope == "account" and failure.kind == "limited" and not deployment.account.limits:
+            scope, widens = "deployment", "account"  # the account's next failure shows whose limit it was
+        if not scope:
+            return 0.0
+        credential = self._pool.credentials.get(deployment.id, Credential())
+        keys = {key.partition(":")[0]: key for key in cooling_keys(deployment, credential)}
+        cooled = [keys.get(scope, keys["deployment"])]
+        if scope == "deployment" and widens and self._fails_alike(deployment, widens, failure):
+            cooled.append(keys[widens])
+        reason = self.redact(failure.reason)
+        for key in cooled:
+            ledger.cool(key, failure.wait, reason, kind=failure.kind, ladder=failure.rule.ladder)
+        blocked = ledger.blocked()
+        return max((blocked[key].until for key in cooled if key in blocked), default=0.0)
+
+    def _fails_alike(self, deployment: Deployment, scope: str, failure: Failure) -> bool:
+        """Return whether another deployment of the same endpoint or account cools down after such a failure."""
+        blocked, field = self._pool.ledger.blocked(), "endpoint" if scope == "endpoint" else "scope"
+        return any(
+            getattr(each, field) == getattr(deployment, field)
+            and (found := blocked.get(f"deployment:{each.id}"))
+            and found.kind == failure.kind
+            for each in self._pool.deployments
+            if each.id != deployment.id
+        )
+
+    def cancel(self, run: Run, inflight: InFlight) -> None:
+        """Note that the caller gave up."""
+        self.settle(
+            run, inflight, Attempt(inflight.deployment.id, "cancelled", "cancelled by the caller", ms=inflight.ms)
+        )
+
+    def settle(self, run: Run, inflight: InFlight, attempt: Attempt) -> Attempt:
+        """Note and record an attempt without an answer."""
+        run.note(inflight.deployment, attempt)
+        self._balance.under_way.discard(inflight)
+        if inflight.reservation is not None:  # else nothing was sent
+            usage = self._usage(run, inflight)
+            self._record(run, inflight, attempt, usage, self._usd(inflight, usage))
+        return attempt
+
+    def _record(self, run: Run, inflight: InFlight, attempt: Attempt, usage: Usage, cost: float | None) -> None:
+        deployment = inflight.deployment
+        record = Record(
+            at=inflight.at,
+            request=run.id,
+            deployment=deployment.id,
+            provider=deployment.provider.name,
+            account=deployment.account.name,
+            model=deployment.model,
+            outcome=attempt.outcome,
+            reason=attempt.reason or run.first_reason(),
+            status=attempt.status,
+            ms=attempt.ms,
+            ttft_ms=inflight.ttft_ms,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cost_usd=cost if usage.total_tokens else None,
+            order=deployment.order,
+            degraded=deployment.embedded,
+            estimated=usage.estimated,
+            tags=run.request.tags,
+        )
+        self._pool.ledger.finish(inflight.reservation, deployment.scope, record)
+
+    def complete(
+        self, run: Run, inflight: InFlight, response: Any, *, text: str | None = None, parsed: Any = None
+    ) -> Completion:
+        """Return the Completion of `response`, which LiteLLM may have made of a stream; note and record the attempt."""
+        deployment, choice, usage = inflight.deployment, response.choices[0], self._usage(run, inflight)
+        attempt = Attempt(deployment.id, "ok", ms=inflight.ms)
+        run.note(deployment, attempt)
+        self._balance.under_way.discard(inflight)
+        if deployment.id in self._pool.claims:
+            self._pool.ledger.recover(self._pool.claims[deployment.id].cooling)
+        completion = Completion(
+            text=content(response) if text is None else text,
+            provider=deployment.provider.name,
+            account=deployment.account.name,
+            model=deployment.model,
+            deployment=deployment.id,
+            usage=usage,
+            cost_usd=self._usd(inflight, usage),
+            latency_ms=run.ms,
+            attempts=run.attempts(),
+            degraded=deployment.embedded,
+            parsed=parsed,
+            tool_calls=tuple(call.model_dump() for call in tool_calls(choice)),
+            finish_reason=choice.finish_reason or "",
+            raw=response,
+        )
+        self._record(run, inflight, attempt, usage, completion.cost_usd)
+        return completion
+
+    def _usage(self, run: Run, inflight: InFlight) -> Usage:
+        return spent(inflight, run.request.requirements.prompt * 5 // 4)  # `prompt` is a lower bound
+
+    def _usd(self, inflight: InFlight, usage: Usage) -> float | None:
+        price = pricing.price(inflight.deployment, self._pool.config)
+        return price and price.usd(usage, service_tier(inflight.response))
+
+    def redact(self, text: str) -> str:
+        """Return `text` without any key that this process knows, as the ledger can store it."""
+        return plain(hide(text, (found.secret for found in self._pool.credentials.values())))
