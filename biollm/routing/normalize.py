@@ -1,7 +1,7 @@
-"""Makes a caller's request plain JSON before anything is reserved for it, or says what in it cannot be sent. Pure.
+"""Converts a caller's request to plain JSON before anything is reserved for it, or rejects it. Pure.
 
-LiteLLM notices only after it has chosen a deployment, with another exception for each provider, which then looks like
-the provider's failure.
+LiteLLM notices what cannot be sent only after it has chosen a deployment, with a different exception for each
+provider, which then looks like the provider's failure.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, cast
 from biollm.errors import UsageError
 
 Message = dict[str, Any]
-ANSWER_SIZES = {"max_tokens", "max_completion_tokens"}  # two names of OpenAI's for one thing
+ANSWER_SIZES = {"max_tokens", "max_completion_tokens"}  # OpenAI's two names for the same limit
 _MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files", "video_url": "videos"}
-_MEDIUM = 3000  # bytes of text that a part of another kind is counted as, about 1,000 tokens
+_MEDIUM = 3000  # bytes that an image or another medium counts as: about 1,000 tokens
 _URL = re.compile(r"https?://\S|gs://\S|data:[\w.+-]+/[\w.+-]+(;[\w.+=-]+)*;base64,\S", re.IGNORECASE)
-_SEPARATE = {"messages", "model", "prompt", "stream"}  # arguments of LiteLLM's that the call itself gives
+_SEPARATE = {"messages", "model", "prompt", "stream"}  # set by the call itself
 
 
 def text(given: str) -> str:
-    """Return `given` with U+FFFD for each lone surrogate, which stands for a byte that is not UTF-8."""
+    """Replace each lone surrogate, which stands for a byte that is not UTF-8, by U+FFFD."""
     if given.isascii():
         return given
     try:
@@ -34,7 +34,7 @@ def text(given: str) -> str:
 
 
 def texts(given: Mapping[Any, Any]) -> dict[str, str]:
-    """Return keys and values as texts without lone surrogates."""
+    """Return keys and values as strings without lone surrogates."""
     return {text(str(key)): text(str(value)) for key, value in given.items()}
 
 
@@ -42,9 +42,9 @@ class Reader:
     """One pass over a request.
 
     Attributes:
-        letters: Characters of the messages' texts.
-        size: Bytes, in UTF-8, of every text of the request.
-        media: What the messages hold besides text: "images", "audio", "files", "videos".
+        letters: Characters of text in the messages.
+        size: Bytes, in UTF-8, of all strings in the request.
+        media: What the messages contain besides text: "images", "audio", "files", "videos".
     """
 
     def __init__(self) -> None:
@@ -52,45 +52,41 @@ class Reader:
         self.media: set[str] = set()
 
     def value(self, given: Any, path: str) -> Any:
-        """Return `given` as JSON holds it: texts without lone surrogates, numpy's scalars as numbers.
+        """Return `given` as plain JSON: strings without lone surrogates, numpy's scalars as numbers.
 
         Raises:
-            UsageError: JSON has no such value; the sentence names its path.
+            UsageError: JSON has no such value; the message names its path.
         """
         try:
             return self._value(given, path)
         except RecursionError:
-            raise UsageError(f"{path} contains itself, or is nested too deeply.") from None
+            raise UsageError(f"{path} contains itself or is nested too deeply.") from None
 
     def messages(self, prompt: Any, system: Any = None) -> list[Message]:
-        """Return the messages of a prompt, which is a text or messages already.
+        """Return a prompt, a string or messages, as messages.
 
         Raises:
             UsageError: It is neither, or a message cannot be sent.
         """
         given: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
-            raise UsageError(f"The prompt is {_kind(prompt)}; it must be a text or a list of messages.")
+            raise UsageError(f"The prompt is {_kind(prompt)}; it must be a string or a list of messages.")
         if system is not None and not isinstance(system, str):
-            raise UsageError(f"system is {_kind(system)}; it must be a text.")
-        first = [{"role": "system", "content": system}] if system else []
-        found = [
-            *(self._message(each, "system") for each in first),
-            *(self._message(each, f"messages[{at}]") for at, each in enumerate(cast("Iterable[Any]", given))),
-        ]
-        if len(found) == len(first):
+            raise UsageError(f"system is {_kind(system)}; it must be a string.")
+        found = [self._message(each, f"messages[{at}]") for at, each in enumerate(cast("Iterable[Any]", given))]
+        if not found:
             raise UsageError("There are no messages.")
-        return found
+        return [self._message({"role": "system", "content": system}, "system"), *found] if system else found
 
     def params(self, given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        """Return further arguments of OpenAI's API, those that say nothing left out.
+        """Return further arguments of OpenAI's API, without those that are None.
 
         Raises:
             UsageError: One of them cannot be sent.
         """
         found = {text(name): self.value(value, prefix + name) for name, value in given.items() if value is not None}
         for name in sorted(_SEPARATE & found.keys()):
-            raise UsageError(f"{prefix}{name} cannot be set: it is part of the call itself.")
+            raise UsageError(f"{prefix}{name} cannot be set here: the call itself sets it.")
         for name in ANSWER_SIZES & found.keys():
             if not isinstance(tokens := found[name], int | float) or tokens < 1 or tokens != int(tokens):
                 raise UsageError(f"{prefix}{name} is {tokens!r}; it must be a whole number of at least 1.")
@@ -113,8 +109,8 @@ class Reader:
             raise UsageError(f"{path} is {_kind(given)}; it must be an object with a role and content.")
         message = dict(cast("Mapping[str, Any]", given))
         if not (isinstance(role := message.get("role"), str) and role):
-            said = "has no role" if role in (None, "") else f"has a role that is {_kind(role)}"
-            raise UsageError(f'{path} {said}; it must be a text such as "user".')
+            problem = "has no role" if role in (None, "") else f"has a role that is {_kind(role)}"
+            raise UsageError(f'{path} {problem}; it must be a string such as "user".')
         content: Any = message.pop("content", None)
         made: Message = {"role": role, **({"content": None} if "content" in given else {})}
         made |= self.value(message, path)
@@ -125,19 +121,19 @@ class Reader:
             made["content"] = self._value(content, path)
             self.letters += len(content)
         elif content is not None:
-            raise UsageError(f"{path}.content is {_kind(content)}; it must be a text or a list of parts.")
+            raise UsageError(f"{path}.content is {_kind(content)}; it must be a string or a list of parts.")
         return made
 
     def _part(self, given: Any, path: str) -> Any:
         given = _dumped(given)
         if not isinstance(given, Mapping) or not isinstance(kind := cast("Message", given).get("type"), str):
-            said = "has no type" if isinstance(given, Mapping) else f"is {_kind(given)}"
-            raise UsageError(f'{path} {said}; it must be an object such as {{"type": "text", "text": "..."}}.')
+            problem = "has no type" if isinstance(given, Mapping) else f"is {_kind(given)}"
+            raise UsageError(f'{path} {problem}; it must be an object such as {{"type": "text", "text": "..."}}.')
         part = cast("Message", given)
         if kind == "text":
-            if not isinstance(said := part.get("text") or "", str):
-                raise UsageError(f"{path}.text is {_kind(said)}; it must be a text.")
-            self.letters += len(said)
+            if not isinstance(words := part.get("text") or "", str):
+                raise UsageError(f"{path}.text is {_kind(words)}; it must be a string.")
+            self.letters += len(words)
         size = self.size + _MEDIUM  # an image's base64 costs tokens by pixels, which are not known here
         made = self.value(part, path)
         if kind not in _MEDIA:
@@ -148,16 +144,13 @@ class Reader:
             image: Any = made.get("image_url")
             url: Any = cast("Message", image).get("url") if isinstance(image, dict) else image
             if not (isinstance(url, str) and _URL.match(url)):
-                raise UsageError(f"{path}.image_url is no http(s) URL and no data URL in base64.")
+                raise UsageError(f"{path}.image_url is neither an http(s) URL nor a base64 data URL.")
         return made
 
     def _value(self, given: Any, path: str) -> Any:
         if isinstance(given, str):
-            if given.isascii():
-                self.size += len(given)
-                return given
             given = text(given)
-            self.size += len(given.encode())
+            self.size += len(given) if given.isascii() else len(given.encode())
             return given
         if given is None or isinstance(given, bool):
             return given
@@ -165,9 +158,8 @@ class Reader:
             with suppress(OverflowError):
                 if math.isfinite(given):
                     return given
-            raise UsageError(
-                f"{path} is {given if isinstance(given, float) else 'too large'}; JSON has no such number."
-            )
+            what = given if isinstance(given, float) else "too large"
+            raise UsageError(f"{path} is {what}, which is not a JSON number.")
         if isinstance(given, Mapping):
             pairs = cast("Mapping[Any, Any]", given).items()
             return {
@@ -184,18 +176,18 @@ class Reader:
                 number = getattr(given, name)()
             if isinstance(number, int | float | str):
                 return self._value(number, path)
-        raise UsageError(f"{path} is {_kind(given)}, which JSON cannot hold.")
+        raise UsageError(f"{path} is {_kind(given)}, which is not JSON.")
 
     def _key(self, given: Any, path: str) -> str:
         if isinstance(given, str):
             return text(given)
         if isinstance(key := self._value(given, path), int | float) and not isinstance(key, bool):
             return str(key)
-        raise UsageError(f"{path} has a key that is {_kind(given)}; it must be a text.")
+        raise UsageError(f"{path} has a key that is {_kind(given)}; it must be a string.")
 
 
 def _dumped(given: Any) -> Any:
-    """Return the fields of a pydantic object, such as an answer's message; anything else as it is."""
+    """Return the fields of a pydantic object, such as a response's message; anything else as it is."""
     return given.model_dump() if hasattr(given, "model_dump") and not isinstance(given, type) else given
 
 

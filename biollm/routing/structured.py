@@ -1,7 +1,7 @@
-"""Asks for an answer in the shape of a schema, and reads it back.
+"""Requests an answer that matches a JSON Schema, and reads it back.
 
-LiteLLM passes `response_format` on where the provider takes one; where not, the schema goes into the prompt. Nothing
-in LiteLLM checks the answer or asks again.
+LiteLLM passes `response_format` on to providers that take one and can check the answer
+(`enable_json_schema_validation`). It does not put the schema into the prompt for the others, nor ask again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class ResponseSchema:
-    """The wanted shape of an answer: a pydantic class, or a JSON Schema as a mapping."""
+    """What an answer must match: a pydantic class, or a JSON Schema as a mapping."""
 
     wanted: type[BaseModel] | Mapping[str, Any]
 
@@ -53,25 +53,25 @@ class ResponseSchema:
 
     @property
     def response_format(self) -> dict[str, Any]:
-        """Return OpenAI's `response_format` for it."""
+        """Return it as OpenAI's `response_format`."""
         schema = self.json_schema
         name = re.sub(r"\W", "_", str(schema.get("title") or "answer"))[:64]
         return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
 
     def in_prompt(self, messages: Sequence[Message]) -> list[Message]:
-        """Return `messages` with the schema put into words, for deployments that take no schema."""
+        """Return `messages` with the schema in the system message, for deployments that take none."""
         asked = f"Answer with one JSON object only, valid against this JSON Schema:\n{json.dumps(self.json_schema)}"
         if messages and messages[0]["role"] in ("system", "developer"):  # chat templates take one, first
-            said: Any = messages[0]["content"]
-            more: Any = [*said, {"type": "text", "text": asked}] if isinstance(said, list) else f"{said}\n\n{asked}"
-            return [{**messages[0], "content": more}, *messages[1:]]
+            old: Any = messages[0]["content"]
+            new: Any = [*old, {"type": "text", "text": asked}] if isinstance(old, list) else f"{old}\n\n{asked}"
+            return [{**messages[0], "content": new}, *messages[1:]]
         return [{"role": "system", "content": asked}, *messages]
 
     def parse(self, text: str) -> Any:
         """Return the answer as the pydantic class, or as plain data where a JSON Schema was given.
 
         Raises:
-            ValueError: The text holds no JSON, or not of this shape; the message says where.
+            ValueError: The text holds no JSON, or it does not match; the message says where.
         """
         found = re.search(r"\{.*\}|\[.*\]", text, re.DOTALL)  # tolerates a fence or a sentence around it
         raw = found[0] if found else text
@@ -88,6 +88,6 @@ class ResponseSchema:
 
 
 def repair(messages: Sequence[Message], answer: str, problem: str) -> list[Message]:
-    """Return the conversation that asks once more, showing the answer and what is wrong with it."""
+    """Return the conversation that requests a correction of the answer."""
     ask = f"That is not valid: {problem}\nAnswer again with the corrected JSON object only."
     return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": ask}]
