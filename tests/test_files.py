@@ -130,5 +130,5 @@ def test_a_file_of_the_users_in_the_sockets_place_stays(
     runtime.mkdir(mode=0o700)
     (runtime / "gateway.sock").write_text("mine")
     ran = biollm("serve", "--idle-timeout", "1")
-    assert ran.code == 2 and "gateway.sock is no socket" in ran.err
+    assert ran.code == 2 and "gateway.sock is not a socket" in ran.err
     assert (runtime / "gateway.sock").read_text() == "mine"

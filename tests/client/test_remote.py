@@ -560,7 +560,7 @@ import sys
 sys.argv = ["biollm", "complete", "hi"]
 from biollm.cli.app import _run
 assert _run() == 0
-heavy = "pydantic yaml rich httpx biollm.config biollm.client litellm asyncio".split()
+heavy = "pydantic yaml rich httpx biollm.config.loader biollm.client.client litellm asyncio".split()
 print([name for name in heavy if name in sys.modules])
 """
     ran = subprocess.run([sys.executable, "-c", code], stdin=-3, capture_output=True, text=True, timeout=60)
@@ -598,8 +598,7 @@ def test_a_slow_start_on_a_terminal_names_the_gateway(net: Loopback, waterfall: 
     # The clock of this process jumps a minute when LiteLLM is imported: the start is slow on any machine.
     code = """
 import sys, time
-from biollm import client
-usual, now, late = client.import_waterfall, time.monotonic, [0]
+now, late = time.monotonic, [0]
 class Clock:
     def find_spec(self, name, path=None, target=None):
         late[0] = 60 if name == "litellm" else late[0]

@@ -193,7 +193,7 @@ def test_config_check_says_in_which_line(open_wire: Ear, biollm: Biollm) -> None
     ran = biollm("config", "--check")
     assert ran.code == 0
     (line,) = [line for line in ran.err.splitlines() if "local_hosts" in line]
-    where, _, _ = line.partition(": providers.clear.base_url: is never asked: no key is sent over plain http://")
+    where, _, _ = line.partition(": providers.clear.base_url: is never used: no key is sent over plain http://")
     file, _, number = where.removeprefix("warning: ").rpartition(":")
     assert open_wire.elsewhere in Path(file).read_text().splitlines()[int(number) - 1]
 
