@@ -1,4 +1,4 @@
-"""The command line: a command parses, calls one function and prints. Errors become exit codes here alone."""
+"""The command line. A command parses its options, calls one function and prints; errors become exit codes here."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from biollm import __version__
-from biollm.cli import complete, config, drill, monitoring, serve, slurm
+from biollm.cli import complete, config, drill, monitoring, serve, setup, slurm
 from biollm.errors import BiollmError
 from biollm.routing import litellm_private
 
 _EPILOG = (
-    "Exit codes: 0 ok, 2 usage, 69 nobody can answer, 75 all limited (retry later), 77 keys refused or missing, "
-    "78 configuration, 130 interrupted."
+    "Exit codes: 0 success, 2 usage error, 69 no answer, 75 rate limited (retry later), 77 no valid key, "
+    "78 invalid configuration, 130 interrupted."
 )
 
 app = typer.Typer(
@@ -40,23 +40,21 @@ def _root(  # pyright: ignore[reportUnusedFunction] # Typer calls it
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """One call that always gets an answer: free APIs, subscribed APIs, your own GPUs, this machine."""
+    """Prompt language models with automatic fallback: free APIs, subscriptions, your Slurm GPUs, this machine."""
 
 
 _COMMANDS = (
-    complete.complete, complete.explain, complete.login, config.providers, config.health, config.config, config.init, slurm.render_slurm,
+    complete.complete, complete.explain, setup.login, config.providers, config.health, config.config, config.init, slurm.render_slurm,
     slurm.fit, slurm.pull, slurm.up, slurm.status, slurm.logs, slurm.down, slurm.doctor, monitoring.top,
     monitoring.usage, drill.drill, monitoring.alerts,
 )  # fmt: skip
-_EMBEDDED = typer.Typer(
-    name="embedded", no_args_is_help=True, help="The small model that runs in biollm's own process."
-)
-_MODELS = typer.Typer(name="models", invoke_without_command=True, help="The models of the configuration.")
+_EMBEDDED = typer.Typer(name="embedded", no_args_is_help=True, help="Manage the small model that runs on this machine.")
+_MODELS = typer.Typer(name="models", invoke_without_command=True, help="List models, or add one to the configuration.")
 _SERVE = typer.Typer(name="serve", invoke_without_command=True, help=serve.serve.__doc__)
 
 for command in _COMMANDS:  # Typer names each as its function, with a dash for an underscore
     app.command()(command)
-_EMBEDDED.command("pull")(complete.embedded_pull)
+_EMBEDDED.command("pull")(setup.embedded_pull)
 _MODELS.callback()(config.models_list)
 _MODELS.command("add")(slurm.models_add)
 _SERVE.callback()(serve.serve)
@@ -67,13 +65,13 @@ for group in (_EMBEDDED, _MODELS, _SERVE):
 
 
 def main() -> None:
-    """Run the command line and exit; what went wrong is one sentence on stderr."""
+    """Run the command line and exit; errors are one sentence on stderr."""
     litellm_private.use_own_handler()
     code = _run()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:  # the reader left; nothing more to say
+        except BrokenPipeError:  # the reader has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Commands that answer: complete, explain, login, embedded pull."""
+"""The commands `complete` and `explain`."""
 
 from __future__ import annotations
 
@@ -18,99 +18,72 @@ import typer
 from biollm.cli import output
 from biollm.cli.output import Json, Progress
 from biollm.cli.slurm import state_line
-from biollm.errors import CompletionError, UnknownNameError, UsageError
+from biollm.errors import CompletionError, UsageError
 
 if TYPE_CHECKING:
-    from biollm.client.remote import Line
-    from biollm.slurm.submissions import Job
+    from biollm.client import Options
+    from biollm.routing.candidates import Candidate
+    from biollm.routing.pricing import Cost
     from biollm.types import Completion, Piece
 
-Provider = Annotated[str | None, typer.Option(metavar="NAME", help="Only this provider may answer.")]
-Model = Annotated[str | None, typer.Option(metavar="NAME", help="Only this model may answer.")]
+Provider = Annotated[str | None, typer.Option(metavar="NAME", help="Use only this provider.")]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help="Use only this model.")]
 LocalOnly = Annotated[bool, typer.Option("--local-only", help="Keep the prompt on this machine and the cluster.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, metavar="N", help="Maximum completion tokens.")]
 
 _SLOW = 2.0  # seconds of a start that a person notices
 
 
 def complete(
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The question; - is stdin. Piped input is added to it.")
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads stdin. Piped input is put before it.")
     ] = None,
     file: Annotated[
-        list[Path] | None,
-        typer.Option("-f", "--file", metavar="FILE", help="Add a file's text; repeatable; - is stdin."),
+        list[Path] | None, typer.Option("-f", "--file", metavar="FILE", help="Add a file; repeatable; - is stdin.")
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
     provider: Provider = None,
     model: Model = None,
     stream: Annotated[
-        bool | None, typer.Option("--stream/--no-stream", help="Print as it comes (default on a terminal).")
+        bool | None, typer.Option("--stream/--no-stream", help="Stream the answer (default on a terminal).")
     ] = None,
     as_json: Json = False,
     schema: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A JSON Schema; the answer is JSON of that shape.")
+        Path | None, typer.Option(metavar="FILE", help="JSON Schema that the answer must follow.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, metavar="T", help="0 to 2.")] = None,
-    max_retries: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Further passes when all rungs fail for a passing reason.")
-    ] = 0,
-    no_fallback: Annotated[bool, typer.Option("--no-fallback", help="Ask only the first that may serve.")] = False,
+    max_tokens: MaxTokens = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, metavar="T", help="Sampling temperature (0-2).")
+    ] = None,
+    max_retries: Annotated[int, typer.Option(min=0, metavar="N", help="Further passes after temporary failures.")] = 0,
+    no_fallback: Annotated[bool, typer.Option("--no-fallback", help="Try only the first deployment.")] = False,
     local_only: LocalOnly = False,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Per attempt.")] = None,
-    deadline: Annotated[float | None, typer.Option(metavar="SECONDS", help="For the whole call.")] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Timeout per attempt.")] = None,
+    deadline: Annotated[float | None, typer.Option(metavar="SECONDS", help="Timeout for the whole call.")] = None,
     start: Annotated[
-        bool, typer.Option("--start", help="If nobody else answers, start a local model's server and wait for it.")
+        bool, typer.Option("--start", help="If nothing else answers, start a model server on the cluster.")
     ] = False,
     wait: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="With --start: at most so long, the queue included.")
+        float | None, typer.Option(metavar="SECONDS", help="With --start: longest wait, queue included.")
     ] = None,
     tag: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Stored with the usage record; repeatable.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Store a tag with the usage record; repeatable.")
     ] = None,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show every attempt.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every attempt.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but the answer.")] = False,
 ) -> None:
-    """Answer a question by the first provider that can."""
+    """Answer a prompt with the first available model."""
+    text, response_schema = _prompt(prompt, file or []), _schema(schema) if schema else None
+    live = not (schema or as_json) and (sys.stdout.isatty() if stream is None else stream)
+    options: Options = {
+        "system": system, "provider": provider, "model": model, "max_tokens": max_tokens, "temperature": temperature,
+        "max_retries": max_retries, "fallback": not no_fallback, "local_only": local_only, "timeout": timeout,
+        "deadline": deadline, "start_local": start, "wait": wait, "tags": _tags(tag or []),
+        "response_model": response_schema, "allow_degraded": schema is None,
+    }  # fmt: skip
     progress = Progress(quiet=quiet)
-    text, shape = _prompt(prompt, file or []), _schema(schema) if schema else None
-    live = not (shape or as_json) and (sys.stdout.isatty() if stream is None else stream)
-    options: dict[str, Any] = {
-        "max_retries": max_retries,
-        "fallback": not no_fallback,
-        "local_only": local_only,
-        "timeout": timeout,
-        "deadline": deadline,
-        "tags": _tags(tag or []),
-        "allow_degraded": shape is None,
-    }
-    said = {"system": system, "max_tokens": max_tokens, "temperature": temperature}
-    progress.say("looking for a provider")
-    begun, waited = time.monotonic(), 0.0
-
-    def sending(deployment: str) -> None:
-        nonlocal waited
-        waited = waited or time.monotonic() - begun
-        progress.say(f"asking {deployment}")
-
-    def waiting(job: Job) -> None:
-        progress.say(state_line(job))
-
-    # A server's start is told of step by step, which a gateway does not do.
-    line = None if start else _line(text, provider, model, shape, said, options, live=live)
     try:
-        if line:
-            progress.say("asking the gateway")
-            answer = _stream(line.stream(), progress) if live else line.complete()
-        else:
-            from biollm.client import Client
-            from biollm.client.remote import named
-
-            client, more = Client(provider, model), {"response_model": shape, "start_local": start, "wait": wait}
-            told = {} if named() and not start else {"on_send": sending, "on_state": waiting}
-            options = {**said, **options, **more, **told}
-            pieces = client.stream(text, **options, on_interrupt="restart") if live else iter(())
-            answer = _stream(pieces, progress) if live else client.complete(text, **options)
+        answer = _ask(text, options, progress, live=live)
     except CompletionError as error:
         progress.clear()
         if as_json:
@@ -119,49 +92,40 @@ def complete(
     progress.clear()
     _show(answer, as_json=as_json, live=live, structured=schema is not None)
     _report(answer, progress, verbose=verbose)
-    if waited > _SLOW and sys.stderr.isatty() and "BIOLLM_GATEWAY" not in os.environ:
-        progress.note(f"{waited:.0f} s of that were biollm's start; with `biollm serve --detach` it starts once.")
 
 
-def _line(
-    text: str,
-    provider: str | None,
-    model: str | None,
-    shape: dict[str, Any] | None,
-    said: dict[str, Any],
-    options: dict[str, Any],
-    *,
-    live: bool,
-) -> Line | None:
-    """Return a connection to the running gateway; its answer costs no import beyond the standard library.
+def _ask(text: str, options: Options, progress: Progress, *, live: bool) -> Completion:
+    """Return the answer; with `live` it has been printed."""
+    from biollm.client import Client
 
-    One that BIOLLM_GATEWAY names has a configuration of its own: what the one here says of data is read first.
-    """
-    from biollm.client.remote import body, named, reach
-    from biollm.config.paths import environment_tags, wants_local_only
-    from biollm.routing.structured import ResponseSchema
+    progress.say("looking for a provider")
+    begun, started = time.monotonic(), 0.0
 
-    if named():
-        return None
-    params = {name: value for name, value in said.items() if name != "system"}
-    system = [{"role": "system", "content": said["system"]}] if said["system"] else []
-    wanted = {"response_format": ResponseSchema(shape).response_format} if shape else {}
-    local = options["local_only"] or wants_local_only()
-    ours = {
-        **options,
-        "provider": provider,
-        "data_policy": "local_only" if local else "any",
-        "tags": {**environment_tags(), **options["tags"]},
-        "on_interrupt": "restart" if live else None,
-    }
-    return reach(body([*system, {"role": "user", "content": text}], model, {**params, **wanted}, **ours))
+    def sending(deployment: str) -> None:
+        nonlocal started
+        started = started or time.monotonic() - begun
+        progress.say(f"asking {deployment}")
+
+    client = Client()
+    if client.uses_gateway() and not options.get("start_local"):  # a gateway does not report a server's start
+        progress.say("asking the gateway")
+    else:
+        options = {**options, "on_send": sending, "on_state": lambda job: progress.say(state_line(job))}
+    if live:
+        options["on_interrupt"] = "restart"
+        answer = _stream(client.stream(text, **options), progress)
+    else:
+        answer = client.complete(text, **options)
+    if started > _SLOW and sys.stderr.isatty() and "BIOLLM_GATEWAY" not in os.environ:
+        progress.hint = f"Starting biollm took {started:.0f} s; `biollm serve --detach` keeps it running."
+    return answer
 
 
 def _prompt(prompt: str | None, files: list[Path]) -> str:
-    """Return the files, what was piped in, and last the question, where models heed it best; `-` is stdin."""
+    """Return the files, the piped input, and last the question, where models follow it best; `-` is stdin."""
     named = prompt == "-" or Path("-") in files
     mode = 0
-    with suppress(OSError):  # it may be closed; a terminal, a socket and /dev/null are not read unasked
+    with suppress(OSError):  # it may be closed; terminals, sockets and /dev/null are read only for -
         mode = os.fstat(0).st_mode
     parts: list[str] = []
     for file in files:
@@ -177,7 +141,7 @@ def _prompt(prompt: str | None, files: list[Path]) -> str:
     text = "\n\n".join(part for part in (*parts, question) if part and part.strip())
     if not text.strip():
         raise UsageError(
-            "There is nothing to ask.", hint='Write biollm complete "question", add -f FILE, or pipe text in.'
+            "The prompt is empty.", hint='Pass one, as in biollm complete "Why?", add -f FILE, or pipe text in.'
         )
     return text
 
@@ -202,7 +166,7 @@ def _schema(file: Path) -> dict[str, Any]:
 
 
 def _stream(pieces: Iterator[Piece], progress: Progress) -> Completion:
-    """Print the answer as it comes; on a terminal as markdown."""
+    """Print the answer as it comes, on a terminal as Markdown."""
     from biollm.types import StreamRestarted
 
     if sys.stdout.isatty():
@@ -254,13 +218,13 @@ def _show(answer: Completion, *, as_json: bool, live: bool, structured: bool) ->
 
 
 def _failed(error: CompletionError) -> None:
-    """Print a failure for a program; for people it is on stderr in any case."""
+    """Print a failure as JSON; stderr has it as text."""
     facts = {"error": str(error).split("\n")[0], "hint": error.hint, "exit_code": error.exit_code}
     output.as_json({**facts, "retry_after": getattr(error, "retry_after", None), "attempts": error.attempts})
 
 
 def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
-    """Say on stderr who answered, and on the way of `-v` what happened before."""
+    """Print on stderr which deployment answered, and with -v what was tried before."""
     if verbose:
         for attempt in answer.attempts:
             progress.note(f"  {attempt.outcome:9} {attempt.deployment}  {attempt.reason}")
@@ -268,58 +232,47 @@ def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
     about = "about " if answer.usage.estimated else ""
     tokens = f"{about}{answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"
     progress.note(f"— {answer.deployment}, {answer.latency_ms / 1000:.1f} s, {tokens}, {price}")
+    if progress.hint:
+        progress.note(progress.hint)
     if answer.degraded:
-        print(
-            "degraded: the small embedded model answered; it is often wrong. `biollm explain` says why.",
-            file=sys.stderr,
-        )
+        print("degraded: the small embedded model answered; it is often wrong. See `biollm explain`.", file=sys.stderr)
 
 
 def explain(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A prompt, to see whether it fits.")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A prompt, to check whether it fits.")] = "",
     provider: Provider = None,
     model: Model = None,
     local_only: LocalOnly = False,
     capability: Annotated[
-        str | None, typer.Option(metavar="NAME", help="As if the request needed it, such as reasoning.")
+        str | None, typer.Option(metavar="NAME", help="Assume the request needs this, such as reasoning.")
     ] = None,
-    tools: Annotated[bool, typer.Option("--tools", help="As if the request had tools.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = None,
+    tools: Annotated[bool, typer.Option("--tools", help="Assume the request uses tools.")] = False,
+    max_tokens: MaxTokens = None,
     as_json: Json = False,
 ) -> None:
-    """Say who would answer now and why others would not.
+    """Show which deployment would answer, and why others are skipped.
 
-    Sends nothing; only where servers share a rung, it asks them how busy they are.
+    Sends no prompt; replicas of a model are asked for their load.
     """
     from biollm.client import Client
 
     client = Client(provider, model, local_only=local_only, allow_degraded=True)
     found = client.explain(prompt, capability=capability, tools=[{}] if tools else None, max_tokens=max_tokens)
     if as_json:
-        output.as_json([_rung(candidate) for candidate in found])
+        output.as_json([_facts(each) for each in found])
         return
-    ready = [candidate for candidate in found if candidate.status == "ready"]
-    first = min(
-        ready,
-        key=lambda candidate: (candidate.deployment.order, candidate.load.rank if candidate.load else ()),
-        default=None,
-    )
+    ready = [each for each in found if each.status == "ready"]
+    first = min(ready, key=lambda each: (each.deployment.order, each.load.rank if each.load else ()), default=None)
     rows = [
-        (
-            "→" if candidate is first else " ",
-            candidate.deployment.order,
-            candidate.deployment.id,
-            candidate.status,
-            _reason(candidate),
-        )
-        for candidate in found
+        ("→" if each is first else " ", each.deployment.order, each.deployment.id, each.status, _reason(each))
+        for each in found
     ]
-    output.table(("", "#", "deployment", "standing", "reason"), rows)
-    print(f"\n{first.deployment.id} would answer." if first else "\nNobody could answer now.")
+    output.table(("", "#", "deployment", "status", "reason"), rows)
+    print(f"\n{first.deployment.id} would answer." if first else "\nNo deployment is available.")
 
 
-def _rung(candidate: Any) -> dict[str, Any]:
-    deployment = candidate.deployment
+def _facts(candidate: Candidate) -> dict[str, Any]:
+    deployment, cost, load = candidate.deployment, candidate.cost, candidate.load
     return {
         "deployment": deployment.id,
         "order": deployment.order,
@@ -329,61 +282,18 @@ def _rung(candidate: Any) -> dict[str, Any]:
         "standing": candidate.status,
         "reason": candidate.reason,
         "until": output.moment(candidate.until),
-        "cost": candidate.cost and _cost(candidate.cost),
-        "load": candidate.load
-        and {"own": candidate.load.own, "others": candidate.load.others, "metrics": candidate.load.told},
+        "cost": cost and _cost(cost),
+        "load": load and {"own": load.own, "others": load.others, "metrics": load.told},
     }
 
 
-def _cost(cost: Any) -> dict[str, Any]:
-    sent, got = (1e6 * each for each in cost.per_token) if cost.per_token else (None, None)
-    million = {"prompt_usd_per_million": sent, "answer_usd_per_million": got}
+def _cost(cost: Cost) -> dict[str, Any]:
+    sent, received = (1e6 * each for each in cost.per_token) if cost.per_token else (None, None)
+    million = {"prompt_usd_per_million": sent, "answer_usd_per_million": received}
     return {"prompt_tokens": cost.prompt_tokens, "answer_tokens": cost.answer_tokens, **million, "usd": cost.usd}
 
 
-def _reason(candidate: Any) -> str:
-    import time
-
+def _reason(candidate: Candidate) -> str:
     left = candidate.until - time.time()
     reason = f"{candidate.reason} ({left:.0f} s left)" if 0 < left < 86400 else candidate.reason
     return "; ".join(str(each) for each in (reason, candidate.cost, candidate.load) if each)
-
-
-def login(
-    provider: Annotated[str, typer.Argument(metavar="PROVIDER", help="github_copilot")],
-    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account of the provider.")] = None,
-) -> None:
-    """Log in with a browser, for providers without keys."""
-    from biollm.config import load_config
-    from biollm.config.paths import state_dir
-    from biollm.providers import copilot
-
-    if provider != "github_copilot":
-        raise UsageError(
-            f"{provider} needs no login.", hint="Only github_copilot does; other providers take a key (env_key)."
-        )
-    names = [each.name for each in load_config().provider(provider).accounts]
-    chosen = account or (names[0] if len(names) == 1 else "")
-    if not chosen:
-        raise UsageError(f"{provider} has several accounts.", hint=f"Add --account: {', '.join(names)}.")
-    if chosen not in names:
-        raise UnknownNameError("account", chosen, names)
-    copilot.login(chosen, state_dir(), show=lambda text: print(text, file=sys.stderr))
-    print(f"{provider}/{chosen}: logged in.")
-
-
-def embedded_pull(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A model of type embedded. Default: the first.")
-    ] = None,
-) -> None:
-    """Download the weights of the embedded model."""
-    from biollm.config import load_config
-    from biollm.config.paths import state_dir
-    from biollm.providers import embedded
-
-    models = {key: each for key, each in load_config().models.items() if each.type == "embedded"}
-    chosen = model or next(iter(models), "")
-    if chosen not in models:
-        raise UnknownNameError("embedded model", chosen, models)
-    print(embedded.pull(models[chosen], state_dir()))

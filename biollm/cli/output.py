@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]  # of the commands that can
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -43,20 +43,20 @@ def _plain(value: Any) -> Any:
 
 
 def moment(epoch: float | None) -> str | None:
-    """Return epoch seconds as ISO 8601 in UTC; None where there is no such moment."""
+    """Return epoch seconds as ISO 8601 in UTC."""
     from datetime import UTC, datetime
 
     return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="seconds") if epoch else None
 
 
 class Progress:
-    """Says on stderr what is going on: one line that is replaced on a terminal, lines of their own elsewhere."""
+    """Progress on stderr: one line that is replaced on a terminal, else a line each. `hint` is printed at the end."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet, self._live, self._shown = quiet, sys.stderr.isatty(), False
+        self._quiet, self._live, self._shown, self.hint = quiet, sys.stderr.isatty(), False, ""
 
     def say(self, text: str) -> None:
-        """Show what is being done now."""
+        """Show the current step."""
         if self._quiet:
             return
         sys.stderr.write(f"\r\033[K· {text}" if self._live else f"· {text}\n")
@@ -64,20 +64,20 @@ class Progress:
         self._shown = True
 
     def clear(self) -> None:
-        """Take the line away before the answer is printed."""
+        """Remove the line."""
         if self._live and self._shown:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
             self._shown = False
 
     def note(self, text: str) -> None:
-        """Leave a line on stderr, unless quiet."""
+        """Print a line that stays, unless quiet."""
         self.clear()
         if not self._quiet:
             print(text, file=sys.stderr)
 
     def bytes(self, done: int, total: int) -> None:
-        """Show how far a download is."""
+        """Show the progress of a download."""
         bar = "█" * int(24 * done / total) if total else ""
         if self._live or done == total:
             self.say(f"[{bar:<24}] {done / 1e6:.0f} of {total / 1e6:.0f} MB" if total else f"{done / 1e6:.0f} MB")

@@ -1,7 +1,7 @@
 """Asks this user's running gateway, or the one that BIOLLM_GATEWAY names, with the standard library alone.
 
-OpenAI's own client takes longer to import than an answer should take. Before a word is sent, the folder and the socket
-must belong to this user alone, and so must the process that listens.
+OpenAI's own client takes longer to import than an answer should take. Before anything is sent, the folder, the socket
+and the listening process must belong to this user alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 Dial = Callable[[], HTTPConnection]
-_LOOK, _PATIENCE = 10.0, 10.0  # seconds between two looks at a gateway that is asked, and that it has to answer them
-_GRACE = 0.5  # seconds past the deadline in which the gateway may still say itself what was tried
-_OFF = "BIOLLM_GATEWAY=off does without a gateway."
+_LOOK, _PATIENCE = 10.0, 10.0  # seconds between two health checks while a gateway works, and for it to answer one
+_GRACE = 0.5  # seconds past the deadline in which the gateway may still report itself what was tried
+_OFF = "BIOLLM_GATEWAY=off runs without a gateway."
 SOCKET, RECORD = "gateway.sock", "gateway.json"
 _PARAMS = {
     "frequency_penalty", "logit_bias", "max_tokens", "parallel_tool_calls", "presence_penalty", "reasoning_effort",
@@ -59,7 +59,7 @@ def identity() -> Json:
 
 
 def record(folder: Path) -> Json | None:
-    """Return what the gateway in this folder says of itself; None where none has."""
+    """Return the record of the gateway in this folder; None if there is none."""
     try:
         told = json.loads((folder / RECORD).read_text()) if is_private(folder) else None
     except (OSError, ValueError):
@@ -71,10 +71,10 @@ def connect(path: Path) -> socket.socket:
     """Return a connection to a socket of this user.
 
     Raises:
-        OSError: Nobody listens there, or not this user alone.
+        OSError: Nothing listens there, or not this user alone.
     """
     if not (is_private(path.parent) and is_private(path, stat.S_ISSOCK)):
-        raise PermissionError(f"{path} is not this user's alone.")
+        raise PermissionError(f"{path} is not private.")
     line = socket.socket(socket.AF_UNIX)
     try:
         line.connect(str(path))
@@ -87,10 +87,10 @@ def connect(path: Path) -> socket.socket:
 
 
 def named() -> str | None:
-    """Return the URL that BIOLLM_GATEWAY holds; None where it holds none.
+    """Return the URL in BIOLLM_GATEWAY, or None.
 
     Raises:
-        UsageError: It holds something else.
+        UsageError: It is neither a URL nor off.
     """
     where = os.environ.get("BIOLLM_GATEWAY", "")
     if where.lower() in ("", *FALSE):
@@ -100,60 +100,57 @@ def named() -> str | None:
     return where.rstrip("/").removesuffix("/v1")
 
 
-def reach(body: Json | None, mine: Json | None = None, cluster: Cluster | None = None) -> Line | None:
+def reach(body: Json | None, mine: Json | None = None, cluster: Cluster | None = None) -> Connection | None:
     """Return a connection for one request, or None where it must be answered in this process.
 
     Args:
-        body: As `body` makes it; None travels nowhere.
+        body: From `body_of`; None cannot be sent to a gateway.
         mine: The caller's `identity`, if it was taken when its configuration was read.
-        cluster: Says which hosts are local, and whose servers are trusted; without it, loopback and the user's own.
+        cluster: Names local hosts and trusted owners of servers; without it, loopback and the user's own.
 
     Raises:
-        UsageError: BIOLLM_GATEWAY holds something else than a URL.
-        UnavailableError: The gateway that it names may not be sent the prompt or the key. Nothing was sent.
+        UsageError: BIOLLM_GATEWAY is neither a URL nor off.
+        UnavailableError: The gateway that it names may not receive the prompt or the key. Nothing was sent.
     """
-    if body is None or os.environ.get("BIOLLM_GATEWAY", "").lower() in FALSE:
+    if body is None:
         return None
-    headers: dict[str, str] = {}
     if url := named():
         dial, headers = _by_url(url, body["biollm"].get("data_policy"), cluster)
-        connection = dial()
-    elif found := _nearby(mine):
-        connection, dial = found
-    else:
+        return Connection(dial(), dial, headers, body)
+    for folder in [] if (found := nearby(mine)) is None else [found]:
+        with suppress(OSError):
+            return Connection(_dial(folder), partial(_dial, folder), {}, body)
+    return None
+
+
+def nearby(mine: Json | None = None) -> Path | None:
+    """Return the folder of this user's gateway on this host, if it has this configuration and its keys."""
+    if os.environ.get("BIOLLM_GATEWAY", "").lower() in FALSE:
         return None
-    try:
-        text = json.dumps(body)
-    except (TypeError, ValueError):
-        return None
-    return Line(connection, headers, body, text, dial)
-
-
-def _nearby(mine: Json | None) -> tuple[HTTPConnection, Dial] | None:
-    """Return a connection to the gateway of this user on this host, if it has this configuration and its keys."""
-
-    def dial(folder: Path) -> HTTPConnection:
-        connection = HTTPConnection("localhost")
-        connection.sock = connect(folder / SOCKET)
-        return connection
-
     for folder in folders():
-        if (told := record(folder)) and told.get("identity") == (mine or identity()):
-            if new := tuple(name for name in told.get("lacks", ()) if os.environ.get(name)):
+        if (found := record(folder)) and found.get("identity") == (mine or identity()):
+            if new := tuple(name for name in found.get("lacks", ()) if os.environ.get(name)):
                 _warn(new)
                 continue
             with suppress(OSError):
-                return dial(folder), partial(dial, folder)
+                connect(folder / SOCKET).close()
+                return folder
     return None
+
+
+def _dial(folder: Path) -> HTTPConnection:
+    connection = HTTPConnection("localhost")
+    connection.sock = connect(folder / SOCKET)
+    return connection
 
 
 @cache
 def _warn(names: tuple[str, ...]) -> None:
-    """Say once that the gateway cannot have read these variables."""
+    """Warn once that the gateway cannot have read these variables."""
     import logging
 
-    told = "The gateway was started without %s and is not asked. Restart it: biollm serve stop; biollm serve --detach"
-    logging.getLogger("biollm").warning(told, ", ".join(names))
+    text = "The gateway was started without %s and is not used. Restart it: biollm serve stop; biollm serve --detach"
+    logging.getLogger("biollm").warning(text, ", ".join(names))
 
 
 def _by_url(url: str, policy: str | None, cluster: Cluster | None) -> tuple[Dial, dict[str, str]]:
@@ -164,59 +161,51 @@ def _by_url(url: str, policy: str | None, cluster: Cluster | None) -> tuple[Dial
     hosts, owners = (cluster.local_hosts, cluster.trusted_owners) if cluster else ((), ())
     if policy == "local_only" and not is_local(url, hosts):
         why = f"the data policy is local_only, and {parts.hostname} is neither this machine nor in local_hosts of cluster.yaml"
-        raise errors.UnavailableError(f"BIOLLM_GATEWAY is not asked: {why}.", hint=_OFF)
+        raise errors.UnavailableError(f"BIOLLM_GATEWAY is not used: {why}.", hint=_OFF)
     if why := objection(url, key=bool(key), local_hosts=hosts, trusted_owners=owners):
-        raise errors.UnavailableError(f"BIOLLM_GATEWAY is not asked: {why}.", hint=_OFF)
+        raise errors.UnavailableError(f"BIOLLM_GATEWAY is not used: {why}.", hint=_OFF)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     dial = partial(kind, parts.hostname or "", parts.port, timeout=_PATIENCE)
     return dial, {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def body(messages: Sequence[Mapping[str, Any]], model: str | None, params: Mapping[str, Any], **ours: Any) -> Json:
-    """Return the body of a request; what is None is left out."""
-    given = {name: value for name, value in params.items() if value is not None}
-    ours = {name: value for name, value in ours.items() if value is not None}
-    return {**given, "model": model or "biollm", "messages": messages, "biollm": ours}
-
-
 def body_of(request: Request) -> Json | None:
-    """Return the body that asks a gateway the same; None where something in the request cannot travel."""
+    """Return the body that asks a gateway the same; None where something in the request cannot be sent."""
     schema, requirements = request.schema, request.requirements
     # A class may check more than its schema says, and must see the answer while it can still be asked for again.
     stays = schema and (not isinstance(schema.wanted, Mapping) or requirements.tools)
     if stays or request.on_send or request.on_state or request.params.keys() - _PARAMS:
         return None
-    wanted = {"response_format": schema.response_format} if schema else {}
-    made = body(
-        request.messages, requirements.model, {**request.params, **wanted}, provider=requirements.provider, data_policy=requirements.policy,
-        capability=requirements.capability, allow_degraded=requirements.allow_degraded, timeout=request.timeout,
-        deadline=request.deadline, fallback=request.fallback, max_retries=request.max_retries,
-        tags=dict(request.tags), on_interrupt=request.on_interrupt, start_local=request.start, wait=request.wait,
-        patience=request.patience,
-    )  # fmt: skip
+    ours = {
+        "provider": requirements.provider, "data_policy": requirements.policy, "capability": requirements.capability,
+        "allow_degraded": requirements.allow_degraded, "timeout": request.timeout, "deadline": request.deadline,
+        "fallback": request.fallback, "max_retries": request.max_retries, "tags": dict(request.tags),
+        "on_interrupt": request.on_interrupt, "start_local": request.start, "wait": request.wait,
+        "patience": request.patience,
+    }  # fmt: skip
+    body: Json = {**request.params, "model": requirements.model or "biollm"}
+    if schema:
+        body["response_format"] = schema.response_format
     if request.middle:
-        del made["messages"]
-        made |= zip(("prompt", "suffix"), request.middle, strict=True)
-    return made
+        body["prompt"], body["suffix"] = request.middle
+    else:
+        body["messages"] = request.messages
+    return {**body, "biollm": {name: value for name, value in ours.items() if value is not None}}
 
 
-class Line:
+class Connection:
     """A connection to a gateway, for one request. `close` ends it from any thread.
 
     It ends at the request's deadline, and when the gateway no longer answers.
     """
 
-    def __init__(
-        self, connection: HTTPConnection, headers: Mapping[str, str], asked: Json, text: str, dial: Dial
-    ) -> None:
-        self._connection, self._headers, self._asked, self._text, self._dial_again = (
-            connection, headers, asked, text, dial,
-        )  # fmt: skip
+    def __init__(self, connection: HTTPConnection, dial: Dial, headers: Mapping[str, str], body: Json) -> None:
+        self._connection, self._dial_again, self._headers, self._asked = connection, dial, headers, body
         self._socket, self._left, self._over = connection.sock, False, threading.Event()
         self._why: errors.CompletionError | None = None
 
     def close(self) -> None:
-        """Leave; the gateway then gives the request up."""
+        """Disconnect; the gateway then cancels the request."""
         self._left = True
         with suppress(OSError, AttributeError):  # AttributeError: it is being connected
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -228,7 +217,7 @@ class Line:
             BiollmError: The one that the gateway met, or CompletionError when it broke off.
         """
         try:
-            told = json.loads(self._ask(self._text).read())
+            told = json.loads(self._ask({}).read())
         except (OSError, HTTPException, ValueError) as error:
             raise self._why or errors.CompletionError(f"The gateway broke off: {error}.", hint=_OFF) from None
         finally:
@@ -249,7 +238,7 @@ class Line:
         text, finish, calls, end, why = "", "", cast("list[Json]", []), cast("Json", {}), "before its end"
         try:
             more = {"stream": True, "stream_options": {"include_usage": True}}
-            for told in _events(self._ask(json.dumps({**self._asked, **more}))):
+            for told in _events(self._ask(more)):
                 if told is None:
                     yield StreamChunk("", self._completion(end, text, finish, calls))
                     return
@@ -278,7 +267,7 @@ class Line:
         raise errors.InterruptedStreamError(f"The gateway broke off: {why}.", (), partial=text)
 
     async def acomplete(self) -> Completion:
-        """Like `complete`; cancelling it leaves."""
+        """Like `complete`; cancelling it disconnects."""
         async with aclosing(self._apart(lambda: iter([self.complete()]))) as answers:
             return await anext(answers)
 
@@ -312,14 +301,14 @@ class Line:
         finally:
             self.close()
 
-    def _ask(self, text: str) -> HTTPResponse:
+    def _ask(self, more: Json) -> HTTPResponse:
         """Send the request; return the response once its status says that there is an answer."""
         threading.Thread(target=self._watch, args=(time.monotonic(),), name="biollm-gateway", daemon=True).start()
         if self._socket is None:
             self._dial()
         headers = {"Content-Type": "application/json", "x-biollm-restarts": "taken", **self._headers}
         path = "/v1/completions" if "prompt" in self._asked else "/v1/chat/completions"
-        self._connection.request("POST", path, text, headers)
+        self._connection.request("POST", path, json.dumps({**self._asked, **more}), headers)
         response = self._connection.getresponse()
         if response.status != 200:
             told: Any = None
@@ -332,7 +321,7 @@ class Line:
         return response
 
     def _watch(self, began: float) -> None:
-        """Leave when the deadline has passed, or the gateway does not answer a question about its health."""
+        """Disconnect when the deadline has passed, or the gateway does not answer a health check."""
         deadline: float | None = self._asked["biollm"].get("deadline")
         end = began + deadline + _GRACE if deadline else math.inf
         while not self._over.wait(max(0.0, min(_LOOK, end - time.monotonic()))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,14 +17,14 @@ from biollm.errors import (
     KeysRefusedError,
     RequestRejectedError,
 )
-from biollm.routing.candidates import Candidate
 from biollm.routing.deployments import Deployment, Requirements, allowance
-from biollm.routing.failures import Failure
 from biollm.routing.structured import Message, ResponseSchema
 from biollm.types import Attempt, Outcome
 
 if TYPE_CHECKING:
     from biollm.config import Config
+    from biollm.routing.candidates import Candidate
+    from biollm.routing.failures import Failure
     from biollm.slurm.submissions import Job
 
 MIN_RETRY_S = 0.5  # before another pass, after a failure that put nothing on cooldown
@@ -73,6 +72,8 @@ class Request:
         Raises:
             DeadlineError: It passed; with the `attempts` so far.
         """
+        import asyncio  # here: a client of a gateway does without
+
         until = None if self.deadline is None else self.asked + self.deadline
         scope = asyncio.timeout_at(until)  # an event loop's clock is the monotonic one
         try:
@@ -89,7 +90,7 @@ class _Pass:
     """What one pass over the waterfall tried, and which deployments it skipped, by id."""
 
     tried: list[tuple[Deployment, Attempt]] = field(default_factory=list[tuple[Deployment, Attempt]])
-    skipped: dict[str, Candidate] = field(default_factory=dict[str, Candidate])
+    skipped: dict[str, Candidate] = field(default_factory=dict[str, "Candidate"])
 
     def attempts(self) -> list[Attempt]:
         """Return what was tried, and what was skipped before the deployment that answered, in waterfall order."""
@@ -125,7 +126,7 @@ class Run:
     tried: set[str] = field(default_factory=set[str])
     frees: list[float] = field(default_factory=list[float])
     pinned: str | None = None
-    failures: list[tuple[Deployment, Failure]] = field(default_factory=list[tuple[Deployment, Failure]])
+    failures: list[tuple[Deployment, Failure]] = field(default_factory=list[tuple[Deployment, "Failure"]])
     over: Failure | None = None
     repeat: Deployment | None = None
     repeated: set[str] = field(default_factory=set[str])

@@ -36,6 +36,7 @@ from biollm.client import (
     KeysRefusedError,
     StreamChunk,
     StreamRestarted,
+    UnknownNameError,
     UsageError,
     get_model_client,
 )
@@ -49,7 +50,7 @@ pytestmark = pytest.mark.slow  # each takes seconds
 Biollm = Callable[..., Ran]
 Waterfall = Callable[..., Path]
 Gateway = Callable[..., dict[str, Any]]
-HI = gate.body([{"role": "user", "content": "hi"}], None, {})
+HI = {"model": "biollm", "messages": [{"role": "user", "content": "hi"}], "biollm": {}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"properties": {"path": {"type": "string"}}}}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
@@ -70,6 +71,10 @@ def outcome(call: Callable[[], Any]) -> dict[str, Any]:
     ]
     facts["tool_calls"] = [{**call, "id": ""} for call in facts.get("tool_calls", ())]
     return {name: value for name, value in facts.items() if name not in ("latency_ms", "raw", "partial", "retry_after")}
+
+
+def asks_the_gateway(client: Client) -> bool:
+    return isinstance(client._route(lambda: client._request("hi", {})), gate.Connection)
 
 
 def last(pieces: Iterator[Any]) -> Any:
@@ -112,7 +117,7 @@ def test_it_gives_and_raises_what_the_waterfall_does(
     with pytest.raises(AllLimitedError) as again:
         client.complete("hi", provider="limited")
     assert 500 < again.value.retry_after <= 600
-    assert client._line(client._request("hi", {})), "the gateway is gone"
+    assert asks_the_gateway(client), "the gateway is gone"
 
 
 def test_a_script_needs_no_litellm(net: Loopback, waterfall: Waterfall, gateway: Gateway) -> None:
@@ -120,17 +125,20 @@ def test_a_script_needs_no_litellm(net: Loopback, waterfall: Waterfall, gateway:
     waterfall(first=server)
     gateway()
     code = """
-import asyncio, sys
+import sys
 from biollm.client import get_model_client
 client = get_model_client()
+said = [str(client.complete("a")), "".join(map(str, client.stream("b")))]
+light = not {"pydantic", "yaml", "sqlite3", "asyncio"} & sys.modules.keys()
+import asyncio
 async def main():
     return str(await client.acomplete("c")), "".join([str(piece) async for piece in client.astream("d")])
-said = [str(client.complete("a")), "".join(map(str, client.stream("b"))), *asyncio.run(main())]
-print(said == ["one two three"] * 4, "litellm" in sys.modules)
+said += asyncio.run(main())
+print(said == ["one two three"] * 4, light, "litellm" in sys.modules)
 """
     environment = {**os.environ, "BIOLLM_TAGS": "user=ann", "BIOLLM_LOCAL_ONLY": ""}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert (ran.stdout, ran.stderr) == ("True False\n", "")
+    assert (ran.stdout, ran.stderr) == ("True True False\n", "")
     assert [request.body["messages"][0]["content"] for request in server.completions] == ["a", "b", "c", "d"]
     assert {record.tags["user"] for record in ledger().history(None, None)} == {"ann"}
 
@@ -329,7 +337,6 @@ def test_only_one_with_the_same_configuration_is_asked(
     with closing(Fake(runtime)):
         assert gate.reach(HI)
         assert gate.reach(None) is None
-        assert gate.reach({**HI, "seed": object()}) is None
         with monkeypatch.context() as patch:
             for value in ("off", "OFF", "0", "no"):
                 patch.setenv("BIOLLM_GATEWAY", value)
@@ -338,15 +345,30 @@ def test_only_one_with_the_same_configuration_is_asked(
             patch.setenv("BIOLLM_STATE_DIR", "/elsewhere")
             assert gate.reach(HI) is None
         client = Client()
-        assert client._line(client._request("hi", {}))
-        assert Client(config_dir=folder)._line(client._request("hi", {})) is None
+        assert asks_the_gateway(client)
+        assert not asks_the_gateway(Client(config_dir=folder))
         (folder / "models.yaml").write_text("models: {}\n")
         assert gate.reach(HI) is None
-        assert client._line(client._request("hi", {})), "it has read what the gateway has read"
+        assert asks_the_gateway(client), "it has read what the gateway has read"
         client.reload()
-        assert client._line(client._request("hi", {})) is None
+        assert not asks_the_gateway(client)
     (folder / "models.yaml").unlink()
     assert gate.reach(HI) is None, "nobody listens"
+
+
+def test_a_client_whose_gateway_has_gone_reads_the_configuration_then(
+    runtime: Path, waterfall: Waterfall, net: Loopback
+) -> None:
+    waterfall({"data_policy": "no_training"}, first={"base_url": net.serve().url, "trains_on_prompts": True})
+    with closing(Fake(runtime)):
+        first, second = Client(), Client()
+        assert first.policy() == "any", "the gateway adds its configuration's"
+    with pytest.raises(CompletionError) as error:
+        first.complete("hi")
+    assert "train" in error.value.attempts[0].reason
+    assert first.policy() == "no_training"
+    with pytest.raises(UnknownNameError, match="no model named 'smal'"):
+        second.complete("hi", model="smal")
 
 
 def test_a_socket_that_others_can_reach_is_left_alone(runtime: Path) -> None:
@@ -443,7 +465,7 @@ def test_the_policy_is_confirmed_or_the_call_fails(runtime: Path, asked: str, co
 )  # fmt: skip
 def test_one_that_breaks_off_is_an_error(runtime: Path, answer: bytes, error: str) -> None:
     with closing(Fake(runtime, answer)):
-        for way in (gate.Line.complete, lambda line: list(gate.Line.stream(line))):
+        for way in (gate.Connection.complete, lambda line: list(gate.Connection.stream(line))):
             line = gate.reach(body())
             assert line
             with pytest.raises(CompletionError, match=re.escape(error)):
@@ -560,7 +582,7 @@ import sys
 sys.argv = ["biollm", "complete", "hi"]
 from biollm.cli.app import _run
 assert _run() == 0
-heavy = "pydantic yaml rich httpx biollm.config.loader biollm.client.client litellm asyncio".split()
+heavy = "pydantic yaml rich httpx biollm.config.loader biollm.client.local litellm asyncio sqlite3".split()
 print([name for name in heavy if name in sys.modules])
 """
     ran = subprocess.run([sys.executable, "-c", code], stdin=-3, capture_output=True, text=True, timeout=60)
@@ -613,6 +635,6 @@ main()
         process = subprocess.Popen([sys.executable, "-c", code], stdin=-3, stdout=-3, stderr=there, env=environment)
         assert process.wait(60) == 0
         told = os.read(here, 65536).decode()
-        assert ("with `biollm serve --detach` it starts once" in told) is hinted
+        assert ("`biollm serve --detach` keeps it running" in told) is hinted
     for end in (here, there):
         os.close(end)

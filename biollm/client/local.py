@@ -1,0 +1,208 @@
+"""Answers in this process: one waterfall per configuration and process, and a server on the cluster where asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from biollm._runtime import apart, background, called, ledger, watch
+from biollm.config import load_config
+from biollm.config.paths import state_dir
+from biollm.errors import (
+    BiollmError,
+    CompletionError,
+    ContentPolicyError,
+    DeadlineError,
+    InterruptedStreamError,
+    RequestRejectedError,
+    UsageError,
+)
+from biollm.routing import candidates, import_waterfall, load_balancing
+from biollm.routing.candidates import Candidate, DeploymentPool
+from biollm.routing.request import Request
+from biollm.types import Completion, DataPolicy, Piece
+
+if TYPE_CHECKING:
+    from biollm.routing.waterfall import Waterfall
+    from biollm.slurm.endpoints import Watch
+
+T = TypeVar("T")
+_STEP = 1.0  # seconds between two checks of a server that starts
+_WATERFALLS = 8  # kept in a process
+
+
+class Local:
+    """The waterfall of one client's configuration.
+
+    Args:
+        folder: The folder of the configuration; None reads the usual layers.
+        policy: Returns the client's data policy, which the environment may change.
+    """
+
+    def __init__(self, folder: Path | None, policy: Callable[[], DataPolicy]) -> None:
+        self.config, self._policy = load_config(folder), policy
+        self._key = repr(self.config)
+        kept = background().kept
+        for key in [key for key in kept if key[:2] == ("waterfall", self._key)]:  # keys may have changed
+            _let_go(kept.pop(key))
+
+    def check_names(self, provider: str | None, model: str | None) -> None:
+        """Raise an UnknownNameError for a provider or a model that is not configured."""
+        candidates.check_names(self.config, provider, model)
+
+    def call(self, request: Request) -> LocalCall:
+        """Return a call that answers one request."""
+        return LocalCall(self, request)
+
+    def explain(self, request: Request) -> Sequence[Candidate]:
+        """Return each deployment with its status; see `Client.explain`."""
+        pool = DeploymentPool(self.config, ledger(), state_dir(), self._policy(), watch(self.config.cluster).alive)
+        found = candidates.explain(pool, request.requirements)
+        return background().run(load_balancing.of_process().weighed(found, pool))
+
+    async def waterfall(self) -> Waterfall:
+        """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""
+        servers, kept, policy = watch(self.config.cluster), background().kept, self._policy()
+        if not servers.awake:
+            await apart(servers.alive)
+        key = ("waterfall", self._key, policy, state_dir())
+        making = kept.pop(key, None)
+        if making is None or (making.done() and (making.cancelled() or making.exception())):
+            making = asyncio.ensure_future(apart(self._make, policy, servers))
+        kept[key] = making  # the one that was used last is the last
+        for old in [each for each in kept if each[0] == "waterfall"][:-_WATERFALLS]:
+            _let_go(kept.pop(old))
+        return await asyncio.shield(making)
+
+    def _make(self, policy: DataPolicy, servers: Watch) -> Waterfall:
+        made = import_waterfall()
+        return made(DeploymentPool(self.config, ledger(), state_dir(), policy, servers.latest))
+
+
+@dataclass(frozen=True)
+class LocalCall:
+    """One request that this process answers, in the four ways of a `remote.Connection`."""
+
+    local: Local
+    request: Request
+
+    def complete(self) -> Completion:
+        """Return the answer.
+
+        Raises:
+            CompletionError: No deployment could answer.
+        """
+        return background().run(self._complete())
+
+    async def acomplete(self) -> Completion:
+        """Like `complete`."""
+        return await background().arun(self._complete())
+
+    def stream(self) -> Iterator[Piece]:
+        """Yield the answer as it comes. Raises as `complete`."""
+        return background().iterate(self._ask(_stream))
+
+    def astream(self) -> AsyncGenerator[Piece, None]:
+        """Like `stream`."""
+        return background().aiterate(self._ask(_stream))
+
+    async def _complete(self) -> Completion:
+        if self.request.schema:
+            self.request.schema.check()
+        async with aclosing(self._ask(_whole)) as answers:
+            return await anext(answers)
+
+    async def _ask(self, ask: Callable[[Waterfall, Request], AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+        """Ask once; where a server may be started, without the embedded model first, and again once the server runs."""
+        request, missed = self.request, None
+        for last in (False, True) if request.start else (True,):
+            asked = request
+            if not last:
+                asked = replace(request, requirements=replace(request.requirements, allow_degraded=False))
+            try:
+                async with request.in_time():
+                    waterfall = await self.local.waterfall()
+                async for item in ask(waterfall, asked):
+                    yield item
+            except InterruptedStreamError:
+                raise
+            except CompletionError as error:
+                if last:
+                    raise missed or error from None
+                missed = await self._start(error)
+            else:
+                return
+
+    async def _start(self, error: CompletionError) -> BiollmError | None:
+        """Start a server on the cluster after `error`; return why not where the embedded model may still answer.
+
+        The job stays when the deadline passes or the caller leaves. No thread waits: a step is short.
+        """
+        from biollm import slurm
+        from biollm.routing import on_demand
+
+        if isinstance(error, RequestRejectedError | ContentPolicyError | DeadlineError):
+            raise error
+        request, config = self.request, self.local.config
+        try:
+            async with request.in_time(lambda: error.attempts):
+                model = await apart(on_demand.startable, config, request.requirements)
+                steps = slurm.ensuring(model, config.cluster, timeout=request.wait, on_state=request.on_state)
+                while not await apart(next, steps, True):  # noqa: ASYNC110 # other processes set no event
+                    await asyncio.sleep(_STEP)
+                await apart(watch(config.cluster).refresh)
+        except DeadlineError:
+            raise
+        except BiollmError as missed:
+            if not request.requirements.allow_degraded:
+                raise
+            return missed
+        return None
+
+
+async def _whole(waterfall: Waterfall, request: Request) -> AsyncGenerator[Completion, None]:
+    yield await waterfall.complete(request)
+
+
+def _stream(waterfall: Waterfall, request: Request) -> AsyncGenerator[Piece, None]:
+    return waterfall.stream(request)
+
+
+async def gather(
+    calls: Sequence[Callable[[], Awaitable[Completion]]],
+    concurrency: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Completion | CompletionError]:
+    """Return the answer of each call, or its error, in order; see `Client.complete_many`."""
+    if concurrency < 1:
+        raise UsageError(f"concurrency is {concurrency}; it must be at least 1.")
+    gate, done = asyncio.Semaphore(concurrency), 0
+
+    async def one(call: Callable[[], Awaitable[Completion]]) -> Completion | CompletionError:
+        nonlocal done
+        async with gate:
+            try:
+                answer: Completion | CompletionError = await call()
+            except CompletionError as error:
+                answer = error
+        done += 1
+        if progress:
+            called(progress, done, len(calls))
+        return answer
+
+    tasks = [asyncio.ensure_future(one(call)) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:  # an error of `progress` or `on_send`, or an interrupt, ends the others too
+        for task in tasks:
+            task.cancel()
+
+
+def _let_go(making: asyncio.Future[Waterfall] | None) -> None:
+    """Unregister a waterfall's callbacks from LiteLLM; requests in flight go on."""
+    if making and making.done() and not making.cancelled() and not making.exception():
+        making.result().discard()

@@ -1,0 +1,162 @@
+"""What a call takes, and the request that it makes: checked before anything is chosen or sent. Without pydantic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from biollm.config.paths import environment_tags
+from biollm.errors import UsageError, nearest
+from biollm.routing.deployments import Requirements
+from biollm.routing.normalize import ANSWER_SIZES, Reader, texts
+from biollm.routing.request import Request
+from biollm.routing.structured import Message, ResponseSchema
+from biollm.types import DATA_POLICIES, DataPolicy
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from biollm.slurm.submissions import Job
+
+Prompt = str | Sequence[Message]
+# Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
+_CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256
+_PARAMETERS = ("temperature", "max_tokens", "tools", "tool_choice")
+_CHOICES = {"data_policy": DATA_POLICIES, "on_interrupt": ("raise", "restart")}
+_NUMBERS = ("timeout", "deadline", "wait", "patience", "max_retries")
+
+
+class Defaults(TypedDict, total=False):
+    """Options of `get_model_client` and of every call; a call's own take precedence.
+
+    Attributes:
+        system: The system message.
+        temperature, tools, tool_choice: As in OpenAI's API.
+        max_tokens: Of the longest answer. A model with room for less is asked for less, though for at least 2,048.
+        extra: Further arguments of OpenAI's API (`seed`, `stop`, `top_p`, ...).
+        timeout: Seconds per attempt; for a stream to its first content, and between chunks.
+        deadline: Seconds for the whole call.
+        fallback: False tries only the first eligible deployment, and raises its own error.
+        max_retries: Further passes over the waterfall after temporary failures; with `fallback=False`, repeats on the
+            same deployment.
+        local_only: True keeps the prompt on this machine and the cluster.
+        data_policy: "no_training" leaves out providers that train on prompts, "local_only" is `local_only=True`; it
+            tightens the configuration's policy and never loosens it.
+        response_model: A pydantic class, or a JSON Schema; the answer is in `Completion.parsed`.
+        capability: Only models that list it, such as "reasoning".
+        allow_degraded: Whether the small embedded model may answer; False by default, and always False
+            unless set in this call where `response_model` is given.
+        tags: Stored with the usage record, such as {"agent": "ErrorDiagnosisAgent"}.
+        on_interrupt: What a stream does that breaks after some text: "raise", or "restart" on the next deployment.
+        on_send: Called with a deployment's id just before a request is sent to it.
+        start_local: Whether to start a server on the cluster when no deployment can answer; the embedded model is
+            then tried only if that fails.
+        wait: Seconds to wait for that server; None waits without limit.
+        on_state: Called with its job (`biollm.slurm.submissions.Job`) whenever that changes.
+        patience: Seconds to wait for an earlier deployment that is free again so soon, before a later one is tried;
+            None takes the configuration's.
+    """
+
+    system: str | None
+    temperature: float | None
+    max_tokens: int | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    extra: Mapping[str, Any]
+    timeout: float | None
+    deadline: float | None
+    fallback: bool
+    max_retries: int
+    local_only: bool
+    data_policy: DataPolicy
+    response_model: type[BaseModel] | Mapping[str, Any] | None
+    capability: str | None
+    allow_degraded: bool
+    tags: Mapping[str, str]
+    on_interrupt: Literal["raise", "restart"]
+    on_send: Callable[[str], None] | None
+    start_local: bool
+    wait: float | None
+    on_state: Callable[[Job], None] | None
+    patience: float | None
+
+
+class Options(Defaults, total=False):
+    """What `complete`, `acomplete`, `stream`, `astream` and `complete_many` take beside the prompt.
+
+    Attributes:
+        provider, model: Only these deployments may answer; they replace the client's own.
+    """
+
+    provider: str | None
+    model: str | None
+
+
+def check(options: Options) -> dict[str, Any]:
+    """Return the options that are numbers, numpy's as Python's.
+
+    Raises:
+        UsageError: An option does not exist, or its value does not fit.
+    """
+    given: Mapping[str, Any] = {**options}
+    for name in given.keys() - Options.__optional_keys__:
+        hint = nearest(name, Options.__optional_keys__) or "Pass further arguments of the API as extra={...}."
+        raise UsageError(f"There is no option {name!r}.", hint=hint)
+    for name, choices in _CHOICES.items():
+        if (value := given.get(name, choices[0])) not in choices:
+            raise UsageError(f"{name} is {value!r}; it must be {' or '.join(choices)}.")
+    numbers = {name: Reader().value(given[name], name) for name in _NUMBERS if name in given}
+    for name, number in numbers.items():
+        if isinstance(number, str | list | dict | bool):
+            raise UsageError(f"{name} is {given[name]!r}; it must be a number.")
+        if number is not None and (number < 0 or (number == 0 and name in ("timeout", "deadline", "wait"))):
+            least = "0 or more" if name in ("patience", "max_retries") else "more than 0 seconds"
+            raise UsageError(f"{name} is {number:g}; it must be {least}.")
+    return numbers
+
+
+def make_request(prompt: Prompt, defaults: Options, options: Options, policy: DataPolicy) -> Request:
+    """Return the request of a call.
+
+    Raises:
+        UsageError: An option or a part of the prompt cannot be sent.
+    """
+    chosen: Options = {**defaults, **options, **check(options)}  # pyright: ignore[reportAssignmentType] # numbers
+    # Naming only a provider drops the client's own model too.
+    named = options if options.get("provider") or options.get("model") else defaults
+    read = Reader()
+    messages = read.messages(prompt, chosen.get("system"))
+    params = read.params(chosen.get("extra", {}), "extra.")
+    params |= read.params({key: value for key, value in chosen.items() if key in _PARAMETERS})
+    wanted = chosen.get("response_model")
+    if isinstance(wanted, Mapping):
+        wanted = read.value(wanted, "response_model")
+    requirements = Requirements(
+        provider=named.get("provider"),
+        model=named.get("model"),
+        policy=policy,
+        tools="tools" in params,
+        capability=chosen.get("capability"),
+        prompt=read.letters // _CHARS_PER_TOKEN,
+        prompt_most=read.size // _BYTES_PER_TOKEN + _PER_MESSAGE * len(messages) + _TEMPLATE,
+        answer=min((params[name] for name in ANSWER_SIZES & params.keys()), default=None),
+        media=frozenset(read.media),
+        allow_degraded=options.get("allow_degraded", False if wanted else chosen.get("allow_degraded", False)),
+    )
+    return Request(
+        messages=messages,
+        params=params,
+        requirements=requirements,
+        timeout=chosen.get("timeout"),
+        deadline=chosen.get("deadline"),
+        fallback=chosen.get("fallback", True),
+        max_retries=chosen.get("max_retries") or 0,
+        schema=ResponseSchema(wanted) if wanted is not None else None,
+        tags=texts({**environment_tags(), **chosen.get("tags", {})}),
+        on_interrupt=chosen.get("on_interrupt", "raise"),
+        on_send=chosen.get("on_send"),
+        start=chosen.get("start_local", False),
+        wait=chosen.get("wait"),
+        on_state=chosen.get("on_state"),
+        patience=chosen.get("patience"),
+    )
