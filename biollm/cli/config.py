@@ -1,4 +1,4 @@
-"""Commands that show: models, providers, health, config, init."""
+"""The commands `models`, `providers`, `health`, `config` and `init`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def models_list(context: typer.Context, as_json: Json = False) -> None:
-    """List every model that a provider serves, in waterfall order."""
+    """List models in waterfall order."""
     if context.invoked_subcommand:
         return
     from biollm.config import load_config
@@ -56,7 +56,7 @@ def _model(settings: Config, deployment: Any) -> dict[str, Any]:
 
 
 def providers(as_json: Json = False) -> None:
-    """List accounts: key, limits, what is used.
+    """List providers and accounts with their limits and usage.
 
     Sends nothing.
     """
@@ -105,18 +105,18 @@ def _limit(limit: Limit, used: float, resets: float | None) -> dict[str, Any]:
 
 
 def health(
-    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="For all of it.")] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Timeout for all checks together.")] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """Ask every provider whether it is there.
+    """Check the availability of all providers.
 
-    All at once, by their lists of models: no billable tokens. Exit 69 when none is there.
+    Lists their models, in parallel, which costs no tokens. Exit 69 when none is available.
     """
     from biollm.config import load_config
     from biollm.routing import health as checks
 
     progress = output.Progress(quiet=as_json)
-    progress.say("asking every provider")
+    progress.say("checking all providers")
     found = checks.check(load_config(), timeout=timeout)
     progress.clear()
     if as_json:
@@ -143,18 +143,20 @@ def config(
         bool,
         typer.Option(
             "--check",
-            help="Say whether it is right (exit 0 or 78), and warn of what is old, mispriced or trains on prompts.",
+            help="Validate (exit 78 if invalid); warn about deprecated models, prices and training policies.",
         ),
     ] = False,
-    litellm: Annotated[bool, typer.Option("--litellm", help="Print a config.yaml for the LiteLLM proxy.")] = False,
+    litellm: Annotated[
+        bool, typer.Option("--litellm", help="Print it as a config.yaml for the LiteLLM proxy.")
+    ] = False,
     schema: Annotated[
         Literal["models", "providers", "cluster"] | None,
         typer.Option(metavar="NAME", help="Print the JSON Schema of models, providers or cluster."),
     ] = None,
-    lenient: Annotated[bool, typer.Option("--lenient", help="Unknown keys are warnings.")] = False,
+    lenient: Annotated[bool, typer.Option("--lenient", help="Treat unknown keys as warnings.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the configuration in force and its sources."""
+    """Show the configuration and its sources."""
     from biollm import config as configuration
 
     if schema:
@@ -167,7 +169,7 @@ def config(
     if check and as_json:
         output.as_json({"providers": len(settings.providers), "models": len(settings.models), "warnings": warnings})
     elif check:
-        print(f"The configuration is right: {len(settings.providers)} providers, {len(settings.models)} models.")
+        print(f"Configuration OK: {len(settings.providers)} providers, {len(settings.models)} models.")
     elif litellm:
         _litellm(settings)
     elif as_json:
@@ -201,12 +203,12 @@ def _litellm(settings: Config) -> None:
 
 def init(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIRECTORY", help="Where to; by default your configuration folder.")
+        Path | None, typer.Argument(metavar="DIRECTORY", help="Folder to write to; default: your configuration folder.")
     ] = None,
 ) -> None:
-    """Write a commented configuration to start from.
+    """Write a commented starter configuration.
 
-    Says which keys it found. Overwrites nothing.
+    Lists the API keys it finds. Existing files are kept.
     """
     from biollm.config.paths import config_dirs
     from biollm.config.starter import write_starter

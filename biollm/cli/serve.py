@@ -1,4 +1,4 @@
-"""The command `serve`: runs the gateway, says whether it runs, and ends it."""
+"""The command `serve`: starts the gateway, shows its status, and stops it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from biollm.cli.output import Json
 def serve(
     context: typer.Context,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, metavar="N", help="Listen on TCP too; needs a key. 0: a free one.")
+        int | None,
+        typer.Option(min=0, max=65535, metavar="N", help="Also listen on this TCP port, with a key. 0: any free port."),
     ] = None,
-    host: Annotated[str, typer.Option(metavar="NAME", help="With --port: where.")] = "127.0.0.1",
-    detach: Annotated[bool, typer.Option("--detach", help="In the background, until idle for 2 h.")] = False,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to bind (with --port).")] = "127.0.0.1",
+    detach: Annotated[bool, typer.Option("--detach", help="Run in the background; exit after 2 idle hours.")] = False,
     idle_timeout: Annotated[
-        float | None, typer.Option(min=1, metavar="SECONDS", help="End after so long without a request.")
+        float | None, typer.Option(min=1, metavar="SECONDS", help="Exit after this long without a request.")
     ] = None,
 ) -> None:
-    """Run the gateway: OpenAI's interface over the waterfall.
+    """Run an OpenAI-compatible gateway.
 
-    It listens on a Unix socket that only you can open; `biollm complete` and Python find it there.
+    It listens on a Unix socket that only you can open; `biollm complete` and `biollm.client` use it when it runs.
     """
     if context.invoked_subcommand:
         return
@@ -36,17 +37,17 @@ def serve(
     tcp = [] if port is None else ["--port", str(port), "--host", host]
     _, log = server.detach([*tcp, "--idle-timeout", str(idle)])
     typer.echo(log.read_text(errors="replace").strip())
-    typer.echo(f"ends after {idle / 3600:g} h without a request; its log is {log}")
+    typer.echo(f"exits after {idle / 3600:g} h without a request; log: {log}")
 
 
 def status(as_json: Json = False) -> None:
-    """Say whether the gateway runs; exit 1 if not."""
+    """Show gateway status; exit 1 if it is not running."""
     from biollm.client.remote import identity
     from biollm.gateway import server
 
     told = server.running()
     if told is None:
-        output.as_json({"running": False}) if as_json else typer.echo("No gateway runs.")
+        output.as_json({"running": False}) if as_json else typer.echo("Gateway is not running.")
         raise typer.Exit(1)
     mine: dict[str, Any] = told.get("identity") or {}
     same = mine == identity()
@@ -63,16 +64,18 @@ def status(as_json: Json = False) -> None:
         if value:
             typer.echo(f"{name:8} {value}")
     if not same:
-        typer.echo("Its configuration is not the one read here now: `biollm serve stop`, and start it again.")
+        typer.echo(
+            "The configuration has changed since it started. Restart it: `biollm serve stop`, then `biollm serve --detach`."
+        )
 
 
 def stop() -> None:
-    """End the gateway once its answers under way are finished."""
+    """Stop the gateway once in-flight requests finish."""
     from biollm.gateway import server
 
     if server.running() is None:
-        typer.echo("No gateway runs.")
+        typer.echo("Gateway is not running.")
     elif server.stop(60):
         typer.echo("Stopped.")
     else:
-        typer.echo("It takes no more requests, and ends when those under way are answered.")
+        typer.echo("Draining: it will exit when in-flight requests finish.")

@@ -202,7 +202,7 @@ class Client:
         return self._dir is None and (bool(remote.named()) or remote.nearby(self._identity) is not None)
 
     def _request(self, prompt: Prompt, options: Options) -> Request:
-        request = make_request(prompt, self._defaults, options, self.policy(options))
+        request = make_request(prompt, self._defaults, options, self.policy)
         if self._local:  # else the gateway checks them
             self._local.check_names(request.requirements.provider, request.requirements.model)
         return request

@@ -104,7 +104,8 @@ def check(options: Options) -> dict[str, Any]:
         raise UsageError(f"There is no option {name!r}.", hint=hint)
     for name, choices in _CHOICES.items():
         if (value := given.get(name, choices[0])) not in choices:
-            raise UsageError(f"{name} is {value!r}; it must be {' or '.join(choices)}.")
+            known = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+            raise UsageError(f"{name} is {value!r}; it must be {known}.")
     numbers = {name: Reader().value(given[name], name) for name in _NUMBERS if name in given}
     for name, number in numbers.items():
         if isinstance(number, str | list | dict | bool):
@@ -115,8 +116,10 @@ def check(options: Options) -> dict[str, Any]:
     return numbers
 
 
-def make_request(prompt: Prompt, defaults: Options, options: Options, policy: DataPolicy) -> Request:
-    """Return the request of a call.
+def make_request(
+    prompt: Prompt, defaults: Options, options: Options, policy: Callable[[Options], DataPolicy]
+) -> Request:
+    """Return the request of a call; `policy` returns the data policy of its options.
 
     Raises:
         UsageError: An option or a part of the prompt cannot be sent.
@@ -134,7 +137,7 @@ def make_request(prompt: Prompt, defaults: Options, options: Options, policy: Da
     requirements = Requirements(
         provider=named.get("provider"),
         model=named.get("model"),
-        policy=policy,
+        policy=policy(options),
         tools="tools" in params,
         capability=chosen.get("capability"),
         prompt=read.letters // _CHARS_PER_TOKEN,

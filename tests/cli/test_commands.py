@@ -301,8 +301,8 @@ USAGE = [
     (["complete", "--provder", "x"], "--provider"),
     (["complete", "why?", "--provider", "frist"], "Did you mean 'first'? Known: first."),
     (["complete", "why?", "--model", "smal"], "Did you mean 'small'?"),
-    (["complete"], "There is nothing to ask."),
-    (["complete", "   "], "There is nothing to ask."),
+    (["complete"], "The prompt is empty."),
+    (["complete", "   "], "The prompt is empty."),
     (["complete", "why?", "-f", "missing.log"], "missing.log: No such file or directory."),
     (["complete", "why?", "-f", "/"], "/: Is a directory."),
     (["complete", "why?", "--tag", "agent"], "--tag 'agent' is not key=value."),
@@ -370,8 +370,8 @@ def test_explain_says_who_would_answer_and_sends_nothing(net: Loopback, waterfal
     )
     ran = biollm("explain")
     assert ran.out.splitlines() == [
-        "   #  deployment    standing  reason",
-        "   1  first/small   keyless   no key: set NOT_SET",
+        "   #  deployment    status   reason",
+        "   1  first/small   keyless  no key: set NOT_SET",
         "→  2  second/small  ready",
         "",
         "second/small would answer.",
@@ -380,7 +380,7 @@ def test_explain_says_who_would_answer_and_sends_nothing(net: Loopback, waterfal
     assert [each["standing"] for each in fact] == ["keyless", "unfit"]
     names = {"deployment", "order", "provider", "account", "model", "standing", "reason", "until", "cost", "load"}
     assert set(fact[0]) == names
-    assert biollm("explain", "--tools").out.endswith("\nNobody could answer now.\n")
+    assert biollm("explain", "--tools").out.endswith("\nNo deployment is available.\n")
     assert server.requests == []
 
 
@@ -457,7 +457,7 @@ def test_config_check_says_yes_or_78(waterfall: Waterfall, biollm: Biollm) -> No
     waterfall(first="https://a.invalid/v1")
     ran = biollm("config", "--check")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.startswith("The configuration is right: 1 providers")
+    assert ran.out.startswith("Configuration OK: 1 providers")
 
 
 def test_config_for_the_proxy_names_keys_and_holds_none(waterfall: Waterfall, biollm: Biollm) -> None:
@@ -590,7 +590,7 @@ def test_a_closed_stdin_is_no_input(waterfall: Waterfall) -> None:
     waterfall(first="http://127.0.0.1:9/v1")
     ran = subprocess.run(["sh", "-c", f"{PROGRAM} complete <&-"], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2
-    assert ran.stderr.startswith("biollm: There is nothing to ask.\n")
+    assert ran.stderr.startswith("biollm: The prompt is empty.\n")
 
 
 def test_a_reader_that_leaves_early_is_no_error(waterfall: Waterfall) -> None:

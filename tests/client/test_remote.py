@@ -539,7 +539,7 @@ def test_a_record_of_another_version_is_no_reason_to_fail(runtime: Path, biollm:
     with closing(Fake(runtime)):
         (runtime / gate.RECORD).write_text(json.dumps(told))
         assert gate.reach(HI) is None
-        assert biollm("serve", "status").out == biollm("serve", "stop").out == "No gateway runs.\n"
+        assert biollm("serve", "status").out == biollm("serve", "stop").out == "Gateway is not running.\n"
 
 
 @pytest.mark.parametrize("told", ["overloaded", None, ["overloaded"]])

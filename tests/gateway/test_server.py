@@ -49,11 +49,11 @@ def test_it_runs_in_the_background_answers_and_stops(
     net: Loopback, waterfall: Waterfall, runtime: Path, state: Path, biollm: Biollm
 ) -> None:
     folder = waterfall(first=net.serve(text="from the gateway"))
-    assert biollm("serve", "status").out == "No gateway runs.\n"
+    assert biollm("serve", "status").out == "Gateway is not running.\n"
     started = biollm("serve", "--detach")
     assert started.code == 0, started.err
     assert started.out.startswith(f"listening on {runtime}/gateway.sock (pid ")
-    assert f"ends after 2 h without a request; its log is {state}/gateway.log" in started.out
+    assert f"exits after 2 h without a request; log: {state}/gateway.log" in started.out
     names = ("", "gateway.sock", "gateway.json", "gateway.lock")
     assert [mode(runtime / name) for name in names] == ["0o700", "0o600", "0o600", "0o600"]
     assert mode(state / "gateway.log") == "0o600"
@@ -74,12 +74,12 @@ def test_it_runs_in_the_background_answers_and_stops(
 
     (folder / "providers.yaml").write_text((folder / "providers.yaml").read_text() + "\n")
     assert biollm("serve", "status", "--json").json["same_configuration"] is False
-    assert "Its configuration is not the one read here now" in biollm("serve", "status").out
+    assert "The configuration has changed since it started" in biollm("serve", "status").out
 
     assert biollm("serve", "stop").out == "Stopped.\n"
     assert sorted(path.name for path in runtime.iterdir()) == ["gateway.lock"]
     until(lambda: not alive(told["pid"]))
-    assert biollm("serve", "stop").out == "No gateway runs.\n"
+    assert biollm("serve", "stop").out == "Gateway is not running.\n"
     assert biollm("serve", "status", "--json").json == {"running": False}
 
 
