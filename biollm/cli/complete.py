@@ -250,7 +250,7 @@ def explain(
     max_tokens: MaxTokens = None,
     as_json: Json = False,
 ) -> None:
-    """Show which deployment would answer, and why others are skipped.
+    """Show which deployment would answer, and why not others.
 
     Sends no prompt; replicas of a model are asked for their load.
     """
