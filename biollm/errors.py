@@ -55,7 +55,8 @@ class BiollmError(Exception):
         if not (isinstance(kind, type) and issubclass(kind, BiollmError)):
             kind = CompletionError
         error: BiollmError = kind.__new__(kind, given.get("message"))  # as unpickling does: constructors differ
-        vars(error).update({name: given.get(name) for name in ("hint", "retry_after", "kind", "name", "choices")})
+        error.hint = given.get("hint")
+        vars(error).update({name: given[name] for name in ("retry_after", "kind", "name", "choices") if name in given})
         vars(error).update(attempts=tuple(known(Attempt, each) for each in given.get("attempts", ())), **fields)
         return error
 
