@@ -20,7 +20,9 @@ def login(
     from biollm.providers import copilot
 
     if provider != "github_copilot":
-        raise UsageError(f"{provider} needs no login.", hint="Only github_copilot does; other providers take a key (env_key).")
+        raise UsageError(
+            f"{provider} needs no login.", hint="Only github_copilot does; other providers take a key (env_key)."
+        )
     names = [each.name for each in load_config().provider(provider).accounts]
     chosen = account or (names[0] if len(names) == 1 else "")
     if not chosen:
@@ -32,7 +34,9 @@ def login(
 
 
 def embedded_pull(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A model of type embedded. Default: the first.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A model of type embedded. Default: the first.")
+    ] = None,
 ) -> None:
     """Download the weights of the embedded model."""
     from biollm.config import load_config
