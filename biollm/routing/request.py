@@ -22,6 +22,8 @@ from biollm.routing.structured import Message, ResponseSchema
 from biollm.types import Attempt, Outcome
 
 if TYPE_CHECKING:
+    import asyncio
+
     from biollm.config import Config
     from biollm.routing.candidates import Candidate
     from biollm.routing.failures import Failure
