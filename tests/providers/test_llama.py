@@ -25,7 +25,7 @@ from biollm.config import load_config
 from biollm.errors import CompletionError, UnavailableError
 from biollm.providers import embedded
 from biollm.providers.credentials import Credential
-from biollm.routing.failures import classify
+from biollm.routing.classify import classify
 
 pytestmark = pytest.mark.slow
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
