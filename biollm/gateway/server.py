@@ -29,6 +29,7 @@ from biollm._runtime import background, ledger
 from biollm.client.remote import RECORD, SOCKET, connect, folders, identity, record
 from biollm.config.paths import own_dir, state_dir
 from biollm.errors import ConfigError, UnavailableError, UsageError
+from biollm.routing import litellm_private
 
 if TYPE_CHECKING:
     import uvicorn
@@ -107,6 +108,7 @@ def serve(
         if client.config.alerts.active:
             threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
         import_waterfall()  # here, so that the first request need not wait for it
+        litellm_private.defer_tokenizer()
         gc.collect()
         gc.freeze()  # what there is now stays: no collection need look at it again
         try:

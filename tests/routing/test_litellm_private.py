@@ -110,6 +110,24 @@ def test_a_program_of_ours_asks_without_openais_sdk(own: bool, net: Loopback, wa
 
 
 @pytest.mark.slow
+def test_the_tokenizer_is_loaded_when_something_counts() -> None:
+    code = """
+        import json, tiktoken
+        from biollm.routing import import_waterfall, litellm_private
+        import_waterfall()
+        litellm_private.defer_tokenizer()
+        import litellm
+        from litellm.main import _get_encoding
+        deferred = type(_get_encoding()).__module__ == "biollm.routing.litellm_private"
+        words = "samtools markdup"
+        tokens = tiktoken.get_encoding("cl100k_base").encode(words)
+        same = _get_encoding().encode(words) == tokens, litellm.token_counter("gpt-4", text=words) == len(tokens)
+        print(json.dumps([deferred, *same]))
+    """
+    assert python(code) == [True, True, True]
+
+
+@pytest.mark.slow
 def test_tools_work_without_the_mcp_package(net: Loopback, waterfall: Write) -> None:
     server = net.serve()
     waterfall(only=server)
