@@ -75,19 +75,14 @@ def serve(
     Raises:
         UsageError: A gateway is running, the port is taken, or there is no suitable folder for the socket.
     """
-    try:
-        from biollm.gateway import app as gateway
-    except ImportError as error:
-        raise UnavailableError(f"{error.name} is not installed.", hint="pip install 'biollm[serve]'") from None
+    make_app = _make_app()
     from biollm.client import Client
-    from biollm.routing import import_waterfall
 
     os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
     mine, busy, end = identity(), _Busy(), threading.Event()
     with Client() as client, _alone(home()) as folder:
-        app, path = gateway.app(client, touched=busy.touched), folder / SOCKET
-        listening, url = [(_server(app), _unix(path))], None
-        notes = [f"listening on {path} (pid {os.getpid()})"]
+        app, path, url = make_app(client, touched=busy.touched), folder / SOCKET, None
+        listening, notes = [(_server(app), _unix(path))], [f"listening on {path} (pid {os.getpid()})"]
         if port is not None:
             server, listener, url, where = _with_keys(app, host, port)
             listening.append((server, listener))
@@ -95,22 +90,13 @@ def serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: _end(end))
         running = [_start(server, listener) for server, listener in listening]
-        facts = {
-            "pid": os.getpid(),
-            "started": time.time(),
-            "identity": mine,
-            "url": url,
-            "lacks": _lacks(client.config),
-        }
-        write_private(folder / RECORD, json.dumps(facts))
+        facts = {"pid": os.getpid(), "started": time.time(), "identity": mine, "url": url}
+        write_private(folder / RECORD, json.dumps({**facts, "lacks": _lacks(client.config)}))
         for line in notes:
             say(line)
         if client.config.alerts.active:
             threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
-        import_waterfall()  # here, so that the first request need not wait for it
-        litellm_private.defer_tokenizer()
-        gc.collect()
-        gc.freeze()  # what there is now stays: no collection need look at it again
+        _warm_up()
         try:
             _until_the_end(end, busy, idle, path, path.stat().st_ino)
         finally:
@@ -118,6 +104,24 @@ def serve(
             path.unlink(missing_ok=True)
         end.set()
         _drain([server for server, _ in listening], running, busy)
+
+
+def _make_app() -> Callable[..., Any]:
+    try:
+        from biollm.gateway import app
+    except ImportError as error:
+        raise UnavailableError(f"{error.name} is not installed.", hint="pip install 'biollm[serve]'") from None
+    return app.app
+
+
+def _warm_up() -> None:
+    """Import LiteLLM now, so that the first request need not wait for it."""
+    from biollm.routing import import_waterfall
+
+    import_waterfall()
+    litellm_private.defer_tokenizer()
+    gc.collect()
+    gc.freeze()  # what there is now stays: no collection need look at it again
 
 
 def _with_keys(app: Any, host: str, port: int) -> tuple[uvicorn.Server, socket.socket, str, str]:

@@ -231,7 +231,7 @@ def test_what_makes_no_sense_is_told(net: Loopback, serve: Any, path: str, body:
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content is an int"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages[0].content[0].image_url is no http(s) URL",
+            "messages[0].content[0].image_url is neither an http(s) URL",
         ),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"tools": ["f"]}, "tools[0] is a str"),
