@@ -77,6 +77,11 @@ class Job:
     requests: dict[str, tuple[int, int] | None] = field(default_factory=dict[str, tuple[int, int] | None])
 
     @property
+    def ticket(self) -> Submission:
+        """The old name of `submission`, for one release."""
+        return self.submission
+
+    @property
     def over(self) -> bool:
         """Whether it has ended, in any way."""
         return self.phase in ("ended", "failed", "unknown")

@@ -409,7 +409,7 @@ UNSENDABLE: list[tuple[Any, dict[str, Any], str]] = [
     ([{"content": "hi"}], {}, "messages[0] has no role"),
     ([{"role": 3, "content": "hi"}], {}, "messages[0] has a role that is an int"),
     ([{"role": "user", "content": b"hi"}], {}, "messages[0].content is a bytes"),
-    ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], {}, "content[0].image_url is no"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], {}, "content[0].image_url is neither"),
     ("hi", {"tools": [{"function": {"required": {"a"}}}]}, "tools[0].function.required is a set"),
     ("hi", {"tools": ["f"]}, "tools[0] is a str"),
     ("hi", {"temperature": float("nan")}, "temperature is nan"),
