@@ -12,7 +12,10 @@ from biollm.cli.output import Json
 from biollm.errors import Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from biollm.config import Config, Limit
+    from biollm.routing.candidates import Candidate
 
 
 def models_list(context: typer.Context, as_json: Json = False) -> None:
@@ -66,21 +69,9 @@ def providers(as_json: Json = False) -> None:
     seen: dict[str, dict[str, Any]] = {}
     client = Client(allow_degraded=True)
     for candidate in client.explain():
-        deployment = candidate.deployment
-        key = "ok" if candidate.status in ("ready", "limited") else candidate.status
-        used = client.used(deployment)
-        fact = {
-            "priority": deployment.provider.priority,
-            "provider": deployment.provider.name,
-            "account": deployment.account.name,
-            "type": deployment.provider.type,
-            "standing": key,
-            "free": deployment.free,
-            "limits": [_limit(*each) for each in used],
-            "reason": candidate.reason,
-        }
-        name = f"{deployment.provider.name}/{deployment.account.name}"
-        if name not in seen or (seen[name]["standing"] != "ok" and key == "ok"):
+        fact = _account(candidate, client.used(candidate.deployment))
+        name = f"{fact['provider']}/{fact['account']}"
+        if name not in seen or (seen[name]["standing"] != "ok" and fact["standing"] == "ok"):
             seen[name] = fact
     if as_json:
         output.as_json(list(seen.values()))
@@ -97,6 +88,20 @@ def providers(as_json: Json = False) -> None:
         for name, f in seen.items()
     ]
     output.table(("priority", "provider/account", "type", "standing", "limits", "why not"), rows)
+
+
+def _account(candidate: Candidate, used: Sequence[tuple[Limit, float, float | None]]) -> dict[str, Any]:
+    deployment = candidate.deployment
+    return {
+        "priority": deployment.provider.priority,
+        "provider": deployment.provider.name,
+        "account": deployment.account.name,
+        "type": deployment.provider.type,
+        "standing": "ok" if candidate.status in ("ready", "limited") else candidate.status,
+        "free": deployment.free,
+        "limits": [_limit(*each) for each in used],
+        "reason": candidate.reason,
+    }
 
 
 def _limit(limit: Limit, used: float, resets: float | None) -> dict[str, Any]:

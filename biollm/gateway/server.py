@@ -87,8 +87,7 @@ def serve(
             server, listener, url, where = _with_keys(app, host, port)
             listening.append((server, listener))
             notes.append(f"and on {url}/v1 for the key in {where}")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: _end(end))
+        _end_on_signals(end)
         running = [_start(server, listener) for server, listener in listening]
         facts = {"pid": os.getpid(), "started": time.time(), "identity": mine, "url": url}
         write_private(folder / RECORD, json.dumps({**facts, "lacks": _lacks(client.config)}))
@@ -155,10 +154,14 @@ def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> 
         end.wait(_ALERTS)
 
 
-def _end(end: threading.Event) -> None:
-    if end.is_set():  # the second signal: at once
-        os._exit(1)
-    end.set()
+def _end_on_signals(end: threading.Event) -> None:
+    def on_signal(_number: int, _frame: object) -> None:
+        if end.is_set():  # the second signal: at once
+            os._exit(1)
+        end.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
 
 
 def _server(app: Any, **limits: Any) -> uvicorn.Server:
@@ -305,8 +308,9 @@ def detach(arguments: Sequence[str], patience: float = 60) -> tuple[Record, Path
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        if (told := running()) and told["pid"] == child.pid:
-            return told, log
+        found = running()
+        if found and found["pid"] == child.pid and "listening on" in log.read_text(errors="replace"):
+            return found, log
         if child.poll() is not None:
             written = log.read_text(errors="replace").strip().removeprefix("biollm: ")
             error = UnavailableError(written[-2000:] or f"The gateway ended with exit code {child.returncode}.")
