@@ -121,6 +121,7 @@ def told(client: Client, stream: bool) -> Completion | CompletionError:
         return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("echo", ECHOES)
 def test_a_key_sent_back_shows_nowhere(

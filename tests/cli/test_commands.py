@@ -117,6 +117,7 @@ def test_no_fallback_asks_only_the_first(net: Loopback, waterfall: Waterfall, bi
     assert second.requests == []
 
 
+@pytest.mark.slow
 def test_max_retries_waits_for_what_frees_soonest(net: Loopback, waterfall: Waterfall, biollm: Biollm) -> None:
     waterfall(first=net.serve(limited("0.2"), text="freed"))
     assert biollm("complete", "why?", "--max-retries", "1").out == "freed\n"
@@ -224,6 +225,7 @@ def test_files_and_stdin_come_before_the_question(
     assert asked(server) == prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "stdin", "argument", "system", "tag"])
 def test_what_is_not_utf8_is_read_all_the_same_and_in_one_way(
     place: str, net: Loopback, waterfall: Waterfall, tmp_path: Path
@@ -541,6 +543,7 @@ LIGHT = [
 LOADED = "import sys; from biollm.cli.app import _run; _run(); print('\\n', *sys.modules, file=sys.stderr)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", LIGHT, ids=" ".join)
 def test_only_completions_import_litellm(argv: list[str], waterfall: Waterfall) -> None:
     waterfall(first="http://127.0.0.1:9/v1")

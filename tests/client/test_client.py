@@ -196,6 +196,7 @@ def test_a_prompt_is_as_long_as_its_text(net: Loopback, waterfall: Write, conten
     assert candidate.status == status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_longer_than_fits_is_asked_for_shorter(
@@ -247,6 +248,7 @@ def test_a_refusal_of_images_rests_nobody_and_the_next_image_goes_elsewhere(
 CUT_OFF, THOUGHT = Behaviour(text="Once upon", finish="length"), Behaviour(text="", finish="length")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("small", "roomy", "wanted", "text", "finish", "trail_"),
     [
@@ -424,6 +426,7 @@ UNSENDABLE: list[tuple[Any, dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(("prompt", "options", "told"), UNSENDABLE)
 def test_what_cannot_be_sent_is_the_callers_error_and_rests_nobody(
@@ -593,12 +596,14 @@ def test_a_key_file_is_read_again_after_a_401(net: Loopback, waterfall: Write, t
     assert [r.headers["authorization"][7:10] for r in server.completions] == ["old", "old", "new"]
 
 
+@pytest.mark.slow
 def test_further_passes_wait_for_the_soonest_that_frees(net: Loopback, waterfall: Write) -> None:
     waterfall(first=net.serve(limited("0.2"), text="at last"), second=net.serve(limited("300")))
     answer = ModelRouter().complete(prompt="hi", fallback=True, max_retries=3)
     assert trail(answer) == [("first", "failed"), ("second", "failed"), ("first", "ok")]
 
 
+@pytest.mark.slow
 def test_without_fallback_the_first_is_asked_alone_and_repeated(net: Loopback, waterfall: Write) -> None:
     first, second = net.serve(limited("0.1"), EMPTY, text="third time"), net.serve()
     waterfall(first=first, second=second)
@@ -779,6 +784,7 @@ def test_a_stream_yields_text_and_ends_with_the_completion(net: Loopback, waterf
     assert last.completion.usage.completion_tokens > 0
 
 
+@pytest.mark.slow
 def test_a_long_stream_keeps_few_of_its_chunks(net: Loopback, waterfall: Write) -> None:
     text = " ".join(map(str, range(1000)))
     waterfall(first=net.serve(text=text))
@@ -1000,6 +1006,7 @@ def test_a_long_run_keeps_few_connections_open(
     assert not [message for message in caplog.messages if "Unclosed" in message]
 
 
+@pytest.mark.slow
 def test_configurations_that_nobody_uses_are_forgotten(net: Loopback, waterfall: Write) -> None:
     from biollm.routing.waterfall import Waterfall
 

@@ -172,6 +172,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("case", REFUSALS)
 def test_who_gets_no_answer_gets_openais_error(net: Loopback, serve: Any, case: str, stream: bool) -> None:
@@ -190,6 +191,7 @@ def test_who_gets_no_answer_gets_openais_error(net: Loopback, serve: Any, case: 
     assert answer.headers["x-biollm-attempts"].startswith("r0/small=")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body", "status", "told"),
     [
@@ -223,6 +225,7 @@ def test_what_makes_no_sense_is_told(net: Loopback, serve: Any, path: str, body:
     assert told in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("more", "told"),

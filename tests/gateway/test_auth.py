@@ -180,6 +180,7 @@ def test_a_key_that_is_empty_is_equal_to_none() -> None:
     assert {asyncio.run(ask(*how, **more)) for how, more in EMPTY} == {401}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("short", ["x", "fifteen-letters", " " * 20])
 def test_a_variable_that_is_too_short_is_a_configuration_error(
     waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch, runtime: Path, biollm: Callable[..., Any], short: str

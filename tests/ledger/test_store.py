@@ -626,6 +626,7 @@ def hold_queue(path: Path, held: object, go: object) -> None:
         go.wait()
 
 
+@pytest.mark.slow
 @both_journals
 @pytest.mark.parametrize("trouble", [locked, stopped_in_the_queue])
 def test_while_the_file_is_held_limits_are_kept_here_and_are_told_afterwards(

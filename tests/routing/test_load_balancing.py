@@ -146,6 +146,7 @@ def test_the_least_busy_replica_answers(
     assert asked.headers["authorization"] == "Bearer the-key-of-the-start"
 
 
+@pytest.mark.slow
 def test_the_look_is_kept_for_a_second_and_then_renewed(net: Loopback, replicas: Replicas) -> None:
     one, two = net.serve(text="first"), net.serve(text="second")
     one.metrics, two.metrics = said(7), said(0)
@@ -215,6 +216,7 @@ DEAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", DEAD, ids=["500", "hangs", "drips", "html", "garbage"])
 def test_without_metrics_the_process_counts_its_own_and_asks_no_more(
     net: Loopback, replicas: Replicas, dead: Behaviour
@@ -242,6 +244,7 @@ def test_a_failing_replica_is_followed_by_the_busier_one(net: Loopback, replicas
     assert len(idle.completions) == 2, "one more try at the same deployment"
 
 
+@pytest.mark.slow
 def test_repeats_without_fallback_stay_at_the_replica_that_was_chosen(net: Loopback, replicas: Replicas) -> None:
     servers = [net.serve(), net.serve()]
     for server in servers:

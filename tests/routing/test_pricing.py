@@ -210,6 +210,7 @@ def of_map(base: Deployment, provider: str, model: str) -> Deployment:
     return replace(base, provider=whose, litellm_model=f"{provider}/{model}")
 
 
+@pytest.mark.slow
 def test_a_price_is_litellms_with_cached_and_reasoning_tokens_and_tiers(waterfall: Write) -> None:
     """One model of each provider and set of prices; left out are prices by the hour of the day, and by feature."""
     import_waterfall()  # which keeps LiteLLM from fetching another map
@@ -303,6 +304,7 @@ JSON_WANTED = {"type": "object", "properties": {"fix": {"type": "string"}}, "req
 TWELVE = "one two three four five six seven eight nine ten eleven twelve"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("behaviour", "options", "expected"),  # (outcome, prompt, answer, estimated) of each attempt
     [

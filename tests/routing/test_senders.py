@@ -142,6 +142,7 @@ def test_the_command_line_sends_a_remote_gateway_nothing_either(
     assert ear.heard == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "hosts", "policy", "key", "sent"),
     [
@@ -239,6 +240,7 @@ def others() -> Iterator[Ear]:
         yield ear
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can listen as somebody else")
 @pytest.mark.parametrize(("kind", "key"), [("api", True), ("local", True), ("local", False)])
 def test_another_users_listener_on_loopback_gets_no_byte_whatever_the_type(

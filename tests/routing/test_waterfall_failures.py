@@ -33,6 +33,8 @@ from biollm.config.paths import state_dir
 from biollm.ledger import Ledger
 from biollm.routing.health import check, check_all_providers
 
+pytestmark = pytest.mark.slow
+
 Write = Callable[..., Path]
 STREAMS = [pytest.param(False, id="whole"), pytest.param(True, id="stream")]
 

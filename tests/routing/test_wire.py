@@ -18,7 +18,7 @@ from biollm._runtime import ledger
 from biollm.client import Client, CompletionError, InterruptedStreamError, get_model_client
 from biollm.routing.litellm_private import OWN_HANDLER
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 SENDERS = {  # how LiteLLM sends -> (litellm_provider, whether by its own handler and not OpenAI's SDK)
     "OpenAI's SDK": ("openai", ""),
