@@ -28,7 +28,7 @@ test: $(if $(LITELLM),$(VENV)/.dev,lint)
 
 # What needs no Slurm, no vLLM, no proxy and no browser.
 test-fast: $(if $(LITELLM),$(VENV)/.dev,lint)
-	$(BIN)/python -m pytest -m 'not real and not slow'
+	$(BIN)/python -m pytest -n auto -m 'not real and not slow'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

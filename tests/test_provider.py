@@ -88,6 +88,7 @@ def test_a_script_is_used_up_request_by_request(net: Loopback) -> None:
     assert [model["id"] for model in listed["data"]] == ["small", "large"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "stream", "what"),
     [

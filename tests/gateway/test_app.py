@@ -270,6 +270,7 @@ def test_a_header_that_makes_no_sense_is_told(net: Loopback, serve: Any, name: s
     assert f"{name} is 'odd'; it must be one of " in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_long_list_of_attempts_is_cut_where_a_header_may_end(net: Loopback, serve: Any) -> None:
     many = {
         "base_url": net.refusing(),
@@ -366,6 +367,7 @@ def test_who_leaves_takes_the_request_along_within_a_second(net: Loopback, serve
     assert [record.outcome for record in ledger().history(None, None)] == ["cancelled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "extension", "header", "policy", "who"),
     [

@@ -98,6 +98,7 @@ def test_every_route_but_health_needs_a_key(url: str) -> None:
     assert tags == [{"key": "ann", "user": "ann", "run": "7"}, {"key": "bob"}]
 
 
+@pytest.mark.slow
 def test_a_browser_sees_the_pages_by_http_basic_and_no_more(url: str) -> None:
     with httpx.Client(base_url=url, timeout=60) as client:
         asked = client.get("/")

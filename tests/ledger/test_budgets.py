@@ -204,6 +204,7 @@ def test_eight_processes_pass_a_token_limit_by_no_more_than_their_answers_pass_w
 # --- The client -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "most"),
     [({"token_limit": "2k/min"}, 2000 // 60), ({"budget": "2000 USD/month"}, 2000 // 60), ({}, 50)],

@@ -680,6 +680,7 @@ def test_a_process_that_stands_still_blames_no_file(tmp_path: Path, caplog: pyte
     assert caplog.messages == []
 
 
+@pytest.mark.slow
 def test_a_queue_that_stands_still_is_waited_in_for_250_ms(tmp_path: Path, clock: Clock) -> None:
     waits = []
     with contextlib.closing(Ledger(tmp_path, clock=clock, network=True)) as ledger:

@@ -237,6 +237,7 @@ def test_a_command_that_hangs_is_ended_and_sees_no_key(
     assert "planted" not in seen.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "why"), [(500, "HTTP 500"), (None, "TimeoutError")])
 def test_a_target_that_fails_is_told_later_and_holds_up_nobody(
     net: Loopback, waterfall: Waterfall, state: Path, hook: Any, how: int | None, why: str

@@ -218,6 +218,7 @@ def test_a_watch_asks_a_server_once_not_at_each_refresh(cluster: Cluster, server
     assert server.asked == 1
 
 
+@pytest.mark.slow
 def test_a_new_server_that_is_slow_to_answer_counts_by_its_record(cluster: Cluster, server: Server) -> None:
     server.pause = 1.5  # more than a look waits for
     publish(cluster, server.server_port)

@@ -82,6 +82,7 @@ def test_a_missing_command_says_where_to_run_this(monkeypatch: pytest.MonkeyPatc
     assert "login node" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_a_command_that_hangs_is_ended(answer: Answer) -> None:
     answer("squeue", "exec sleep 60")
     with pytest.raises(commands.ControllerAwayError, match="no answer within 1 s"):

@@ -117,6 +117,7 @@ def check(scripts: list[LaunchScript], folder: Path) -> None:
             assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_bash_and_shellcheck_accept_models_by_sites_by_environments(tmp_path: Path) -> None:
     sites = [A3, UNIVERSITY, BARE, UNIVERSITY.model_copy(update={"exclusive": True, "gpu_type": None})]
     matrix = [(model, site(each, env)) for model, each, env in product(MODELS.values(), sites, ENVIRONMENTS.values())]

@@ -108,6 +108,7 @@ def test_an_index_that_is_cut_off_is_weights_that_are_not_complete(cluster: Clus
     assert message.endswith("are incomplete: model.safetensors.index.json is broken. Run `biollm pull mine`.")
 
 
+@pytest.mark.slow
 def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, cluster: Cluster) -> None:
     hub.files[BIG], hub.cut[BIG] = b"3" * 12_000_000, 11_000_000
     folder = pull(MODEL, cluster)
