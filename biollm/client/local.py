@@ -60,7 +60,8 @@ class Local:
 
     def explain(self, request: Request) -> Sequence[Candidate]:
         """Return each deployment with its status; see `Client.explain`."""
-        pool = DeploymentPool(self.config, ledger(), state_dir(), self._policy(), watch(self.config.cluster).alive)
+        servers = watch(self.config.cluster)
+        pool = DeploymentPool(self.config, ledger(), state_dir(), self._policy(), servers.alive, servers.settle)
         found = candidates.explain(pool, request.requirements)
         return background().run(load_balancing.of_process().weighed(found, pool))
 
@@ -80,7 +81,7 @@ class Local:
 
     def _make(self, policy: DataPolicy, servers: Watch) -> Waterfall:
         made = import_waterfall()
-        return made(DeploymentPool(self.config, ledger(), state_dir(), policy, servers.latest))
+        return made(DeploymentPool(self.config, ledger(), state_dir(), policy, servers.latest, servers.settle))
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ class DeploymentPool:
         state: The folder of tokens and weights.
         policy: Overrides the configuration's data policy.
         discover: Returns the running servers; called before every request, so it must only look at memory.
+        settle: Waits for at most so many seconds until `discover` knows the servers; returns whether it does.
         interval: Seconds between two looks for what a deployment lacks.
     """
 
@@ -129,11 +130,13 @@ class DeploymentPool:
         state: Path,
         policy: DataPolicy,
         discover: Callable[[], Iterable[Endpoint]] = tuple,
+        settle: Callable[[float], bool] = lambda _: True,
+        *,
         interval: float = 5.0,
     ) -> None:
         self.config, self.ledger, self.state = config, ledger, state
         self.policy: DataPolicy = policy
-        self._discover, self._interval = discover, interval
+        self._discover, self.settle, self._interval = discover, settle, interval
         self._servers: tuple[Endpoint, ...] | None = None
         self._looked = 0.0
         self.deployments: list[Deployment] = []
@@ -205,7 +208,8 @@ class DeploymentPool:
             weights = embedded.ready(model, self.state)
             return weights if isinstance(weights, str) else embedded.server(model, weights, start=exchange)
         if deployment.provider.type == "local" and deployment.base_url is None:
-            return f"no server is up: biollm up {deployment.model}"
+            known = self.settle(0)
+            return f"no server is up: biollm up {deployment.model}" if known else "the run directory does not answer"
         if deployment.start:
             server = next((server for server in servers if server.start == deployment.start), None)
             if server is None:

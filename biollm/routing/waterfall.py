@@ -38,6 +38,7 @@ CONNECT_S = 3.0  # that a host has to accept a connection
 _CHUNKS = 32  # of a stream, before their text is joined
 _TOKEN_MARGIN_S = 120.0  # that a short-lived token must still be good for
 _REFRESH_S = 1.0  # between two looks for what other processes know, while nothing may be tried
+_SETTLE_S = 10.0  # that a request with no other deployment waits for the first look at the running servers
 _REPEAT_S = 0.05  # before a deployment that failed once is tried again
 
 
@@ -139,10 +140,11 @@ class Waterfall:
             candidates = await self._candidates(run)
             ready = [candidate.deployment for candidate in candidates if candidate.status == "ready"]
             wait = self._wait(run, candidates, ready)
-            if wait is None:
+            if wait is not None:
+                run.start_waiting()
+                await asyncio.sleep(wait)
+            elif ready or not await self._servers_appear(candidates):
                 break
-            run.start_waiting()
-            await asyncio.sleep(wait)
         for candidate in candidates:
             if candidate.status != "ready":
                 run.skip(candidate)
@@ -156,6 +158,11 @@ class Waterfall:
             await apart(self.pool.ledger.refresh)
             candidates = self.pool.candidates(run.request.requirements, skip=run.tried)
         return candidates
+
+    async def _servers_appear(self, candidates: Sequence[Candidate]) -> bool:
+        """Wait for a slow first look at the running servers, if one of them may be all there is; return if it came."""
+        absent = any(each.status == "absent" and each.deployment.local for each in candidates)
+        return absent and not self.pool.settle(0) and await apart(self.pool.settle, _SETTLE_S)
 
     def _wait(self, run: Run, candidates: Sequence[Candidate], ready: Sequence[Deployment]) -> float | None:
         """Return the seconds until an earlier deployment than the first of `ready` frees; None for no wait."""

@@ -190,6 +190,11 @@ class Watch:
         waited = self._refreshed.is_set() or time.monotonic() >= self._wait_until
         return waited and self._thread is not None and self._thread.is_alive()
 
+    def settle(self, seconds: float) -> bool:
+        """Wait for the first refresh; return whether it has come: without it, no server is not known to be none."""
+        self.latest()
+        return self._refreshed.wait(seconds)
+
     def refresh(self) -> tuple[Endpoint, ...]:
         """Read the records, and probe the servers that are new or were not probed for a while."""
         began = time.monotonic()

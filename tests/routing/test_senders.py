@@ -401,7 +401,7 @@ def running(net: Loopback, waterfall: Write, tmp_path: Path) -> Server:
     )  # fmt: skip
     cluster = load_config().cluster
     background().kept["watch", run_dir(cluster), cluster.trusted_owners] = SimpleNamespace(
-        alive=lambda: (endpoint,), latest=lambda: (endpoint,), awake=True
+        alive=lambda: (endpoint,), latest=lambda: (endpoint,), awake=True, settle=lambda _: True
     )
     return server
 

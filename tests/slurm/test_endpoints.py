@@ -14,14 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from provider import Loopback
 
 from biollm._ownership import listener_trusted, uids
-from biollm.client import get_model_client
-from biollm.config import Cluster
-from biollm.slurm.endpoints import PROOF, Records, Watch, ask, load, proof, read_key
+from biollm.client import CompletionError, get_model_client
+from biollm.config import Cluster, load_config
+from biollm.routing.waterfall import _SETTLE_S
+from biollm.slurm.endpoints import _FIRST_S, PROOF, Records, Watch, ask, load, proof, read_key
 from biollm.slurm.endpoints import START as START_HEADER
 
 START = "0123456789abcdef0123456789abcdef"
@@ -250,6 +252,32 @@ def test_a_file_system_that_does_not_answer_blocks_no_caller(
     began = time.monotonic()
     assert {get_model_client().complete("hi").provider for _ in range(10)} == {"first"}
     assert time.monotonic() - began < 10, "only the first request waits"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_request_that_only_a_server_can_answer_waits_for_a_slow_file_system(
+    net: Loopback, waterfall: Callable[..., Path], state: Path, answers: bool
+) -> None:
+    """Before it has answered, "no server is up" would be a guess."""
+    server = net.serve(text="from the server")
+    server.start_id, server.key = START, "secret"
+    models = {"mine": {"type": "local", "hf_id": "lab/mine"}}
+    waterfall({"models": models}, vllm={"type": "local", "models": ["mine"]})
+    site = load_config().cluster.model_copy(update={"run_dir": state / "slurm"})
+    (state / "slurm" / "records").mkdir(parents=True)
+    os.mkfifo(slow := state / "slurm" / "records" / f"{'f' * 32}.json")
+    publish(site, urlsplit(server.url).port or 0, cluster=site.name, model="mine")
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(get_model_client().complete, "hi", deadline=30)
+        time.sleep(_FIRST_S + 1 if answers else _SETTLE_S + _FIRST_S + 1)
+        early, _ = asked.done(), slow.open("w").close()
+        if answers:
+            assert (early, asked.result().text) == (False, "from the server")
+        else:
+            with pytest.raises(CompletionError, match="vllm/mine: the run directory does not answer"):
+                asked.result()
+            wait_for(lambda: get_model_client().complete("hi").text == "from the server")
 
 
 @pytest.mark.slow
