@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from biollm._files import is_shared
-from biollm._ownership import is_private
 from biollm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,25 +75,12 @@ def tags_of(written: str) -> dict[str, str]:
 
 def run_dir(cluster: Cluster) -> Path:
     """Return the run directory, which the nodes share; the user may keep other things there, too."""
-    if cluster.run_dir:
-        return cluster.run_dir
-    before = state_dir() / "slurm"  # of version 0.1, even in a folder that a group shares
-    return before if is_private(before) else own_dir(state_dir()) / "slurm"
+    return cluster.run_dir or own_dir(state_dir()) / "slurm"
 
 
 def biollm_dir(cluster: Cluster) -> Path:
     """Return the folder in the run directory with the records of servers and submissions."""
     return run_dir(cluster) / "biollm"
-
-
-def biollm_dirs(cluster: Cluster) -> tuple[Path, Path]:
-    """Return the folders that may have records: this version's, and that of 0.1, whose servers may still run."""
-    return biollm_dir(cluster), run_dir(cluster)
-
-
-def present_dir(cluster: Cluster) -> Path:
-    """Return the first of `biollm_dirs` that exists, for readers, which create no folder."""
-    return next((folder for folder in biollm_dirs(cluster) if folder.is_dir()), biollm_dir(cluster))
 
 
 def log_dir(cluster: Cluster) -> Path:

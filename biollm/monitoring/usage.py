@@ -323,7 +323,7 @@ def _local(
 
 def _gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
     """Return model -> GPU hours of this user's jobs, from first to last event, split evenly over a job's models."""
-    from biollm.config.paths import present_dir
+    from biollm.config.paths import biollm_dir
     from biollm.slurm import commands
     from biollm.slurm.submissions import job_of, submissions
 
@@ -331,7 +331,7 @@ def _gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
     known = [submission for submission in submissions(config.cluster) if submission.events]
     if not known:
         return hours
-    queue = commands.queue(present_dir(config.cluster), config.cluster.name)
+    queue = commands.queue(biollm_dir(config.cluster), config.cluster.name)
     for submission in known:
         end = submission.seen if job_of(submission, queue, (), until).over else until
         seconds = min(end, until) - max(float(submission.events[0]["at"]), since)

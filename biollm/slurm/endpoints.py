@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from biollm._files import file_time
 from biollm._ownership import is_this_host, uids
-from biollm.config.paths import biollm_dirs, present_dir
+from biollm.config.paths import biollm_dir
 
 if TYPE_CHECKING:
     from biollm.config import Cluster
@@ -74,7 +74,7 @@ class Records:
     """The records of a cluster's run directory; unchanged ones are not read again."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._cluster, self._places = cluster, biollm_dirs(cluster)
+        self._cluster, self._folder = cluster, biollm_dir(cluster)
         self._owners = uids(cluster.trusted_owners)
         self._known: dict[str, tuple[tuple[int, int], Any, int]] = {}
         self._nodes: tuple[float, dict[str, str]] = (-1.0, {})
@@ -86,9 +86,8 @@ class Records:
         others: dict[str, str] = {}
         known, self._known = self._known, {}
         entries: list[os.DirEntry[str]] = []
-        for place in self._places:
-            with suppress(OSError):
-                entries += [entry for entry in os.scandir(place / "records") if _RECORD.fullmatch(entry.name)]
+        with suppress(OSError):
+            entries = [entry for entry in os.scandir(self._folder / "records") if _RECORD.fullmatch(entry.name)]
         now = self.now() if entries else 0.0
         for entry in entries:
             try:
@@ -112,7 +111,7 @@ class Records:
         """Return the time by the file system's clock: nodes' and servers' clocks may differ by minutes."""
         measured, skew = self._skew
         if time.monotonic() - measured >= _SKEW_S:
-            skew = file_time(present_dir(self._cluster)) - time.time()
+            skew = file_time(self._folder) - time.time()
             self._skew = (time.monotonic(), skew)
         return time.time() + skew
 
@@ -134,16 +133,15 @@ class Records:
         if self._node_map().get(host) != address and not is_this_host(address):
             return f"{host} ({address}) is not known as a node of the cluster"
         return Endpoint(
-            start=name, job=str(record["job"]), submission=str(record["ticket"]), model=str(record["model"]), host=host,
+            start=name, job=str(record["job"]), submission=str(record["submission"]), model=str(record["model"]), host=host,
             base_url=f"http://{address}:{int(record['port'])}/v1", key_file=path.parent.with_name("starts") / name / "key",
             owner=owner, left_s=left, link=int(record["link"]),
         )  # fmt: skip
 
     def _node_map(self) -> Mapping[str, str]:
         """Return node name -> address, as written by the last `biollm up` or `render-slurm`."""
-        paths = [place / f"nodes-{self._cluster.name}.json" for place in self._places]
+        path = self._folder / f"nodes-{self._cluster.name}.json"
         try:
-            path = next((path for path in paths if path.exists()), paths[0])
             changed = path.stat().st_mtime
             if changed != self._nodes[0]:
                 nodes, owner = _load(path)

@@ -23,7 +23,7 @@ from typing import TypeVar
 from biollm._files import file_time, locked, private_folder, write_private
 from biollm._ownership import uids
 from biollm.config import Cluster, Model
-from biollm.config.paths import biollm_dir, log_dir, present_dir, run_dir
+from biollm.config.paths import biollm_dir, log_dir, run_dir
 from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.slurm import commands, submissions, weights
 from biollm.slurm.commands import Queue
@@ -179,7 +179,7 @@ def status(cluster: Cluster) -> list[Job]:
     newest = {each.job: each for each in every}  # a controller that lost its state counts from 1 again
     queue = _queue(cluster, max(each.submitted for each in every))
     without = replace(queue, rows={})
-    alive, now = Watch(cluster).refresh(), file_time(present_dir(cluster))
+    alive, now = Watch(cluster).refresh(), file_time(biollm_dir(cluster))
     jobs = [job_of(each, queue if newest[each.job] is each else without, alive, now) for each in every]
     recent = [job for job in jobs if not job.over or now - max(job.submission.submitted, job.submission.seen) < 86400]
     return [replace(job, requests={e.start: load(e) for e in job.endpoints}) for job in recent]
@@ -403,11 +403,11 @@ def _make_biollm_dir(cluster: Cluster) -> Path:
 
 
 def _queue(cluster: Cluster, since: float = 0.0) -> Queue:
-    return commands.queue(present_dir(cluster), cluster.name, since)
+    return commands.queue(biollm_dir(cluster), cluster.name, since)
 
 
 def _jobs(chosen: Sequence[Submission], cluster: Cluster) -> list[Job]:
-    queue, alive, now = _queue(cluster), Records(cluster).read()[0], file_time(present_dir(cluster))
+    queue, alive, now = _queue(cluster), Records(cluster).read()[0], file_time(biollm_dir(cluster))
     return [job_of(submissions.reload(each, cluster), queue, alive, now) for each in chosen]
 
 

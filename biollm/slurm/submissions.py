@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from biollm._files import write_private
 from biollm.config import Cluster
-from biollm.config.paths import biollm_dir, biollm_dirs
+from biollm.config.paths import biollm_dir
 from biollm.errors import JobFailedError, UsageError
 from biollm.slurm.commands import Queue, Row
 from biollm.slurm.endpoints import Endpoint
@@ -75,11 +75,6 @@ class Job:
     node: str = ""
     endpoints: tuple[Endpoint, ...] = ()
     requests: dict[str, tuple[int, int] | None] = field(default_factory=dict[str, tuple[int, int] | None])
-
-    @property
-    def ticket(self) -> Submission:
-        """The old name of `submission`, for one release."""
-        return self.submission
 
     @property
     def over(self) -> bool:
@@ -180,10 +175,8 @@ def _events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def submissions(cluster: Cluster) -> list[Submission]:
     """Return this user's submissions, oldest first."""
-    own, before = biollm_dirs(cluster)
-    paths = list((own / "jobs").glob("*.json"))
-    paths += [path for path in (before / "jobs").glob("*.json") if re.fullmatch(_ID, path.stem)]  # others are not ours
-    return sorted(filter(None, (_load(path, cluster) for path in paths)), key=lambda each: each.submitted)
+    found = (_load(path, cluster) for path in (biollm_dir(cluster) / "jobs").glob("*.json"))
+    return sorted(filter(None, found), key=lambda each: each.submitted)
 
 
 def find(cluster: Cluster, target: str) -> list[Submission]:
@@ -202,21 +195,15 @@ def find(cluster: Cluster, target: str) -> list[Submission]:
 def sweep(cluster: Cluster, jobs: Iterable[Job] = ()) -> None:
     """Remove this user's files of a week ago, except those of running `jobs` and of servers that are alive.
 
-    The run directory may be the user's for other things, too. So only names of the exact form that biollm gives
-    count, in folders of the exact names; and where version 0.1 kept them, only if it left its node files there.
+    Only names of the exact form that biollm gives count, in folders of the exact names.
     """
-    own, before = biollm_dirs(cluster)
+    place = biollm_dir(cluster)
     kept = {name for job in jobs if not job.over for name in (job.submission.id, job.submission.chain) if name}
-    for record in (path for place in (own, before) for path in (place / "records").glob("*.json")):
+    for record in (place / "records").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):  # those of another cluster's jobs, too
-            if re.fullmatch(_ID, record.stem) and time.time() - record.stat().st_mtime < _KEPT_S:
-                kept |= {record.stem, json.loads(record.read_text())["ticket"]}
-    _sweep(own, rf"{_ID}|{re.escape(cluster.name)}-\d+", kept)  # the latter: of a script submitted by hand
-    if any((before / "lib").glob("biollm_node_*.py")):
-        _sweep(before, _ID, kept)
-
-
-def _sweep(place: Path, submission: str, kept: set[str]) -> None:
+            if time.time() - record.stat().st_mtime < _KEPT_S:
+                kept |= {record.stem, json.loads(record.read_text())["submission"]}
+    submission = rf"{_ID}|{re.escape(cluster.name)}-\d+"  # the latter: of a script submitted by hand
     for folder, form in _NAMES.items():
         pattern = re.compile(form.format(submission=submission, id=_ID))
         for path in [] if (place / folder).is_symlink() else _entries(place / folder):

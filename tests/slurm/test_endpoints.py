@@ -72,24 +72,24 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
-    (tmp_path / "records").mkdir()
-    (tmp_path / "nodes-lab.json").write_text(json.dumps({"node1": "10.0.0.1"}))
+    (tmp_path / "biollm" / "records").mkdir(parents=True)
+    (tmp_path / "biollm" / "nodes-lab.json").write_text(json.dumps({"node1": "10.0.0.1"}))
     return Cluster(name="lab", run_dir=tmp_path)
 
 
 def publish(site: Cluster, port: int = 1, *, age: float = 0, start: str = START, **changes: Any) -> Path:
     """Write a record as the supervisor does, renewed `age` seconds ago; None takes a field out."""
     assert site.run_dir
-    record = {"v": 1, "start": start, "cluster": "lab", "job": "7", "ticket": "t", "restart": 0, "model": "qwen",
+    record = {"v": 1, "start": start, "cluster": "lab", "job": "7", "submission": "t", "restart": 0, "model": "qwen",
               "host": "node1", "address": "127.0.0.1", "port": port, "left_s": 3600, "up_s": 40, "chain": "",
               "link": 1}  # fmt: skip
     record = {key: value for key, value in (record | changes).items() if value is not None}
-    path = site.run_dir / "records" / f"{start}.json"
+    path = site.run_dir / "biollm" / "records" / f"{start}.json"
     path.write_text(json.dumps(record))
     path.chmod(0o600)
     then = time.time() - age
     os.utime(path, (then, then))
-    key = site.run_dir / "starts" / start / "key"
+    key = path.parents[1] / "starts" / start / "key"
     key.parent.mkdir(parents=True, exist_ok=True)
     key.write_text("secret\n")
     return path
@@ -104,17 +104,6 @@ def test_a_live_record_becomes_an_endpoint(cluster: Cluster, server: Server) -> 
     assert 3590 < endpoint.left_s <= 3600
     assert read_key(endpoint) == "secret"
     assert "secret" not in repr(endpoint)
-
-
-def test_a_server_is_found_in_our_folder_and_where_version_0_1_put_it(cluster: Cluster, server: Server) -> None:
-    assert cluster.run_dir
-    own = cluster.run_dir / "biollm"
-    (own / "records").mkdir(parents=True)
-    publish(cluster.model_copy(update={"run_dir": own}), server.server_port, start=START[::-1])
-    publish(cluster, server.server_port)
-    alive, _ = Records(cluster).read()
-    assert {each.start: each.key_file.parents[2] for each in alive} == {START: cluster.run_dir, START[::-1]: own}
-    assert {read_key(each) for each in alive} == {"secret"}
 
 
 def test_an_empty_key_of_a_server_is_none(cluster: Cluster, server: Server) -> None:
@@ -144,8 +133,7 @@ def test_a_record_that_does_not_count_says_why(cluster: Cluster, changes: dict[s
 
 
 def test_files_of_the_users_own_in_a_folder_named_records_are_not_read(cluster: Cluster) -> None:
-    assert cluster.run_dir
-    publish(cluster).rename(cluster.run_dir / "records" / "patient-7.json")
+    (path := publish(cluster)).rename(path.with_name("patient-7.json"))
     assert Records(cluster).read() == ([], {})
 
 
@@ -243,8 +231,8 @@ def test_a_watch_works_in_the_child_of_a_fork(cluster: Cluster, server: Server) 
 def test_a_file_system_that_does_not_answer_blocks_no_caller(
     net: Loopback, waterfall: Callable[..., Path], state: Path
 ) -> None:
-    (state / "slurm" / "records").mkdir(parents=True)
-    os.mkfifo(state / "slurm" / "records" / f"{START}.json")  # to open it waits until somebody writes
+    (state / "slurm" / "biollm" / "records").mkdir(parents=True)
+    os.mkfifo(state / "slurm" / "biollm" / "records" / f"{START}.json")  # to open it waits until somebody writes
     waterfall(first=net.serve())
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda _: get_model_client().complete("hi", deadline=30), range(2)))
@@ -265,8 +253,8 @@ def test_a_request_that_only_a_server_can_answer_waits_for_a_slow_file_system(
     models = {"mine": {"type": "local", "hf_id": "lab/mine"}}
     waterfall({"models": models}, vllm={"type": "local", "models": ["mine"]})
     site = load_config().cluster.model_copy(update={"run_dir": state / "slurm"})
-    (state / "slurm" / "records").mkdir(parents=True)
-    os.mkfifo(slow := state / "slurm" / "records" / f"{'f' * 32}.json")
+    (state / "slurm" / "biollm" / "records").mkdir(parents=True)
+    os.mkfifo(slow := state / "slurm" / "biollm" / "records" / f"{'f' * 32}.json")
     publish(site, urlsplit(server.url).port or 0, cluster=site.name, model="mine")
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(get_model_client().complete, "hi", deadline=30)
@@ -300,7 +288,7 @@ Watch(Cluster(name="lab", run_dir=Path({str(tmp_path)!r})), interval=0.01).alive
 def test_200_servers_are_asked_for_without_file_access(cluster: Cluster) -> None:
     with Server(start="", host="0.0.0.0") as server:
         nodes = {f"n{number}": f"127.0.1.{number}" for number in range(200)}
-        (cluster.run_dir / "nodes-lab.json").write_text(json.dumps(nodes))
+        (cluster.run_dir / "biollm" / "nodes-lab.json").write_text(json.dumps(nodes))
         for number in range(200):
             start, host = f"{number:032x}", f"n{number}"
             publish(cluster, server.server_port, start=start, host=host, address=nodes[host], model=f"m{number}")

@@ -226,22 +226,19 @@ def test_a_submission_leaves_script_node_files_and_record(
     assert run.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_job_of_version_0_1_is_seen_and_stopped_where_its_supervisor_looks(
-    answer: Answer, site: Cluster, tmp_path: Path
-) -> None:
+def test_a_job_is_seen_and_stopped_where_its_supervisor_looks(answer: Answer, site: Cluster, tmp_path: Path) -> None:
     answer("squeue", "echo '41|RUNNING|None|N/A|node1'")
     answer("scancel", "true")
-    jobs = tmp_path / "run" / "jobs"
+    jobs = tmp_path / "run" / "biollm" / "jobs"
     jobs.mkdir(parents=True)
     kept = {"job": "41", "models": ["a"], "gpus": 1, "walltime": 3600, "log": "x", "chain": "", "link": 1, "links": 1,
             "nodes": 1, "cluster": "lab"}  # fmt: skip
-    old = "0123456789ab4cde8f0123456789abcd"
-    (jobs / f"{old}.json").write_text(json.dumps(kept))
-    assert [(job.submission.id, job.phase) for job in slurm.status(site)] == [(old, "starting")]
+    id = "0123456789ab4cde8f0123456789abcd"
+    (jobs / f"{id}.json").write_text(json.dumps(kept))
+    assert [(job.submission.id, job.phase) for job in slurm.status(site)] == [(id, "starting")]
     assert [submission.job for submission in slurm.down(site, "a", wait=False)] == ["41"]
-    assert (jobs / f"{old}.stop").exists()
+    assert (jobs / f"{id}.stop").exists()
     assert "scancel --state=RUNNING --signal=USR1 --batch 41" in (tmp_path / "calls.txt").read_text()
-    assert not (tmp_path / "run" / "biollm").exists()
 
 
 def test_a_handover_is_a_second_job_that_begins_before_the_first_ends_and_counts_twice(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -163,17 +162,6 @@ def test_a_submission_of_a_newer_version_is_found(cluster: Cluster, tmp_path: Pa
     assert job_of(again, queue("RUNNING"), [], 150).phase == "starting"
 
 
-def test_a_submission_of_version_0_1_is_found_where_it_kept_them(cluster: Cluster, tmp_path: Path) -> None:
-    save(SUBMISSION, cluster)
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "biollm" / "jobs" / "t.json").rename(tmp_path / "jobs" / f"{A}.json")
-    (tmp_path / "jobs" / f"{A}.events").write_text(json.dumps(event("a ready")) + "\n")
-    shutil.copy(tmp_path / "jobs" / f"{A}.json", tmp_path / "jobs" / "a-name-that-biollm-never-gave.json")
-    (old,) = find(cluster, "a")
-    assert (old.id, old.folder, len(old.events)) == (A, tmp_path / "jobs", 1)
-    assert reload(old, cluster) == old
-
-
 def test_two_clusters_in_one_home_do_not_see_each_others_submissions(cluster: Cluster) -> None:
     save(SUBMISSION, cluster)
     assert submissions(cluster.model_copy(update={"name": "other"})) == []
@@ -206,7 +194,7 @@ LOOK_ALIKES = [
     "jobs/t.json", f"jobs/{MD5}.json", f"jobs/{A}.txt", f"jobs/{A}.json.bak", f"jobs/x{A}.json", f"jobs/{A}-x.master",
     f"jobs/{A.upper()}.json", "jobs/other-7.events", "jobs/lab-7.sh", f"jobs/{A}/{A}.json", f"records/{A}.jsonl",
     f"records/{A}", "records/7.json", f"starts/{C}/key", f"starts/{C}/data", "starts/none/key", f"starts/{B}",
-    "lib/biollm_node_0.py", f"logs/{A}.json", f"models/{A}.json", f"{A}.json", "nodes-lab.json",
+    "lib/biollm_supervisor_0.py", f"logs/{A}.json", f"models/{A}.json", f"{A}.json", "nodes-lab.json",
 ]  # fmt: skip
 
 
@@ -224,29 +212,21 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
-@pytest.mark.parametrize("place", ["run/biollm", "run"], ids=["here", "where version 0.1 kept them"])
-def test_old_files_of_ours_are_swept_and_no_look_alike(tmp_path: Path, place: str) -> None:
-    folder, young = tmp_path / place, ["jobs/" + B + ".json", f"starts/{B[::-1]}/key"]
+def test_old_files_of_ours_are_swept_and_no_look_alike(tmp_path: Path) -> None:
+    folder, young = tmp_path / "run" / "biollm", ["jobs/" + B + ".json", f"starts/{B[::-1]}/key"]
     put(folder, [*OURS, *LOOK_ALIKES])
-    put(tmp_path / "run", ["biollm/x"])
     for name in young:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     sweep(Cluster(name="lab", run_dir=tmp_path / "run"))
-    assert files(folder) - {"biollm/x", "x"} == {*LOOK_ALIKES, *young}
+    assert files(folder) == {*LOOK_ALIKES, *young}
 
 
 def test_what_a_script_submitted_by_hand_left_is_swept_in_our_folder_alone(tmp_path: Path) -> None:
     put(tmp_path / "run" / "biollm", BY_HAND)
-    put(tmp_path / "run", [*BY_HAND, "lib/biollm_node_0.py"])
+    put(tmp_path / "run", [*BY_HAND, *OURS])
     sweep(Cluster(name="lab", run_dir=tmp_path / "run"))
-    assert files(tmp_path / "run") == {*BY_HAND, "lib/biollm_node_0.py"}
-
-
-def test_where_no_older_version_was_nothing_is_swept(tmp_path: Path) -> None:
-    put(tmp_path, OURS)
-    sweep(Cluster(name="lab", run_dir=tmp_path))
-    assert files(tmp_path) == set(OURS)
+    assert files(tmp_path / "run") == {*BY_HAND, *OURS}
 
 
 def test_no_link_is_followed_or_removed(tmp_path: Path) -> None:
@@ -272,18 +252,17 @@ def test_another_users_files_stay(tmp_path: Path) -> None:
     assert files(tmp_path) == {f"biollm/jobs/{A}.json"}
 
 
-@pytest.mark.parametrize("place", ["biollm", "."], ids=["here", "where version 0.1 kept them"])
-def test_what_runs_or_waits_for_longer_than_a_week_keeps_its_files(tmp_path: Path, place: str) -> None:
+def test_what_runs_or_waits_for_longer_than_a_week_keeps_its_files(tmp_path: Path) -> None:
     runs, waits, ended, chain, one, two = (f"{n}" * 12 + "4000a" + "1" * 15 for n in range(6))
     names = [f"jobs/{runs}.json", f"jobs/{runs}.events", f"jobs/{runs}-0.master", f"starts/{one}/key", f"jobs/{waits}.json",
              f"jobs/{chain}.stop", f"jobs/{ended}.json", f"jobs/{ended}.events", f"starts/{two}/key"]  # fmt: skip
-    put(tmp_path / place, [*names, "lib/biollm_node_0.py"])
-    (tmp_path / place / "records").mkdir()
-    record = tmp_path / place / "records" / f"{one}.json"
-    record.write_text(json.dumps({"ticket": runs}))  # renewed just now
+    put(tmp_path / "biollm", names)
+    (tmp_path / "biollm" / "records").mkdir()
+    record = tmp_path / "biollm" / "records" / f"{one}.json"
+    record.write_text(json.dumps({"submission": runs}))  # renewed just now
     jobs = [
         job_of(replace(SUBMISSION, id=waits, chain=chain), queue("PENDING", "Resources"), [], 150),
         job_of(replace(SUBMISSION, id=ended), queue("COMPLETED"), [], 150),
     ]
     sweep(Cluster(name="lab", run_dir=tmp_path), jobs)
-    assert set(names) - files(tmp_path / place) == {*names[-3:]}
+    assert set(names) - files(tmp_path / "biollm") == {*names[-3:]}

@@ -150,7 +150,7 @@ def test_publishes_a_record_after_a_completion_of_its_own(job: Job) -> None:
     record = job.record()
     path = job.run / "records" / f"{record['start']}.json"
     assert (record["model"], record["host"], record["address"]) == ("m0", "node1", "127.0.0.1")
-    assert (record["job"], record["ticket"], record["cluster"]) == ("7", "t", "lab")
+    assert (record["job"], record["submission"], record["cluster"]) == ("7", "t", "lab")
     assert 3590 <= record["left_s"] <= 3600
     assert path.stat().st_mode & 0o777 == 0o600
     assert (job.run / "starts" / record["start"] / "key").stat().st_mode & 0o777 == 0o600

@@ -304,7 +304,7 @@ class Server:
     def _publish(self) -> None:
         job, options, up = self.job, self.job.options, time.monotonic() - self._began
         record = {"v": 1, "start": self._start, "cluster": options.cluster, "job": job.id,
-                  "ticket": job.submission, "restart": job.restart, "model": self.name, "host": job.host,
+                  "submission": job.submission, "restart": job.restart, "model": self.name, "host": job.host,
                   "address": job.address, "port": self._port, "left_s": int(job.left_s()), "up_s": int(up),
                   "chain": options.chain, "link": options.link}  # fmt: skip
         new = self._record.with_suffix(".new")
