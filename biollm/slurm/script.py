@@ -1,17 +1,8 @@
-"""Renders launch scripts: models and a site become the text of a Slurm job. Pure.
+"""Renders `slurm_templates/vllm.sh.j2`, which holds the `#SBATCH` lines and the body of every launch script. Pure.
 
-Slurm runs scripts and vLLM serves; neither knows the other. What a robust script needs, and where it is:
-
-- On the node, in the supervisor that the script ends with (bash loses signals in subshells): wait and true exit code,
-  port, readiness, first completion, record, start timeout, key, idle watchdog, drain and stop, process groups, GPUs
-  per model, the barrier of several nodes. `exec` replaces the shell, so that Slurm's signals reach the supervisor.
-- In the script: `set -euo pipefail` (-u only after modules and venv, which use unset variables), `--signal`,
-  offline weights, caches off $HOME, `srun --kill-on-bad-exit` for several nodes, `--gpus-per-node` or typed
-  `--gres`, the walltime as a number (Slurm before 23.02 does not tell a job its end), every value quoted.
-- At submit, in `jobs`: the allowlisted environment, the successor (`--dependency=after:`), the arguments "$@".
-- Nowhere: a key. Keys are made on the node. `VLLM_PORT` is vLLM's internal port, and unset.
-
-A plain script has no supervisor: header, environment and `vllm serve`, for those who want only that.
+Slurm runs scripts and vLLM serves; neither knows the other. `header` makes the options after `#SBATCH`. The script ends
+with `exec` of the supervisor, so that Slurm's signals reach it; what must run on the node is there, and keys are made
+there. The walltime is an argument: Slurm before 23.02 does not tell a job its end.
 """
 
 from __future__ import annotations
@@ -22,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,12 +35,7 @@ _CHECKPOINTS = ("awq", "gptq", "auto_awq", "auto_gptq", "awq_marlin", "gptq_marl
 
 @dataclass(frozen=True)
 class Options:
-    """What one call changes; None keeps what the site and the model say. Times in seconds.
-
-    Attributes:
-        gpus: GPUs of the only model, and its tensor-parallel size.
-        force: Render even what `fit` rules out.
-    """
+    """Overrides of the site's and the model's settings, in seconds; None keeps those. `force` skips the check of `fit`."""
 
     partition: str | None = None
     account: str | None = None
@@ -63,38 +50,26 @@ class Options:
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a job requests; None leaves it to Slurm. GPUs, CPUs and memory (GB) per node, times in seconds.
-
-    Attributes:
-        walltime: In whole minutes, as Slurm counts it.
-        drain: From the signal that starts the drain to the end of the walltime; None sends no signal.
-        log: The job's own output; Slurm replaces %j by the job's id.
-    """
+    """What a job requests; None leaves it to Slurm. GPUs, CPUs and memory are per node, times in seconds."""
 
     job_name: str
     nodes: int
     gpus: int
     cpus: int | None
     memory_gb: int | None
-    walltime: int
-    drain: int | None
-    log: str
+    walltime: int  # whole minutes
+    drain: int | None  # before the end of the walltime, by a signal; None sends none
+    log: str  # Slurm replaces %j by the job's id
 
 
 @dataclass(frozen=True)
 class LaunchScript:
-    """A script and what it requests of the cluster.
-
-    Attributes:
-        gpus: GPUs of the whole job.
-        idle_gpus: GPUs that the job would hold unused, where nodes are handed out whole.
-        warnings: One sentence each.
-    """
+    """A script and what it requests of the cluster."""
 
     text: str
     request: JobRequest
-    gpus: int
-    idle_gpus: int
+    gpus: int  # of the whole job
+    idle_gpus: int  # held unused, where nodes are handed out whole
     warnings: tuple[str, ...] = ()
 
 
@@ -131,12 +106,7 @@ def render_plain(
 ) -> LaunchScript:
     """Return a script without the supervisor, on one node: header, environment and `vllm serve`. Raises as `render`.
 
-    Args:
-        model: The model to serve.
-        cluster: The site.
-        options: What differs from the site's and the model's settings.
-        key_file: The file (0600) from which the job reads the server's key.
-        port: The port to listen on.
+    The job reads the server's key from `key_file`.
     """
     script, (model,), cluster = _plan([model], cluster, options or Options())
     if script.request.nodes > 1:
@@ -174,11 +144,7 @@ def _plan(models: Sequence[Model], cluster: Cluster, options: Options) -> tuple[
 
 
 def override(model: Model, assignment: str) -> Model:
-    """Return `model` after one "vllm_args.max_model_len=16384"; an empty value removes the flag.
-
-    Raises:
-        UsageError: It is no such assignment, names no key of a model, or the value is wrong.
-    """
+    """Return `model` after one "vllm_args.max_model_len=16384"; an empty value removes the flag. Raises UsageError."""
     import yaml
     from pydantic import ValidationError
 
@@ -226,11 +192,6 @@ def _sized(model: Model, options: Options) -> Model:
 
 
 def _nodes(models: Sequence[Model], cluster: Cluster) -> int:
-    """Return how many nodes the job needs.
-
-    Raises:
-        DoesNotFitError: Several models do not fit one node, or one cannot be divided among several.
-    """
     gpus, names = sum(model.gpus_required for model in models), ", ".join(model.key for model in models)
     nodes = max(1, math.ceil(gpus / cluster.gpus_per_node))
     if nodes > 1 and len(models) > 1:
@@ -243,18 +204,10 @@ def _nodes(models: Sequence[Model], cluster: Cluster) -> int:
 
 
 def _check_fit(model: Model, cluster: Cluster) -> Iterator[str]:
-    """Yield a warning if the size of the model is unknown.
-
-    Raises:
-        DoesNotFitError: The model cannot start.
-    """
-    if not model.gpus_required:
-        return
-    if model.architecture is None:
+    """Yield a warning if the size of the model is unknown; raise DoesNotFitError if it cannot start."""
+    if model.gpus_required and model.architecture is None:
         yield f"{model.key} has no `architecture:` in models.yaml: whether it fits its GPUs was not checked."
-        return
-    report = fit(model, cluster)
-    if not report.fits:
+    elif model.gpus_required and not (report := fit(model, cluster)).fits:
         raise DoesNotFitError(
             f"{model.key} cannot start on {report.gpus} x {report.gpu_gib:g} GiB: {' '.join(report.reasons)}",
             hint=f"It would with {'; or '.join(report.suggestions) or 'other GPUs'}. --force renders it anyway.",
@@ -282,24 +235,16 @@ def request(cluster: Cluster, job_name: str, nodes: int, gpus: int) -> JobReques
 
     A partition that hands out whole nodes gives all of both.
     """
-
-    def share(total: int | None) -> int | None:
-        if total is None or cluster.exclusive:
-            return total
-        return max(1, total * max(1, gpus) // cluster.gpus_per_node)
-
+    part = 1 if cluster.exclusive else Fraction(max(1, gpus), cluster.gpus_per_node)
     walltime = math.ceil(cluster.walltime / 60) * 60
     log = f"{str(log_dir(cluster)).replace('%', '%%')}/biollm-%j.log"
-    cpus, memory = share(cluster.cpus_per_node), share(cluster.memory_gb_per_node)
+    totals = (cluster.cpus_per_node, cluster.memory_gb_per_node)
+    cpus, memory = (total and max(1, int(total * part)) for total in totals)
     return JobRequest(job_name, nodes, gpus, cpus, memory, walltime, min(cluster.drain, walltime // 4), log)
 
 
 def header(cluster: Cluster, job: JobRequest) -> Iterator[str]:
-    """Yield the options of the job, one a line, without the `#SBATCH` before it.
-
-    Raises:
-        ConfigError: A value contains a line break or another control character.
-    """
+    """Yield the options of the job, for a line each; a control character in one raises ConfigError."""
     options: dict[str, object] = {"job-name": job.job_name, "partition": cluster.partition}
     options |= {"account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint}
     options |= {"nodes": job.nodes, "ntasks-per-node": 1}
@@ -334,13 +279,10 @@ def _quoted_for_sbatch(key: str, value: object) -> str:
 
 
 def _wrappers(cluster: Cluster, job: JobRequest) -> Iterator[str]:
-    """Yield the commands that run the rest: srun for several nodes, the container."""
     if job.nodes > 1:
         cpus = f" --cpus-per-task={job.cpus}" if job.cpus else ""
-        yield (
-            f"srun --kill-on-bad-exit=1 --nodes={job.nodes} --ntasks={job.nodes} --ntasks-per-node=1{cpus}"
-            " --cpu-bind=none"
-        )
+        tasks = f"--nodes={job.nodes} --ntasks={job.nodes} --ntasks-per-node=1{cpus}"
+        yield f"srun --kill-on-bad-exit=1 {tasks} --cpu-bind=none"
     if image := cluster.environment.container:
         own = dict.fromkeys(str(each(cluster)) for each in (run_dir, log_dir, cache_dir, models_dir))
         binds = [f"--bind={bind}" for bind in (*own, *cluster.environment.binds)]
@@ -348,7 +290,6 @@ def _wrappers(cluster: Cluster, job: JobRequest) -> Iterator[str]:
 
 
 def _vllm_serve(model: Model, cluster: Cluster, args: dict[str, Any]) -> list[str]:
-    """Return the lines of the command, one flag with its values a line."""
     flags = [["--served-model-name", model.key], *vllm_flags.flags(args)]
     first = ["vllm", "serve", str(weights_dir(model, cluster))]
     return [shlex.join(first), *(f"  {shlex.join(flag)}" for flag in flags)]
