@@ -1,6 +1,7 @@
-"""Model servers as Slurm jobs: does it fit, the launch script, submit, find, stop.
+"""Model servers as Slurm jobs: does it fit, the launch script, submit, find, stop. Start at `jobs.py`.
 
-Imports `config`, `ledger` and the foundation. Start at `jobs.py`; `supervisor/` holds what runs on the node.
+The launch script, with its `#SBATCH` lines, is `slurm_templates/vllm.sh.j2`; `script.py` renders it. `supervisor/` holds
+what runs on the node.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["Job", "Options", "check_limits", "down", "ensure", "ensuring", "find
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: a client that only reads endpoints does without the rest."""
+    """Import `jobs` on first use: a client that only reads endpoints does without it."""
     if name in __all__:
         return getattr(import_module("biollm.slurm.jobs"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """Runs Slurm's commands, and shares one snapshot of the queue among all processes of a user.
 
-Slurm's commands cost the controller a connection each, and hang for a minute when it is away. So each has a time
-limit and an allowlisted environment (sbatch would copy the caller's keys into the controller's state), and the queue
-is read at most every 5 s per user, 30 s while all jobs just wait: one process reads it for all.
+Each command costs the controller a connection, and hangs for a minute when it is away. So all have a time limit, and
+one process reads the queue for all, every 5 to 30 s. sbatch would copy the caller's environment, with its keys, into the
+controller's state, so they get an allowlist.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ControllerAwayError(SlurmError):
 
 @dataclass(frozen=True)
 class Row:
-    """A job in the queue. `start` is Slurm's, of a pending job its estimate: ISO 8601 in UTC, or ""."""
+    """A job in the queue. `start`, of a pending job Slurm's estimate, is ISO 8601 in UTC, or ""."""
 
     job: str
     state: str
@@ -114,12 +114,9 @@ def nodes() -> dict[str, str]:
 
 
 def queue(folder: Path, cluster: str, since: float = 0.0) -> Queue:
-    """Return this user's jobs; reads Slurm's queue only when the shared snapshot is too old.
+    """Return this user's jobs from the snapshot in `folder`, which is read again when it is too old.
 
-    Args:
-        folder: The run directory.
-        cluster: Name of the cluster, since two may share a home directory.
-        since: A snapshot from before this time (a submission's) is too old after 5 s, whatever its interval.
+    A snapshot from before the time `since`, a submission's, is too old after 5 s.
     """
     path = folder / f"queue-{cluster}-{os.getuid()}.json"
 
@@ -137,7 +134,6 @@ def queue(folder: Path, cluster: str, since: float = 0.0) -> Queue:
 
 
 def _next(old: Queue) -> Queue:
-    """Read Slurm's queue; return the next snapshot, with its interval."""
     slower = min(SLOW_POLL_S, old.interval * 1.5)
     try:
         text = run("squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%r|%S|%N", TZ="UTC")

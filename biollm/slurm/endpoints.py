@@ -44,30 +44,18 @@ _METRIC = re.compile(
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that is alive.
+    """A server that is alive."""
 
-    Attributes:
-        start: Id of this start of the server; every answer carries it as `x-biollm-start`.
-        job: Slurm's job id.
-        submission: Id of the submission; unlike a job id it is never reused.
-        host: The node's name.
-        base_url: "http://ADDRESS:PORT/v1".
-        key_file: Holds the key of this start; see `read_key`.
-        owner: User id of the record's owner.
-        left_s: Seconds of walltime left when it was read.
-        link: Place in the chain, from 1.
-    """
-
-    start: str
+    start: str  # id of this start; every answer has it as `x-biollm-start`
     job: str
     submission: str
     model: str
-    host: str
-    base_url: str
-    key_file: Path
-    owner: int
-    left_s: float
-    link: int
+    host: str  # the node's name
+    base_url: str  # "http://ADDRESS:PORT/v1"
+    key_file: Path  # see `read_key`
+    owner: int  # user id of the record's owner
+    left_s: float  # walltime left when it was read
+    link: int  # place in the chain, from 1
 
 
 class Records:
@@ -81,7 +69,7 @@ class Records:
         self._skew = (-_SKEW_S, 0.0)
 
     def read(self) -> tuple[list[Endpoint], dict[str, str]]:
-        """Return the servers that are alive by their records, and for every other record why it does not count."""
+        """Return the servers that are alive by their records, and for every other record (by start) why it is not used."""
         alive: list[Endpoint] = []
         others: dict[str, str] = {}
         known, self._known = self._known, {}
@@ -163,10 +151,7 @@ class Watch:
         self._used = self._read_s = 0.0
 
     def alive(self) -> tuple[Endpoint, ...]:
-        """Return the servers alive at most an interval ago.
-
-        Waits for the first refresh, also after a minute without use; at most 2 s, then it returns what was known.
-        """
+        """Return the servers alive at most an interval ago; after a minute without use, wait up to 2 s for them."""
         self.latest()
         self._refreshed.wait(max(0.0, self._wait_until - time.monotonic()))
         return self._alive
@@ -219,11 +204,7 @@ class Watch:
 
 
 def read_key(endpoint: Endpoint) -> str:
-    """Return the key of an endpoint.
-
-    Raises:
-        OSError: It is gone, empty, not readable, or does not belong to the record's owner.
-    """
+    """Return the key of an endpoint; raise OSError if it is gone, empty, or not of the record's owner."""
     with endpoint.key_file.open() as file:
         if os.fstat(file.fileno()).st_uid != endpoint.owner:
             raise PermissionError(f"{endpoint.key_file} does not belong to the owner of its record.")
@@ -250,14 +231,7 @@ def unproven(base_url: str, model: str) -> str:
 
 
 def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout: float) -> tuple[int, str]:
-    """Return status and text of one request to the server itself, with its key and past any proxy.
-
-    Args:
-        endpoint: The server.
-        method: "GET" or "POST".
-        path: From the root, such as "/v1/completions".
-        body: Sent as JSON.
-        timeout: Seconds.
+    """Return status and text of one request to the server itself, with its key and past any proxy; `timeout` in seconds.
 
     Raises:
         OSError: It did not answer, or another server did; the key was not sent to that.

@@ -1,7 +1,6 @@
 """Starts model servers as Slurm jobs, waits for them, shows them and stops them.
 
-What Slurm lacks: it knows when a job runs, not when its server answers. `commands` runs Slurm's commands;
-`submissions` derives the state of a job.
+What Slurm lacks: it knows when a job runs, not when its server answers.
 """
 
 from __future__ import annotations
@@ -32,34 +31,20 @@ from biollm.slurm.script import LaunchScript, Options, header, render, request
 from biollm.slurm.submissions import Job, Submission, failure, find, gpu_hours, job_of
 from biollm.slurm.supervisor import node_files
 
-OnState = Callable[[Job], None]
+Timeout = float | None  # seconds to wait; the jobs stay when it passes
+OnState = Callable[[Job], None] | None  # called with each job whenever it has changed
 T = TypeVar("T")
 
 
 def up(
-    models: Sequence[Model],
-    cluster: Cluster,
-    options: Options | None = None,
-    *,
-    replicas: int = 1,
-    share: str = "",
-    whole_nodes: bool = False,
-    wait: bool = True,
-    timeout: float | None = None,
-    on_state: OnState | None = None,
-) -> list[Job]:
-    """Submit a job that serves `models` (or several, each with all of them), and wait until its servers answer.
+    models: Sequence[Model], cluster: Cluster, options: Options | None = None, *, replicas: int = 1, share: str = "",
+    whole_nodes: bool = False, wait: bool = True, timeout: Timeout = None, on_state: OnState = None,
+) -> list[Job]:  # fmt: skip
+    """Submit `replicas` jobs, each with a server of each model, and wait until the servers answer.
 
     Args:
-        models: Each gets its own GPUs and port in the job.
-        cluster: The site.
-        options: What differs from the site's and the models' settings.
-        replicas: Number of such jobs.
         share: A group that may use the servers, too.
         whole_nodes: Submit even if GPUs of a whole node would be idle.
-        wait: Return only when they are ready.
-        timeout: Seconds to wait for all of them; the jobs stay when it passes.
-        on_state: Called with each job whenever it has changed.
 
     Raises:
         UnavailableError: Weights or the serving environment are missing.
@@ -78,34 +63,23 @@ def up(
 
 
 def ensure(
-    model: Model,
-    cluster: Cluster,
-    options: Options | None = None,
-    *,
-    timeout: float | None = None,
-    on_state: OnState | None = None,
+    model: Model, cluster: Cluster, options: Options | None = None, *, timeout: Timeout = None, on_state: OnState = None
 ) -> Endpoint:
     """Return a live server of `model`; start one unless one is live or on its way. Raises as `up` does."""
     return _run(ensuring(model, cluster, options, timeout=timeout, on_state=on_state))
 
 
 def ensuring(
-    model: Model,
-    cluster: Cluster,
-    options: Options | None = None,
-    *,
-    timeout: float | None = None,
-    on_state: OnState | None = None,
+    model: Model, cluster: Cluster, options: Options | None = None, *, timeout: Timeout = None, on_state: OnState = None
 ) -> Generator[None, None, Endpoint]:
     """Do what `ensure` does in short steps, between which the caller waits in its own way."""
     options = options or Options()
     script = _ready_to_submit([model], cluster, options, whole_nodes=False)
     with _submit_lock(cluster):  # of two callers at once, the second finds the first one's submission
         active = [job for job in status(cluster) if job.phase in ("pending", "starting", "ready")]
-        mine = sorted(
-            (job for job in active if model.key in job.submission.models), key=lambda job: job.phase != "ready"
-        )
-        new = mine[0].submission if mine else _submit_all(script, [model], cluster, options, 1, "")[0]
+        mine = [job for job in active if model.key in job.submission.models]
+        best = min(mine, key=lambda job: job.phase != "ready", default=None)
+        new = best.submission if best else _submit_all(script, [model], cluster, options, 1, "")[0]
     (job,) = yield from _waiting([new], cluster, timeout, on_state)
     for endpoint in job.endpoints:
         if endpoint.model == model.key:
@@ -114,11 +88,7 @@ def ensuring(
 
 
 def wait_for(
-    waiting: Sequence[Submission],
-    cluster: Cluster,
-    *,
-    timeout: float | None = None,
-    on_state: OnState | None = None,
+    waiting: Sequence[Submission], cluster: Cluster, *, timeout: Timeout = None, on_state: OnState = None
 ) -> list[Job]:
     """Wait until the servers of each submission answer a completion.
 
@@ -139,7 +109,7 @@ def _run(steps: Generator[None, None, T]) -> T:
 
 
 def _waiting(
-    waiting: Sequence[Submission], cluster: Cluster, timeout: float | None, on_state: OnState | None
+    waiting: Sequence[Submission], cluster: Cluster, timeout: Timeout, on_state: OnState
 ) -> Generator[None, None, list[Job]]:
     deadline = time.monotonic() + timeout if timeout is not None else None
     jobs: dict[str, Job] = {}
@@ -147,18 +117,14 @@ def _waiting(
     records, queue, polled = Records(cluster), Queue({}), -1.0
     while len(ready) < len(waiting):
         if time.monotonic() - polled >= 1:
-            queue = _queue(cluster, max(submission.submitted for submission in waiting))
+            queue = commands.queue(biollm_dir(cluster), cluster.name, max(each.submitted for each in waiting))
             polled = time.monotonic()
         alive, _ = records.read()
         for submission in waiting:
             job = job_of(submissions.reload(submission, cluster), queue, alive, records.now())
-            before, jobs[submission.id] = jobs.get(submission.id), job
-            changed = before is None or (job.phase, job.reason, job.start) != (
-                before.phase,
-                before.reason,
-                before.start,
-            )
-            if changed and on_state and submission.id not in ready:
+            old, jobs[submission.id] = jobs.get(submission.id), job
+            same = old and (old.phase, old.reason, old.start) == (job.phase, job.reason, job.start)
+            if on_state and not same and submission.id not in ready:
                 on_state(job)
             if job.over:
                 raise failure(job)
@@ -177,7 +143,7 @@ def status(cluster: Cluster) -> list[Job]:
     if not every:
         return []
     newest = {each.job: each for each in every}  # a controller that lost its state counts from 1 again
-    queue = _queue(cluster, max(each.submitted for each in every))
+    queue = commands.queue(biollm_dir(cluster), cluster.name, max(each.submitted for each in every))
     without = replace(queue, rows={})
     alive, now = Watch(cluster).refresh(), file_time(biollm_dir(cluster))
     jobs = [job_of(each, queue if newest[each.job] is each else without, alive, now) for each in every]
@@ -186,11 +152,7 @@ def status(cluster: Cluster) -> list[Job]:
 
 
 def logs(cluster: Cluster, target: str, *, lines: int = 50, follow: bool = False) -> Iterator[str]:
-    """Yield the last lines of the log of a job (by id) or of a model's newest server; then new ones, until it is over.
-
-    Raises:
-        UsageError: There is no such job or model.
-    """
+    """Yield the last lines of the log of a job (by id) or of a model's newest server; then new ones, until it is over."""
     submission = find(cluster, target)[-1]
     path = submissions.server_log(submission, target)
     yield from submissions.tail(path, lines)
@@ -208,11 +170,7 @@ def logs(cluster: Cluster, target: str, *, lines: int = 50, follow: bool = False
 
 
 def down(cluster: Cluster, target: str | None = None, *, wait: bool = True) -> list[Submission]:
-    """Stop the jobs of a model, a job by its id, or (None) all: servers leave routing, drain, and stop.
-
-    Raises:
-        UsageError: There is no such job or model.
-    """
+    """Stop the jobs of a model, a job by its id, or (None) all: servers leave routing, drain, and stop."""
     every = submissions.submissions(cluster)
     chosen = every if target is None else find(cluster, target)
     chains = {each.chain for each in chosen if each.chain}
@@ -287,8 +245,7 @@ def _check_group(share: str) -> None:
         with suppress(KeyError):
             groups.add(grp.getgrgid(number).gr_name)
     if share and share not in groups:
-        hint = f"Yours are: {', '.join(sorted(groups))}."
-        raise UsageError(f"You are not in a group named {share!r}.", hint=hint)
+        raise UsageError(f"You are not in a group named {share!r}.", hint=f"Yours are: {', '.join(sorted(groups))}.")
 
 
 def _ready_to_submit(models: Sequence[Model], cluster: Cluster, options: Options, whole_nodes: bool) -> LaunchScript:
@@ -347,17 +304,12 @@ def _submit(
 
 
 def check_limits(cluster: Cluster, known: Sequence[Job], *, jobs: int, gpus: int, hours: float) -> None:
-    """Check a start against the site's limits: max_jobs, max_gpus and gpu_hours_per_day.
+    """Raise UsageError if new jobs would exceed max_jobs, max_gpus or gpu_hours_per_day of the site.
 
     Args:
-        cluster: The site.
         known: The jobs of the last day.
-        jobs: Number of new jobs.
-        gpus: GPUs that they hold at a time.
+        gpus: That the new jobs hold at a time.
         hours: GPU hours of their whole walltimes.
-
-    Raises:
-        UsageError: One would be exceeded; names it.
     """
     active = [job.submission for job in known if not job.over]
     for name, limit, have, more in (
@@ -380,7 +332,6 @@ def _start_time(models: Sequence[Model], cluster: Cluster, walltime: float) -> f
 
 
 def _share_with(group: str, cluster: Cluster) -> None:
-    """Open what a client reads to a group."""
     folder = biollm_dir(cluster)
     for path in (run_dir(cluster), folder, folder / "records", folder / "starts"):
         shutil.chown(path, group=group)
@@ -402,12 +353,9 @@ def _make_biollm_dir(cluster: Cluster) -> Path:
     return own
 
 
-def _queue(cluster: Cluster, since: float = 0.0) -> Queue:
-    return commands.queue(biollm_dir(cluster), cluster.name, since)
-
-
 def _jobs(chosen: Sequence[Submission], cluster: Cluster) -> list[Job]:
-    queue, alive, now = _queue(cluster), Records(cluster).read()[0], file_time(biollm_dir(cluster))
+    queue = commands.queue(folder := biollm_dir(cluster), cluster.name)
+    alive, now = Records(cluster).read()[0], file_time(folder)
     return [job_of(submissions.reload(each, cluster), queue, alive, now) for each in chosen]
 
 

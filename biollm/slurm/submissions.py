@@ -1,4 +1,4 @@
-"""Keeps what is known of each submission, and derives its state from queue, events, records and logs.
+"""Derives the state of each submission from Slurm's queue and from its own events, records and logs.
 
 What Slurm lacks: it forgets a job minutes after its end, and reuses ids when its state is lost. So each submission
 leaves `jobs/ID.json` in the run directory, and its job appends changes of state to `jobs/ID.events`.
@@ -59,21 +59,14 @@ class Submission:
 
 @dataclass(frozen=True)
 class Job:
-    """A submission and its state.
-
-    Attributes:
-        reason: One sentence or Slurm's own word: why it waits, or ended.
-        start: Slurm's estimate of a pending job's start, or "".
-        endpoints: Its servers that are alive.
-        requests: Start id -> requests (running, waiting); only from `status`.
-    """
+    """A submission and its state. `requests`, from `status` only, are those running and waiting, by a server's start id."""
 
     submission: Submission
     phase: Phase
-    reason: str = ""
-    start: str = ""
+    reason: str = ""  # one sentence or Slurm's own word: why it waits, or ended
+    start: str = ""  # Slurm's estimate of a pending job's start
     node: str = ""
-    endpoints: tuple[Endpoint, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()  # alive
     requests: dict[str, tuple[int, int] | None] = field(default_factory=dict[str, tuple[int, int] | None])
 
     @property
@@ -149,7 +142,7 @@ def reload(submission: Submission, cluster: Cluster) -> Submission:
 
 
 def _load(path: Path, cluster: Cluster) -> Submission | None:
-    """Return a submission with its events; None when it is not this user's and cluster's, or unreadable."""
+    """Return a submission with its events; None if it is not this user's and cluster's, or cannot be read."""
     try:
         written, kept = path.stat(), json.loads(path.read_text())
         if kept["cluster"] != cluster.name or written.st_uid != os.getuid():
@@ -180,11 +173,7 @@ def submissions(cluster: Cluster) -> list[Submission]:
 
 
 def find(cluster: Cluster, target: str) -> list[Submission]:
-    """Return the submissions with a job's id or a model's name, oldest first.
-
-    Raises:
-        UsageError: There is none.
-    """
+    """Return the submissions with a job's id or a model's name, oldest first; raise UsageError if there is none."""
     every = submissions(cluster)
     if found := [each for each in every if target == each.job or target in each.models]:
         return found
@@ -193,10 +182,7 @@ def find(cluster: Cluster, target: str) -> list[Submission]:
 
 
 def sweep(cluster: Cluster, jobs: Iterable[Job] = ()) -> None:
-    """Remove this user's files of a week ago, except those of running `jobs` and of servers that are alive.
-
-    Only names of the exact form that biollm gives count, in folders of the exact names.
-    """
+    """Remove files with names of biollm's exact form after a week, except those of running `jobs` and live servers."""
     place = biollm_dir(cluster)
     kept = {name for job in jobs if not job.over for name in (job.submission.id, job.submission.chain) if name}
     for record in (place / "records").glob("*.json"):
@@ -206,7 +192,7 @@ def sweep(cluster: Cluster, jobs: Iterable[Job] = ()) -> None:
     submission = rf"{_ID}|{re.escape(cluster.name)}-\d+"  # the latter: of a script submitted by hand
     for folder, form in _NAMES.items():
         pattern = re.compile(form.format(submission=submission, id=_ID))
-        for path in [] if (place / folder).is_symlink() else _entries(place / folder):
+        for path in () if (place / folder).is_symlink() else (place / folder).glob("*"):
             with suppress(OSError):
                 name, found = pattern.fullmatch(path.name), path.lstat()
                 old = time.time() - found.st_mtime > _KEPT_S
@@ -214,16 +200,9 @@ def sweep(cluster: Cluster, jobs: Iterable[Job] = ()) -> None:
                     continue
                 if folder != "starts" and stat.S_ISREG(found.st_mode):
                     path.unlink()
-                elif folder == "starts" and stat.S_ISDIR(found.st_mode) and {*_entries(path)} <= {path / "key"}:
+                elif folder == "starts" and stat.S_ISDIR(found.st_mode) and {*path.glob("*")} <= {path / "key"}:
                     (path / "key").unlink(missing_ok=True)
                     path.rmdir()
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []
 
 
 def gpu_hours(job: Job) -> float:
