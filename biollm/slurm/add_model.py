@@ -22,9 +22,6 @@ def entry(hf_id: str, published: dict[str, Any], cluster: Cluster, key: str | No
     """Return the model that a published config.json describes, on the fewest GPUs that hold it.
 
     Where its whole context does not fit, `max_model_len` says what does.
-
-    Raises:
-        UsageError: The name, or the kind of model, is not understood.
     """
     name = hf_id.rpartition("/")[2]
     architecture = architecture_from_config(published)
@@ -35,11 +32,10 @@ def entry(hf_id: str, published: dict[str, Any], cluster: Cluster, key: str | No
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{'.'.join(map(str, first['loc']))} {first['msg'].removeprefix('Value error, ')}") from None
-    reports = [fit(size, cluster) for size in sizes]
-    for size, report in zip(sizes, reports, strict=True):
-        if report.fits:
-            return size
-    for size, report in zip(sizes, reports, strict=True):
+    reports = [(size, fit(size, cluster)) for size in sizes]
+    if fitting := next((size for size, report in reports if report.fits), None):
+        return fitting
+    for size, report in reports:
         length = min(report.tokens, report.max_model_len) // 1024 * 1024
         limited = size.model_copy(update={"vllm_args": {**size.vllm_args, "max_model_len": length}})
         if length and fit(limited, cluster).fits:
@@ -48,11 +44,7 @@ def entry(hf_id: str, published: dict[str, Any], cluster: Cluster, key: str | No
 
 
 def unregistered(config_json: Path) -> Model:
-    """Return a model that only its config.json describes; it is called by the folder's name.
-
-    Raises:
-        UsageError: The file, or the kind of model, is not understood.
-    """
+    """Return a model that only its config.json describes, with the folder's name."""
     architecture = architecture_from_config(published_config("", config_json))
     folder = config_json if config_json.is_dir() else config_json.parent
     return Model(key=re.sub(r"\W+", "-", folder.resolve().name).strip("-") or "model", architecture=architecture)
@@ -64,9 +56,6 @@ def add(
     """Write an entry for a model of Hugging Face into models.yaml of `folder`; return its key and the file.
 
     Args:
-        hf_id: "org/name".
-        folder: Of the user's configuration.
-        cluster: Its GPUs decide how many the entry asks for.
         config: The model's config.json, or the folder it is in; None gets it from Hugging Face.
         name: The key; None makes one of `hf_id`.
 
@@ -80,7 +69,6 @@ def add(
 
 
 def _append(model: Model, file: Path) -> None:
-    """Append `model` to the `models:` of `file`, which is made where there is none."""
     file = file.resolve()  # a link into a folder of dotfiles stays one
     old = file.read_text() if file.exists() else ""
     try:

@@ -20,10 +20,7 @@ def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a decoder-only transformer from its Hugging Face `config.json`.
 
     Covers the llama shape (Llama, Qwen2/3, Mistral, Phi-3), mixtures of experts (Mixtral, Qwen-MoE, MiniMax-M2,
-    gpt-oss) and multi-head latent attention (DeepSeek-V2/V3).
-
-    Raises:
-        UsageError: A key is missing, or the size of this kind of model cannot be computed.
+    gpt-oss) and multi-head latent attention (DeepSeek-V2/V3); others raise UsageError.
     """
     text = cast("Mapping[str, Any]", config.get("text_config") or config)
     kind, hint = str(text.get("model_type")), "Write the `architecture:` block in models.yaml by hand."
@@ -79,7 +76,6 @@ def _count(text: Mapping[str, Any], kind: str, experts: int) -> tuple[int, int]:
 
 
 def _attention(text: Mapping[str, Any], kind: str) -> int:
-    """Return the parameters of one layer's attention."""
     hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
     if text.get("kv_lora_rank"):
         return _latent_attention(text, hidden, heads)

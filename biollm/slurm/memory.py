@@ -46,52 +46,33 @@ class Setup:
 
 @dataclass(frozen=True)
 class FitReport:
-    """Whether it fits, and the numbers behind it.
-
-    Attributes:
-        gpus: GPUs of one replica, TP x PP.
-        budget_gib: Memory that vLLM may use on each GPU.
-        weights_gib: All weights; `weights_per_gpu_gib` is one GPU's share.
-        kv_gib: KV cache of all GPUs together, replicas of it (MLA) counted once.
-        kv_bytes_per_token: Of the whole model.
-        tokens: Tokens that fit in the KV cache.
-        max_model_len: Tokens of one full sequence; `sequences` of them fit.
-        reasons: Why it does not start; empty when `fits`.
-        suggestions: What would make it fit.
-    """
+    """Whether it fits, and the numbers behind it."""
 
     gpu_gib: float
-    gpus: int
+    gpus: int  # of one replica: TP x PP
     tp: int
     pp: int
-    budget_gib: float
+    budget_gib: float  # that vLLM may use on each GPU
     overhead_gib: float
     weights_gib: float
     weights_per_gpu_gib: float
-    kv_gib: float
-    kv_bytes_per_token: float
-    max_model_len: int
-    tokens: int
+    kv_gib: float  # KV cache of all GPUs, replicas of it (MLA) counted once
+    kv_bytes_per_token: float  # of the whole model
+    max_model_len: int  # tokens of one full sequence; `sequences` of them fit
+    tokens: int  # that fit in the KV cache
     sequences: float
     fits: bool
-    reasons: tuple[str, ...]
-    suggestions: tuple[str, ...] = ()
+    reasons: tuple[str, ...]  # why it does not start
+    suggestions: tuple[str, ...] = ()  # each would make it fit
 
 
 def fit(
-    model: Model,
-    cluster: Cluster,
-    *,
-    gpus: int | None = None,
-    gpu: str | None = None,
-    gpu_memory_utilization: float | None = None,
-    quantization: str | None = None,
-) -> FitReport:
+    model: Model, cluster: Cluster, *, gpus: int | None = None, gpu: str | None = None,
+    gpu_memory_utilization: float | None = None, quantization: str | None = None,
+) -> FitReport:  # fmt: skip
     """Return whether `model` starts on the GPUs of `cluster`; the keywords override the settings of both.
 
     Args:
-        model: With an `architecture`.
-        cluster: Gives the memory of one GPU.
         gpus: Tensor-parallel size.
         gpu: A name of `GPUS`, or GiB as a number.
         gpu_memory_utilization: Share of each GPU that vLLM may use, 0 to 1.
@@ -106,7 +87,21 @@ def fit(
             f"The size of {model.key} is unknown: it has no `architecture:` in models.yaml.",
             hint=f"`biollm models add {model.hf_id} --config config.json` writes the numbers.",
         )
-    setup = _setup(model, gpu_gib(gpu) if gpu else cluster.gpu_memory_gib, gpus, gpu_memory_utilization, quantization)
+    args: dict[str, Any] = model.vllm_args
+    kv_dtype: str = args.get("kv_cache_dtype", "auto")
+    setup = Setup(
+        gpu_gib=gpu_gib(gpu) if gpu else cluster.gpu_memory_gib,
+        tp=gpus or args.get("tensor_parallel_size") or model.gpus_required or 1,
+        pp=1 if gpus else args.get("pipeline_parallel_size", 1),
+        utilization=gpu_memory_utilization or args.get("gpu_memory_utilization", 0.9),
+        quantization=quantization or args.get("quantization"),
+        float32=args.get("dtype") in ("float32", "float"),
+        kv_bytes=1.0 if "8" in kv_dtype else 0.5 if "4" in kv_dtype else 2.0,
+        max_model_len=token_count(args.get("max_model_len")),
+        expert_parallel=args.get("enable_expert_parallel", False),
+        stretched="hf_overrides" in args,
+        offload_gib=args.get("cpu_offload_gb", 0.0),
+    )
     if setup.tp < 1 or setup.pp < 1 or not 0 < setup.utilization <= 1:
         raise UsageError(f"{model.key}: GPUs must be at least 1, gpu_memory_utilization above 0 and at most 1.")
     if quantization and _bits(quantization) is None:
@@ -115,27 +110,8 @@ def fit(
     return report if report.fits else replace(report, suggestions=tuple(_suggest(model.architecture, setup, report)))
 
 
-def _setup(
-    model: Model, gpu_gib: float, gpus: int | None, utilization: float | None, quantization: str | None
-) -> Setup:
-    args: dict[str, Any] = model.vllm_args
-    return Setup(
-        gpu_gib=gpu_gib,
-        tp=gpus or args.get("tensor_parallel_size") or model.gpus_required or 1,
-        pp=1 if gpus else args.get("pipeline_parallel_size", 1),
-        utilization=utilization or args.get("gpu_memory_utilization", 0.9),
-        quantization=quantization or args.get("quantization"),
-        float32=args.get("dtype") in ("float32", "float"),
-        kv_bytes=_kv_bytes(args.get("kv_cache_dtype", "auto")),
-        max_model_len=token_count(args.get("max_model_len")),
-        expert_parallel=args.get("enable_expert_parallel", False),
-        stretched="hf_overrides" in args,
-        offload_gib=args.get("cpu_offload_gb", 0.0),
-    )
-
-
 def compute(arch: Architecture, setup: Setup) -> FitReport:
-    """Compute the report of one setup, without suggestions."""
+    """Return the report of one setup, without suggestions."""
     weights = weight_bytes(arch, setup) / GIB
     share = max(0.0, weights / (setup.tp * setup.pp) - setup.offload_gib)
     budget = setup.gpu_gib * setup.utilization
@@ -213,11 +189,7 @@ def _suggest(arch: Architecture, setup: Setup, report: FitReport) -> Iterator[st
 
 
 def gpu_gib(name: str) -> float:
-    """Return the GiB of a GPU given by a name of `GPUS`, or as a number.
-
-    Raises:
-        UsageError: Neither.
-    """
+    """Return the GiB of a GPU given by a name of `GPUS`, or as a number."""
     plain = name.lower().removeprefix("nvidia").strip(" -_")
     if plain in GPUS:
         return GPUS[plain]
@@ -225,10 +197,6 @@ def gpu_gib(name: str) -> float:
         return float(match[1])
     hint = f"{nearest(plain, GPUS, repr)} Known: {', '.join(GPUS)}, or its GiB as a number.".lstrip()
     raise UsageError(f"Unknown GPU {name!r}.", hint=hint)
-
-
-def _kv_bytes(dtype: str) -> float:
-    return 1.0 if "8" in dtype else 0.5 if "4" in dtype else 2.0
 
 
 def _bits(quantization: str) -> float | None:

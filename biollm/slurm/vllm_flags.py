@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, cast
 
 from biollm.config.paths import data_dir
-from biollm.config.values import token_count
+from biollm.config.values import as_list, token_count
 from biollm.errors import UsageError, nearest
 
 # Set for each start by the launch script or on the node
@@ -59,14 +59,18 @@ def _wrong(name: str, kind: Any, value: Any, *, free: bool) -> str | None:
         return "has no value."
     if (kind in ("bool", "flag")) != isinstance(value, bool):
         return f"is {value!r}, not {'true or false' if kind in ('bool', 'flag') else 'a value for it'}."
-    items = [str(item) for item in (value if isinstance(value, list) else [value])]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    items = [str(item) for item in as_list(value)]
     if isinstance(kind, list):
-        choices = [str(choice) for choice in kind]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        choices = [str(choice) for choice in as_list(cast("object", kind))]
         unknown = None if free else next((item for item in items if item not in choices), None)
         hint = f"{nearest(unknown or '', choices, repr)} Known: {', '.join(choices)}.".lstrip()
         return f"is {unknown!r}. {hint}" if unknown else None
     if kind == "json":
-        return None if isinstance(value, dict | list) or _is_json(value) else f"is {value!r}, not JSON."
+        try:
+            json.loads("0" if isinstance(value, dict | list) else str(value))
+        except ValueError:
+            return f"is {value!r}, not JSON."
+        return None
     if isinstance(value, dict) or (isinstance(value, list) and kind != "list"):
         return "takes one value."
     if kind == "list":
@@ -102,7 +106,7 @@ def flags(args: Mapping[str, object]) -> Iterator[list[str]]:
             yield [flag, json.dumps(value, separators=(",", ":"))]
         elif isinstance(value, list):
             if value:
-                yield [flag, *map(str, cast("list[object]", value))]
+                yield [flag, *map(str, as_list(cast("object", value)))]
         else:
             text = str(value)
             yield [f"{flag}={text}"] if text.startswith("-") else [flag, text]
@@ -110,11 +114,3 @@ def flags(args: Mapping[str, object]) -> Iterator[list[str]]:
 
 def _name(key: str) -> str:
     return key.lstrip("-").replace("-", "_")
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.loads(str(value))
-    except ValueError:
-        return False
-    return True

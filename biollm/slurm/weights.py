@@ -27,11 +27,7 @@ _SLACK = 1.02  # of the bytes to come, for the file system's own
 
 
 def present(model: Model, cluster: Cluster) -> Path | str:
-    """Return the folder of the weights, or one sentence: what is missing, and the command that fixes it.
-
-    Raises:
-        UsageError: It is not a local model.
-    """
+    """Return the folder of the weights, or one sentence: what is missing, and the command that fixes it."""
     folder = weights_dir(model, cluster)
     fix = f"Run `biollm pull {model.key}`." if not model.path else "Put them there, or correct `path`."
     incomplete = f"The weights of {model.key} in {folder} are incomplete"
@@ -93,12 +89,7 @@ def pull(model: Model, cluster: Cluster, progress: Callable[[int, int], None] = 
 
 
 def published_config(hf_id: str, path: Path | None = None) -> dict[str, Any]:
-    """Return a model's config.json: `path` (the file, or the folder it is in), or from Hugging Face.
-
-    Raises:
-        UsageError: The file is missing, or not a JSON object.
-        UnavailableError: It could not be downloaded.
-    """
+    """Return a model's config.json: `path` (the file, or the folder it is in), or from Hugging Face."""
     if path is None:
         with TemporaryDirectory() as folder:  # not hf_hub_download: it retries for 24 s without an answer
             _snapshot(hf_id, Path(folder), Path(folder), allow_patterns="config.json")
@@ -136,7 +127,7 @@ def _snapshot(hf_id: str, folder: Path, cache: Path, *, revision: str | None = N
 
 
 def _refuse_to_replace(folder: Path, coming: list[str], model: Model) -> None:
-    """Refuse to replace files that neither biollm nor huggingface_hub, which notes its downloads, has written."""
+    """Refuse to replace files that were not downloaded by biollm or huggingface_hub, which keeps metadata of each."""
     notes = folder / ".cache" / "huggingface" / "download"
     others = [name for name in coming if (folder / name).exists() and not (notes / f"{name}.metadata").exists()]
     if others and not ((folder / _MARK).exists() or (folder / ".biollm-commit").exists()):
@@ -147,7 +138,6 @@ def _refuse_to_replace(folder: Path, coming: list[str], model: Model) -> None:
 
 
 def _ignored(names: list[str]) -> list[str]:
-    """Return patterns of the files that hold the same weights again."""
     patterns = [*_DUPLICATES]
     if any(name.endswith(".safetensors") for name in names):
         patterns += ["*.bin", "*.pt"]
