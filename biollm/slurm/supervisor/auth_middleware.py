@@ -25,8 +25,7 @@ class AuthMiddleware:
 
     x-biollm-start: The id of this start.
     x-biollm-proof: On GET /health?nonce=HEX, which needs no key: HMAC-SHA256 of nonce and start id under the key, in
-        hex. Clients request it before they send key and prompt, since another program may listen on this port after
-        this server has ended. It reveals nothing of the key, which is random and 256 bits long.
+        hex. Clients request it before they send key and prompt: another program may have this port by now.
     x-biollm-in-flight, x-biollm-idle: To authenticated clients: requests in flight, and seconds since the last one
         ended. Draining and the idle stop use them, because vLLM's metric names change.
     """
@@ -36,7 +35,7 @@ class AuthMiddleware:
         self._start = os.environ["BIOLLM_START"].encode()
         if not (key := Path(os.environ["BIOLLM_KEY_FILE"]).read_bytes().strip()):
             raise ValueError(f"{os.environ['BIOLLM_KEY_FILE']} holds no key.")
-        self._key, self._authorization = key, _digest(b"Bearer " + key)
+        self._key, self._authorization = key, b"Bearer " + key
         self._in_flight = 0
         self._last = time.monotonic()
         lifeline = int(os.environ["BIOLLM_LIFELINE"])
@@ -47,7 +46,7 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope.get("headers") or ())
-        authenticated = hmac.compare_digest(_digest(headers.get(b"authorization", b"")), self._authorization)
+        authenticated = hmac.compare_digest(headers.get(b"authorization", b""), self._authorization)
         health = scope["type"] == "http" and scope["path"] == "/health" and scope["method"] in ("GET", "HEAD")
         if not (authenticated or health):
             await _refuse(scope, send, self._headers(authenticated=False))
@@ -89,10 +88,6 @@ async def _refuse(scope: Any, send: Any, headers: list[tuple[bytes, bytes]]) -> 
     await send({"type": "http.response.start", "status": 401, "headers": headers})
     body = b'{"error": {"message": "The API key is missing or wrong.", "type": "authentication_error"}}'
     await send({"type": "http.response.body", "body": body})
-
-
-def _digest(value: bytes) -> bytes:
-    return hashlib.sha256(value).digest()
 
 
 def _die_with_supervisor(lifeline: int) -> None:

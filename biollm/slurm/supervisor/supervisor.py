@@ -1,11 +1,9 @@
 """Supervises the model servers of one Slurm job on its compute node: starts, publishes, drains and stops them.
 
-Standard library only (Python 3.9), because it runs under the serving environment's Python. Not bash, which loses
-signals in subshells. The servers' middleware lies beside it as STEM_auth.py; the run directory is two levels up.
-
-What Slurm lacks: it knows jobs, not whether a server answers, is busy or idle. What vLLM lacks: a second server on
-a taken port reports a successful start. So every start gets an id, which each of its answers carries, and a key;
-it is published only after it has answered a completion:
+Standard library only, because it runs under the serving environment's Python (3.9 or later); bash loses signals in
+subshells. Slurm does not know whether a server answers or is idle, and a second vLLM on a taken port reports a
+successful start. So every start gets an id, which each of its answers carries, and a key; it is published only after it
+has answered a completion. In the run directory, two levels up:
 
     records/START.json       the record, renewed every 5 s while the server answers; removed before the server stops
     starts/START/key         the key (0600; readable by a group with --share)
@@ -148,7 +146,7 @@ class Server:
         self._record = self._folder = Path()  # of this start
 
     def run(self) -> None:
-        """Start, publish, renew, drain and stop; `code` is then the server's share of the job's exit code."""
+        """Start, publish, renew, drain and stop the server."""
         # The server inherits the mask. Without it the signal, which Slurm sends to every process of a step, kills it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         code, failure = 0, ""
@@ -184,7 +182,7 @@ class Server:
             self._drain()
 
     def _launch(self, port: int) -> None:
-        """Start the server with an id and a key of its own; neither is in its arguments."""
+        """Start the server with an id and a key of its own, which are not among its arguments."""
         job, self._start, self._key, self._port = self.job, uuid.uuid4().hex, secrets.token_urlsafe(32), port
         self._record = job.run_dir / "records" / f"{self._start}.json"
         self._folder = job.run_dir / "starts" / self._start
@@ -238,14 +236,9 @@ class Server:
         threading.Thread(target=lambda: (process.wait(), self.wake.set()), daemon=True).start()
 
     def _may_continue(self) -> bool:
-        """Return False when the job is to stop.
-
-        Raises:
-            ServerFailedError: The process has ended unasked.
-        """
-        code = self._process.poll() if self._process else None
-        if code in (0, -signal.SIGTERM):  # Slurm signals every process of a job: our own TERM may be on its way
-            time.sleep(0.5)
+        """Return False when the job is to stop; raise ServerFailedError if the process has ended unasked."""
+        if self._process and self._process.poll() in (0, -signal.SIGTERM):
+            time.sleep(0.5)  # Slurm signals every process of a job: our own TERM may be on its way
         if not self.job.stop_reason:
             self._check_process()
         return not self.job.stop_reason
@@ -257,10 +250,7 @@ class Server:
             raise ServerFailedError(f"the server ended by {how}", 128 - code if code < 0 else code or 70)
 
     def _await_ready(self) -> bool:
-        """Wait until this very start answers /health, or the job is to stop; False if another process answers.
-
-        The key is sent only to a server that has proved its start.
-        """
+        """Wait until this very start proves itself on /health, or the job is to stop; False if another process answers."""
         while self._may_continue():
             if time.monotonic() >= self._start_by:
                 raise ServerFailedError(f"not ready within the start timeout of {self.model.start_timeout} s", 75)
@@ -285,17 +275,15 @@ class Server:
 
     def _request(
         self, method: str, path: str, body: str | None = None, *, timeout: float, authenticate: bool = True
-    ) -> tuple[int, dict[str, str], str] | None:
+    ) -> tuple[int, http.client.HTTPMessage, str] | None:
         """Return (status, headers, text) of one request to the server, past any proxy; None without an answer."""
         host = "127.0.0.1" if self.job.bind == ANY_INTERFACE else self.job.bind
         connection = http.client.HTTPConnection(host, self._port, timeout=timeout)
-        headers = {"Content-Type": "application/json"}
-        if authenticate:
-            headers["Authorization"] = f"Bearer {self._key}"
+        key = {"Authorization": f"Bearer {self._key}"} if authenticate else {}
         try:
-            connection.request(method, path, body, headers)
+            connection.request(method, path, body, {"Content-Type": "application/json", **key})
             answer = connection.getresponse()
-            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read().decode()
+            return answer.status, answer.headers, answer.read().decode()
         except (OSError, http.client.HTTPException):
             return None
         finally:
@@ -313,13 +301,12 @@ class Server:
         new.replace(self._record)
 
     def _renew(self) -> None:
-        """Publish again; on a full disk only the record's time is renewed."""
         try:
             self._publish()
         except OSError as error:
             _log(f"cannot renew the record: {error}")
             with contextlib.suppress(OSError):
-                os.utime(self._record)
+                os.utime(self._record)  # possible on a full disk
 
     def _serve(self) -> None:
         """Renew the record while the server answers; return when the job is to stop and a successor may take over."""
@@ -410,11 +397,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def assign_devices(gpus: list[int], granted: str | None) -> list[str | None]:
-    """Divide the devices that Slurm granted ("2,3,6,7") among the models; None leaves them alone.
-
-    Raises:
-        ValueError: Fewer devices were granted than the models need.
-    """
+    """Divide the devices that Slurm granted ("2,3,6,7") among the models; None leaves them alone."""
     devices = [str(n) for n in range(sum(gpus))] if granted is None else [d for d in granted.split(",") if d]
     if sum(gpus) > len(devices):
         raise ValueError(f"the models need {sum(gpus)} GPUs, the job was granted {len(devices)}")
@@ -423,10 +406,7 @@ def assign_devices(gpus: list[int], granted: str | None) -> list[str | None]:
 
 
 def parse(words: list[str]) -> list[argparse.Namespace]:
-    """Read `[OPTIONS] --model NAME -- COMMAND... [--and --model NAME -- COMMAND...]`.
-
-    Returns one namespace for each model; the first also has the job's options.
-    """
+    """Read `[OPTIONS] --model NAME -- COMMAND... [--and ...]`: one namespace for each model, the first with the options."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("--submission", "--chain", "--share", "--cluster", "--log-dir", "--model"):
         parser.add_argument(name, default="")
