@@ -43,10 +43,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def write_for_user(path: Path, text: str) -> None:
-    """Replace a file of the user's atomically. It keeps its mode; a new one gets the umask's.
-
-    A symbolic link stays one; what is not a file, such as /dev/stdout, is written to.
-    """
+    """Replace a user's file atomically, keeping its mode and links to it; write to what is no file (/dev/stdout)."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():

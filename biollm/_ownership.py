@@ -43,10 +43,7 @@ def is_local(url: str | None, local_hosts: Iterable[str]) -> bool:
 
 
 def listener_trusted(base_url: str, trusted_owners: Sequence[str]) -> bool:
-    """Return False if the listener at a URL of this host is neither this user's, a trusted owner's nor root's.
-
-    On a shared host any user can take port 8000 first. True for other hosts, and where nothing listens.
-    """
+    """Return False if what listens at a URL of this host is neither this user's, a trusted owner's nor root's."""
     host, port = address(base_url)
     if not is_this_host(host):
         return True

@@ -25,9 +25,7 @@ from biollm.slurm.endpoints import Watch
 
 T = TypeVar("T")
 THREAD = "biollm"
-_DEADLOCK = (
-    "A callback of the client (on_send, progress) called one of its blocking methods, which would wait for itself."
-)
+_DEADLOCK = "A callback of the client (on_send, progress) called a blocking method, which would wait for itself."
 _DEADLOCK_HINT = "Let the callback only take notes, or call the client from another thread."
 
 
@@ -158,11 +156,7 @@ def called(callback: Callable[..., object], *arguments: object) -> None:
 
 
 async def apart(work: Callable[..., T], *arguments: Any) -> T:
-    """Run blocking `work` in a daemon thread of its own and return its result.
-
-    The few threads of `asyncio.to_thread` are shared and keep the process alive until they are done; a StopIteration in
-    one of them hangs the caller.
-    """
+    """Run blocking `work` in a daemon thread of its own; those of `asyncio.to_thread` are few, and delay the exit."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 

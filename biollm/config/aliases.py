@@ -57,12 +57,7 @@ def is_off(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Translator:
-    """Translates one file; what is wrong or odd goes into the document's problems and warnings.
-
-    Args:
-        known: Section ("models", "accounts", "environment" ...) -> the keys it may hold; "" is a file's top.
-        lenient: Whether unknown keys are only warnings.
-    """
+    """Translates one file; what is wrong or odd goes into the document's problems and warnings. See `Layers.known`."""
 
     document: Document
     known: Mapping[str, Set[str]]
@@ -96,7 +91,6 @@ class Translator:
         return out
 
     def _part(self, section: str, key: str, part: Any, at: KeyPath) -> Any:
-        """Translate the value of a key, where it holds known keys too."""
         if section == "" and part is None:
             return {}
         if section == "" and key in ENTRIES and isinstance(part, dict):
@@ -121,11 +115,7 @@ class Translator:
 
 
 def _converted(key: str, text: str) -> tuple[str, str | None]:
-    """Return our key and value for another tool's.
-
-    Raises:
-        ValueError: The value is a key in plain text.
-    """
+    """Return our key and value for another tool's; an API key in plain text is a ValueError."""
     if key == "subscription":
         return "free_tier", None if is_off(text) else "false"
     if key in _LIMITS:

@@ -1,70 +1,57 @@
 """Reads models.yaml, providers.yaml and cluster.yaml, layer upon layer, into checked, frozen values.
 
-LiteLLM's own configuration has no layers and no locks. Nothing else reads the user's YAML.
-
-A later layer changes an entry key by key: mappings are merged; strings, numbers and lists replaced. At the top of a
-file, `lenient: true` turns unknown keys into warnings, `inherit: false` drops what earlier layers wrote in the
-sections that this file has, and no later layer can change what is under `locked:`.
+LiteLLM's own configuration has no layers and no locks. Here a later layer changes an entry key by key: mappings are
+merged; strings, numbers and lists replaced. At the top of a file, `lenient: true` turns unknown keys into warnings,
+`inherit: false` drops what earlier layers wrote in its sections, and `locked:` holds what no later one can change.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from inspect import signature
+from inspect import getsource, signature
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError, create_model
 
 from biollm._ownership import in_the_clear
+from biollm.config import schema
 from biollm.config.aliases import TOP, aliases
 from biollm.config.merge import FILES, Layers
 from biollm.config.paths import config_dirs, wants_local_only
-from biollm.config.schema import (
-    ENTRY_NAME,
-    Account,
-    Alerts,
-    Architecture,
-    Cluster,
-    Costs,
-    Environment,
-    Model,
-    Provider,
-    Routing,
-    Tree,
-)
+from biollm.config.schema import ENTRY_NAME, Alerts, Cluster, Costs, Environment, Model, Provider, Tree
 from biollm.config.values import as_list, masked, shown
 from biollm.config.yaml import dotted
 from biollm.errors import ConfigError, Problem, UnknownNameError, nearest
 from biollm.types import DataPolicy
 
+_SECTIONS: dict[str, Any] = {
+    "models": Model, "providers": Provider, "cluster": Cluster, "routing": schema.Routing, "costs": Costs,
+    "alerts": Alerts, "accounts": schema.Account, "environment": Environment, "architecture": schema.Architecture,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration.
-
-    Attributes:
-        providers: Sorted by priority; equal ones in the order of the files. Disabled entries are left out.
-        timeout, stream_timeout, patience, on_refusal, policy: As in `Routing`.
-        sources: "providers.gemini.priority" -> "file:line"; `written`: the same key -> the value there.
-    """
+    """The whole configuration, without disabled entries."""
 
     models: dict[str, Model] = field(default_factory=dict[str, Model])
-    providers: tuple[Provider, ...] = ()
+    providers: tuple[Provider, ...] = ()  # by priority; equal ones in the order of the files
     cluster: Cluster = field(default_factory=Cluster)
     data_policy: DataPolicy = "any"
     costs: Costs = field(default_factory=Costs)
     alerts: Alerts = field(default_factory=Alerts)
-    timeout: float = 60.0
+    timeout: float = 60.0  # this and the next four are as in `Routing`
     stream_timeout: float | None = None
     patience: float = 0.0
     on_refusal: Literal["stop", "next"] = "stop"
     policy: Literal["order", "cheapest"] = "order"
     warnings: tuple[Problem, ...] = ()
-    sources: dict[str, str] = field(default_factory=dict[str, str], repr=False)
-    written: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    sources: dict[str, str] = field(default_factory=dict[str, str], repr=False)  # "providers.x.priority" -> "file:line"
+    written: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)  # the same key -> the value there
 
     def provider(self, name: str) -> Provider:
         """Return an enabled provider, or raise UnknownNameError."""
@@ -81,16 +68,13 @@ class Config:
 
 
 def load_config(directory: Path | None = None, *, lenient: bool = False) -> Config:
-    """Read all layers: shipped, site, user, BIOLLM_CONFIG_DIR.
-
-    Args:
-        directory: A folder that replaces the user's own layers.
-        lenient: Unknown keys become warnings.
+    """Read all layers: shipped, site, user, BIOLLM_CONFIG_DIR; `directory` replaces the last two.
 
     Raises:
         ConfigError: Something is wrong; it lists every problem found, with file and line.
     """
-    layers = Layers({"": set(TOP)} | {section: _keys(section) for section in _SECTIONS}, lenient=lenient)
+    known = {name: {*signature(part).parameters} - {ENTRY_NAME.get(name)} for name, part in _SECTIONS.items()}
+    layers = Layers({"": set(TOP), **known}, lenient=lenient)
     folders = config_dirs() if directory is None else [*config_dirs()[:2], ("directory", directory)]
     for name, folder in folders:
         if not layers.add(folder) and name in ("directory", "BIOLLM_CONFIG_DIR"):
@@ -113,28 +97,15 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         providers = [p if p.timeout or p.type == "api" else p.model_copy(update={"timeout": slow}) for p in providers]
     _warn(layers, providers, tree.cluster)
     written = layers.values()
+    parts = {name: getattr(tree, name) for name in ("models", "cluster", "data_policy", "costs", "alerts")}
     return Config(
-        models=tree.models,
-        providers=tuple(providers),
-        cluster=tree.cluster,
-        data_policy=tree.data_policy,
-        costs=tree.costs,
-        alerts=tree.alerts,
+        **parts,
         **tree.routing.model_dump(exclude={"local_timeout"}),
+        providers=tuple(providers),
         warnings=tuple(layers.warnings),
         sources={dotted(path): layers.where(path) for path in written},
         written={dotted(path): value for path, value in written.items()},
     )
-
-
-_SECTIONS: dict[str, Any] = {
-    "models": Model, "providers": Provider, "cluster": Cluster, "routing": Routing, "costs": Costs,
-    "alerts": Alerts, "accounts": Account, "environment": Environment, "architecture": Architecture,
-}  # fmt: skip
-
-
-def _keys(section: str) -> set[str]:
-    return set(signature(_SECTIONS[section]).parameters) - {ENTRY_NAME.get(section)}
 
 
 def _check_between(layers: Layers) -> None:
@@ -196,15 +167,17 @@ def describe(config: Config) -> list[tuple[str, str, str]]:
     for name, value in config.cluster:
         if value not in (None, (), Environment()) and name != "environment":
             rows.setdefault(f"cluster.{name}", (value, "default"))
-    return [(key, masked(_text(value)), source) for key, (value, source) in rows.items()]
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str) for key, (value, _) in rows.items()
+    }
+    return [(key, masked(text), rows[key][1]) for key, text in texts.items()]
 
 
 def json_schema(kind: Literal["models", "providers", "cluster"]) -> dict[str, Any]:
-    """Return the JSON Schema of a file, for editors. No key is required: a layer may be partial."""
+    """Return the JSON Schema of a file, for editors. No key is required: a layer may be partial.
+
+    A comment beside a field in `schema.py` is the description that an editor shows for the key.
+    """
     names = (kind, "routing", "costs", "alerts", "data_policy")
     create: Any = create_model  # whose types know no computed field names
     part_of_tree = create(kind, **{name: (Tree.model_fields[name].annotation, ...) for name in names})
@@ -214,6 +187,10 @@ def json_schema(kind: Literal["models", "providers", "cluster"]) -> dict[str, An
     for name, part in (("", schema), *schema["$defs"].items()):
         section = sections.get(name, "")
         part |= {"additionalProperties": False, "required": []}
+        for key, comment in re.findall(
+            r"^    (\w+): .*  # (.+)", getsource(_SECTIONS[section]) if section else "", re.M
+        ):
+            part["properties"][key]["description"] = comment
         part["properties"].pop(ENTRY_NAME.get(section), None)
         part["properties"] |= {key: {"description": "Translated."} for key in sorted(aliases(section))}
     schema["properties"][kind] = {"anyOf": [schema["properties"][kind], {"type": "null"}]}

@@ -21,9 +21,7 @@ _ALTERNATIVES = (("env_key", "key_file", "accounts"), ("venv", "conda", "contain
 class Layers:
     """The merged tree (`data`), the origin of each part, what is locked, and what is wrong or odd in the files.
 
-    Args:
-        known: Section ("models", "accounts", "environment" ...) -> the keys it may hold; "" is a file's top.
-        lenient: Unknown keys are warnings in every file, not only in those with `lenient: true`.
+    `known` has the keys that each section ("models", "accounts", "environment" ...) may hold; "" is a file's top.
     """
 
     def __init__(self, known: Mapping[str, Set[str]], *, lenient: bool) -> None:
@@ -129,11 +127,10 @@ class Layers:
             if isinstance(provider.get("models"), list):
                 at = ("providers", name, "models")
                 document, source = self.origin[at]
-                kept = [
-                    (place, model) for place, model in enumerate(provider["models"]) if model not in list(off["models"])
-                ]
-                provider["models"] = [model for _, model in kept]
-                self.origin |= {(*at, new): (document, (*source, old)) for new, (old, _) in enumerate(kept)}
+                listed, disabled = provider["models"], list(off["models"])
+                kept = [place for place, model in enumerate(listed) if model not in disabled]
+                provider["models"] = [listed[place] for place in kept]
+                self.origin |= {(*at, new): (document, (*source, old)) for new, old in enumerate(kept)}
 
 
 def _strictness(policy: object) -> int:

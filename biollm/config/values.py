@@ -23,21 +23,16 @@ Unit = Literal["s", "min", "hour", "day", "month"]
 
 @dataclass(frozen=True)
 class Limit:
-    """So many requests, tokens or US dollars in a period.
-
-    Attributes:
-        unit: s, min and hour are rolling windows; day and month are periods of the calendar.
-        resets: "00:00 America/Los_Angeles": when the day or month begins; None is midnight UTC.
-    """
+    """So many requests, tokens or US dollars in a period."""
 
     kind: Kind
     amount: float
     unit: Unit
-    resets: str | None = None
+    resets: str | None = None  # "00:00 America/Los_Angeles": when the day or month begins; None is midnight UTC
 
     @property
     def rolling(self) -> bool:
-        """Return whether it holds in every window of its length, not in a period of the calendar."""
+        """Return whether it holds in every window of its length, not in a day or month of the calendar."""
         return self.unit in ("s", "min", "hour")
 
     @property
@@ -53,14 +48,10 @@ class Limit:
 
 _SECONDS: dict[Unit, int] = {"s": 1, "min": 60, "hour": 3600, "day": 86400, "month": 30 * 86400}
 _NAMES: dict[Unit, str] = {
-    "s": "s sec second",
-    "min": "m min minute",
-    "hour": "h hr hour",
-    "day": "d day",
-    "month": "mo month",
-}
+    "s": "s sec second", "min": "m min minute", "hour": "h hr hour", "day": "d day", "month": "mo month"
+}  # fmt: skip
 _UNITS: dict[str, Unit] = {
-    name + s: unit for unit, names in _NAMES.items() for name in names.split() for s in ("", "s")
+    name + plural: unit for unit, names in _NAMES.items() for name in names.split() for plural in ("", "s")
 }
 _LIMIT = re.compile(
     r"\$?\s*([\d_,]*\.?\d+)\s*([kmb]?)\s*(tokens?|req(?:uest)?s?|usd|dollars?)?\s*(?:/|\bper\b)\s*([a-z]+)", re.I
@@ -221,15 +212,9 @@ def _typed(value: object) -> object:
 
 
 def token_count(value: object) -> int | None:
-    """Return the tokens of 16384, "16k" (16000) or "16K" (16384); None stays None, "auto" and -1 become 0.
-
-    Raises:
-        UsageError: It is not such a number.
-    """
-    if value is None:
-        return None
-    if value in ("auto", -1, "-1"):
-        return 0
+    """Return the tokens of 16384, "16k" (16000) or "16K" (16384); None stays None, "auto" and -1 become 0."""
+    if value in (None, "auto", -1, "-1"):
+        return None if value is None else 0
     found = re.fullmatch(r"(\d+(?:\.\d+(?=[kmg]))?)([kmgKMG]?)", str(value))
     if not found or not float(found[1]):
         raise UsageError(f"{value!r} is not a number of tokens.", hint="Write 16384, 16k (16000) or 16K (16384).")
