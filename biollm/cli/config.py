@@ -187,12 +187,14 @@ def _registry(settings: Config) -> list[Problem]:
     from datetime import UTC, datetime
     from importlib.metadata import version
 
+    from biollm.config.paths import state_dir
     from biollm.monitoring import delivery
+    from biollm.providers import credentials
     from biollm.routing import config_check, litellm_private, pricing
 
     source = f"litellm {version('litellm')}'s {litellm_private.PRICES}"
     found = config_check.check(settings, datetime.now(UTC).date(), pricing.price_map(), source)
-    return [*found, *delivery.unready(settings)]
+    return [*found, *delivery.unready(settings), *credentials.loops(settings, state_dir())]
 
 
 def _litellm(settings: Config) -> None:

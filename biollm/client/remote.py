@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from biollm import __version__, errors
 from biollm._ownership import is_local, is_private, objection
 from biollm.config.paths import FALSE, config_dirs, state_dir
+from biollm.providers.gateway_key import is_gateway_key
 from biollm.types import DATA_POLICIES, Attempt, Completion, Piece, StreamChunk, StreamRestarted, Usage, known
 
 if TYPE_CHECKING:
@@ -129,13 +130,18 @@ def nearby(mine: Json | None = None) -> Path | None:
         return None
     for folder in folders():
         if (found := record(folder)) and found.get("identity") == (mine or identity()):
-            if new := tuple(name for name in found.get("lacks", ()) if os.environ.get(name)):
+            if new := tuple(name for name in found.get("lacks", ()) if _is_provider_key(os.environ.get(name))):
                 _warn(new)
                 continue
             with suppress(OSError):
                 connect(folder / SOCKET).close()
                 return folder
     return None
+
+
+def _is_provider_key(key: str | None) -> bool:
+    """Return whether a variable holds a key; `biollm run` gives agents one of the gateway's in OPENAI_API_KEY."""
+    return bool(key) and not is_gateway_key(key, state_dir())
 
 
 def _dial(folder: Path) -> HTTPConnection:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import binascii
 import hmac
 import logging
+import math
 import os
 import re
 import secrets
@@ -16,13 +17,14 @@ import stat
 import time
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -31,14 +33,15 @@ from biollm._files import locked, write_private
 from biollm._ownership import is_private
 from biollm._runtime import ledger
 from biollm.config import values, yaml
-from biollm.config.paths import config_dirs, own_dir, state_dir
+from biollm.config.paths import config_dirs, state_dir
 from biollm.errors import ConfigError, Problem
 from biollm.gateway.openai_api import problem
 from biollm.ledger import Claim, Refused
+from biollm.providers import gateway_key
+from biollm.providers.gateway_key import KEYS, SHORTEST
+from biollm.types import DATA_POLICIES
 
 MAX_BODY = 32 << 20  # bytes
-KEYS = "gateway_keys.yaml"
-SHORTEST = 16  # characters of a key
 _log = logging.getLogger("biollm")
 _PAGES = ("/", "/events", "/metrics")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:]+))(?::[0-9]+)?")
@@ -56,13 +59,18 @@ class _Entry(BaseModel):
 
 @dataclass(frozen=True)
 class Key:
-    """A key: its rate limits, the tags of its usage records, and whether it may start servers on Slurm."""
+    """A key: its rate limits, the tags of its usage records, and whether it may start servers on Slurm.
+
+    A key derived for an agent also has a data policy and an expiry, in epoch seconds.
+    """
 
     name: str
     secret: str = field(repr=False)
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     limits: Sequence[values.Limit] = ()
     start_local: bool = False
+    policy: str = "any"
+    expires: float = math.inf
 
 
 def keys() -> tuple[tuple[Key, ...], str]:
@@ -82,7 +90,7 @@ def keys() -> tuple[tuple[Key, ...], str]:
         return (*_read(file), *found), str(file)
     if found:
         return tuple(found), "BIOLLM_GATEWAY_KEY"
-    file = own_dir(state_dir()) / "gateway.key"
+    file = gateway_key.random_key_file(state_dir())
     return (Key("random", _random(file)),), str(file)
 
 
@@ -118,9 +126,10 @@ def _read(file: Path) -> list[Key]:
 
 
 class Admission:
-    """ASGI middleware: a key opens every route, as a bearer token; browsers give it as HTTP Basic to see the pages.
+    """ASGI middleware: a key opens every route, as a bearer token or as Anthropic's x-api-key.
 
-    /health is open. HTTP Basic opens nothing else, since browsers also send it with the requests of other sites.
+    Browsers give it as HTTP Basic to see the pages; that opens nothing else, since browsers also send it with the
+    requests of other sites. /health is open.
 
     Args:
         inner: The gateway.
@@ -150,16 +159,21 @@ class Admission:
         if path == "/health":
             return None
         page = request.method == "GET" and path in _PAGES
-        scheme, given = _credentials(request.headers.get("authorization", ""))
+        scheme, given = _credentials(request.headers)
         key = self._key(given) if scheme == "bearer" or (page and scheme == "basic") else None
         if key is None:
             challenge = 'Basic realm="biollm: any user name, the gateway key as password"' if page else "Bearer"
             message = "A key of this gateway is needed."
             return _refusal(401, message, "invalid_api_key", {"www-authenticate": challenge})
+        if key.expires < time.time():
+            message = f"This key has expired. Start the agent again: biollm run {key.tags['agent']}."
+            return _refusal(401, message, "invalid_api_key", {"www-authenticate": "Bearer"})
         if scheme == "basic" and request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return _refusal(403, "Requests from other sites are refused.", "cross_site")
         scope["biollm.tags"] = {"key": key.name, **key.tags}
         scope["biollm.start_local"] = key.start_local
+        if key.policy != "any":
+            _tighten(scope, key.policy)
         return await _limited(key) if path.startswith("/v1/") and request.method == "POST" else None
 
     def _knows(self, host: str) -> bool:
@@ -175,12 +189,31 @@ class Admission:
         """Return the key that was given; the time it takes does not depend on how much of it is right."""
         digest = sha256(given.encode()).digest()
         same = [hmac.compare_digest(digest, sha256(each.secret.encode()).digest()) for each in self._known]
-        return next((key for key, fits in zip(self._known, same, strict=True) if fits and given), None)
+        whole = (key for key, fits in zip(self._known, same, strict=True) if fits and given)
+        return next(whole, None) or next(filter(None, (_derived(given, each) for each in self._known)), None)
 
 
-def _credentials(header: str) -> tuple[str, str]:
-    """Return the scheme of an Authorization header, in small letters, and its token or password."""
-    scheme, _, given = header.partition(" ")
+def _derived(given: str, parent: Key) -> Key | None:
+    """Return the agent's key that was given, if it was derived from `parent`."""
+    if (grant := gateway_key.verified(given, parent.secret)) is None:
+        return None
+    tags = {**parent.tags, "agent": grant.agent}
+    return replace(parent, tags=tags, policy=grant.policy, expires=grant.expires)
+
+
+def _tighten(scope: Scope, policy: str) -> None:
+    """Let the request ask for `policy`, unless it asks for a stricter one."""
+    name, headers = b"x-biollm-policy", scope["headers"]
+    weaker = [(name, each.encode()) for each in DATA_POLICIES[: DATA_POLICIES.index(policy)]]
+    headers = [each for each in headers if each not in weaker]
+    scope["headers"] = headers if any(each[0] == name for each in headers) else [*headers, (name, policy.encode())]
+
+
+def _credentials(headers: Headers) -> tuple[str, str]:
+    """Return the scheme of a request's key, in small letters, and the key: a token or password."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if not scheme and "x-api-key" in headers:
+        return "bearer", headers["x-api-key"]
     if (scheme := scheme.lower()) != "basic":
         return scheme, given.strip()
     try:

@@ -78,6 +78,8 @@ def _keys(config: Config) -> _Result:
             key = credentials.find(provider, account, state_dir(), exchange=False)
             (missing if isinstance(key, str) else present).append(key if isinstance(key, str) else name)
     detail = f"found for {', '.join(present) or 'no provider'}; {len(missing)} missing"
+    if loops := credentials.loops(config, state_dir()):
+        return False, detail, str(loops[0])
     return bool(present) or not missing, detail, "; ".join(missing)
 
 

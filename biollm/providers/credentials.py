@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from biollm.providers import copilot
+from biollm.providers.gateway_key import is_gateway_key
 
 if TYPE_CHECKING:
-    from biollm.config import Account, Provider
+    from biollm.config import Account, Config, Provider
+    from biollm.errors import Problem
 
 _SALT = b"biollm key fingerprint 1:"
+_LOOP = "holds a key of biollm's own gateway, which cannot be its own provider"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def find(provider: Provider, account: Account, state: Path, *, exchange: bool = 
     With `exchange=False` nothing is sent, and a credential that needs an exchange has expired.
     """
     if account.env_key and (secret := os.environ.get(account.env_key, "").strip()):
+        if is_gateway_key(secret, state):
+            return f"{account.env_key} {_LOOP}: set it to a key of {provider.name}, or unset it"
         return _checked(secret, account.env_key)
     if account.key_file:
         return _from_file(account.key_file.expanduser())
@@ -81,6 +86,18 @@ def find(provider: Provider, account: Account, state: Path, *, exchange: bool = 
     if provider.type == "api":
         return f"no key: give {provider.name} an env_key or a key_file in providers.yaml"
     return Credential()
+
+
+def loops(config: Config, state: Path) -> list[Problem]:
+    """Return the providers whose variable holds a key of biollm's own gateway."""
+    return [
+        config.problem(
+            f"providers.{provider.name}.env_key", f"{account.env_key} {_LOOP}.", "Set the provider's own key."
+        )
+        for provider in config.providers
+        for account in provider.accounts
+        if account.env_key and is_gateway_key(os.environ.get(account.env_key, "").strip(), state)
+    ]
 
 
 def _checked(secret: str, where: str | Path) -> Credential | str:

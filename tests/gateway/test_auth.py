@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import stat
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -14,11 +15,13 @@ import httpx
 import pytest
 from conftest import until
 from provider import Loopback
-from starlette.responses import PlainTextResponse
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from biollm._runtime import ledger
 from biollm.errors import ConfigError
 from biollm.gateway import auth
+from biollm.providers.gateway_key import Grant, derive
 
 Waterfall = Callable[..., Path]
 ANN, BOB = "ann-0123456789abcdef", "bob-0123456789abcdef"
@@ -170,15 +173,89 @@ def test_an_emptied_key_file_admits_nobody(
     assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
 
 
-def test_a_key_that_is_empty_is_equal_to_none() -> None:
-    app = auth.Admission(PlainTextResponse("in"), [auth.Key("empty", "")], "gateway")
-
-    async def ask(*how: Any, **more: Any) -> int:
+def ask(app: Any, *how: Any, **more: Any) -> httpx.Response:
+    async def asked() -> httpx.Response:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(base_url="http://gateway", transport=transport) as client:
-            return (await client.request(*how, **more)).status_code
+            return await client.request(*how, **more)
 
-    assert {asyncio.run(ask(*how, **more)) for how, more in EMPTY} == {401}
+    return asyncio.run(asked())
+
+
+def test_a_key_that_is_empty_is_equal_to_none() -> None:
+    app = auth.Admission(PlainTextResponse("in"), [auth.Key("empty", "")], "gateway")
+    assert {ask(app, *how, **more).status_code for how, more in EMPTY} == {401}
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with the tags and the data policy that the routes see."""
+    policy = Headers(scope=scope).get("x-biollm-policy")
+    await JSONResponse({"tags": scope["biollm.tags"], "policy": policy})(scope, receive, send)
+
+
+@pytest.fixture
+def guarded() -> auth.Admission:
+    known = [auth.Key("ann", ANN, {"user": "ann"}), auth.Key("bob", BOB, start_local=True)]
+    return auth.Admission(echo, known, "gateway")
+
+
+def codex(secret: str = BOB, policy: str = "any", seconds: float = 60) -> str:
+    return derive(secret, Grant("codex", policy, int(time.time() + seconds)))
+
+
+@pytest.mark.parametrize("header", ["authorization", "x-api-key"])
+def test_a_derived_key_tags_its_agent(guarded: auth.Admission, header: str) -> None:
+    given = f"Bearer {codex()}" if header == "authorization" else codex()
+    assert ask(guarded, *MODELS, headers={header: given}).json()["tags"] == {"key": "bob", "agent": "codex"}
+
+
+def test_a_key_may_be_given_as_anthropics_client_gives_it(guarded: auth.Admission) -> None:
+    assert ask(guarded, *MODELS, headers={"x-api-key": ANN}).json()["tags"] == {"key": "ann", "user": "ann"}
+    assert {ask(guarded, *MODELS, headers={"x-api-key": key}).status_code for key in ("", f"{ANN}x")} == {401}
+    assert ask(guarded, "GET", "/", headers={"x-api-key": ANN}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        codex(ANN[:-1]),
+        codex().replace("codex", "claude"),
+        codex(policy="local_only").replace("local_only", "any"),
+        codex()[:-1],
+        codex().rpartition(".")[0],
+        codex() + "ä",
+        "biollm-agent.",
+        ".",
+    ],
+)
+def test_a_derived_key_that_was_changed_opens_nothing(guarded: auth.Admission, wrong: str) -> None:
+    refused = ask(guarded, *MODELS, headers=[(b"authorization", f"Bearer {wrong}".encode())])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_an_expired_key_names_the_command_that_makes_a_new_one(guarded: auth.Admission) -> None:
+    refused = ask(guarded, *MODELS, headers={"x-api-key": codex(seconds=-1)})
+    message = "This key has expired. Start the agent again: biollm run codex."
+    assert (refused.status_code, refused.json()["error"]["message"]) == (401, message)
+
+
+@pytest.mark.parametrize(
+    ("of_key", "sent", "seen"),
+    [
+        ("any", None, None),
+        ("any", "no_training", "no_training"),
+        ("no_training", None, "no_training"),
+        ("no_training", "any", "no_training"),
+        ("no_training", "local_only", "local_only"),
+        ("local_only", "no_training", "local_only"),
+        ("local_only", "nonsense", "nonsense"),  # refused later
+    ],
+)
+def test_a_request_cannot_loosen_the_policy_of_its_key(
+    guarded: auth.Admission, of_key: str, sent: str | None, seen: str | None
+) -> None:
+    headers = {"x-api-key": codex(policy=of_key)} | ({"x-biollm-policy": sent} if sent else {})
+    assert ask(guarded, *MODELS, headers=headers).json()["policy"] == seen
 
 
 @pytest.mark.slow

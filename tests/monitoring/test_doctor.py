@@ -41,6 +41,13 @@ def test_keys(waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FIRST_KEY")
     assert not found("keys").ok
     assert "FIRST_KEY" in found("keys").fix
+    monkeypatch.setenv("FIRST_KEY", "biollm-agent.codex.any.1.0")
+    monkeypatch.setenv("SECOND_KEY", "a-key-of-its-own")
+    assert not found("keys").ok
+    assert found("keys").fix.endswith(
+        "providers.first.env_key: FIRST_KEY holds a key of biollm's own gateway, which cannot be its own provider. "
+        "Set the provider's own key."
+    )
 
 
 def test_a_proxy_that_does_not_answer(waterfall: Waterfall, net: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from biollm._files import write_private
 from biollm.config import Account, Provider
 from biollm.providers import credentials
 from biollm.providers.credentials import Credential
+from biollm.providers.gateway_key import Grant, derive
 
 SECRET = "sk-planted-0123456789"
 
@@ -141,3 +143,21 @@ def test_fingerprints_are_the_same_in_every_process_and_tell_keys_apart() -> Non
     assert Credential(SECRET).fingerprint == "b6057e5e86ac"
     assert Credential(SECRET + "0").fingerprint != Credential(SECRET).fingerprint
     assert Credential("").fingerprint == ""
+
+
+@pytest.mark.parametrize("kept", ["gateway.key", "gateway_keys.yaml", "BIOLLM_GATEWAY_KEY", "derived"])
+def test_a_key_of_the_own_gateway_is_no_providers_key(
+    state: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: str
+) -> None:
+    key = derive(SECRET, Grant("codex", "any", 0)) if kept == "derived" else SECRET
+    monkeypatch.setenv("SOME_KEY", key)
+    if kept == "gateway.key":
+        write_private(state / kept, f"{SECRET}\n")
+    elif kept == "gateway_keys.yaml":
+        write_private(tmp_path / "site" / kept, f"ann: {{key: {SECRET}}}\n")
+    elif kept != "derived":
+        monkeypatch.setenv(kept, SECRET)
+    assert find(state, env_key="SOME_KEY") == (
+        "SOME_KEY holds a key of biollm's own gateway, which cannot be its own provider: "
+        "set it to a key of somebody, or unset it"
+    )
