@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from biollm import __version__
-from biollm.cli import complete, config, drill, monitoring, serve, setup, slurm
+from biollm.cli import complete, config, drill, monitoring, run, serve, setup, slurm
 from biollm.errors import BiollmError
 from biollm.routing import litellm_private
 
@@ -46,7 +46,7 @@ def _root(  # pyright: ignore[reportUnusedFunction] # Typer calls it
 _COMMANDS = (
     complete.complete, complete.explain, setup.login, config.providers, config.health, config.config, config.init, slurm.render_slurm,
     slurm.fit, slurm.pull, slurm.up, slurm.status, slurm.logs, slurm.down, slurm.doctor, monitoring.top,
-    monitoring.usage, drill.drill, monitoring.alerts,
+    monitoring.usage, drill.drill, monitoring.alerts, run.run,
 )  # fmt: skip
 _EMBEDDED = typer.Typer(name="embedded", no_args_is_help=True, help="Manage the small model that runs on this machine.")
 _MODELS = typer.Typer(name="models", invoke_without_command=True, help="List models, or add one to the configuration.")

@@ -175,6 +175,28 @@ def _by_url(url: str, policy: str | None, cluster: Cluster | None) -> tuple[Dial
     return dial, {"Authorization": f"Bearer {key}"} if key else {}
 
 
+def model(url: str, key: str, name: str, policy: str, cluster: Cluster) -> Json:
+    """Return what the gateway at `url` states of a model.
+
+    Raises:
+        UnavailableError: It may not receive the key, does not answer, or refuses the key.
+        BiollmError: It has no such model.
+    """
+    from urllib.parse import quote
+
+    dial, _ = _by_url(url, policy, cluster)
+    try:
+        with closing(dial()) as connection:
+            connection.request("GET", f"/v1/models/{quote(name)}", headers={"Authorization": f"Bearer {key}"})
+            response = connection.getresponse()
+            found: Json = json.loads(response.read())
+    except (OSError, HTTPException, ValueError) as error:
+        raise errors.UnavailableError(f"The gateway at {url} does not answer: {error}.") from None
+    if response.status != 200:
+        raise _error(found.get("error"), status=response.status)
+    return found
+
+
 def body_of(request: Request) -> Json | None:
     """Return the body that asks a gateway the same; None where something in the request cannot be sent."""
     schema, requirements = request.schema, request.requirements

@@ -96,18 +96,22 @@ class _Gateway:
         return _refused(UsageError("There is no /v1/responses here.", hint="Use /v1/chat/completions."), 404)
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": openai_api.models(self._client.config)})
+        return _json({"object": "list", "data": await self._models()})
 
     async def model(self, request: Request) -> Response:
         name, config = request.path_params["name"], self._client.config
-        if (known := next((each for each in openai_api.models(config) if each["id"] == name), None)) is not None:
-            return _json(known)
+        known = {each["id"]: each for each in await self._models()}
+        if name in known:
+            return _json(known[name])
         where = openai_api.address(config, name)
         try:
             check_names(config, where.get("provider"), where["model"])
         except BiollmError as error:
             return _refused(error)
-        return _json(openai_api.model(name, [where["provider"]]))
+        return _json({**known[where["model"]], "id": name, "owned_by": where["provider"]})
+
+    async def _models(self) -> list[Json]:
+        return openai_api.models(self._client.config, await apart(self._client.explain))
 
     async def health(self, request: Request) -> Response:
         return _json({"status": "ok"})

@@ -26,6 +26,7 @@ from biollm.types import DATA_POLICIES, Attempt, Completion
 if TYPE_CHECKING:
     from biollm.client import Options
     from biollm.config import Config
+    from biollm.routing.candidates import Candidate
 
 Json = dict[str, Any]
 Types = Mapping[str, type | tuple[type, ...]]
@@ -144,18 +145,26 @@ def address(config: Config, name: str) -> Json:
     return {"model": name}
 
 
-def models(config: Config) -> list[Json]:
-    """Return OpenAI's list of models: the two groups, and every model with who offers it."""
+def models(config: Config, candidates: Iterable[Candidate]) -> list[Json]:
+    """Return OpenAI's list of models: the two groups, and every model with its providers.
+
+    Each states the largest context of its deployments; a group, of those that could answer now.
+    """
     owners: dict[str, list[str]] = {GROUP: [GROUP], LOCAL_GROUP: [GROUP]}
     for provider in config.providers:
         for name in models_of(config, provider):
             owners.setdefault(name, []).append(provider.name)
-    return [model(name, by) for name, by in owners.items()]
+    contexts = dict.fromkeys(owners, 0)
+    for each in candidates:
+        groups = [GROUP, LOCAL_GROUP][: 1 + each.deployment.local] if each.status in ("ready", "limited") else ()
+        for name in (each.deployment.model, *groups):
+            contexts[name] = max(contexts[name], each.deployment.context_length or 0)
+    return [_model(name, by, contexts[name]) for name, by in owners.items()]
 
 
-def model(name: str, owners: Iterable[str]) -> Json:
-    """Return OpenAI's description of a model."""
-    return {"id": name, "object": "model", "created": 0, "owned_by": ",".join(owners)}
+def _model(name: str, owners: Iterable[str], context: int) -> Json:
+    length = {"context_length": context, "max_model_len": context} if context else {}
+    return {"id": name, "object": "model", "created": 0, "owned_by": ",".join(owners), **length}
 
 
 def answer(completion: Completion, *, chat: bool = True) -> Json:

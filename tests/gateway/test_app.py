@@ -424,6 +424,20 @@ def test_the_models_are_listed(net: Loopback, serve: Any) -> None:
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
 
 
+def test_the_models_state_their_context(net: Loopback, serve: Any) -> None:
+    sizes = {"small": 4096, "large": 65536, "absent": 1_000_000}
+    models = {name: {"type": "api", "context_length": size} for name, size in sizes.items()}
+    client = serve(
+        {"models": models},
+        first={"base_url": net.serve().url, "models": ["small", "large"]},
+        second={"base_url": net.serve().url, "models": ["absent"], "env_key": "NOT_SET_KEY"},
+    )
+    data = {each["id"]: each.get("context_length") for each in client.get("/v1/models").json()["data"]}
+    assert data == {"biollm": 65536, "biollm-local": 65536, "small": 4096, "large": 65536, "absent": 1_000_000}
+    assert client.get("/v1/models/first/small").json()["max_model_len"] == 4096
+    assert client.get("/v1/models/first/small").json()["owned_by"] == "first"
+
+
 def test_it_is_ready_when_a_rung_could_answer(net: Loopback, serve: Any) -> None:
     server = net.serve(then=limited("60"))
     client = serve(first=server)
