@@ -19,6 +19,7 @@ class Behaviour:
     `reset` ends with a TCP reset instead, and may be a fraction: 0.5 is half of the headers. With `pause`, seconds,
     the answer goes on after `hang`. `garble` is the number of an event of which the end is lost, `noise` of one more
     that is no JSON and carries nothing.
+    A streamed call comes in `fragments`. `every` is the pause before each piece, in seconds.
     `usage` replaces the count of words; an empty one states nothing.
     """
 
@@ -34,6 +35,8 @@ class Behaviour:
     tear: int | None = None
     reset: float | None = None
     pause: float | None = None
+    fragments: int = 1
+    every: float = 0
     garble: int | None = None
     noise: int | None = None
     done: bool = True  # whether a stream ends with [DONE]

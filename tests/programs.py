@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,30 +15,50 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biol
 
 
 def litellm_proxy() -> Path:
-    """Return the `litellm` command of the real proxy, in a virtual environment of its own.
-
-    Made on first use: 640 MB, 10 s where the packages are near.
+    """Return the `litellm` command of the real proxy, in a virtual environment of its own: 640 MB.
 
     Raises:
         RuntimeError: It could not be installed.
     """
-    wanted, env = f"litellm[proxy]=={PROXY}", CACHE / f"litellm-proxy-{PROXY}"
-    env.parent.mkdir(parents=True, exist_ok=True)
-    ready, programs = env / ".ready", env / "bin"
-    with env.with_suffix(".lock").open("w") as lock:
+    return python_packages(f"litellm-proxy-{PROXY}", f"litellm[proxy]=={PROXY}") / "litellm"
+
+
+def python_packages(name: str, *packages: str) -> Path:
+    """Install packages into a virtual environment of the cache folder, once; return the folder of its programs."""
+    install = ["bin/uv", "pip", "install", "-q", "-p", "bin/python", *packages]
+    steps = (
+        [sys.executable, "-m", "venv", "--clear", "."],
+        ["bin/python", "-m", "pip", "install", "-q", "uv"],
+        install,
+    )
+    return _kept(name, *steps) / "bin"
+
+
+def node_packages(name: str, *packages: str) -> Path:
+    """Install npm packages into a folder of the cache folder, once; return it.
+
+    Raises:
+        RuntimeError: They could not be installed.
+    """
+    if not shutil.which("npm"):
+        raise RuntimeError("no npm here")
+    return _kept(name, ["npm", "install", "--no-audit", "--no-fund", "--silent", "--prefix", ".", *packages])
+
+
+def _kept(name: str, *steps: list[str]) -> Path:
+    """Return a folder of the cache in which the steps were run, "." being the folder itself."""
+    folder = CACHE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    ready, wanted = folder / ".ready", repr(steps)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not ready.exists():
-            steps: list[list[str | Path]] = [
-                [sys.executable, "-m", "venv", "--clear", env],
-                [programs / "pip", "install", "-q", "uv"],
-                [programs / "uv", "pip", "install", "-q", "-p", programs / "python", wanted],
-            ]
+        if not ready.exists() or ready.read_text() != wanted:
             for step in steps:
-                done = subprocess.run(step, capture_output=True, text=True)
+                done = subprocess.run(step, cwd=folder, capture_output=True, text=True)
                 if done.returncode:
-                    raise RuntimeError(f"{wanted} could not be installed: {done.stderr.strip()[-300:]}")
-            ready.touch()
-    return programs / "litellm"
+                    raise RuntimeError(f"{' '.join(step)} failed: {done.stderr.strip()[-300:]}")
+            ready.write_text(wanted)
+    return folder
 
 
 def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:

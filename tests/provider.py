@@ -19,7 +19,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +141,8 @@ class Server:
                 await writer.drain()
                 _reset(writer)
                 return False
+            if how.every:
+                await asyncio.sleep(how.every)
             writer.write(piece[: len(piece) // 2] if how.tear == at else piece)
             await writer.drain()
             if how.tear == at:
@@ -194,13 +196,9 @@ class Server:
         return json.dumps(answer).encode()
 
     def _events(self, request: Request, how: Behaviour) -> list[bytes]:
-        """Return the data of a stream's events: a word each, the finish, the usage if asked for, [DONE]."""
+        """Return the data of a stream's events: the deltas, the finish, the usage if asked for, [DONE]."""
         body, message = request.body, self._message(request.body, how)
-        words = (message["content"] or "").split(" ")
-        deltas: list[Json] = [{"content": word + " "} for word in words[:-1]] + [{"content": words[-1]}]
-        if calls := message.get("tool_calls"):
-            deltas = [{"tool_calls": [{"index": at, **call}]} for at, call in enumerate(calls)]
-        deltas = [{"role": "assistant", "content": ""}, *deltas]
+        deltas: list[Json] = [{"role": "assistant", "content": ""}, *_deltas(message, how.fragments)]
         ends = [(delta, None) for delta in deltas] + [({}, how.finish or _finish(message))]
         choices = [[{"index": 0, "delta": delta, "finish_reason": end}] for delta, end in ends]
         kind = "chat.completion.chunk"
@@ -330,6 +328,22 @@ class Certificates:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certificate, self.key)
         return context
+
+
+def _deltas(message: Json, fragments: int) -> Iterator[Json]:
+    """Yield a message in pieces: a word of reasoning or text each, and each call in so many fragments."""
+    calls: list[Json] = message.get("tool_calls") or []
+    for name, text in (("reasoning_content", message.get("reasoning_content")), ("content", message["content"])):
+        if text or (name == "content" and not calls):
+            *words, last = (text or "").split(" ")
+            yield from ({name: each} for each in (*(f"{word} " for word in words), last))
+    for index, call in enumerate(calls):
+        arguments: str = call["function"]["arguments"]
+        size = len(arguments) // fragments + 1
+        pieces = [arguments[at : at + size] for at in range(0, len(arguments), size)]
+        first = {**call, "function": {**call["function"], "arguments": pieces[0]}}
+        yield {"tool_calls": [{"index": index, **first}]}
+        yield from ({"tool_calls": [{"index": index, "function": {"arguments": each}}]} for each in pieces[1:])
 
 
 def instance(schema: Json, root: Json | None = None) -> Any:

@@ -56,7 +56,7 @@ def commands() -> Iterator[list[str]]:
     inline = re.findall(r"`(biollm [^`]*)`", README)
     for line in [*lines, *inline]:
         for part in re.split(r"\||&&", line.split("#")[0]):
-            words = shlex.split(part)
+            words = shlex.split(part.partition(" -- ")[0])
             if words and words[0].endswith("biollm") and len(words) > 1:
                 yield words[1:]
 

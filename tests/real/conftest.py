@@ -5,14 +5,13 @@ Where one is missing, its tests are skipped with a line that says what; BIOLLM_R
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import programs
 import pytest
@@ -21,6 +20,7 @@ from slurm_lab import LabMissingError, SlurmLab
 from biollm import slurm
 from biollm.config import Cluster, Environment, Model
 
+T = TypeVar("T")
 FAKE = Path(__file__).parent.parent / "fake_vllm.py"
 
 
@@ -62,44 +62,33 @@ def vllm_env() -> Path:
 @pytest.fixture(scope="session")
 def litellm_proxy() -> Path:
     """The `litellm` command of the real proxy."""
+    return _installed(programs.litellm_proxy)
+
+
+def _installed(install: Callable[..., T], *what: str) -> T:
     try:
-        return programs.litellm_proxy()
+        return install(*what)
     except RuntimeError as error:
         return missing(str(error))
 
 
-def _kept(name: str, *steps: list[str]) -> Path:
-    """Return a folder of the user's cache in which the steps were run, "." being the folder itself."""
-    folder = programs.CACHE / name
-    folder.mkdir(parents=True, exist_ok=True)
-    ready, wanted = folder / ".ready", repr(steps)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not ready.exists() or ready.read_text() != wanted:
-            for step in steps:
-                done = subprocess.run(step, cwd=folder, capture_output=True, text=True)
-                if done.returncode:
-                    missing(f"{' '.join(step)} failed: {done.stderr.strip()[-300:]}")
-            ready.write_text(wanted)
-    return folder
+@pytest.fixture(scope="session")
+def installed() -> Callable[..., Any]:
+    """Install with a function of `programs`; what cannot be installed is missing."""
+    return _installed
 
 
 @pytest.fixture(scope="session")
 def python_clients() -> Path:
     """The Python of an environment with clients of OpenAI's interface, 200 MB."""
     names = ("openai", "instructor", "pydantic-ai-slim[openai]", "langchain-openai", "llm")
-    install = ["bin/uv", "pip", "install", "-q", "-p", "bin/python", *names]
-    steps = ([sys.executable, "-m", "venv", "."], ["bin/python", "-m", "pip", "install", "-q", "uv"], install)
-    return _kept("gateway-clients", *steps) / "bin" / "python"
+    return _installed(programs.python_packages, "gateway-clients", *names) / "python"
 
 
 @pytest.fixture(scope="session")
 def npm_clients() -> Path:
     """A folder in which Node.js finds OpenAI's package."""
-    if not shutil.which("npm"):
-        missing("no npm here")
-    quiet = ("--no-audit", "--no-fund", "--silent", "--prefix", ".")
-    return _kept("gateway-clients-npm", ["npm", "install", *quiet, "openai", "zod"])
+    return _installed(programs.node_packages, "gateway-clients-npm", "openai", "zod")
 
 
 @pytest.fixture(scope="session")
