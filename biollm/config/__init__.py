@@ -1,6 +1,6 @@
 """The configuration: models.yaml, providers.yaml and cluster.yaml, layered, checked and frozen.
 
-The only room that reads the user's YAML. It imports `errors` and the foundation; start at `loader.py`.
+The only package that reads the user's YAML. Start at `loader.py`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,10 @@ from biollm.types import DataPolicy as Policy
 
 if TYPE_CHECKING:
     from biollm.config.loader import Config, describe, json_schema, load_config
-    from biollm.config.schema import (
-        LITELLM_PROVIDERS,
-        Account,
-        Alerts,
-        Architecture,
-        Cluster,
-        Costs,
-        Environment,
-        Model,
-        Provider,
-        Routing,
-    )
+    from biollm.config.schema import LITELLM_PROVIDERS, Account, Alerts, Architecture, Cluster, Costs
+
+    # isort: split
+    from biollm.config.schema import Environment, Model, Provider, Routing
     from biollm.config.values import Limit
 
 __all__ = [

@@ -10,23 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from biollm.slurm.jobs import (
-        Job,
-        Options,
-        check_limits,
-        down,
-        ensure,
-        ensuring,
-        find,
-        logs,
-        missing,
-        plain_key_file,
-        prepare,
-        status,
-        try_one_gpu,
-        up,
-        wait_for,
-    )
+    from biollm.slurm.jobs import Job, Options, check_limits, down, ensure, ensuring, find, logs
+
+    # isort: split
+    from biollm.slurm.jobs import missing, plain_key_file, prepare, status, try_one_gpu, up, wait_for
 
 __all__ = ["Job", "Options", "check_limits", "down", "ensure", "ensuring", "find", "logs", "missing", "plain_key_file",
            "prepare", "status", "try_one_gpu", "up", "wait_for"]  # fmt: skip

@@ -22,9 +22,10 @@ _KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF")
 _ENDED = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
 )  # fmt: skip
-_AWAY = re.compile(r"Unable to contact slurm controller|Connection refused|Socket timed out|Zero Bytes", re.IGNORECASE)
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}")
+_PING = "`scontrol ping` shows whether Slurm is up."
 _FIXES = (
+    ("Unable to contact slurm controller|Connection refused|Socket timed out|Zero Bytes", "does not answer.", _PING),
     ("Invalid partition", "has no such partition.", "`sinfo -s` lists them; set `partition` or --partition."),
     ("Invalid account", "does not know this account here.", "`sacctmgr show assoc user=$USER` lists yours; set `account`."),
     ("Invalid qos", "does not know this qos here.", "`sacctmgr show qos` lists them; set `qos`."),
@@ -38,10 +39,6 @@ _FIXES = (
     ("policy", "refuses it by a limit of your account or qos.", "`sacctmgr show assoc user=$USER` shows them."),
     ("option", "does not know one of the options.", "Look at `sbatch_options` in cluster.yaml."),
 )  # fmt: skip
-
-
-class ControllerAwayError(SlurmError):
-    """The controller does not answer; running jobs continue."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,7 @@ def run(*command: str, timeout: float = 20, **more: str) -> str:
     """Return what one of Slurm's commands prints; `more` are further variables of its environment.
 
     Raises:
-        ControllerAwayError: It did not answer within `timeout` seconds.
-        SlurmError: It refused, or is not installed here.
+        SlurmError: It refused, did not answer within `timeout` seconds, or is not installed here.
     """
     env = {name: os.environ[name] for name in _KEPT if name in os.environ} | {"SLURM_TIME_FORMAT": "standard", **more}
     try:
@@ -86,16 +82,12 @@ def run(*command: str, timeout: float = 20, **more: str) -> str:
         message = f"There is no {command[0]} on this machine."
         raise SlurmError(message, hint="Run this on a login node of the cluster.") from error
     except subprocess.TimeoutExpired as error:
-        message = f"{command[0]} had no answer within {timeout:.0f} s."
-        raise ControllerAwayError(message, hint="`scontrol ping` shows whether Slurm is up.") from error
+        raise SlurmError(f"{command[0]} had no answer within {timeout:.0f} s.", hint=_PING) from error
     if done.returncode == 0:
         return done.stdout.strip()
     output = " ".join(line.split("error: ")[-1] for line in done.stderr.strip().splitlines()[-3:])
-    if _AWAY.search(output):
-        message = f"Slurm's controller does not answer ({output})."
-        raise ControllerAwayError(message, hint="`scontrol ping` shows when it is back.")
-    for text, sentence, hint in _FIXES:
-        if text.lower() in output.lower():
+    for pattern, sentence, hint in _FIXES:
+        if re.search(pattern, output, re.IGNORECASE):
             raise SlurmError(f"Slurm {sentence} Its message: {output}", hint=hint)
     raise SlurmError(f"{command[0]} failed: {output or f'exit code {done.returncode}'}")
 

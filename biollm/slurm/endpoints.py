@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -59,32 +60,26 @@ class Endpoint:
 
 
 class Records:
-    """The records of a cluster's run directory; unchanged ones are not read again."""
+    """The records of a cluster's run directory."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster, self._folder = cluster, biollm_dir(cluster)
         self._owners = uids(cluster.trusted_owners)
-        self._known: dict[str, tuple[tuple[int, int], Any, int]] = {}
-        self._nodes: tuple[float, dict[str, str]] = (-1.0, {})
         self._skew = (-_SKEW_S, 0.0)
 
     def read(self) -> tuple[list[Endpoint], dict[str, str]]:
         """Return the servers that are alive by their records, and for every other record (by start) why it is not used."""
         alive: list[Endpoint] = []
         others: dict[str, str] = {}
-        known, self._known = self._known, {}
         entries: list[os.DirEntry[str]] = []
         with suppress(OSError):
             entries = [entry for entry in os.scandir(self._folder / "records") if _RECORD.fullmatch(entry.name)]
-        now = self.now() if entries else 0.0
+        now, nodes = (self.now(), self._nodes()) if entries else (0.0, {})
         for entry in entries:
             try:
                 file = entry.stat(follow_symlinks=False)
-                version = (file.st_mtime_ns, file.st_ino)
-                if (old := known.get(entry.path)) is None or old[0] != version:
-                    old = (version, *_load(entry.path))
-                self._known[entry.path] = old
-                found = self._check(Path(entry.path), old[1], old[2], now - file.st_mtime)
+                record, owner = _load(entry.path, file.st_mtime_ns, file.st_ino)
+                found = self._check(Path(entry.path), record, owner, now - file.st_mtime, nodes)
             except FileNotFoundError:  # removed just now
                 continue
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -103,7 +98,7 @@ class Records:
             self._skew = (time.monotonic(), skew)
         return time.time() + skew
 
-    def _check(self, path: Path, record: Any, owner: int, age: float) -> Endpoint | str:
+    def _check(self, path: Path, record: Any, owner: int, age: float, nodes: Mapping[str, str]) -> Endpoint | str:
         """Return the endpoint of a record, or why it does not count."""
         name = path.stem
         left = float(record["left_s"]) - age
@@ -118,7 +113,7 @@ class Records:
             return f"was not renewed for {age:.0f} s"
         if left < ENDING_S:
             return "its walltime is about to end"
-        if self._node_map().get(host) != address and not is_this_host(address):
+        if nodes.get(host) != address and not is_this_host(address):
             return f"{host} ({address}) is not known as a node of the cluster"
         return Endpoint(
             start=name, job=str(record["job"]), submission=str(record["submission"]), model=str(record["model"]), host=host,
@@ -126,17 +121,14 @@ class Records:
             owner=owner, left_s=left, link=int(record["link"]),
         )  # fmt: skip
 
-    def _node_map(self) -> Mapping[str, str]:
+    def _nodes(self) -> dict[str, str]:
         """Return node name -> address, as written by the last `biollm up` or `render-slurm`."""
         path = self._folder / f"nodes-{self._cluster.name}.json"
-        try:
-            changed = path.stat().st_mtime
-            if changed != self._nodes[0]:
-                nodes, owner = _load(path)
-                self._nodes = (changed, nodes if owner in self._owners else {})
-        except (OSError, ValueError):
-            return {}
-        return self._nodes[1]
+        with suppress(OSError, ValueError):
+            file = path.stat()
+            nodes, owner = _load(str(path), file.st_mtime_ns, file.st_ino)
+            return nodes if owner in self._owners else {}
+        return {}
 
 
 class Watch:
@@ -271,7 +263,8 @@ def figures(text: str) -> Figures | None:
     return Figures(int(running), int(waiting), max(used))
 
 
-def _load(path: str | Path) -> tuple[Any, int]:
+@lru_cache(2048)
+def _load(path: str, *_version: int) -> tuple[Any, int]:
     """Return the JSON of a file and its owner; a link, or a file that others may write, is an error."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
         seen = os.fstat(file.fileno())

@@ -38,18 +38,16 @@ def snapshot() -> dict[str, Any]:
 def problems(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield (key, one sentence) for everything in `args` that vLLM would refuse, or accept and then fail."""
     known = snapshot()["flags"]
-    given = {_name(key) for key in args}
     for key, value in args.items():
-        name = _name(key)
-        if name in _SECRET:
+        if key in _SECRET:
             yield key, "is a secret. Every start gets a key of its own; `biollm pull` reads HF_TOKEN."
-        elif name in _OURS:
+        elif key in _OURS:
             yield key, "is set by biollm itself. Remove it."
-        elif name not in known:
-            yield key, f"is not a flag of vLLM {snapshot()['vllm']}. {nearest(name, known, repr)}".rstrip()
-        elif message := _wrong(name, known[name], value, free=_PLUGINS.get(name) in given):
+        elif key not in known:
+            yield key, f"is not a flag of vLLM {snapshot()['vllm']}. {nearest(key, known, repr)}".rstrip()
+        elif message := _wrong(key, known[key], value, free=_PLUGINS.get(key) in args):
             yield key, message
-    if args.get("enable_auto_tool_choice") and "tool_call_parser" not in given:
+    if args.get("enable_auto_tool_choice") and "tool_call_parser" not in args:
         yield "enable_auto_tool_choice", "needs tool_call_parser, too."
 
 
@@ -98,7 +96,7 @@ def flags(args: Mapping[str, object]) -> Iterator[list[str]]:
     """Yield the words of each flag on the command line; `args` must have no `problems`."""
     value: Any
     for key, value in args.items():
-        flag, kind = "--" + _name(key).replace("_", "-"), snapshot()["flags"][_name(key)]
+        flag, kind = "--" + key.replace("_", "-"), snapshot()["flags"][key]
         if isinstance(value, bool):
             if value or kind == "bool":
                 yield [flag if value else f"--no-{flag[2:]}"]
@@ -110,7 +108,3 @@ def flags(args: Mapping[str, object]) -> Iterator[list[str]]:
         else:
             text = str(value)
             yield [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-
-
-def _name(key: str) -> str:
-    return key.lstrip("-").replace("-", "_")

@@ -55,7 +55,6 @@ def test_the_shipped_models_have_good_flags(config: Config) -> None:
         ({"chat_template": "a\0b"}, "has no value"),
         ({"allowed_media_domains": ["--port"]}, "begin with a dash"),
         ({"port": 8000}, "set by biollm itself"),
-        ({"served-model-name": "x"}, "set by biollm itself"),
         ({"api_key": "sk-1"}, "is a secret"),
         ({"hf_token": "hf_1"}, "is a secret"),
         ({"enable_auto_tool_choice": True}, "needs tool_call_parser"),
@@ -73,7 +72,6 @@ def test_what_vllm_would_refuse_or_fail_on(args: dict[str, Any], says: str) -> N
     [
         {"max_model_len": "16k"},
         {"max_model_len": "auto"},
-        {"max-model-len": 4096},
         {"kv_cache_dtype": "fp8_e4m3", "gpu_memory_utilization": 1},
         {"tool_call_parser": "ours", "tool_parser_plugin": "/opt/ours.py"},
         {"reasoning_parser": "ours", "reasoning_parser_plugin": "/opt/ours.py"},
@@ -90,7 +88,7 @@ def test_what_is_right(args: dict[str, Any]) -> None:
     ("args", "words"),
     [
         ({"max_model_len": 4096}, ["--max-model-len", "4096"]),
-        ({"gpu-memory-utilization": 0.95}, ["--gpu-memory-utilization", "0.95"]),
+        ({"gpu_memory_utilization": 0.95}, ["--gpu-memory-utilization", "0.95"]),
         ({"enforce_eager": True}, ["--enforce-eager"]),
         ({"enable_prefix_caching": False}, ["--no-enable-prefix-caching"]),  # on by default: leaving it out is no "off"
         ({"disable_log_stats": False}, []),  # has no negation
