@@ -45,11 +45,7 @@ class Background:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the loop and wait for it; an interrupt of the caller cancels it.
-
-        Raises:
-            UsageError: This is the loop's own thread, which would wait for itself.
-        """
+        """Run `work` on the loop and wait for it; an interrupt of the caller cancels it."""
         if threading.current_thread() is self._thread:
             work.close()
             raise UsageError(_DEADLOCK, hint=_DEADLOCK_HINT)
@@ -72,7 +68,7 @@ class Background:
             raise error.args[0] from None
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
-        """Yield from an async generator that runs on the loop; leaving early cancels it. Raises as `run` does."""
+        """Yield from an async generator that runs on the loop; leaving early cancels it."""
         if threading.current_thread() is self._thread:
             raise UsageError(_DEADLOCK, hint=_DEADLOCK_HINT)
         inbox: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
@@ -180,25 +176,18 @@ async def apart(work: Callable[..., T], *arguments: Any) -> T:
     return await done
 
 
-_current: list[Background] = []
-_lock = threading.Lock()
+_current: dict[int, Background] = {}  # by process id
+_locks: dict[int, threading.Lock] = {}  # as well: a fork may copy a lock that is held
 
 
 def background() -> Background:
     """Return this process's background loop, started on first use and again after a fork."""
-    with _lock:
-        if not _current or _current[0].pid != os.getpid():
-            _current[:] = [Background()]
-            _current[0].stop_first()
-        return _current[0]
-
-
-def _unlock_after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_unlock_after_fork)
+    with _locks.setdefault(pid := os.getpid(), threading.Lock()):
+        if pid not in _current:
+            _current.clear()
+            _current[pid] = Background()
+            _current[pid].stop_first()
+        return _current[pid]
 
 
 def ledger() -> Ledger:

@@ -15,7 +15,8 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -178,10 +179,11 @@ class Watch:
         self._read_s = now - began
         probed = self._probed = {e.start: self._probed[e.start] for e in found if e.start in self._probed}
         due = [e for e in found if (p := probed.get(e.start)) is None or now - p[0] > (PROBE_S if p[1] else _RETRY_S)]
-        for endpoint, named in _probe(due):
-            # A slow one counts as before, a new one by its record: it proves its start before a request is sent.
-            answered = probed.get(endpoint.start, (0.0, True))[1] if named is None else named == endpoint.start
-            probed[endpoint.start] = (now, answered)
+        with ThreadPoolExecutor(64) as pool:
+            for endpoint, named in zip(due, pool.map(_probe, due), strict=True):
+                # A slow one counts as before, a new one by its record: it proves its start before a request is sent.
+                answered = probed.get(endpoint.start, (0.0, True))[1] if named is None else named == endpoint.start
+                probed[endpoint.start] = (now, answered)
         self._alive = tuple(e for e in found if probed.get(e.start, (0.0, False))[1])
         return self._alive
 
@@ -223,7 +225,7 @@ def unproven(base_url: str, model: str) -> str:
 
 
 def ask(endpoint: Endpoint, method: str, path: str, body: Any = None, *, timeout: float) -> tuple[int, str]:
-    """Return status and text of one request to the server itself, with its key and past any proxy; `timeout` in seconds.
+    """Return status and text of one request to the server itself, with its key and past any proxy, within `timeout` s.
 
     Raises:
         OSError: It did not answer, or another server did; the key was not sent to that.
@@ -273,22 +275,12 @@ def _load(path: str, *_version: int) -> tuple[Any, int]:
         return json.load(file), seen.st_uid
 
 
-def _probe(endpoints: Sequence[Endpoint]) -> Iterable[tuple[Endpoint, str | None]]:
-    """Yield for each server the start that it reports: "" for none or no connection, None for no answer in time."""
-    if not endpoints:
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    def ask_health(endpoint: Endpoint) -> str | None:
-        try:
-            return _request(endpoint, "GET", "/health", None, 1.0, None)[1]
-        except TimeoutError:
-            return None
-        except OSError:
-            return ""
-
-    with ThreadPoolExecutor(min(64, len(endpoints))) as pool:
-        yield from zip(endpoints, pool.map(ask_health, endpoints), strict=True)
+def _probe(endpoint: Endpoint) -> str | None:
+    """Return the start that a server reports: "" for none or no connection, None for no answer in time."""
+    try:
+        return _request(endpoint, "GET", "/health", None, 1.0, None)[1]
+    except OSError as error:
+        return None if isinstance(error, TimeoutError) else ""
 
 
 def _request(

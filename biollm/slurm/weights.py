@@ -50,13 +50,8 @@ def present(model: Model, cluster: Cluster) -> Path | str:
 def pull(model: Model, cluster: Cluster, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
     """Download the weights of `model`, or what is still missing of them, and return their folder.
 
-    The commit of its revision is fixed for the whole download, and written to `.biollm-commit`. Gated models need
-    HF_TOKEN. `progress` is called with bytes (done, total) at the start and the end; in between huggingface_hub
-    draws its own bars, on a terminal only.
-
-    Raises:
-        UsageError: It is not a local model from Hugging Face.
-        UnavailableError: Not enough space, no access, or Hugging Face does not answer.
+    The commit of its revision is fixed for the whole download, and written to `.biollm-commit`. `progress` is called
+    with bytes (done, total) at the start and the end; in between huggingface_hub draws its own bars, on a terminal only.
     """
     folder = weights_dir(model, cluster)
     if model.path or not model.hf_id:
@@ -113,14 +108,13 @@ def _snapshot(hf_id: str, folder: Path, cache: Path, *, revision: str | None = N
         return hub.snapshot_download(hf_id, revision=revision, **options)
     except failures as error:
         chain, page = (error, error.__cause__), f"https://huggingface.co/{hf_id}"
-        if any(isinstance(each, errors.GatedRepoError) for each in chain):
-            hint = f"Accept its licence at {page}, then set HF_TOKEN."
-            raise UnavailableError(f"{hf_id} is gated.", hint=hint) from error
-        if any(isinstance(each, errors.RepositoryNotFoundError) for each in chain):
-            message = f"{hf_id} does not exist, or HF_TOKEN has no access to it."
-            raise UnavailableError(message, hint=f"See {page}.") from error
-        if isinstance(error, errors.RevisionNotFoundError):
-            raise UnavailableError(f"{hf_id} has no revision {revision!r}.") from error
+        for kind, message, hint in (
+            (errors.GatedRepoError, "is gated.", f"Accept its licence at {page}, then set HF_TOKEN."),
+            (errors.RepositoryNotFoundError, "does not exist, or HF_TOKEN has no access to it.", f"See {page}."),
+            (errors.RevisionNotFoundError, f"has no revision {revision!r}.", None),
+        ):
+            if any(isinstance(each, kind) for each in chain):
+                raise UnavailableError(f"{hf_id} {message}", hint=hint) from error
         lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]
         hint = "Run this where Hugging Face can be reached (HF_HUB_OFFLINE unset); complete files are kept."
         raise UnavailableError(f"{hf_id} could not be downloaded: {lines[0]}", hint=hint) from error

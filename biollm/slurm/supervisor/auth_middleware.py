@@ -6,7 +6,6 @@ open. Standard library only (Python 3.9); the server imports it (`--middleware M
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import re
@@ -52,12 +51,12 @@ class AuthMiddleware:
             await _refuse(scope, send, self._headers(authenticated=False))
             return
         nonce = _NONCE.search(scope.get("query_string") or b"") if health else None
-        proof = [(b"x-biollm-proof", self._prove(nonce[1]))] if nonce else []
+        proof = hmac.new(self._key, nonce[1] + self._start, "sha256").hexdigest().encode() if nonce else b""
         counted = scope["path"] not in _UNCOUNTED
 
         async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                added = [*self._headers(authenticated), *proof]
+                added = [*self._headers(authenticated), *([(b"x-biollm-proof", proof)] if proof else [])]
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
@@ -68,9 +67,6 @@ class AuthMiddleware:
             self._in_flight -= counted
             if counted:
                 self._last = time.monotonic()
-
-    def _prove(self, nonce: bytes) -> bytes:
-        return hmac.new(self._key, nonce + self._start, hashlib.sha256).hexdigest().encode()
 
     def _headers(self, authenticated: bool) -> list[tuple[bytes, bytes]]:
         headers = [(b"x-biollm-start", self._start)]
