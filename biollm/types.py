@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 Kind = TypeVar("Kind")
+Json = dict[str, Any]
+ChunkKind = Literal["text", "reasoning", "tool_call", "usage"]
 Outcome = Literal["ok", "skipped", "limited", "failed", "cancelled"]
 DataPolicy = Literal["any", "no_training", "local_only"]
 DATA_POLICIES: tuple[DataPolicy, ...] = get_args(DataPolicy)  # from loose to strict
@@ -15,6 +17,27 @@ DATA_POLICIES: tuple[DataPolicy, ...] = get_args(DataPolicy)  # from loose to st
 def known(kind: type[Kind], facts: Mapping[str, Any]) -> Kind:
     """Make a dataclass of fields that another version may have written, without those it does not have."""
     return kind(**{each.name: facts[each.name] for each in fields(kind) if each.name in facts})  # type: ignore[arg-type]
+
+
+def part(given: Json, name: str) -> Json:
+    """Return an object inside a JSON object; {} where it is null or missing."""
+    return given.get(name) or {}
+
+
+class Fields(Json):
+    """A JSON object whose fields are attributes as well: `raw.choices[0].message.content`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return _with_attributes(self[name])
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def _with_attributes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Fields(cast("Json", value))
+    return [_with_attributes(each) for each in cast("list[Any]", value)] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -78,7 +101,8 @@ class Completion:
         parsed: The object of `response_model`, or None.
         tool_calls: OpenAI-shaped tool calls.
         finish_reason: The provider's own.
-        raw: LiteLLM's ModelResponse; from a gateway its JSON, or None for a stream.
+        reasoning: What the model thought before its answer, where the provider sends that.
+        raw: OpenAI's JSON with every field that the provider sent: a dict whose fields are attributes as well.
     """
 
     text: str
@@ -94,6 +118,7 @@ class Completion:
     parsed: Any = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     finish_reason: str = ""
+    reasoning: str = ""
     raw: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -102,10 +127,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """A piece of a streamed answer; `str(chunk)` is its text. `completion` comes with the last one."""
+    """A piece of a streamed answer; `str(chunk)` is its text, which only the kind "text" has.
+
+    Attributes:
+        kind: "text", "reasoning", "tool_call" (one whole call) or "usage" (the end: tokens, and the completion).
+        chunk: OpenAI's `chat.completion.chunk`, with every field that the provider sent.
+        completion: The whole answer; with the last piece only.
+    """
 
     text: str = ""
     completion: Completion | None = None
+    kind: ChunkKind = "text"
+    chunk: Json = field(default_factory=dict[str, Any], repr=False)
 
     def __str__(self) -> str:
         return self.text

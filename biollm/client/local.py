@@ -21,13 +21,13 @@ from biollm.errors import (
     RequestRejectedError,
     UsageError,
 )
-from biollm.routing import candidates, import_waterfall, load_balancing
+from biollm.routing import candidates, load_balancing
 from biollm.routing.candidates import Candidate, DeploymentPool
 from biollm.routing.request import Request
+from biollm.routing.waterfall import Waterfall
 from biollm.types import Completion, DataPolicy, Piece
 
 if TYPE_CHECKING:
-    from biollm.routing.waterfall import Waterfall
     from biollm.slurm.endpoints import Watch
 
 T = TypeVar("T")
@@ -80,8 +80,7 @@ class Local:
         return await asyncio.shield(making)
 
     def _make(self, policy: DataPolicy, servers: Watch) -> Waterfall:
-        made = import_waterfall()
-        return made(DeploymentPool(self.config, ledger(), state_dir(), policy, servers.latest, servers.settle))
+        return Waterfall(DeploymentPool(self.config, ledger(), state_dir(), policy, servers.latest, servers.settle))
 
 
 @dataclass(frozen=True)

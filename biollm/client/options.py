@@ -22,7 +22,7 @@ Prompt = str | Sequence[Message]
 # Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
 _CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256
 _PARAMETERS = ("temperature", "max_tokens", "tools", "tool_choice")
-_CHOICES = {"data_policy": DATA_POLICIES, "on_interrupt": ("raise", "restart")}
+_CHOICES = {"data_policy": DATA_POLICIES, "on_interrupt": ("raise", "restart", "splice")}
 _NUMBERS = ("timeout", "deadline", "wait", "patience", "max_retries")
 
 
@@ -47,7 +47,8 @@ class Defaults(TypedDict, total=False):
         allow_degraded: Whether the small embedded model may answer; False by default, and always False
             unless set in this call where `response_model` is given.
         tags: Stored with the usage record, such as {"agent": "ErrorDiagnosisAgent"}.
-        on_interrupt: What a stream does that breaks after some text: "raise", or "restart" on the next deployment.
+        on_interrupt: What a stream does that breaks after some text: "raise"; "restart" on the next deployment, which takes
+            the text back; "splice" the next one's answer on, after a marked line.
         on_send: Called with a deployment's id just before a request is sent to it.
         start_local: Whether to start a server on the cluster when no deployment can answer; the embedded model is
             then tried only if that fails.
@@ -73,7 +74,7 @@ class Defaults(TypedDict, total=False):
     capability: str | None
     allow_degraded: bool
     tags: Mapping[str, str]
-    on_interrupt: Literal["raise", "restart"]
+    on_interrupt: Literal["raise", "restart", "splice"]
     on_send: Callable[[str], None] | None
     start_local: bool
     wait: float | None

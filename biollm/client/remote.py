@@ -14,7 +14,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, closing, suppress
 from functools import cache, partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse
@@ -25,13 +25,25 @@ from biollm import __version__, errors
 from biollm._ownership import is_local, is_private, objection
 from biollm.config.paths import FALSE, config_dirs, state_dir
 from biollm.providers.gateway_key import is_gateway_key
-from biollm.types import DATA_POLICIES, Attempt, Completion, Piece, StreamChunk, StreamRestarted, Usage, known
+from biollm.routing.answers import Fold, content, delta_of, kind, last_chunk, tool_calls
+from biollm.types import (
+    DATA_POLICIES,
+    Attempt,
+    Completion,
+    Fields,
+    Json,
+    Piece,
+    StreamChunk,
+    StreamRestarted,
+    Usage,
+    known,
+    part,
+)
 
 if TYPE_CHECKING:
     from biollm.config import Cluster
     from biollm.routing.request import Request
 
-Json = dict[str, Any]
 Dial = Callable[[], HTTPConnection]
 _LOOK, _PATIENCE = 10.0, 10.0  # seconds between two health checks while a gateway works, and for it to answer one
 _GRACE = 0.5  # seconds past the deadline in which the gateway may still report itself what was tried
@@ -251,11 +263,7 @@ class Connection:
         finally:
             self._over.set()
             self._connection.close()
-        choice = told["choices"][0]
-        said: Json = choice.get("message") or {"content": choice["text"]}
-        return self._completion(
-            told, said["content"] or "", choice["finish_reason"], said.get("tool_calls", ()), raw=told
-        )
+        return self._completion(told, content(told["choices"][0]))
 
     def stream(self) -> Iterator[Piece]:
         """Yield the answer as it comes; the last piece holds the Completion.
@@ -263,24 +271,24 @@ class Connection:
         Raises:
             BiollmError: The one that the gateway met, or InterruptedStreamError when it broke off.
         """
-        text, finish, calls, end, why = "", "", cast("list[Json]", []), cast("Json", {}), "before its end"
+        text, end, why, fold = "", cast("Json", {}), "before its end", Fold()
         try:
             more = {"stream": True, "stream_options": {"include_usage": True}}
             for told in _events(self._ask(more)):
                 if told is None:
-                    yield StreamChunk("", self._completion(end, text, finish, calls))
+                    completion = self._completion({**fold.whole(), "biollm": end["biollm"]}, text)
+                    yield StreamChunk("", completion, "usage", last_chunk(completion))
                     return
                 if "error" in told:
                     raise _error(told["error"], partial=text)
                 if again := told.get("biollm", {}).get("restarted"):
-                    text = ""
+                    text, fold = "", Fold()
                     yield StreamRestarted(known(Attempt, again["attempt"]))
-                for choice in told.get("choices", ()):
-                    finish = choice.get("finish_reason") or finish
-                    calls += choice["delta"].get("tool_calls") or []
-                    if new := choice["delta"].get("content"):
-                        text += new
-                        yield StreamChunk(new)
+                fold.add(told)
+                if (adds := kind(told)) != "usage":
+                    new = delta_of(told).get("content") or ""
+                    text += new
+                    yield StreamChunk(new, None, adds, told)
                 if told.get("usage"):
                     end = told
         except (OSError, HTTPException, ValueError) as error:
@@ -387,20 +395,20 @@ class Connection:
         if self._left:
             raise ConnectionAbortedError("left")
 
-    def _completion(self, told: Json, text: str, finish: str, calls: Sequence[Json], raw: Any = None) -> Completion:
-        story: Json = told["biollm"]
-        used: Json = told["usage"]
-        details: Json = used.get("prompt_tokens_details", {}) | used.get("completion_tokens_details", {})
+    def _completion(self, whole: Json, text: str) -> Completion:
+        used, choice = part(whole, "usage"), whole["choices"][0]
+        details: Json = part(used, "prompt_tokens_details") | part(used, "completion_tokens_details")
         ours = {
             "text": text,
             "usage": known(Usage, used | details),
-            "attempts": tuple(known(Attempt, each) for each in story["attempts"]),
+            "attempts": tuple(known(Attempt, each) for each in whole["biollm"]["attempts"]),
             "parsed": json.loads(text) if "response_format" in self._asked else None,
-            "tool_calls": tuple({name: call[name] for name in ("id", "type", "function")} for call in calls),
-            "finish_reason": finish,
-            "raw": raw,
+            "tool_calls": tuple(tool_calls(choice)),
+            "finish_reason": choice["finish_reason"],
+            "reasoning": part(choice, "message").get("reasoning_content") or "",
+            "raw": Fields(whole),
         }
-        return known(Completion, story | ours)
+        return known(Completion, whole["biollm"] | ours)
 
 
 def _too_late(deadline: float) -> errors.DeadlineError:

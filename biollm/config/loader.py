@@ -44,11 +44,13 @@ class Config:
     data_policy: DataPolicy = "any"
     costs: Costs = field(default_factory=Costs)
     alerts: Alerts = field(default_factory=Alerts)
-    timeout: float = 60.0  # this and the next four are as in `Routing`
+    timeout: float = 60.0  # this and the next six are as in `Routing`
     stream_timeout: float | None = None
+    headers_after: float = 20.0
     patience: float = 0.0
     on_refusal: Literal["stop", "next"] = "stop"
     policy: Literal["order", "cheapest"] = "order"
+    sender: Literal["auto", "litellm"] = "auto"
     warnings: tuple[Problem, ...] = ()
     sources: dict[str, str] = field(default_factory=dict[str, str], repr=False)  # "providers.x.priority" -> "file:line"
     written: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)  # the same key -> the value there

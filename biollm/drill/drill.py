@@ -26,11 +26,11 @@ from biollm.drill.fault_server import FaultServer
 from biollm.errors import CompletionError
 from biollm.ledger import Ledger
 from biollm.providers.credentials import Credential
-from biollm.routing import import_waterfall
 from biollm.routing.candidates import DeploymentPool, Survey
 from biollm.routing.deployments import Deployment, Requirements
 from biollm.routing.pricing import prices
 from biollm.routing.request import Request
+from biollm.routing.waterfall import Waterfall
 from biollm.slurm.endpoints import Endpoint
 from biollm.types import Usage
 
@@ -166,7 +166,7 @@ class _Harness:
         for server in self._servers.values():
             await server.open()
         ledger = Ledger(self._folder, clock=lambda: time.time() + self._ahead)
-        self._waterfall = import_waterfall()(self._pool(ledger, endpoints))
+        self._waterfall = Waterfall(self._pool(ledger, endpoints))
         try:
             await self._waterfall.complete(replace(self._request, timeout=60.0))  # LiteLLM's first call takes seconds
             return [

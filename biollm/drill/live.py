@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from biollm._runtime import background, ledger, watch
 from biollm.config import Config
 from biollm.config.paths import state_dir
 from biollm.errors import CompletionError
-from biollm.routing import import_waterfall
 from biollm.routing.candidates import Candidate, DeploymentPool, explain
 from biollm.routing.deployments import Deployment, Requirements
 from biollm.routing.pricing import price
 from biollm.routing.request import Request
+from biollm.routing.waterfall import Waterfall
 from biollm.types import Usage
-
-if TYPE_CHECKING:
-    from biollm.routing.waterfall import Waterfall
 
 LIMIT = 0.05  # USD
 PROMPT = "Reply with the one word: ok"
@@ -88,7 +85,7 @@ def live_drill(config: Config, limit_usd: float, report: Callable[[str], None]) 
         report(line)
     answers: list[Answer] = []
     if present:
-        waterfall = import_waterfall()(pool)
+        waterfall = Waterfall(pool)
         answers = [background().run(_call(waterfall, each, spending)) for each in present]
     return LiveDrill(tuple(answers), absent, spending.spent, limit_usd)
 

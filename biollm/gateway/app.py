@@ -20,17 +20,17 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from biollm._runtime import apart, ledger
 from biollm.errors import BiollmError, UsageError
 from biollm.gateway import openai_api
-from biollm.gateway.openai_api import Delivery, Json
+from biollm.gateway.openai_api import Delivery
 from biollm.monitoring import metrics, page
 from biollm.monitoring.alerts import firing
 from biollm.monitoring.snapshot import Collector
 from biollm.routing.candidates import check_names
-from biollm.types import Completion, StreamChunk, StreamRestarted
+from biollm.types import Completion, Json, StreamChunk, StreamRestarted
 
 if TYPE_CHECKING:
     from biollm.client import Client, Options
@@ -151,19 +151,25 @@ class _Gateway:
         sent_to: list[str] = []
         options: Options = {**asked.options, "on_send": sent_to.append}
         pieces = self._client.astream(asked.prompt, **options)
+        first = asyncio.ensure_future(anext(pieces))
         try:
-            first = await anext(pieces)
+            await asyncio.wait({first}, timeout=self._client.config.headers_after)
+            if first.done():
+                first.result()
         except BaseException:
+            first.cancel()
             await pieces.aclose()
             raise
-        *failed, answering = sent_to
-        name = _name(answering)
-        headers = {
-            **headers,
-            "x-biollm-deployment": answering,
-            "x-biollm-attempts": ", ".join([*(f"{each}=failed" for each in failed), f"{answering}=ok"]),
-            "x-biollm-degraded": str(self._client.config.provider(name.split("/")[0]).type == "embedded").lower(),
-        }
+        name = ""
+        if first.done():
+            *failed, answering = sent_to
+            name = _name(answering)
+            headers = {
+                **headers,
+                "x-biollm-deployment": answering,
+                "x-biollm-attempts": ", ".join([*(f"{each}=failed" for each in failed), f"{answering}=ok"]),
+                "x-biollm-degraded": str(self._client.config.provider(name.split("/")[0]).type == "embedded").lower(),
+            }
         return _Events(_frames(first, pieces, openai_api.Chunks(name), asked.usage, sent_to), headers)
 
 
@@ -178,50 +184,76 @@ def _whole(asked: openai_api.Asked, done: Completion, headers: Mapping[str, str]
     if not asked.stream:
         return _json(openai_api.answer(done, chat=chat), headers=headers)
     chunks = openai_api.Chunks(f"{done.provider}/{done.model}", chat=chat)
-    frames = [*chunks.whole(done), *chunks.end(done, usage=asked.usage)]
+    frames = [*map(openai_api.event, [*chunks.whole(done), *chunks.end(done, usage=asked.usage)]), openai_api.DONE]
     return Response("".join(frames), 200, {**_Events.HEADERS, **headers}, _Events.media_type)
 
 
 async def _frames(
-    first: Piece, rest: AsyncGenerator[Piece, None], chunks: openai_api.Chunks, usage: bool, sent_to: Sequence[str]
+    first: asyncio.Future[Piece],
+    rest: AsyncGenerator[Piece, None],
+    chunks: openai_api.Chunks,
+    usage: bool,
+    sent_to: Sequence[str],
 ) -> AsyncGenerator[str, None]:
     """Yield the events of a stream; an error is the last one, without [DONE]."""
     try:
         async with aclosing(rest):
-            piece: Piece | None = first
-            again = False
+            piece: Piece | None = await first
+            asked = len(sent_to)
+            chunks.name(_name(sent_to[-1]))
             while piece is not None:
                 if isinstance(piece, StreamRestarted):
-                    yield chunks.restarted(piece.attempt)
-                    again = True
+                    yield openai_api.event(chunks.restarted(piece.attempt))
                 elif piece.completion is None:
-                    if again:
+                    if len(sent_to) != asked:
+                        asked = len(sent_to)
                         chunks.name(_name(sent_to[-1]))
-                        again = False
-                    yield chunks.text(piece.text)
+                    yield openai_api.event(chunks.piece(piece.chunk))
                 else:
                     chunks.name(f"{piece.completion.provider}/{piece.completion.model}")
-                    for frame in chunks.end(piece.completion, usage=usage):
-                        yield frame
+                    for chunk in chunks.end(piece.completion, usage=usage):
+                        yield openai_api.event(chunk)
+                    yield openai_api.DONE
                 piece = await anext(rest, None)
     except Exception as error:
         if not isinstance(error, BiollmError):
             _log.exception("A stream failed.")
-        yield openai_api.event(openai_api.refusal(error)[1])
+        yield openai_api.event(openai_api.refusal(error, streamed=True)[1])
+    finally:
+        first.cancel()
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, until their end or until the reader disconnects."""
+    """Server-sent events, until their end or until the reader disconnects; a comment wherever nothing comes for long."""
 
     media_type = "text/event-stream"
     HEADERS: ClassVar = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    KEEP_ALIVE_S = 10.0  # a proxy or a tunnel cuts a connection that is idle for a minute or two
 
     def __init__(self, frames: AsyncGenerator[str, None], headers: Mapping[str, str]) -> None:
         super().__init__(frames, headers={**self.HEADERS, **headers})
 
     async def stream_response(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        last = loop.time()
+
+        async def noted(message: Message) -> None:
+            nonlocal last
+            last = loop.time()
+            await send(message)
+
+        async def keep_alive() -> None:
+            while True:
+                await asyncio.sleep(max(0.01, last + self.KEEP_ALIVE_S - loop.time()))
+                if loop.time() - last >= self.KEEP_ALIVE_S:
+                    await noted({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+
         async with aclosing(cast("AsyncGenerator[str, None]", self.body_iterator)):  # the request ends now, not at GC
-            await super().stream_response(send)
+            keeping = asyncio.create_task(keep_alive())
+            try:
+                await super().stream_response(noted)
+            finally:
+                keeping.cancel()
 
 
 @asynccontextmanager

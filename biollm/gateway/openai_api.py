@@ -21,17 +21,16 @@ from biollm.config.paths import tags_of
 from biollm.routing.deployments import models_of
 from biollm.routing.router_config import GROUP, LOCAL_GROUP
 from biollm.routing.structured import ResponseSchema
-from biollm.types import DATA_POLICIES, Attempt, Completion
+from biollm.types import DATA_POLICIES, Attempt, Completion, Json, part
 
 if TYPE_CHECKING:
     from biollm.client import Options
     from biollm.config import Config
     from biollm.routing.candidates import Candidate
 
-Json = dict[str, Any]
 Types = Mapping[str, type | tuple[type, ...]]
 RESTARTS = "x-biollm-restarts"
-_INTERRUPTED = ("raise", "restart")
+_INTERRUPTED = ("", "raise", "restart", "splice")
 _NUMBER, _TEXTS = (int, float), (str, list)
 # The fields of a body: those read here, those that become options, and those passed on to the provider.
 _READ: Types = {
@@ -121,9 +120,7 @@ def read(given: bytes, headers: Mapping[str, str], config: Config, tags: Mapping
         with suppress(ValueError):  # the client says what is wrong with it
             options["patience"] = float(patience)
     whole = not stream or schema is not None or bool(body.get("logprobs")) or not chat
-    delivery = _delivery(headers, ours, whole=whole)
-    if delivery is Delivery.BUFFERED:
-        options["on_interrupt"] = "restart"
+    delivery, options["on_interrupt"] = _delivery(headers, ours, whole=whole, splice="tools" in options and not schema)
     return Asked(
         prompt=prompt,
         options=cast("Options", options),
@@ -174,7 +171,7 @@ def answer(completion: Completion, *, chat: bool = True) -> Json:
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": f"{completion.provider}/{completion.model}",
-        "choices": [_choice(completion, at, each, chat) for at, each in enumerate(completion.raw.choices)],
+        "choices": [_choice(completion, each, chat) for each in completion.raw["choices"]],
         "usage": _usage(completion),
         "biollm": story(completion),
     }
@@ -186,12 +183,14 @@ def story(completion: Completion) -> Json:
     return {**{name: getattr(completion, name) for name in names}, "attempts": _attempts(completion.attempts)}
 
 
-def refusal(error: Exception) -> tuple[int, Json, dict[str, str]]:
-    """Return the status, body and headers of an error response."""
+def refusal(error: Exception, *, streamed: bool = False) -> tuple[int, Json, dict[str, str]]:
+    """Return the status, body and headers of an error response; the body alone is the last event of a stream."""
     if not isinstance(error, errors.BiollmError):  # its text might hold anything
         return 500, problem("Internal error; see the gateway's log.", "server_error", "internal_error"), {}
     status, kind, code = next(row[1:] for row in _REFUSALS if isinstance(error, row[0]))
-    body = problem(f"{error}\n{error.hint or ''}".strip(), kind, code)
+    # Agents that retry a broken stream look for these words.
+    prefix = "Connection error: " if streamed and isinstance(error, errors.InterruptedStreamError) else ""
+    body = problem(f"{prefix}{error}\n{error.hint or ''}".strip(), kind, code)
     body["error"]["biollm"] = error.to_json()
     headers: dict[str, str] = {}
     if isinstance(error, errors.CompletionError):
@@ -213,57 +212,62 @@ def brief(attempts: Iterable[Attempt]) -> str:
     return ", ".join(f"{each.deployment}={each.outcome}" for each in attempts)[:2000].rstrip(", ")
 
 
+DONE = "data: [DONE]\n\n"
+
+
 def event(data: Json) -> str:
     """Return a server-sent event."""
     return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 class Chunks:
-    """The chunks of one streamed answer, as server-sent events."""
+    """The chunks of one streamed answer."""
 
     def __init__(self, model: str, *, chat: bool = True) -> None:
         kind = "chat.completion.chunk" if chat else "text_completion"
-        self._common = {"id": _ident(chat), "object": kind, "created": int(time.time()), "model": model}
-        self.name(model)
-        self._chat, self._role = chat, '"role":"assistant",' if chat else ""
+        self._ours: Json = {"id": _ident(chat), "object": kind, "created": int(time.time()), "model": model}
+        self._chat, self._first = chat, chat
 
     def name(self, model: str) -> None:
         """Set the model that the next chunks name."""
-        self._common["model"] = model
-        self._head = json.dumps(self._common)[:-1]  # a stream has thousands of chunks that begin alike
+        self._ours["model"] = model
 
-    def text(self, text: str, logprobs: Any = None) -> str:
-        """Return the chunk of a piece of text."""
-        role, self._role = self._role, ""
-        said = f'"delta":{{{role}"content":{json.dumps(text)}}}' if self._chat else f'"text":{json.dumps(text)}'
-        tail = f',"logprobs":{json.dumps(logprobs)}' if logprobs else ""
-        return f'data: {self._head},"choices":[{{"index":0,{said}{tail},"finish_reason":null}}]}}\n\n'
+    def piece(self, chunk: Json) -> Json:
+        """Return a provider's chunk as one of this answer."""
+        choice: Json = {"index": 0, **chunk["choices"][0]}
+        if self._first:
+            choice["delta"] = {"role": "assistant", **choice["delta"]}
+            self._first = False
+        return {**chunk, **self._ours, "choices": [choice]}
 
-    def whole(self, completion: Completion) -> Iterator[str]:
-        """Yield the chunk of an answer that comes at once; none if it has no text."""
-        choice = _choice(completion, 0, completion.raw.choices[0], self._chat)
-        if text := choice["message"]["content"] if self._chat else choice["text"]:
-            yield self.text(text, choice["logprobs"])
+    def whole(self, completion: Completion) -> Iterator[Json]:
+        """Yield the chunks of an answer that comes at once, without its end."""
+        choice = _choice(completion, completion.raw["choices"][0], self._chat)
+        if not self._chat:
+            yield {**self._ours, "choices": [{**choice, "finish_reason": None}]}
+            return
+        message: Json = choice.pop("message")
+        calls: Sequence[Json] = message.pop("tool_calls", None) or ()
+        if any(value for name, value in message.items() if name != "role"):
+            yield self.piece({"choices": [{**choice, "delta": message, "finish_reason": None}]})
+        for index, call in enumerate(calls):
+            delta = {"tool_calls": [{"index": index, **call}]}
+            yield self.piece({"choices": [{"delta": delta, "finish_reason": None}]})
 
-    def restarted(self, attempt: Attempt) -> str:
+    def restarted(self, attempt: Attempt) -> Json:
         """Return the chunk that takes back the text so far."""
-        self._role = '"role":"assistant",'
-        return event({**self._common, "choices": [], "biollm": {"restarted": {"attempt": _attempts([attempt])[0]}}})
+        self._first = self._chat
+        return {**self._ours, "choices": [], "biollm": {"restarted": {"attempt": _attempts([attempt])[0]}}}
 
-    def end(self, completion: Completion, *, usage: bool) -> Iterator[str]:
-        """Yield the chunks that follow the text: tool calls, the reason of the end, tokens if asked for."""
-        if completion.tool_calls:
-            calls = [{**_call(call), "index": at} for at, call in enumerate(completion.tool_calls)]
-            delta = {"role": "assistant", "content": None, "tool_calls": calls}
-            yield event({**self._common, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+    def end(self, completion: Completion, *, usage: bool) -> Iterator[Json]:
+        """Yield the chunks that follow: the reason of the end, and the tokens if asked for."""
         last: Json = {"delta": {}} if self._chat else {"text": ""}
         finish = completion.finish_reason or ("tool_calls" if completion.tool_calls else "stop")
         choices = [{"index": 0, **last, "finish_reason": finish}]
         ours = {"biollm": story(completion)}
-        yield event({**self._common, "choices": choices, **({} if usage else ours)})
+        yield {**self._ours, "choices": choices, **({} if usage else ours)}
         if usage:
-            yield event({**self._common, "choices": [], "usage": _usage(completion), **ours})
-        yield "data: [DONE]\n\n"
+            yield {**self._ours, "choices": [], "usage": _usage(completion), **ours}
 
 
 def _parsed(given: bytes) -> Json:
@@ -291,17 +295,23 @@ def _checked(given: Json, types: Types, prefix: str, *, closed: bool = False) ->
 def _one_of(choices: Sequence[str], what: str, given: str | None) -> str:
     """Return the value of `what`, by default the first choice."""
     if (given := given or choices[0]) not in choices:
-        raise errors.UsageError(f"{what} is {given!r}; it must be one of {', '.join(choices)}.")
+        raise errors.UsageError(f"{what} is {given!r}; it must be one of {', '.join(filter(None, choices))}.")
     return given
 
 
-def _delivery(headers: Mapping[str, str], ours: Json, *, whole: bool) -> Delivery:
-    unseen = _one_of(_INTERRUPTED, "x-biollm-on-interrupt", headers.get("x-biollm-on-interrupt")) == "restart"
-    restarts = _one_of(_INTERRUPTED, "biollm.on_interrupt", ours.get("on_interrupt")) == "restart"
+def _delivery(headers: Mapping[str, str], ours: Json, *, whole: bool, splice: bool) -> tuple[Delivery, str]:
+    """Return how the answer reaches the caller, and what a stream does that breaks after some text.
+
+    An agent is harmed less by a preamble that comes twice than by a stream that ends, so `splice` is its default.
+    """
+    unseen = _one_of(_INTERRUPTED, "x-biollm-on-interrupt", headers.get("x-biollm-on-interrupt"))
+    asked = _one_of(_INTERRUPTED, "biollm.on_interrupt", ours.get("on_interrupt"))
     if whole:
-        return Delivery.WHOLE
+        return Delivery.WHOLE, "raise"
     # OpenAI's clients would append what follows a restart to what came before; ours sends RESTARTS and drops that.
-    return Delivery.BUFFERED if unseen or (restarts and headers.get(RESTARTS) != "taken") else Delivery.LIVE
+    if unseen == "restart" or (asked == "restart" and headers.get(RESTARTS) != "taken"):
+        return Delivery.BUFFERED, "restart"
+    return Delivery.LIVE, unseen or asked or ("splice" if splice else "raise")
 
 
 def _prompt(body: Json, *, chat: bool) -> Any:
@@ -344,37 +354,35 @@ def _extra(body: Json, schema: Json | None) -> Json:
     return extra
 
 
-def _choice(completion: Completion, at: int, choice: Any, chat: bool) -> Json:
+def _choice(completion: Completion, choice: Json, chat: bool) -> Json:
     """Return one choice; of a parsed answer, the JSON without the text around it."""
-    logprobs: Any = getattr(choice, "logprobs", None)
-    if hasattr(logprobs, "model_dump"):
-        logprobs = logprobs.model_dump()
+    choice = {"index": 0, "logprobs": None, **choice, "finish_reason": _finish(choice)}
     if not chat:
-        return {"index": at, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason or "stop"}
-    given = choice.message
-    text = given.content if completion.parsed is None else json.dumps(completion.parsed)
-    message: Json = {"role": "assistant", "content": text}
-    if reasoning := getattr(given, "reasoning_content", None):
-        message["reasoning_content"] = reasoning
-    if given.tool_calls:
-        message["tool_calls"] = [_call(call.model_dump()) for call in given.tool_calls]
-    end = choice.finish_reason or ("tool_calls" if given.tool_calls else "stop")
-    return {"index": at, "message": message, "logprobs": logprobs, "finish_reason": end}
+        return choice
+    message = {"content": None, **choice["message"]}
+    if completion.parsed is not None:
+        message["content"] = json.dumps(completion.parsed)
+    return {**choice, "message": message}
 
 
-def _call(call: Json) -> Json:
-    function = {name: call["function"][name] for name in ("name", "arguments")}
-    return {"id": call["id"], "type": "function", "function": function}  # OpenAI's fields alone
+def _finish(choice: Json) -> str:
+    calls = part(choice, "message").get("tool_calls")
+    return choice.get("finish_reason") or ("tool_calls" if calls else "stop")
 
 
 def _usage(completion: Completion) -> Json:
-    used = completion.usage
+    used, stated = completion.usage, part(completion.raw or {}, "usage")
+    sent = {"cached_tokens": used.cached_tokens, "cache_write_tokens": used.cache_write_tokens}
     facts: Json = {
+        **stated,
         "prompt_tokens": used.prompt_tokens,
         "completion_tokens": used.completion_tokens,
         "total_tokens": used.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": used.cached_tokens, "cache_write_tokens": used.cache_write_tokens},
-        "completion_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
+        "prompt_tokens_details": {**part(stated, "prompt_tokens_details"), **sent},
+        "completion_tokens_details": {
+            **part(stated, "completion_tokens_details"),
+            "reasoning_tokens": used.reasoning_tokens,
+        },
     }
     return {**facts, "estimated": True} if used.estimated else facts
 

@@ -115,9 +115,9 @@ def _make_app() -> Callable[..., Any]:
 
 def _warm_up() -> None:
     """Import LiteLLM now, so that the first request need not wait for it."""
-    from biollm.routing import import_waterfall
+    from biollm.routing import import_router
 
-    import_waterfall()
+    import_router()
     litellm_private.defer_tokenizer()
     gc.collect()
     gc.freeze()  # what there is now stays: no collection need look at it again

@@ -11,20 +11,20 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from biollm.routing.waterfall import Waterfall
+    from biollm.routing.litellm_router import LiteLLMRouter
 
 
-def import_waterfall() -> type[Waterfall]:
+def import_router() -> type[LiteLLMRouter]:
     """Import LiteLLM with its fetch of the price map switched off, and leave the environment as it was."""
     name = "LITELLM_LOCAL_MODEL_COST_MAP"
     before, collects = os.environ.get(name), gc.isenabled()
     os.environ[name] = before or "True"
     gc.disable()  # an import makes much and drops little: to look for garbage takes a sixth of its time
     try:
-        from biollm.routing.waterfall import Waterfall
+        from biollm.routing.litellm_router import LiteLLMRouter
     finally:
         if before is None:
             del os.environ[name]
         if collects:
             gc.enable()
-    return Waterfall
+    return LiteLLMRouter

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,48 +20,18 @@ import litellm
 from litellm.integrations.custom_logger import CustomLogger
 
 from biollm._runtime import THREAD
-from biollm.ledger import Claim, Ledger, Refused
 from biollm.routing import litellm_private
+from biollm.routing.calls import Call
 
 
-class RefusedError(Exception):
-    """The ledger refused the deployment that LiteLLM chose; nothing was sent."""
-
-    def __init__(self, refused: Refused) -> None:
-        super().__init__(refused.reason)
-        self.refused = refused
-
-
-@dataclass
-class RouterCall:
-    """One call of the Router: what it may choose from, and how far it came.
-
-    Attributes:
-        claims: Deployment id -> its claim on the ledger; ids not in here may not be chosen.
-        on_choice: Called with the id of the deployment that LiteLLM chose, before anything else happens.
-        on_send: Called with that id and the ledger's row just before the request is sent.
-        translated: Whether LiteLLM has translated the request and handed it to its HTTP client. An error before that,
-            without a network error among its causes, came before anything was sent.
-        posted: URL -> what came of the one request to it.
-    """
-
-    ledger: Ledger
-    claims: Mapping[str, Claim]
-    on_choice: Callable[[str], None] | None = None
-    on_send: Callable[[str, int], None] | None = None
-    translated: bool = False
-    posted: dict[httpx.URL, Exception] = field(default_factory=dict[httpx.URL, Exception])
-
-    def cause(self, error: Exception) -> Exception:
-        """Return what the Router could not raise, as its text holds half of a surrogate pair; else `error` itself."""
-        if not isinstance(error, UnicodeEncodeError):
-            return error
-        answers = [each for each in self.posted.values() if isinstance(each, httpx.HTTPStatusError)]
-        failed = [each for each in answers if each.response.is_error]
-        return failed[-1] if failed else RuntimeError(error.object)
+def cause(call: Call, error: UnicodeEncodeError) -> Exception:
+    """Return what the Router could not raise, as its text holds half of a surrogate pair."""
+    answers = [each for each in call.posted.values() if isinstance(each, httpx.HTTPStatusError)]
+    failed = [each for each in answers if each.response.is_error]
+    return failed[-1] if failed else RuntimeError(error.object)
 
 
-current: ContextVar[RouterCall | None] = ContextVar("biollm_call", default=None)
+current: ContextVar[Call | None] = ContextVar("biollm_call", default=None)
 _ours: ContextVar[bool] = ContextVar("biollm_ours", default=False)  # follows a call into LiteLLM's worker threads
 
 
@@ -89,14 +58,7 @@ class Callback(CustomLogger):
     async def async_pre_call_check(self, deployment: dict[str, Any], parent_otel_span: Any) -> dict[str, Any]:  # noqa: D102
         if (call := current.get()) is None:
             return deployment
-        chosen = _deployment_id(deployment)
-        if call.on_choice:
-            call.on_choice(chosen)
-        granted = await call.ledger.reserve(call.claims[chosen])
-        if isinstance(granted, Refused):
-            raise RefusedError(granted)
-        if call.on_send:
-            call.on_send(chosen, granted)
+        await call.reserve(_deployment_id(deployment))
         return deployment
 
     def log_pre_api_call(self, model: Any, messages: Any, kwargs: Any) -> None:  # noqa: D102

@@ -6,9 +6,7 @@ connections open; here all requests share one. It would send even loopback reque
 
 from __future__ import annotations
 
-import asyncio
 import os
-import time
 from collections.abc import Awaitable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,10 +15,12 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import litellm
 
-from biollm._runtime import apart, background
+from biollm._runtime import background
 from biollm.providers import embedded
 from biollm.providers.credentials import Credential
-from biollm.routing import router_config
+from biollm.routing import callback, litellm_answers, router_config
+from biollm.routing.answers import Answer
+from biollm.routing.calls import Call
 from biollm.routing.candidates import DeploymentPool
 from biollm.routing.deployments import Deployment
 from biollm.routing.normalize import ANSWER_SIZES
@@ -28,7 +28,6 @@ from biollm.routing.request import InFlight, Run
 from biollm.routing.structured import Message
 
 _LITELLM: Any = litellm  # its own types are partial
-_SURVEY_WAIT_S = 2.0  # that a request waits for a look at servers and keys
 _MAX_CONNECTIONS = 1000
 _IDLE_S = 60  # that an unused connection is kept, and the address that a name resolved to
 
@@ -40,43 +39,21 @@ class LiteLLMRouter:
         self._pool = pool
         if (close := _LITELLM.close_litellm_async_clients) not in background().closing:
             background().closing.append(close)  # else aiohttp complains at exit
-        self._survey: asyncio.Task[None] | None = None
-        self._surveyed = 0.0
-        pool.refresh()
-        pool.ledger.refresh()
         self._router: Any = _LITELLM.Router(model_list=self._entries(), **router_config.router_settings(pool.config))
 
     def discard(self) -> None:
         """Take back what the Router registered with LiteLLM; it still serves."""
         self._router.retire()
 
-    async def update(self) -> None:
-        """Follow the servers that run, without a long wait for a slow file system."""
-        now = time.monotonic()
-        if self._survey is None and self._pool.due():
-            self._survey, self._surveyed = asyncio.create_task(self._take_survey()), now
-        if self._survey:
-            wait = max(0.0, self._surveyed + _SURVEY_WAIT_S - now)
-            for done in (await asyncio.wait({self._survey}, timeout=wait))[0]:
-                done.result()
-
-    async def _take_survey(self) -> None:
-        try:
-            if not self._pool.apply(await apart(self._pool.survey)):
-                return
-        finally:
-            self._survey = None
+    def follow(self) -> None:
+        """Take over the pool's deployments."""
         wanted = {entry["model_info"]["id"]: entry for entry in self._entries()}
         gone = set(self._router.registry().names(kind="ids")) - set(wanted)
         self._change(list(wanted.values()), delete=list(gone))
 
-    async def renew(self, deployment: Deployment) -> Credential | None:
-        """Look for the deployment's credential again; return it, or None if there is none now."""
-        known = self._pool.credentials.get(deployment.id)
-        found = self._pool.note(deployment, await apart(self._pool.look, deployment))
-        if found and found != known:
-            self._change(router_config.model_list([deployment], {deployment.id: _params(found)}))
-        return found
+    def renew(self, deployment: Deployment, found: Credential) -> None:
+        """Take over a deployment's new credential."""
+        self._change(router_config.model_list([deployment], {deployment.id: _params(found)}))
 
     def _change(self, upsert: Sequence[dict[str, Any]], delete: Sequence[str] = ()) -> None:
         added = [_LITELLM.Deployment(**entry) for entry in upsert]
@@ -87,8 +64,19 @@ class LiteLLMRouter:
         keys = {ident: _params(found) for ident, found in self._pool.credentials.items()}
         return router_config.model_list(self._pool.deployments, keys)
 
-    def call(self, run: Run, inflight: InFlight, messages: Sequence[Message], *, stream: bool) -> Awaitable[Any]:
+    async def call(self, run: Run, inflight: InFlight, call: Call, messages: Sequence[Message]) -> Answer:
         """Let LiteLLM choose among the deployments of `inflight`, which have one order, and call one."""
+        token = callback.current.set(call)
+        callback.install()
+        try:
+            return litellm_answers.answer(await self._ask(run, inflight, messages, stream=inflight.stream))
+        except UnicodeEncodeError as error:
+            raise callback.cause(call, error) from None
+        finally:
+            callback.current.reset(token)
+            call.on_choice = call.on_send = None  # a connection that is kept open keeps the call that it was opened in
+
+    def _ask(self, run: Run, inflight: InFlight, messages: Sequence[Message], *, stream: bool) -> Awaitable[Any]:
         request, first = run.request, inflight.choice[0]
         # The host program's LiteLLM callbacks see nothing of ours.
         params = {**request.params, "timeout": inflight.limit, "disable_fallbacks": True, "no-log": True}
@@ -108,11 +96,6 @@ class LiteLLMRouter:
         if suffix is not None and first.fim:
             prompt = "".join(map("".join, zip(first.fim, (prompt, suffix, ""), strict=True)))
         return self._router.atext_completion(model=model, prompt=prompt, **params)
-
-    @staticmethod
-    def join(chunks: Sequence[Any], messages: Sequence[Message]) -> Any:
-        """Return the response that a whole stream makes."""
-        return _LITELLM.stream_chunk_builder(chunks, messages=messages)
 
 
 def _session() -> aiohttp.ClientSession:

@@ -9,14 +9,14 @@ from typing import Any
 from biollm.ledger import Record
 from biollm.providers.credentials import Credential, hide
 from biollm.routing import host_check, pricing
+from biollm.routing.answers import Answer, content, tool_calls
 from biollm.routing.candidates import DeploymentPool, cooling_keys, note_refusal
 from biollm.routing.deployments import Deployment
 from biollm.routing.failures import Failure
 from biollm.routing.load_balancing import Balance
 from biollm.routing.normalize import text as plain
 from biollm.routing.request import MIN_RETRY_S, InFlight, Run
-from biollm.routing.responses import content, service_tier, spent, tool_calls
-from biollm.types import Attempt, Completion, Usage
+from biollm.types import Attempt, Completion, Fields, Json, Usage
 
 _MIN_ANSWER = 16  # tokens of answer that are worth a request
 
@@ -59,7 +59,7 @@ class Outcomes:
                 return False
             run.caps[ident] = failure.afford or 0
             return True
-        slip = failure.rule.retry and failure.wait is None and not inflight.head
+        slip = failure.rule.retry and failure.wait is None and not (inflight.answer and inflight.answer.head)
         if not slip or not run.request.fallback or not inflight.alone:
             return False
         return not self._pool.ledger.failing(self._pool.claims[ident].cooling if ident in self._pool.claims else ())
@@ -170,17 +170,28 @@ class Outcomes:
         self._pool.ledger.finish(inflight.reservation, deployment.scope, record)
 
     def complete(
-        self, run: Run, inflight: InFlight, response: Any, *, text: str | None = None, parsed: Any = None
+        self, run: Run, inflight: InFlight, answer: Answer, *, before: str = "", parsed: Any = None
     ) -> Completion:
-        """Return the Completion of `response`, which LiteLLM may have made of a stream; note and record the attempt."""
-        deployment, choice, usage = inflight.deployment, response.choices[0], self._usage(run, inflight)
+        """Return the Completion of an answer that is whole now; note and record the attempt.
+
+        Args:
+            run: The request.
+            inflight: The call that was answered.
+            answer: What came.
+            before: The text that the caller has of a deployment whose stream broke.
+            parsed: The object that matches the request's schema.
+        """
+        deployment, usage = inflight.deployment, self._usage(run, inflight)
+        whole = answer.fold.whole() if answer.whole is None else answer.whole
+        choice: Json = whole["choices"][0]
+        message: Json = choice.get("message") or {}
         attempt = Attempt(deployment.id, "ok", ms=inflight.ms)
         run.note(deployment, attempt)
         self._balance.under_way.discard(inflight)
         if deployment.id in self._pool.claims:
             self._pool.ledger.recover(self._pool.claims[deployment.id].cooling)
         completion = Completion(
-            text=content(response) if text is None else text,
+            text=before + content(choice),
             provider=deployment.provider.name,
             account=deployment.account.name,
             model=deployment.model,
@@ -191,19 +202,21 @@ class Outcomes:
             attempts=run.attempts(),
             degraded=deployment.embedded,
             parsed=parsed,
-            tool_calls=tuple(call.model_dump() for call in tool_calls(choice)),
-            finish_reason=choice.finish_reason or "",
-            raw=response,
+            tool_calls=tuple(tool_calls(choice)),
+            finish_reason=choice.get("finish_reason") or "",
+            reasoning=message.get("reasoning_content") or "",
+            raw=Fields(whole),
         )
         self._record(run, inflight, attempt, usage, completion.cost_usd)
         return completion
 
     def _usage(self, run: Run, inflight: InFlight) -> Usage:
-        return spent(inflight, run.request.requirements.prompt * 5 // 4)  # `prompt` is a lower bound
+        prompt = run.request.requirements.prompt * 5 // 4  # a lower bound
+        return inflight.answer.spent(prompt) if inflight.answer else Usage()
 
     def _usd(self, inflight: InFlight, usage: Usage) -> float | None:
         price = pricing.price(inflight.deployment, self._pool.config)
-        return price and price.usd(usage, service_tier(inflight.response))
+        return price and price.usd(usage, inflight.answer.service_tier if inflight.answer else None)
 
     def redact(self, text: str) -> str:
         """Return `text` without any key that this process knows, as the ledger can store it."""

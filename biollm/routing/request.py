@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from biollm.config import Config
+    from biollm.routing.answers import Answer
     from biollm.routing.candidates import Candidate
     from biollm.routing.failures import Failure
     from biollm.slurm.submissions import Job
@@ -58,7 +59,7 @@ class Request:
     max_retries: int = 0
     schema: ResponseSchema | None = None
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
-    on_interrupt: Literal["raise", "restart"] = "raise"
+    on_interrupt: Literal["raise", "restart", "splice"] = "raise"
     on_send: Callable[[str], None] | None = None
     middle: tuple[str, str | None] | None = None
     start: bool = False
@@ -257,7 +258,6 @@ class InFlight:
         scope: The timeout of the call.
         connecting: Whether the host accepts a connection, checked beside the call.
         callback_error: What the caller's `on_send` raised; nothing was sent then.
-        head: A stream's chunks up to its first content.
     """
 
     deployment: Deployment
@@ -266,14 +266,14 @@ class InFlight:
     limit: float
     shortened: bool
     scope: asyncio.Timeout
+    stream: bool = False
     reservation: int | None = None
     at: float = field(default_factory=time.time)
     started: float = field(default_factory=time.perf_counter)
     connecting: asyncio.Task[bool] | None = None
-    response: Any = None
+    answer: Answer | None = None
     ttft_ms: float | None = None
     callback_error: Exception | None = None
-    head: list[Any] = field(default_factory=list[Any])
 
     @property
     def ms(self) -> float:

@@ -12,30 +12,30 @@ import os
 import random
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from biollm._runtime import apart, called
 from biollm.errors import DeadlineError, InterruptedStreamError
 from biollm.ledger import Claim
-from biollm.routing import callback, deployments, host_check, load_balancing
-from biollm.routing.callback import RefusedError, RouterCall
+from biollm.routing import answers, deployments, host_check, load_balancing
+from biollm.routing.answers import content
+from biollm.routing.calls import Call, RefusedError
 from biollm.routing.candidates import Candidate, DeploymentPool
 from biollm.routing.classify import classify
 from biollm.routing.deployments import Deployment
-from biollm.routing.failures import BROKE_OFF, CUT, CUT_SHORT, Failure, timed_out, unreachable
-from biollm.routing.litellm_private import chunks
-from biollm.routing.litellm_router import LiteLLMRouter
+from biollm.routing.failures import CUT_SHORT, STRANGER, Failure, timed_out, unreachable
 from biollm.routing.outcomes import Outcomes
 from biollm.routing.request import InFlight, Request, Run
-from biollm.routing.responses import content, delta, emptiness, finishes, first_content, fold, stranger, without_text
+from biollm.routing.senders import Sender, Senders
 from biollm.routing.structured import Message, ResponseSchema, repair
-from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted
+from biollm.slurm.endpoints import START
+from biollm.types import Attempt, Completion, Json, StreamChunk, StreamRestarted
 
 _IMPORTED_IN = os.getpid()
 CONNECT_S = 3.0  # that a host has to accept a connection
-_CHUNKS = 32  # of a stream, before their text is joined
 _TOKEN_MARGIN_S = 120.0  # that a short-lived token must still be good for
 _REFRESH_S = 1.0  # between two looks for what other processes know, while nothing may be tried
 _SETTLE_S = 10.0  # that a request with no other deployment waits for the first look at the running servers
@@ -47,7 +47,9 @@ class Waterfall:
 
     def __init__(self, pool: DeploymentPool) -> None:
         self.pool = pool
-        self._router = LiteLLMRouter(pool)
+        pool.refresh()
+        pool.ledger.refresh()
+        self._senders = Senders(pool)
         self._reach = host_check.Reach(CONNECT_S)
         self._servers = host_check.FixedServers()
         self._balance = load_balancing.of_process()
@@ -56,7 +58,7 @@ class Waterfall:
 
     def discard(self) -> None:
         """Take back what was registered with LiteLLM; requests under way go on."""
-        self._router.discard()
+        self._senders.discard()
 
     async def complete(self, request: Request) -> Completion:
         """Return the first answer of the waterfall.
@@ -78,7 +80,7 @@ class Waterfall:
                 self._outcomes.cancel(run, run.spare)
             raise
         if run.spare:
-            return self._outcomes.complete(run, run.spare, run.spare.response)
+            return self._answered(run, run.spare)
         raise run.failure()
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamChunk | StreamRestarted, None]:
@@ -88,7 +90,7 @@ class Waterfall:
             CompletionError: No deployment answered.
             InterruptedStreamError: The stream broke after some text, and was not to be restarted.
         """
-        run = Run(request)
+        run, before = Run(request), ""
         async with request.in_time(run.attempts), aclosing(self._turns(run)) as turns:
             async for ready in turns:
                 inflight = await self._send(run, ready, request.messages, stream=True)
@@ -100,18 +102,24 @@ class Waterfall:
                         if isinstance(piece, Failure):
                             failure = piece
                         else:
-                            text += piece
-                            yield StreamChunk(piece)
+                            text += piece.text
+                            yield piece
                 if failure is None:
-                    whole = self._router.join(chunks(inflight.response), request.messages)
-                    yield StreamChunk(completion=self._outcomes.complete(run, inflight, whole, text=text))
+                    completion = self._answered(run, inflight, before=before)
+                    yield StreamChunk(completion=completion, kind="usage", chunk=answers.last_chunk(completion))
                     return
                 attempt = self._outcomes.fail(run, inflight, failure)
-                if text.strip() and request.on_interrupt == "raise":
+                if request.on_interrupt == "splice" and text:
+                    seam = f"\n\n[The stream of {attempt.deployment} broke. Another answer follows.]\n\n"
+                    before += text + seam
+                    yield StreamChunk(seam, chunk={"choices": [{"delta": {"content": seam}, "finish_reason": None}]})
+                elif text.strip() and request.on_interrupt == "raise":
                     reason = f"The stream of {attempt.deployment} broke: {attempt.reason}."
                     raise InterruptedStreamError(reason, run.attempts(), partial=text)
-                if text:
+                elif text:
                     yield StreamRestarted(attempt)
+        if before:
+            raise InterruptedStreamError(f"The stream broke. {run.failure()}", run.attempts(), partial=before)
         raise run.failure()
 
     async def _turns(self, run: Run) -> AsyncGenerator[list[Deployment], None]:
@@ -134,7 +142,7 @@ class Waterfall:
             if same.id in self.pool.claims:  # else its server left
                 return [same]
         while True:
-            await self._router.update()
+            await self._senders.update()
             if run.pinned:
                 return [deployment for deployment in self.pool.deployments if deployment.id == run.pinned]
             candidates = await self._candidates(run)
@@ -182,7 +190,7 @@ class Waterfall:
         inflight = await self._send(run, ready, messages)
         if inflight is None:
             return None
-        cut = inflight.response.choices[0].finish_reason == "length"
+        cut = inflight.answer and inflight.answer.first.get("finish_reason") == "length"
         if cut and self._outcomes.leave_roomier(run, inflight.deployment):
             if schema:  # JSON that is cut is no JSON
                 self._outcomes.fail(run, inflight, CUT_SHORT)
@@ -193,7 +201,11 @@ class Waterfall:
         if schema:
             return await self._parsed(run, inflight, schema, messages)
         self._drop_spare(run)
-        return self._outcomes.complete(run, inflight, inflight.response)
+        return self._answered(run, inflight)
+
+    def _answered(self, run: Run, inflight: InFlight, parsed: Any = None, before: str = "") -> Completion:
+        assert inflight.answer  # noqa: S101
+        return self._outcomes.complete(run, inflight, inflight.answer, parsed=parsed, before=before)
 
     def _drop_spare(self, run: Run) -> None:
         """Give up the answer that was kept in case no other deployment has a longer one."""
@@ -206,14 +218,14 @@ class Waterfall:
         self, run: Run, inflight: InFlight, schema: ResponseSchema, messages: Sequence[Message], *, retry: bool = True
     ) -> Completion | None:
         """Return the answer if it matches the schema; else ask the same deployment once more, showing the problem."""
-        answer = content(inflight.response)
+        answer = content(inflight.answer.first) if inflight.answer else ""
         try:
             parsed = schema.parse(answer)
         except ValueError as error:
             problem = " ".join(str(error).split())[:500]
         else:
             self._drop_spare(run)
-            return self._outcomes.complete(run, inflight, inflight.response, parsed=parsed)
+            return self._answered(run, inflight, parsed)
         self._outcomes.fail(run, inflight, Failure("schema", f"the answer does not match the schema: {problem}"))
         again = await self._send(run, [inflight.deployment], repair(messages, answer, problem)) if retry else None
         return await self._parsed(run, again, schema, messages, retry=False) if again else None
@@ -221,17 +233,19 @@ class Waterfall:
     async def _send(
         self, run: Run, ready: Sequence[Deployment], messages: Sequence[Message], *, stream: bool = False
     ) -> InFlight | None:
-        """Call one of the first order of `ready`; return what came, or None after noting the failure.
+        """Call one of the first order of `ready`, since a schema or a key may differ between orders; return what came, or None after noting the failure.
 
         For a stream, what came is its first content.
         """
-        choice = await self._choose(run, ready)
+        first = [deployment for deployment in ready if deployment.order == ready[0].order]
+        sender = await self._senders.choose(run, first)
+        choice = await self._choose(run, first)
         if not choice:
             return None
         inflight = self._prepare(run, choice, stream=stream)
-        call = RouterCall(self.pool.ledger, {each.id: self._claim(run, each) for each in inflight.choice})
+        call = Call(self.pool.ledger, {each.id: self._claim(run, each) for each in inflight.choice})
         try:
-            failure = await self._call(run, inflight, call, messages, stream=stream)
+            failure = await self._call(run, inflight, sender, call, messages)
         except RefusedError as error:
             self._balance.under_way.discard(inflight)
             run.tried.add(inflight.deployment.id)
@@ -244,24 +258,19 @@ class Waterfall:
             if inflight.callback_error:
                 self._outcomes.cancel(run, inflight)
                 raise inflight.callback_error from None
-            failure = _classify(inflight, call.cause(error), stream=stream, translated=call.translated)
+            failure = _classify(inflight, error, translated=call.translated)
         if failure is None:
             self._reach.note(inflight.deployment)
             return inflight
-        if stream and inflight.response is not None:
-            with suppress(Exception):
-                await inflight.response.aclose()
+        if inflight.answer:
+            await inflight.answer.close()
         self._outcomes.fail(run, inflight, failure)
         if failure.kind == "key":
             await self._reread_key(run, inflight.deployment)
         return None
 
-    async def _choose(self, run: Run, ready: Sequence[Deployment]) -> list[Deployment]:
-        """Return the least busy of the first order that may be sent a request.
-
-        A schema or a key may differ between orders, so LiteLLM chooses within one.
-        """
-        first = [deployment for deployment in ready if deployment.order == ready[0].order]
+    async def _choose(self, run: Run, first: Sequence[Deployment]) -> list[Deployment]:
+        """Return the least busy of one order that may be sent a request."""
         usable = await asyncio.gather(*(self._usable(run, deployment) for deployment in first))
         choice = [deployment for deployment, fits in zip(first, usable, strict=True) if fits]
         if len(choice) > 1:
@@ -274,27 +283,26 @@ class Waterfall:
         alone = len(choice) == 1
         if os.getpid() != _IMPORTED_IN:  # LiteLLM cannot choose from a group in a forked child
             choice = [random.choice(choice)]  # noqa: S311
-        return InFlight(choice[0], choice, alone, limit, limit < configured, asyncio.timeout(limit))
+        return InFlight(choice[0], choice, alone, limit, limit < configured, asyncio.timeout(limit), stream)
 
     async def _call(
-        self, run: Run, inflight: InFlight, call: RouterCall, messages: Sequence[Message], *, stream: bool
+        self, run: Run, inflight: InFlight, sender: Sender, call: Call, messages: Sequence[Message]
     ) -> Failure | None:
-        """Let the Router choose and send; return what is wrong with the response."""
+        """Let the sender choose and send; return what is wrong with the answer, or with the start of its stream."""
         call.on_choice = partial(self._chosen, run, inflight)
         call.on_send = partial(self._sending, run, inflight)
-        token = callback.current.set(call)
         try:
-            callback.install()
             async with inflight.scope:
-                inflight.response = await self._router.call(run, inflight, messages, stream=stream)
-                if not run.request.middle and (
-                    failure := stranger(inflight)
-                ):  # LiteLLM keeps no headers of plain texts
-                    return failure
-                return await first_content(inflight) if stream else emptiness(inflight.response)
+                inflight.answer = answer = await sender.call(run, inflight, call, messages)
+                start = inflight.deployment.start
+                if start and not run.request.middle and answer.headers.get(START) != start:
+                    return STRANGER  # LiteLLM keeps no headers of plain texts
+                if not inflight.stream:
+                    return answer.emptiness()
+                failure = await answer.first_content()
+                inflight.ttft_ms = None if failure else inflight.ms
+                return failure
         finally:
-            callback.current.reset(token)
-            call.on_choice = call.on_send = None  # a connection that is kept open keeps the call that it was opened in
             if inflight.connecting:
                 inflight.connecting.cancel()
 
@@ -328,7 +336,7 @@ class Waterfall:
         try:
             if credential.ends_within(_TOKEN_MARGIN_S) or deployment.embedded:  # which loads its model now
                 async with inflight.scope:
-                    renewed = await self._router.renew(deployment)
+                    renewed = await self._senders.renew(deployment)
                 credential, reason = renewed or credential, None if renewed else self.pool.missing(deployment)
             inflight.limit = min(inflight.limit, host_check.PATIENCE)
             async with asyncio.timeout(inflight.limit):
@@ -350,24 +358,24 @@ class Waterfall:
         """After a refused key, look whether its file holds another one; if so the deployment may be tried again."""
         known = self.pool.credentials.get(deployment.id)
         if known and not deployment.embedded:
-            renewed = await self._router.renew(deployment)
+            renewed = await self._senders.renew(deployment)
             if renewed and renewed.fingerprint != known.fingerprint:
                 run.tried.discard(deployment.id)
 
-    async def _relay(self, run: Run, inflight: InFlight) -> AsyncGenerator[str | Failure, None]:
-        """Yield the text of a stream, and a Failure if it broke."""
-        response, due, has_text = inflight.response, _CHUNKS, False
+    async def _relay(self, run: Run, inflight: InFlight) -> AsyncGenerator[StreamChunk | Failure, None]:
+        """Yield text and reasoning as they come, tool calls whole at the end, and a Failure if the stream broke.
+
+        So no call leaves of an answer that breaks, and no tool runs twice.
+        """
+        answer = inflight.answer
+        assert answer  # noqa: S101
         try:
-            chunk = inflight.head[-1]  # the first with content
+            chunk: Json | None = answer.head[-1]  # the first with content
             while chunk is not None:
-                if text := delta(chunk):
-                    has_text = has_text or bool(text.strip())
-                    yield text
-                if len(kept := chunks(response)) >= due:
-                    fold(kept)
-                    due = 2 * len(kept) + _CHUNKS  # what cannot be joined is not tried at every chunk
+                if piece := _piece(chunk):
+                    yield piece
                 async with asyncio.timeout(inflight.limit):
-                    chunk = await anext(response, None)
+                    chunk = await answer.read()
         except (asyncio.CancelledError, GeneratorExit):
             self._outcomes.cancel(run, inflight)
             raise
@@ -378,20 +386,32 @@ class Waterfall:
             failure = classify(error, time.time(), shortened=inflight.shortened)
             yield Failure("broken", failure.reason) if failure.rule.retry else failure
             return
-        finally:  # a stream that was left would go on at the provider
-            with suppress(Exception):
-                await response.aclose()
-        ends = finishes(chunks(response))
-        if not ends or ends[-1] == "error":
-            yield BROKE_OFF if ends else CUT
-        elif not has_text and (failure := without_text(chunks(response))):
+        finally:
+            await answer.close()
+        if failure := answer.ended():
             yield failure
+            return
+        calls: Sequence[Json] = answer.fold.whole()["choices"][0]["message"].get("tool_calls") or ()
+        for index, call in enumerate(calls):
+            choice = {"index": 0, "delta": {"tool_calls": [{"index": index, **call}]}, "finish_reason": None}
+            yield StreamChunk(kind="tool_call", chunk={**answer.fold.frame, "choices": [choice]})
 
 
-def _classify(inflight: InFlight, error: Exception, *, stream: bool = False, translated: bool = True) -> Failure:
+def _piece(chunk: Json) -> StreamChunk | None:
+    """Return what a chunk adds besides tool calls and the end; None for nothing."""
+    delta = {name: value for name, value in answers.delta_of(chunk).items() if name != "tool_calls"}
+    if not any(value for name, value in delta.items() if name != "role"):
+        return None
+    text = answers.content_text(delta.get("content") or "")
+    choice = {**chunk["choices"][0], "delta": delta, "finish_reason": None}
+    kind = "text" if text or not delta.get("reasoning_content") else "reasoning"
+    return StreamChunk(text, kind=kind, chunk={**chunk, "choices": [choice]})
+
+
+def _classify(inflight: InFlight, error: Exception, *, translated: bool = True) -> Failure:
     if not isinstance(error, TimeoutError):
         return classify(error, time.time(), shortened=inflight.shortened, translated=translated)
     check = inflight.connecting
     if check and check.done() and not check.cancelled() and not check.result():
         return unreachable(CONNECT_S)
-    return timed_out(inflight.limit, shortened=inflight.shortened, first=stream)
+    return timed_out(inflight.limit, shortened=inflight.shortened, first=inflight.stream)

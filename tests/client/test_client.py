@@ -509,7 +509,7 @@ def test_a_refusal_by_content_policy_starts_no_server(net: Loopback, waterfall: 
     [
         ({"patience": "2"}, "patience is '2'; it must be a number"),
         ({"patience": -1}, "patience is -1"),
-        ({"on_interrupt": "again"}, "on_interrupt is 'again'; it must be raise or restart"),
+        ({"on_interrupt": "again"}, "on_interrupt is 'again'; it must be one of raise, restart, splice"),
     ],
 )
 def test_an_option_of_the_wrong_kind_is_told_at_once(waterfall: Write, option: Any, told: str) -> None:

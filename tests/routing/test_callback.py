@@ -11,8 +11,8 @@ import pytest
 from provider import Loopback
 
 from biollm.ledger import Claim, Ledger
-from biollm.routing import callback, import_waterfall
-from biollm.routing.callback import RouterCall
+from biollm.routing import callback, import_router
+from biollm.routing.calls import Call
 
 ASK = [{"role": "user", "content": "hi"}]
 ORPHAN = [*ASK, {"role": "tool", "tool_call_id": "call_1", "content": "42"}]
@@ -42,13 +42,13 @@ def test_a_call_shows_whether_litellm_handed_the_request_to_its_http_client(
     net: Loopback, tmp_path: Path, model: str, messages: list[Any], handed: bool, stream: bool
 ) -> None:
     server = net.serve()
-    call = RouterCall(Ledger(tmp_path), {"a": Claim("a", (), ())})
+    call = Call(Ledger(tmp_path), {"a": Claim("a", (), ())})
     asyncio.run(_ask(model, server.url, messages, stream, call))
     assert (call.translated, len(server.requests)) == (handed, int(handed))
 
 
-async def _ask(model: str, url: str, messages: list[Any], stream: bool, call: RouterCall) -> None:
-    import_waterfall()
+async def _ask(model: str, url: str, messages: list[Any], stream: bool, call: Call) -> None:
+    import_router()
     import litellm
 
     callback.install()

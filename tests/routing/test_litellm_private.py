@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from provider import Loopback
 
-from biollm.routing import import_waterfall, litellm_private
+from biollm.routing import import_router, litellm_private
 
 Write = Callable[..., Path]
 TOOL = {"type": "function", "function": {"name": "blast", "parameters": {"type": "object", "properties": {}}}}
@@ -32,7 +32,7 @@ def package() -> Path:
 @cache
 def mocked(stream: bool) -> Any:
     """Return an answer that LiteLLM makes up, so that only its own classes are looked at."""
-    import_waterfall()
+    import_router()
     import litellm
 
     made = litellm.completion("openai/m", [{"role": "user", "content": "hi"}], mock_response="hello", stream=stream)
@@ -42,7 +42,7 @@ def mocked(stream: bool) -> Any:
 
 
 def test_is_internal_call() -> None:
-    import_waterfall()
+    import_router()
     from litellm._internal_context import is_internal_call
 
     assert isinstance(is_internal_call, ContextVar)
@@ -113,8 +113,8 @@ def test_a_program_of_ours_asks_without_openais_sdk(own: bool, net: Loopback, wa
 def test_the_tokenizer_is_loaded_when_something_counts() -> None:
     code = """
         import json, tiktoken
-        from biollm.routing import import_waterfall, litellm_private
-        import_waterfall()
+        from biollm.routing import import_router, litellm_private
+        import_router()
         litellm_private.defer_tokenizer()
         import litellm
         from litellm.main import _get_encoding

@@ -19,7 +19,7 @@ from biollm.config import load_config
 from biollm.errors import CompletionError, ConfigError
 from biollm.monitoring import metrics
 from biollm.monitoring.usage import report
-from biollm.routing import import_waterfall
+from biollm.routing import import_router
 from biollm.routing.deployments import Deployment, build_deployments
 from biollm.routing.pricing import price, price_map
 from biollm.types import Usage
@@ -213,7 +213,7 @@ def of_map(base: Deployment, provider: str, model: str) -> Deployment:
 @pytest.mark.slow
 def test_a_price_is_litellms_with_cached_and_reasoning_tokens_and_tiers(waterfall: Write) -> None:
     """One model of each provider and set of prices; left out are prices by the hour of the day, and by feature."""
-    import_waterfall()  # which keeps LiteLLM from fetching another map
+    import_router()  # which keeps LiteLLM from fetching another map
     import litellm
     from litellm.types.utils import CompletionTokensDetailsWrapper, ModelResponse, PromptTokensDetailsWrapper
     from litellm.types.utils import Usage as Theirs
