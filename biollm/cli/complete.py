@@ -106,7 +106,7 @@ def _ask(text: str, options: Options, progress: Progress, *, live: bool) -> Comp
         started = started or time.monotonic() - begun
         progress.say(f"asking {deployment}")
 
-    client = Client()
+    client = Client(sender="direct")
     if client.uses_gateway() and not options.get("start_local"):  # a gateway does not report a server's start
         progress.say("asking the gateway")
     else:
@@ -256,7 +256,7 @@ def explain(
     """
     from biollm.client import Client
 
-    client = Client(provider, model, local_only=local_only, allow_degraded=True)
+    client = Client(provider, model, local_only=local_only, allow_degraded=True, sender="direct")
     found = client.explain(prompt, capability=capability, tools=[{}] if tools else None, max_tokens=max_tokens)
     if as_json:
         output.as_json([_facts(each) for each in found])

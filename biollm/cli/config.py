@@ -67,7 +67,7 @@ def providers(as_json: Json = False) -> None:
     from biollm.config.values import short
 
     seen: dict[str, dict[str, Any]] = {}
-    client = Client(allow_degraded=True)
+    client = Client(allow_degraded=True, sender="direct")
     for candidate in client.explain():
         fact = _account(candidate, client.used(candidate.deployment))
         name = f"{fact['provider']}/{fact['account']}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from biollm.config.paths import environment_tags
+from biollm.config.paths import environment_tags, wanted_sender
 from biollm.errors import UsageError, nearest
 from biollm.routing.deployments import Requirements
 from biollm.routing.normalize import ANSWER_SIZES, Reader, texts
@@ -22,7 +22,11 @@ Prompt = str | Sequence[Message]
 # Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
 _CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256
 _PARAMETERS = ("temperature", "max_tokens", "tools", "tool_choice")
-_CHOICES = {"data_policy": DATA_POLICIES, "on_interrupt": ("raise", "restart", "splice")}
+_CHOICES = {
+    "data_policy": DATA_POLICIES,
+    "on_interrupt": ("raise", "restart", "splice"),
+    "sender": ("litellm", "direct"),
+}
 _NUMBERS = ("timeout", "deadline", "wait", "patience", "max_retries")
 
 
@@ -56,6 +60,9 @@ class Defaults(TypedDict, total=False):
         on_state: Called with its job (`biollm.slurm.submissions.Job`) whenever that changes.
         patience: Seconds to wait for an earlier deployment that is free again so soon, before a later one is tried;
             None takes the configuration's.
+        sender: "litellm" sends through LiteLLM's Router; "direct" sends OpenAI's JSON itself where the deployment takes
+            that, without LiteLLM's import and overhead. The command line and the gateway use "direct". BIOLLM_SENDER
+            overrides it.
     """
 
     system: str | None
@@ -80,6 +87,7 @@ class Defaults(TypedDict, total=False):
     wait: float | None
     on_state: Callable[[Job], None] | None
     patience: float | None
+    sender: Literal["litellm", "direct"]
 
 
 class Options(Defaults, total=False):
@@ -163,4 +171,5 @@ def make_request(
         wait=chosen.get("wait"),
         on_state=chosen.get("on_state"),
         patience=chosen.get("patience"),
+        sender=wanted_sender() or chosen.get("sender", "litellm"),
     )

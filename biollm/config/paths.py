@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from biollm._files import is_shared
 from biollm.errors import UsageError
@@ -53,6 +53,12 @@ def _home() -> Path:
 def wants_local_only() -> bool:
     """Return whether BIOLLM_LOCAL_ONLY is set."""
     return os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", *FALSE)
+
+
+def wanted_sender() -> Literal["litellm", "direct"] | None:
+    """Return the sender that BIOLLM_SENDER names, or None."""
+    name = os.environ.get("BIOLLM_SENDER", "").lower()
+    return name if name in ("litellm", "direct") else None
 
 
 def environment_tags() -> dict[str, str]:

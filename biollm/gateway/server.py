@@ -29,11 +29,11 @@ from biollm._runtime import background, ledger
 from biollm.client.remote import RECORD, SOCKET, connect, folders, identity, record
 from biollm.config.paths import own_dir, state_dir
 from biollm.errors import ConfigError, UnavailableError, UsageError
-from biollm.routing import litellm_private
 
 if TYPE_CHECKING:
     import uvicorn
 
+    from biollm.client import Client
     from biollm.config import Config
 
 Record = dict[str, Any]
@@ -80,7 +80,7 @@ def serve(
 
     os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
     mine, busy, end = identity(), _Busy(), threading.Event()
-    with Client() as client, _alone(home()) as folder:
+    with Client(sender="direct") as client, _alone(home()) as folder:
         app, path, url = make_app(client, touched=busy.touched), folder / SOCKET, None
         listening, notes = [(_server(app), _unix(path))], [f"listening on {path} (pid {os.getpid()})"]
         if port is not None:
@@ -95,7 +95,7 @@ def serve(
             say(line)
         if client.config.alerts.active:
             threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
-        _warm_up()
+        _warm_up(client)
         try:
             _until_the_end(end, busy, idle, path, path.stat().st_ino)
         finally:
@@ -113,12 +113,13 @@ def _make_app() -> Callable[..., Any]:
     return app.app
 
 
-def _warm_up() -> None:
-    """Import LiteLLM now, so that the first request need not wait for it."""
-    from biollm.routing import import_router
+def _warm_up(client: Client) -> None:
+    """Import LiteLLM now if the first deployment needs it, so that the first request need not wait for it."""
+    from biollm.routing import direct, import_router
 
-    import_router()
-    litellm_private.defer_tokenizer()
+    first = next((each.deployment for each in client.explain() if each.status == "ready"), None)
+    if client.config.sender == "litellm" or (first and not direct.speaks(first)):
+        import_router()
     gc.collect()
     gc.freeze()  # what there is now stays: no collection need look at it again
 

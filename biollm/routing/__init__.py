@@ -10,6 +10,8 @@ import gc
 import os
 from typing import TYPE_CHECKING
 
+from biollm.routing import litellm_private
+
 if TYPE_CHECKING:
     from biollm.routing.litellm_router import LiteLLMRouter
 
@@ -27,4 +29,6 @@ def import_router() -> type[LiteLLMRouter]:
             del os.environ[name]
         if collects:
             gc.enable()
+    if os.environ.get(litellm_private.OWN_HANDLER):  # a program of biollm's own
+        litellm_private.defer_tokenizer()
     return LiteLLMRouter

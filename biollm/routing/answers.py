@@ -41,8 +41,7 @@ class Fold:
         for choice in choices:
             known = self._choices.setdefault(choice.get("index") or 0, {"message": {}})
             for name, value in part(choice, "delta").items():
-                in_parts = name == "content" and isinstance(value, list)
-                _append(known["message"], name, content_text(value) if in_parts else value)
+                _append(known["message"], name, content_text(value) if name == "content" and value else value)
             for name, value in choice.items():
                 if name not in ("index", "delta"):
                     _append(known, name, value)

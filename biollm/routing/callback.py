@@ -7,9 +7,7 @@ from rides in a context variable, so calls that the host program makes itself pa
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
 from functools import partial
@@ -20,7 +18,7 @@ import litellm
 from litellm.integrations.custom_logger import CustomLogger
 
 from biollm._runtime import THREAD
-from biollm.routing import litellm_private
+from biollm.routing import litellm_private, wire
 from biollm.routing.calls import Call
 
 
@@ -76,9 +74,6 @@ _send = httpx.AsyncClient.send
 _HELD = "_biollm_sends_once"
 # JSON may hold these as they are, but httpx and LiteLLM take them for the ends of lines.
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-# Half of a surrogate pair, as in a text that was cut between the two; LiteLLM's Router fails on one in an error.
-_LONE = re.compile(rb"\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(\\u[dD][89a-fA-F]\w\w)")
-_CARRIES = re.compile(rb'"(choices|candidates|delta|content|text)"')
 
 
 async def _send_once(self: httpx.AsyncClient, request: httpx.Request, **options: Any) -> httpx.Response:
@@ -116,21 +111,12 @@ async def _events(pieces: AsyncIterator[bytes], chunk_size: int | None = None) -
 
 
 def _checked(line: bytes) -> bytes:
-    """Return a line of a stream; b"" for noise that is no JSON and carries no text.
-
-    Raises:
-        ValueError: It is no JSON, and did carry some.
-    """
-    data = line.removeprefix(b"data:").strip()
-    if not line.startswith(b"data:") or data in (b"", b"[DONE]"):
+    """Return a line of a stream as LiteLLM can read it; b"" for noise. Raises as `wire.event`."""
+    if not line.startswith(b"data:") or line[5:].strip() in (b"", b"[DONE]"):
         return line
-    try:
-        json.loads(data)
-    except ValueError:
-        if _CARRIES.search(data):
-            raise
+    if wire.event(line) is None:
         return b""
-    line = _LONE.sub(lambda found: rb"\ufffd" if found[1] else found[0], line)
+    line = wire.without_lone_surrogates(line)
     line = line.replace(b"[DONE]", rb"\u005bDONE]")  # in a text; LiteLLM would take it for the stream's end
     return line if line.isascii() else line.decode().translate(_LINE_ENDS).encode()
 

@@ -20,6 +20,7 @@ from biollm.routing.failures import CUT, Failure, Kind
 # Transport messages are never quoted: they can hold a proxy's password.
 _NETWORK: tuple[tuple[str, Kind, str], ...] = (
     ("JSONDecodeError", "broken", "the response is not valid JSON"),
+    ("ResponseTooLongError", "broken", "the response is too long"),
     ("gaierror|DNSError", "unreachable", "the host name does not resolve"),
     ("CertificateError|CertVerificationError", "unreachable",
      "the TLS certificate is not trusted (a private CA? set SSL_CERT_FILE)"),

@@ -47,6 +47,7 @@ class Request:
         start: Start a server on the cluster if no deployment answers; then wait `wait` seconds for it.
         on_state: Called with the job of that server whenever it has changed.
         patience: How long to wait for an earlier deployment that is limited; None is the configured time.
+        sender: "direct" sends without LiteLLM where the deployment speaks OpenAI's dialect.
         asked: When the call began, by the monotonic clock.
     """
 
@@ -66,6 +67,7 @@ class Request:
     wait: float | None = None
     on_state: Callable[[Job], None] | None = None
     patience: float | None = None
+    sender: Literal["litellm", "direct"] = "litellm"
     asked: float = field(default_factory=time.monotonic)
 
     @asynccontextmanager

@@ -14,6 +14,7 @@ from biollm.routing.answers import Answer
 from biollm.routing.calls import Call
 from biollm.routing.candidates import DeploymentPool
 from biollm.routing.deployments import Deployment
+from biollm.routing.direct import Direct, speaks
 from biollm.routing.request import InFlight, Run
 from biollm.routing.structured import Message
 
@@ -36,10 +37,11 @@ class Sender(Protocol):
 
 
 class Senders:
-    """LiteLLM's Router for one pool of deployments; it is made on first use, which imports LiteLLM."""
+    """The senders of one pool of deployments. LiteLLM's Router is made on first use, which imports LiteLLM."""
 
     def __init__(self, pool: DeploymentPool) -> None:
         self._pool = pool
+        self._direct = Direct(pool)
         self._router: LiteLLMRouter | None = None
         self._making: asyncio.Future[LiteLLMRouter] | None = None
         self._survey: asyncio.Task[None] | None = None
@@ -77,6 +79,9 @@ class Senders:
 
     async def choose(self, run: Run, choice: Sequence[Deployment]) -> Sender:
         """Return what calls one of `choice`, which have one order; may take seconds at first, to import LiteLLM."""
+        wanted = run.request.sender == "direct" and self._pool.config.sender == "auto"
+        if wanted and all(speaks(each, run.request) for each in choice):
+            return self._direct
         return self._router or await self._import()
 
     async def _import(self) -> LiteLLMRouter:
