@@ -92,7 +92,7 @@ def everything(told: Completion | BaseException) -> str:
     """Return all that a user, a notebook or a bug report would show of an answer or an error."""
     texts = [repr(told), str(told), repr(vars(told)) if isinstance(told, BaseException) else ""]
     if isinstance(told, Completion):
-        texts += [repr(told.raw), told.raw.model_dump_json(), repr(vars(told.raw)), repr(told.raw._hidden_params)]
+        texts += [repr(told.raw), json.dumps(told.raw)]
     else:
         texts += traceback.format_exception(told)
     return "\n".join([*texts, repr(told.attempts)])

@@ -139,17 +139,14 @@ async def _post(chosen: Deployment, known: Credential, path: str, body: Json, *,
     options: dict[str, Any] = {"proxy": None if chosen.local or chosen.embedded else _proxy(url)}
     if url.startswith("https:"):
         options["ssl"] = _certificates(os.environ.get("SSL_CERT_FILE"))
-    kept: dict[str, bool] = {}
     try:
         response = await _session(fresh=fresh).post(
-            url, json=body, headers=headers | known.headers, allow_redirects=False, trace_request_ctx=kept, **options
+            url, json=body, headers=headers | known.headers, allow_redirects=False, **options
         )
     except aiohttp.ClientHttpProxyError:
         raise
-    except (
-        aiohttp.ClientResponseError
-    ):  # what came is not HTTP, and would be quoted; perhaps the end of what came before
-        raise (aiohttp.ServerDisconnectedError() if kept else aiohttp.ClientPayloadError()) from None
+    except aiohttp.ClientResponseError:  # what came is not HTTP, and would be quoted
+        raise aiohttp.ClientPayloadError from None
     try:
         return await _answer(response, stream="stream" in body)
     except BaseException:
@@ -197,6 +194,8 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[Json, None]:
     """Yield the chunks of a stream. A last line without an end was cut, and is none."""
+    import aiohttp
+
     rest: list[bytes] = []
     size, ended = 0, False
     try:
@@ -213,7 +212,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[Json, None
                     continue
                 if text == b"[DONE]":
                     ended = True
-                    with suppress(TimeoutError):
+                    with suppress(TimeoutError, OSError, aiohttp.ClientError):
                         async with asyncio.timeout(_END_S):
                             await response.content.read(1)
                     return
@@ -243,23 +242,14 @@ def _session(*, fresh: bool) -> aiohttp.ClientSession:
 
     here, name = background(), f"direct{fresh}"
     if name not in here.kept:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_note_reuse)
-        connector = (
-            aiohttp.TCPConnector(limit=_CONNECTIONS, ttl_dns_cache=_IDLE_S, force_close=fresh)
-            if fresh
-            else (aiohttp.TCPConnector(limit=_CONNECTIONS, ttl_dns_cache=_IDLE_S, keepalive_timeout=_IDLE_S))
-        )
+        pool: dict[str, Any] = {"force_close": True} if fresh else {"keepalive_timeout": _IDLE_S}
+        connector = aiohttp.TCPConnector(limit=_CONNECTIONS, ttl_dns_cache=_IDLE_S, **pool)
+        timeout, cookies = aiohttp.ClientTimeout(total=None), aiohttp.DummyCookieJar()
         here.kept[name] = made = aiohttp.ClientSession(
-            connector=connector, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar(),
-            trace_configs=[trace], read_bufsize=1 << 18,
-        )  # fmt: skip
+            connector=connector, timeout=timeout, cookie_jar=cookies, read_bufsize=1 << 18
+        )
         here.closing.append(made.close)
     return here.kept[name]
-
-
-async def _note_reuse(_session: Any, context: Any, _params: Any) -> None:
-    context.trace_request_ctx["reused"] = True
 
 
 def _proxy(url: str) -> str | None:

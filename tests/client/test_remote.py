@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +42,7 @@ from biollm.client import (
 from biollm.client import remote as gate
 from biollm.errors import UnavailableError
 from biollm.gateway import openai_api
-from biollm.types import Attempt, Completion, Usage
+from biollm.types import Attempt, Completion, Fields, Usage
 
 pytestmark = pytest.mark.slow  # each takes seconds
 
@@ -488,9 +487,8 @@ def test_what_a_newer_gateway_says_besides_is_passed_over(runtime: Path) -> None
 
 
 def test_tokens_and_price_arrive_as_the_gateway_counted_them(runtime: Path) -> None:
-    choice = SimpleNamespace(message=SimpleNamespace(content="hello", tool_calls=None), finish_reason="stop")
+    raw = Fields({"choices": [{"message": {"content": "hello"}, "finish_reason": "stop"}]})
     usage = Usage(10, 5, cached_tokens=4, cache_write_tokens=1, reasoning_tokens=3, estimated=True)
-    raw = SimpleNamespace(choices=[choice])
     sent = Completion("hello", "p", "a", "m", "p/m", usage, None, finish_reason="stop", raw=raw)
     told = openai_api.answer(sent)
     assert told["usage"] == {
@@ -616,7 +614,7 @@ print([name for name in heavy if name in sys.modules])
 
 
 def test_a_slow_start_on_a_terminal_names_the_gateway(net: Loopback, waterfall: Waterfall, runtime: Path) -> None:
-    waterfall(first=net.serve())
+    waterfall({"routing": {"sender": "litellm"}}, first=net.serve())
     # The clock of this process jumps a minute when LiteLLM is imported: the start is slow on any machine.
     code = """
 import sys, time

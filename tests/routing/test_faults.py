@@ -98,7 +98,7 @@ FAULTS = {
     "hang-after-text": Fault(LATE, Behaviour(hang=3), alone=True, slow=True),
     "drip": Fault(LATE, b.DRIP, alone=True, slow=True),
     "html": Fault(NOT_JSON, b.HTML, CUT, alone=True),
-    "truncated": Fault(NOT_JSON, b.TRUNCATED, CUT, alone=True),
+    "truncated": Fault(NOT_JSON, b.TRUNCATED, f"{CUT}|{NOT_JSON}", alone=True),
     "no-choices": Fault("no choices", b.NO_CHOICES, f"{CUT}|no content", alone=True),
     "empty": Fault("no content", b.EMPTY, alone=True),
     "cut": Fault(NOT_JSON, b.CUT, CUT, alone=True),
@@ -169,21 +169,26 @@ class Told:
 
 
 pytestmark = pytest.mark.slow  # each takes seconds
-HANDLERS = [pytest.param("", id="OpenAI's SDK"), pytest.param("True", id="LiteLLM's own")]
+SENDERS = {
+    "OpenAI's SDK": {OWN_HANDLER: ""},
+    "LiteLLM's own": {OWN_HANDLER: "True"},
+    "direct": {OWN_HANDLER: "", "BIOLLM_SENDER": "direct"},
+}
 
 
-@pytest.fixture(scope="module", autouse=True, params=HANDLERS)
+@pytest.fixture(scope="module", autouse=True, params=SENDERS.values(), ids=SENDERS)
 def state(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One state folder for the module, so that its clients last; keys; and no proxy of the user's.
+    """One state folder for each sender, so that its clients last; keys; and no proxy of the user's.
 
-    Once as in a host program, and once as in programs of ours.
+    LiteLLM sends as in a host program, and as in programs of ours.
     """
     folder = tmp_path_factory.mktemp("state")
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith("BIOLLM_") or name.lower().endswith("_proxy"):
                 patch.delenv(name)
-        patch.setenv(OWN_HANDLER, request.param)
+        for name, value in request.param.items():
+            patch.setenv(name, value)
         patch.setenv("BIOLLM_STATE_DIR", str(folder))
         patch.setenv("BIOLLM_SITE_CONFIG", str(folder / "none"))
         patch.setenv("XDG_CONFIG_HOME", str(folder / "none"))
