@@ -268,7 +268,7 @@ class Routing(_Value):
     policy: Literal["order", "cheapest"] = "order"  # Within one priority: of the files, or by expected price.
     timeout: values.Amount = 60.0  # Per attempt.
     stream_timeout: values.Amount | None = None  # To a cloud stream's first content; default 12, or 60 if it reasons.
-    headers_after: values.Amount = 20.0  # The gateway begins the response of a silent stream; before, errors have a status.
+    headers_after: values.Amount = 20.0  # The gateway then begins a silent stream; before, errors have a status.
     sender: Literal["auto", "litellm"] = "auto"  # auto: the command line and the gateway send OpenAI's JSON directly.
     patience: values.Price = 0.0  # Wait for an earlier deployment at its limit before a later one is tried.
     on_refusal: Literal["stop", "next"] = "stop"  # After a refusal by content policy.

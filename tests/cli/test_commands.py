@@ -158,6 +158,7 @@ def test_json_holds_the_whole_story(net: Loopback, waterfall: Waterfall, biollm:
                   "reasoning_tokens": 0, "estimated": False},
         "cost_usd": 0.0,
         "degraded": False,
+        "reasoning": "",
         "parsed": None,
         "tool_calls": [],
         "finish_reason": "stop",
