@@ -153,13 +153,15 @@ _SENTENCES = {
     "literal_error": "must be {expected}, not {shown}.", "string_pattern_mismatch": "cannot be {shown}: it must match {pattern}.",
     "greater_than": "must be more than {gt:g}, not {shown}.", "greater_than_equal": "must be at least {ge:g}, not {shown}.",
     "less_than_equal": "must be at most {le:g}, not {shown}.", "value_error": "{error}",
+    "extra_forbidden": "is not a known key.", "string_too_short": "must have at least {min_length} characters.",
 }  # fmt: skip
 
 
 def sentence(detail: Any) -> str:
-    """Return one of pydantic's errors as a sentence that prints no key."""
+    """Return one of pydantic's errors as a sentence that prints no key, and nothing of the input if it has none."""
     text = _SENTENCES.get(detail["type"], "is wrong: {msg}.")
-    return text.format_map({"msg": detail["msg"], "shown": shown(detail["input"]), **detail.get("ctx", {})})
+    text = text if "input" in detail else text.replace(", not {shown}", "")
+    return text.format_map({"msg": detail["msg"], "shown": shown(detail.get("input")), **detail.get("ctx", {})})
 
 
 def describe(config: Config) -> list[tuple[str, str, str]]:

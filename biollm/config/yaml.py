@@ -59,26 +59,25 @@ def dotted(path: KeyPath) -> str:
 
 def read(path: Path) -> Document:
     """Read one YAML file. Its errors are in `problems`; nothing is raised."""
-    document = Document(str(path))
+    document, invalid = Document(str(path)), None
     try:
         root = _compose(path.read_bytes().decode("utf-8-sig"))
         document.value = _Builder(document).value(root, ())
         if not isinstance(document.value, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise _InvalidError(1, "must be a mapping (such as `providers:`), not a list or a string.")  # noqa: TRY301
     except OSError as error:
-        document.problems.append(Problem(document.file, 0, "", f"cannot be read: {error.strerror}."))
+        invalid = 0, f"cannot be read: {error.strerror}."
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        document.problems.append(Problem(document.file, line, "", "is not UTF-8.", "Save the file as UTF-8."))
+        invalid = error.object[: error.start].count(b"\n") + 1, "is not UTF-8.", "Save the file as UTF-8."
     except _InvalidError as error:
-        line, *message = error.args
+        invalid = error.args
+    if invalid:
         document.value = {}
-        document.problems.append(Problem(document.file, line, "", *message))
+        document.problems.append(Problem(document.file, invalid[0], "", *invalid[1:]))
     return document
 
 
 def _compose(text: str) -> yaml.Node:
-    """Return the root node of the only document in `text`."""
     try:
         root = cast("Any", yaml).compose(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader))
     except RecursionError:  # in the loader that is written in Python

@@ -33,6 +33,7 @@ from biollm._files import locked, write_private
 from biollm._ownership import is_private
 from biollm._runtime import ledger
 from biollm.config import values, yaml
+from biollm.config.loader import sentence
 from biollm.config.paths import config_dirs, state_dir
 from biollm.errors import ConfigError, Problem
 from biollm.gateway.openai_api import problem
@@ -45,8 +46,6 @@ MAX_BODY = 32 << 20  # bytes
 _log = logging.getLogger("biollm")
 _PAGES = ("/", "/events", "/metrics")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:]+))(?::[0-9]+)?")
-_SENTENCES = {"missing": "is missing.", "extra_forbidden": "is not a known key.", "value_error": "{error}",
-              "string_too_short": "must have at least {min_length} characters.", "model_type": "must be a mapping."}  # fmt: skip
 
 
 class _Entry(BaseModel):
@@ -116,8 +115,7 @@ def _read(file: Path) -> list[Key]:
             entry = _Entry.model_validate(value)
         except ValidationError as error:  # its own text would show the key
             for each in error.errors(include_input=False, include_url=False):
-                sentence = _SENTENCES.get(each["type"], "is not valid.").format_map(each.get("ctx", {}))
-                problems.append(document.problem((name, *each["loc"][:1]), sentence))
+                problems.append(document.problem((name, *each["loc"][:1]), sentence(each)))
         else:
             found.append(Key(name, entry.key, entry.tags, entry.rate_limit, entry.start_local))
     if problems or not found:

@@ -291,7 +291,7 @@ def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.
         (f"ann: {{key: {ANN}, limit: 1/day}}\n", 0o600, "ann.limit: is not a known key."),
         (f"ann: {{key: {ANN}, rate_limit: fast}}\n", 0o600, "ann.rate_limit: 'fast' is not a"),
         ("ann: {tags: {a: b}}\n", 0o600, "ann.key: is missing."),
-        (f"ann: {{key: {ANN}, start_local: perhaps}}\n", 0o600, "ann.start_local: is not valid."),
+        (f"ann: {{key: {ANN}, start_local: perhaps}}\n", 0o600, "ann.start_local: must be true or false."),
         (f"ann: {ANN}\n", 0o600, "gateway_keys.yaml:1: ann: must be a mapping."),
         ("ann: [\n", 0o600, "gateway_keys.yaml:"),
         ("{}\n", 0o600, "holds no key. Write NAME: {key: ...}."),
