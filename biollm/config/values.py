@@ -103,10 +103,8 @@ def _limit(kind: Kind, item: object) -> Limit:
 
 def _limits(kind: Kind) -> tuple[BeforeValidator, WithJsonSchema]:
     text = {"type": "string", "examples": [_EXAMPLES[kind]]}
-    return (
-        BeforeValidator(lambda value: tuple(_limit(kind, item) for item in as_list(value))),
-        WithJsonSchema({"anyOf": [text, {"type": "array", "items": text}]}),
-    )
+    parse = BeforeValidator(lambda value: tuple(_limit(kind, item) for item in as_list(value)))
+    return parse, WithJsonSchema({"anyOf": [text, {"type": "array", "items": text}]})
 
 
 def _duration(value: object) -> int:

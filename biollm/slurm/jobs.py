@@ -27,9 +27,8 @@ from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.slurm import commands, submissions, weights
 from biollm.slurm.commands import Queue
 from biollm.slurm.endpoints import Endpoint, Records, Watch, ask, load
-from biollm.slurm.script import LaunchScript, Options, header, render, request
+from biollm.slurm.script import LaunchScript, Options, header, node_files, render, request
 from biollm.slurm.submissions import Job, Submission, failure, find, gpu_hours, job_of
-from biollm.slurm.supervisor import node_files
 
 Timeout = float | None  # seconds to wait; the jobs stay when it passes
 OnState = Callable[[Job], None] | None  # called with each job whenever it has changed

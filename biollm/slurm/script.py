@@ -15,16 +15,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from biollm import __version__
 from biollm.config import Cluster, Model
-from biollm.config.paths import cache_dir, data_dir, log_dir, models_dir, run_dir, weights_dir
+from biollm.config.paths import biollm_dir, cache_dir, data_dir, log_dir, models_dir, run_dir, weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, Problem, UsageError, nearest
 from biollm.slurm import vllm_flags
 from biollm.slurm.memory import fit
-from biollm.slurm.supervisor import node_files
 
 _SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
@@ -141,6 +141,14 @@ def _plan(models: Sequence[Model], cluster: Cluster, options: Options) -> tuple[
             " GPUs would be idle, and billed. Serve several models in one job (--together)."
         )
     return LaunchScript("", job, gpus, idle, tuple(warnings)), models, cluster
+
+
+def node_files(cluster: Cluster) -> dict[Path, str]:
+    """Return the files that a job reads, path -> text, the supervisor first; those of each version have other names."""
+    folder, names = Path(__file__).with_name("supervisor"), {"": "supervisor.py", "_auth": "auth_middleware.py"}
+    texts = {part: (folder / name).read_text() for part, name in names.items()}
+    stem = f"biollm_supervisor_{sha256(''.join(texts.values()).encode()).hexdigest()[:12]}"
+    return {biollm_dir(cluster) / "lib" / f"{stem}{part}.py": text for part, text in texts.items()}
 
 
 def override(model: Model, assignment: str) -> Model:

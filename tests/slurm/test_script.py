@@ -19,8 +19,7 @@ from biollm import __version__
 from biollm.config import Cluster, Environment, Model, load_config
 from biollm.config.paths import weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, UsageError
-from biollm.slurm.script import LaunchScript, Options, override, render, render_plain
-from biollm.slurm.supervisor import node_files
+from biollm.slurm.script import LaunchScript, Options, node_files, override, render, render_plain
 from biollm.slurm.supervisor.supervisor import parse
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -290,11 +290,10 @@ class Server:
             connection.close()
 
     def _publish(self) -> None:
-        job, options, up = self.job, self.job.options, time.monotonic() - self._began
-        record = {"v": 1, "start": self._start, "cluster": options.cluster, "job": job.id,
-                  "submission": job.submission, "restart": job.restart, "model": self.name, "host": job.host,
-                  "address": job.address, "port": self._port, "left_s": int(job.left_s()), "up_s": int(up),
-                  "chain": options.chain, "link": options.link}  # fmt: skip
+        job, options = self.job, self.job.options
+        record = {"start": self._start, "cluster": options.cluster, "job": job.id, "submission": job.submission,
+                  "model": self.name, "host": job.host, "address": job.address, "port": self._port,
+                  "left_s": int(job.left_s()), "chain": options.chain, "link": options.link}  # fmt: skip
         new = self._record.with_suffix(".new")
         _write(new, json.dumps(record))
         job.share(new, 0o640)
