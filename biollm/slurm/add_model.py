@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from biollm._files import write_for_user
 from biollm.config import Architecture, Cluster, Model
+from biollm.config.loader import sentence
 from biollm.errors import UsageError
 from biollm.slurm.architecture import architecture_from_config
 from biollm.slurm.memory import fit
@@ -31,7 +32,7 @@ def entry(hf_id: str, published: dict[str, Any], cluster: Cluster, key: str | No
         sizes = [Model(**model, gpus_required=2**n, vllm_args={"tensor_parallel_size": 2**n}) for n in range(7)]
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))} {first['msg'].removeprefix('Value error, ')}") from None
+        raise UsageError(f"{'.'.join(map(str, first['loc']))} {sentence(first)}") from None
     reports = [(size, fit(size, cluster)) for size in sizes]
     if fitting := next((size for size, report in reports if report.fits), None):
         return fitting
@@ -58,10 +59,6 @@ def add(
     Args:
         config: The model's config.json, or the folder it is in; None gets it from Hugging Face.
         name: The key; None makes one of `hf_id`.
-
-    Raises:
-        UsageError: The model is not understood, is there already, or the file cannot be appended to.
-        UnavailableError: Hugging Face does not give its config.json.
     """
     model = entry(hf_id, published_config(hf_id, config), cluster, name)
     _append(model, folder / "models.yaml")
@@ -97,11 +94,9 @@ def _append(model: Model, file: Path) -> None:
 
 def _text(model: Model, indent: str) -> str:
     """Write one entry as the shipped ones are: a key a line, the architecture in braces."""
-    values = model.model_dump(
-        mode="json", include={"name", "hf_id", "type", "size_gb", "gpus_required", "context_length"}
-    )
-    values["vllm_args"] = model.vllm_args
-    text = yaml.safe_dump({model.key: {k: v for k, v in values.items() if v is not None}}, sort_keys=False)
+    keys = {"name", "hf_id", "type", "size_gb", "gpus_required", "context_length", "vllm_args"}
+    values = model.model_dump(mode="json", include=keys, exclude_none=True)
+    text = yaml.safe_dump({model.key: values}, sort_keys=False)
     known = {key: value for key, value in asdict(model.architecture or Architecture(0, 0, 0, 0)).items() if value}
     numbers = yaml.safe_dump(known, sort_keys=False, default_flow_style=True, width=1000)
     return re.sub("^", indent, f"{text}  architecture: {numbers}".rstrip(), flags=re.MULTILINE) + "\n"

@@ -70,8 +70,7 @@ class Queue:
 def run(*command: str, timeout: float = 20, **more: str) -> str:
     """Return what one of Slurm's commands prints; `more` are further variables of its environment.
 
-    Raises:
-        SlurmError: It refused, did not answer within `timeout` seconds, or is not installed here.
+    Raises SlurmError if it refuses, does not answer within `timeout` seconds, or is not installed here.
     """
     env = {name: os.environ[name] for name in _KEPT if name in os.environ} | {"SLURM_TIME_FORMAT": "standard", **more}
     try:
@@ -111,17 +110,12 @@ def queue(folder: Path, cluster: str, since: float = 0.0) -> Queue:
     A snapshot from before the time `since`, a submission's, is too old after 5 s.
     """
     path = folder / f"queue-{cluster}-{os.getuid()}.json"
-
-    def too_old(snapshot: Queue) -> bool:
-        interval = POLL_S if snapshot.at < since else snapshot.interval
-        return not 0 <= file_time(folder) - snapshot.at < interval
-
-    if too_old(_load(path)):
-        with locked(path.with_suffix(".lock")):
-            if too_old(old := _load(path)):
-                new = _next(old)
-                saved = {"rows": [astuple(row) for row in new.rows.values()]}
-                write_private(path, json.dumps(saved | {"error": new.error, "interval": new.interval}))
+    with locked(path.with_suffix(".lock")):
+        old = _load(path)
+        if not 0 <= file_time(folder) - old.at < (POLL_S if old.at < since else old.interval):
+            new = _next(old)
+            saved = {"rows": [astuple(row) for row in new.rows.values()]}
+            write_private(path, json.dumps(saved | {"error": new.error, "interval": new.interval}))
     return _load(path)
 
 

@@ -212,12 +212,7 @@ def try_one_gpu(cluster: Cluster) -> None:
 
 
 def prepare(cluster: Cluster, *, plain: bool = False) -> None:
-    """Write what a job reads: its folders, the supervisor's files or a plain script's key, the nodes' addresses.
-
-    Raises:
-        SlurmError: A file of the supervisor is not what this version writes, or Slurm does not answer.
-        OSError: The run directory cannot be written.
-    """
+    """Write what a job reads: its folders, the supervisor's files or a plain script's key, the nodes' addresses."""
     folder = _make_biollm_dir(cluster)
     private_folder(log_dir(cluster))
     for path, text in node_files(cluster).items():

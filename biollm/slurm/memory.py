@@ -77,10 +77,6 @@ def fit(
         gpu: A name of `GPUS`, or GiB as a number.
         gpu_memory_utilization: Share of each GPU that vLLM may use, 0 to 1.
         quantization: "fp8", "int8", "awq", ...
-
-    Raises:
-        DoesNotFitError: The model has no architecture numbers.
-        UsageError: A value is out of range or unknown.
     """
     if model.architecture is None:
         raise DoesNotFitError(

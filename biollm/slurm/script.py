@@ -19,8 +19,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import ValidationError
+
 from biollm import __version__
 from biollm.config import Cluster, Model
+from biollm.config.loader import sentence
 from biollm.config.paths import biollm_dir, cache_dir, data_dir, log_dir, models_dir, run_dir, weights_dir
 from biollm.errors import ConfigError, DoesNotFitError, Problem, UsageError, nearest
 from biollm.slurm import vllm_flags
@@ -153,9 +157,6 @@ def node_files(cluster: Cluster) -> dict[Path, str]:
 
 def override(model: Model, assignment: str) -> Model:
     """Return `model` after one "vllm_args.max_model_len=16384"; an empty value removes the flag. Raises UsageError."""
-    import yaml
-    from pydantic import ValidationError
-
     path, equals, text = assignment.partition("=")
     first, dot, flag = path.strip().partition(".")
     if not equals or bool(dot) != (first == "vllm_args") or (dot and not flag):
@@ -174,7 +175,7 @@ def override(model: Model, assignment: str) -> Model:
     try:
         return type(model).model_validate({**model.model_dump(exclude_unset=True), first: value})
     except ValidationError as error:
-        raise UsageError(f"--set {assignment!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        raise UsageError(f"--set {assignment!r}: {sentence(error.errors()[0])}") from None
 
 
 def _sized(model: Model, options: Options) -> Model:
