@@ -18,7 +18,9 @@ import typer
 
 from biollm.cli.agents import AGENTS, Link, Setup
 from biollm.cli.complete import LocalOnly
+from biollm.cli.output import Progress
 from biollm.errors import UnavailableError, UnknownNameError, UsageError
+from biollm.types import DATA_POLICIES
 
 IDLE = 24 * 3600.0  # seconds without a request until a gateway that `run` started ends: a night, for a waiting agent
 LIFETIME = 7 * 24 * 3600  # seconds for which an agent's key is valid
@@ -43,8 +45,7 @@ def run(
     if agent not in AGENTS:
         raise UnknownNameError("agent", agent, AGENTS)
     set_up, install = AGENTS[agent]
-    program = shutil.which(agent)
-    if not (program or show):
+    if not (program := shutil.which(agent)) and not show:
         raise UnavailableError(f"{agent} is not installed.", hint=f"Install it: {install}.")
     link = _link(agent, model, "local_only" if local_only else policy, start=not show)
     setup = set_up(link)
@@ -66,9 +67,11 @@ def _link(agent: str, model: str, policy: str, *, start: bool) -> Link:
     from biollm.config.paths import own_dir, state_dir
     from biollm.providers.gateway_key import Grant, derive
 
+    config = load_config()
+    policy = max(policy, config.data_policy, key=DATA_POLICIES.index)  # this process may have BIOLLM_LOCAL_ONLY
     url, secret = _gateway(start=start)
     key = derive(secret, Grant(agent, policy, int(time.time()) + LIFETIME))
-    facts = remote.model(url, key, model, policy, load_config().cluster) if url else {}
+    facts = remote.model(url, key, model, policy, config.cluster) if url else {}
     folder = own_dir(state_dir()) / "agents"
     return Link(url or "http://127.0.0.1:PORT", key, model, facts.get("context_length") or _UNKNOWN, folder)
 
@@ -76,7 +79,7 @@ def _link(agent: str, model: str, policy: str, *, start: bool) -> Link:
 def _gateway(*, start: bool) -> tuple[str | None, str]:
     """Return the gateway's URL, None if there is none and it was not to be started, and one of its keys."""
     from biollm.client import remote
-    from biollm.gateway import auth, server
+    from biollm.gateway import server
 
     if url := remote.named():
         if not (key := os.environ.get("BIOLLM_GATEWAY_KEY")):
@@ -84,7 +87,7 @@ def _gateway(*, start: bool) -> tuple[str | None, str]:
         return url, key
     if os.environ.get("BIOLLM_GATEWAY"):
         raise UsageError("BIOLLM_GATEWAY=off, and an agent needs the gateway.", hint="Unset BIOLLM_GATEWAY.")
-    secret = auth.keys()[0][0].secret
+    secret = server.module("auth").keys()[0][0].secret
     if folder := remote.nearby():
         if url := (remote.record(folder) or {}).get("url"):
             return url, secret
@@ -93,7 +96,11 @@ def _gateway(*, start: bool) -> tuple[str | None, str]:
         raise UsageError("The running gateway has another configuration, or lacks a key.", hint=_RESTART)
     if not start:
         return None, secret
-    return server.detach(["--port", "0", "--idle-timeout", str(IDLE)])[0]["url"], secret
+    progress = Progress()
+    progress.say("starting the gateway")
+    record, _ = server.detach(["--port", "0", "--idle-timeout", str(IDLE)])
+    progress.clear()
+    return record["url"], secret
 
 
 def _environment(setup: Setup, url: str) -> dict[str, str]:

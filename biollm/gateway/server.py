@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def serve(
     Raises:
         UsageError: A gateway is running, the port is taken, or there is no suitable folder for the socket.
     """
-    make_app = _make_app()
+    make_app = module("app").app
     from biollm.client import Client
 
     os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
@@ -105,12 +106,16 @@ def serve(
         _drain([server for server, _ in listening], running, busy)
 
 
-def _make_app() -> Callable[..., Any]:
+def module(name: str) -> Any:
+    """Return a module of the gateway that needs the packages of the extra `serve`.
+
+    Raises:
+        UnavailableError: They are not installed.
+    """
     try:
-        from biollm.gateway import app
+        return import_module(f"biollm.gateway.{name}")
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed.", hint="pip install 'biollm[serve]'") from None
-    return app.app
 
 
 def _warm_up(client: Client) -> None:

@@ -463,6 +463,17 @@ def test_config_check_says_yes_or_78(waterfall: Waterfall, biollm: Biollm) -> No
     assert ran.out.startswith("Configuration OK: 1 providers")
 
 
+def test_config_check_names_a_provider_that_would_be_the_gateway(
+    waterfall: Waterfall, biollm: Biollm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = waterfall(first="https://a.invalid/v1")
+    monkeypatch.setenv("FIRST_KEY", "biollm-agent.codex.any.1.0")
+    assert biollm("config", "--check").err == (
+        f"warning: {folder}/providers.yaml:{_line(folder, 'env_key')}: providers.first.env_key: FIRST_KEY holds a key of "
+        "biollm's own gateway, which cannot be its own provider. Set the provider's own key.\n"
+    )
+
+
 def test_config_for_the_proxy_names_keys_and_holds_none(waterfall: Waterfall, biollm: Biollm) -> None:
     waterfall(first="https://a.invalid/v1")
     made = yaml.safe_load(biollm("config", "--litellm").out)

@@ -63,17 +63,21 @@ def run(*words: str) -> Any:
 
 
 @pytest.mark.slow
-def test_an_agent_asks_with_a_key_of_its_own(net: Loopback, waterfall: Waterfall, ends: None, state: Path) -> None:
+def test_an_agent_asks_with_a_key_of_its_own(
+    net: Loopback, waterfall: Waterfall, ends: None, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waterfall(first=net.serve(text="An answer."))
     told = run("qwen", "--policy", "no_training", "--", "ask")  # starts the gateway
     assert (told["answer"], told["policy"]) == ("An answer.", "no_training")
     gateway = _serve.running()
     assert gateway and told["env"]["OPENAI_BASE_URL"] == f"{gateway['url']}/v1"
     assert run("qwen", "ask")["policy"] == "any"
+    monkeypatch.setenv("BIOLLM_LOCAL_ONLY", "1")  # of this shell; the gateway runs without it
+    assert run("qwen", "ask")["policy"] == "local_only"
     key = (state / "gateway.key").read_text().strip()
     assert key not in json.dumps(told)
-    until(lambda: len(list(ledger().history())) == 2)  # the gateway writes them after it has answered
-    assert [each.tags for each in ledger().history()] == [{"key": "random", "agent": "qwen"}] * 2
+    until(lambda: len(list(ledger().history())) == 3)  # the gateway writes them after it has answered
+    assert [each.tags for each in ledger().history()] == [{"key": "random", "agent": "qwen"}] * 3
 
 
 @pytest.mark.slow
