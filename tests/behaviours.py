@@ -19,7 +19,7 @@ class Behaviour:
     `reset` ends with a TCP reset instead, and may be a fraction: 0.5 is half of the headers. With `pause`, seconds,
     the answer goes on after `hang`. `garble` is the number of an event of which the end is lost, `noise` of one more
     that is no JSON and carries nothing.
-    A streamed call comes in `fragments`. `every` is the pause before each piece, in seconds.
+    A streamed call comes in `fragments`. `every` is the pause before each further piece, in seconds.
     `usage` replaces the count of words; an empty one states nothing.
     """
 
