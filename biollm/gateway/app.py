@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import cached_property, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from starlette.applications import Starlette
@@ -23,8 +24,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from biollm._runtime import apart, ledger
+from biollm.client.options import make_request
 from biollm.errors import BiollmError, UsageError
-from biollm.gateway import openai_api
+from biollm.gateway import dialects, messages_api, openai_api
+from biollm.gateway.dialects import Dialect, Events
 from biollm.gateway.openai_api import Delivery
 from biollm.monitoring import metrics, page
 from biollm.monitoring.alerts import firing
@@ -53,9 +56,11 @@ def app(client: Client, *, touched: Callable[[int], None] | None = None) -> Star
     """
     gateway = _Gateway(client)
     routes = [
-        Route("/v1/chat/completions", partial(gateway.answer, chat=True), methods=["POST"]),
+        Route("/v1/chat/completions", gateway.answer, methods=["POST"]),
         Route("/v1/completions", partial(gateway.answer, chat=False), methods=["POST"]),
-        Route("/v1/responses", gateway.responses, methods=["POST"]),
+        Route("/v1/messages", gateway.answer, methods=["POST"]),
+        Route("/v1/messages/count_tokens", gateway.count_tokens, methods=["POST"]),
+        Route("/v1/responses", gateway.answer, methods=["POST"]),
         Route("/v1/models", gateway.models),
         Route("/v1/models/{name:path}", gateway.model),
         Route("/health", gateway.health),
@@ -74,40 +79,55 @@ class _Gateway:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    async def answer(self, request: Request, *, chat: bool) -> Response:
+    async def answer(self, request: Request, *, chat: bool = True) -> Response:
+        dialect = Dialect(request.scope["path"])
         try:
+            dialect = Dialect(request.scope["path"], openai_api.parsed(await request.body()))
             tags = request.scope.get("biollm.tags", {})
-            asked = openai_api.read(await request.body(), request.headers, self._client.config, tags, chat=chat)
+            asked = openai_api.read(dialect.request(), request.headers, self._client.config, tags, chat=chat)
             headers = {"x-biollm-policy": self._client.policy(asked.options)}
             if asked.options.get("start_local") and not request.scope.get("biollm.start_local", True):
-                return _refused(UsageError("This key may not start servers.", hint=_MAY), 403)
+                return _refused(dialect, UsageError("This key may not start servers.", hint=_MAY), 403)
         except BiollmError as error:
-            return _refused(error)
+            return _refused(dialect, error)
         try:
             async with _while_connected(request.receive):
                 if asked.delivery is Delivery.LIVE:
-                    return await self._live(asked, headers)
-                return _whole(asked, await self._complete(asked), headers, chat=chat)
+                    return await self._live(asked, headers, dialect)
+                return _whole(asked, await self._complete(asked), headers, dialect, chat=chat)
         except BiollmError as error:
-            return _refused(error, headers=headers)
+            return _refused(dialect, error, headers=headers)
         return Response(status_code=499)  # the caller has disconnected
 
-    async def responses(self, request: Request) -> Response:
-        return _refused(UsageError("There is no /v1/responses here.", hint="Use /v1/chat/completions."), 404)
+    async def count_tokens(self, request: Request) -> Response:
+        """Return about how many tokens a request has, rather too many than too few; nothing is sent."""
+        dialect = Dialect(request.scope["path"])
+        try:
+            dialect = Dialect(request.scope["path"], openai_api.parsed(await request.body()))
+            asked = openai_api.read(dialect.request(), request.headers, self._client.config, {}, chat=True)
+            requirements = make_request(asked.prompt, {}, asked.options, self._client.policy).requirements
+        except BiollmError as error:
+            return _refused(dialect, error)
+        return _json({"input_tokens": requirements.prompt_most})
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": await self._models()})
+        listed, query = await self._models(), request.query_params
+        limit = int(given) if (given := query.get("limit", "")).isdecimal() else len(listed)
+        if "anthropic-version" in request.headers:
+            return _json(messages_api.models(listed, limit, query.get("after_id")))
+        return _json({"object": "list", "data": listed[:limit]})
 
     async def model(self, request: Request) -> Response:
         name, config = request.path_params["name"], self._client.config
         known = {each["id"]: each for each in await self._models()}
         if name in known:
-            return _json(known[name])
+            found = known[name]
+            return _json(messages_api.model(found) if "anthropic-version" in request.headers else found)
         where = openai_api.address(config, name)
         try:
             check_names(config, where.get("provider"), where["model"])
         except BiollmError as error:
-            return _refused(error)
+            return _refused(Dialect(request.scope["path"]), error)
         return _json({**known[where["model"]], "id": name, "owned_by": where["provider"]})
 
     async def _models(self) -> list[Json]:
@@ -130,7 +150,7 @@ class _Gateway:
         return HTMLResponse(page.html(await apart(self._top.snapshot)), headers=_PAGE)
 
     async def events(self, request: Request) -> Response:
-        return _Events(page.events(self._top.snapshot), {})
+        return _Events(page.events(self._top.snapshot), {}, Dialect("").ping)
 
     @cached_property
     def _top(self) -> Collector:
@@ -146,7 +166,7 @@ class _Gateway:
         assert last  # noqa: S101 # a stream that ends without an error ends with it
         return last
 
-    async def _live(self, asked: openai_api.Asked, headers: Mapping[str, str]) -> Response:
+    async def _live(self, asked: openai_api.Asked, headers: Mapping[str, str], dialect: Dialect) -> Response:
         """Return the response of a stream once its first piece is there: until then an error has a status."""
         sent_to: list[str] = []
         options: Options = {**asked.options, "on_send": sent_to.append}
@@ -170,10 +190,14 @@ class _Gateway:
                 "x-biollm-attempts": ", ".join([*(f"{each}=failed" for each in failed), f"{answering}=ok"]),
                 "x-biollm-degraded": str(self._client.config.provider(name.split("/")[0]).type == "embedded").lower(),
             }
-        return _Events(_frames(first, pieces, openai_api.Chunks(name), asked.usage, sent_to), headers)
+        chunks = openai_api.Chunks(name)
+        frames = _frames(first, pieces, chunks, dialect.events(), usage=asked.usage, sent_to=sent_to)
+        return _Events(frames, headers, dialect.ping)
 
 
-def _whole(asked: openai_api.Asked, done: Completion, headers: Mapping[str, str], *, chat: bool) -> Response:
+def _whole(
+    asked: openai_api.Asked, done: Completion, headers: Mapping[str, str], dialect: Dialect, *, chat: bool
+) -> Response:
     """Return the response of a whole answer, in the form of a stream where one was asked for."""
     headers = {
         **headers,
@@ -182,20 +206,22 @@ def _whole(asked: openai_api.Asked, done: Completion, headers: Mapping[str, str]
         "x-biollm-degraded": str(done.degraded).lower(),
     }
     if not asked.stream:
-        return _json(openai_api.answer(done, chat=chat), headers=headers)
-    chunks = openai_api.Chunks(f"{done.provider}/{done.model}", chat=chat)
-    frames = [*map(openai_api.event, [*chunks.whole(done), *chunks.end(done, usage=asked.usage)]), openai_api.DONE]
-    return Response("".join(frames), 200, {**_Events.HEADERS, **headers}, _Events.media_type)
+        return _json(dialect.answer(openai_api.answer(done, chat=chat)), headers=headers)
+    chunks, events = openai_api.Chunks(f"{done.provider}/{done.model}", chat=chat), dialect.events()
+    frames = [*map(events.feed, [*chunks.whole(done), *chunks.end(done, usage=asked.usage)]), events.end()]
+    return _event_text("".join(chain.from_iterable(frames)), headers)
 
 
 async def _frames(
     first: asyncio.Future[Piece],
     rest: AsyncGenerator[Piece, None],
     chunks: openai_api.Chunks,
+    events: Events,
+    *,
     usage: bool,
     sent_to: Sequence[str],
 ) -> AsyncGenerator[str, None]:
-    """Yield the events of a stream; an error is the last one, without [DONE]."""
+    """Yield the events of a stream; an error is the last one, without the usual end."""
     try:
         async with aclosing(rest):
             piece: Piece | None = await first
@@ -203,35 +229,36 @@ async def _frames(
             chunks.name(_name(sent_to[-1]))
             while piece is not None:
                 if isinstance(piece, StreamRestarted):
-                    yield openai_api.event(chunks.restarted(piece.attempt))
+                    yield "".join(events.feed(chunks.restarted(piece.attempt)))
                 elif piece.completion is None:
                     if len(sent_to) != asked:
                         asked = len(sent_to)
                         chunks.name(_name(sent_to[-1]))
-                    yield openai_api.event(chunks.piece(piece.chunk))
+                    yield "".join(events.feed(chunks.piece(piece.chunk)))
                 else:
                     chunks.name(f"{piece.completion.provider}/{piece.completion.model}")
                     for chunk in chunks.end(piece.completion, usage=usage):
-                        yield openai_api.event(chunk)
-                    yield openai_api.DONE
+                        yield "".join(events.feed(chunk))
+                    yield "".join(events.end())
                 piece = await anext(rest, None)
     except Exception as error:
         if not isinstance(error, BiollmError):
             _log.exception("A stream failed.")
-        yield openai_api.event(openai_api.refusal(error, streamed=True)[1])
+        yield "".join(dialects.failure(events, error))
     finally:
         first.cancel()
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, until their end or until the reader disconnects; a comment wherever nothing comes for long."""
+    """Server-sent events, until their end or until the reader disconnects; a `ping` wherever nothing comes for long."""
 
     media_type = "text/event-stream"
     HEADERS: ClassVar = {"cache-control": "no-store", "x-accel-buffering": "no"}
     KEEP_ALIVE_S = 10.0  # a proxy or a tunnel cuts a connection that is idle for a minute or two
 
-    def __init__(self, frames: AsyncGenerator[str, None], headers: Mapping[str, str]) -> None:
+    def __init__(self, frames: AsyncGenerator[str, None], headers: Mapping[str, str], ping: str) -> None:
         super().__init__(frames, headers={**self.HEADERS, **headers})
+        self._ping = ping.encode()
 
     async def stream_response(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -246,7 +273,7 @@ class _Events(StreamingResponse):
             while True:
                 await asyncio.sleep(max(0.01, last + self.KEEP_ALIVE_S - loop.time()))
                 if loop.time() - last >= self.KEEP_ALIVE_S:
-                    await noted({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+                    await noted({"type": "http.response.body", "body": self._ping, "more_body": True})
 
         async with aclosing(cast("AsyncGenerator[str, None]", self.body_iterator)):  # the request ends now, not at GC
             keeping = asyncio.create_task(keep_alive())
@@ -310,16 +337,25 @@ def _json(data: Json, status: int = 200, headers: Mapping[str, str] | None = Non
     return Response(json.dumps(data, separators=(",", ":")), status, headers, "application/json")
 
 
-def _refused(error: Exception, status: int | None = None, headers: Mapping[str, str] | None = None) -> Response:
-    usual, body, more = openai_api.refusal(error)
-    return _json(body, status or usual, {**(headers or {}), **more})
+def _event_text(text: str, headers: Mapping[str, str]) -> Response:
+    """Return server-sent events that are all there."""
+    return Response(text, 200, {**_Events.HEADERS, **headers}, _Events.media_type)
+
+
+def _refused(
+    dialect: Dialect, error: Exception, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    status, body, more = dialect.refusal(error, status)
+    headers = {**(headers or {}), **more}
+    return _event_text(body, headers) if isinstance(body, str) else _json(body, status, headers)
 
 
 async def _not_found(request: Request, error: HTTPException) -> Response:
     message = f"{error.detail}: {request.method} {request.url.path}"
-    return _json(openai_api.problem(message, "invalid_request_error", "not_found"), error.status_code, error.headers)
+    body = openai_api.problem(message, "invalid_request_error", "not_found")
+    return _json(Dialect(request.url.path).problem(error.status_code, body), error.status_code, error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     """Answer after an unexpected error; Starlette raises it again, for the log."""
-    return _refused(error)
+    return _refused(Dialect(request.url.path), error)

@@ -36,6 +36,7 @@ from biollm.config import values, yaml
 from biollm.config.loader import sentence
 from biollm.config.paths import config_dirs, state_dir
 from biollm.errors import ConfigError, Problem
+from biollm.gateway.dialects import Dialect
 from biollm.gateway.openai_api import problem
 from biollm.ledger import Claim, Refused
 from biollm.providers import gateway_key
@@ -145,12 +146,13 @@ class Admission:
             await (refusal or self._inner)(scope, receive, send)
 
     def _malformed(self, request: Request) -> Response | None:
+        path = request.scope["path"]
         if not self._knows(request.headers.get("host", "")):  # else a page elsewhere could rebind its name to us
-            return _refusal(421, "This gateway does not serve that host name.", "wrong_host")
+            return _refusal(path, 421, "This gateway does not serve that host name.", "wrong_host")
         length = request.headers.get("content-length", "0")
         if request.headers.get("transfer-encoding") or not length.isdecimal():
-            return _refusal(411, "Send the body's length.", "length_required")
-        return _refusal(413, "The body is too large.", "too_large") if int(length) > MAX_BODY else None
+            return _refusal(path, 411, "Send the body's length.", "length_required")
+        return _refusal(path, 413, "The body is too large.", "too_large") if int(length) > MAX_BODY else None
 
     async def _unauthorized(self, request: Request, scope: Scope) -> Response | None:
         path: str = scope["path"]  # that of request.url is read out of the Host header too (CVE-2026-48710)
@@ -162,17 +164,17 @@ class Admission:
         if key is None:
             challenge = 'Basic realm="biollm: any user name, the gateway key as password"' if page else "Bearer"
             message = "A key of this gateway is needed."
-            return _refusal(401, message, "invalid_api_key", {"www-authenticate": challenge})
+            return _refusal(path, 401, message, "invalid_api_key", {"www-authenticate": challenge})
         if key.expires < time.time():
             message = f"This key has expired. Start the agent again: biollm run {key.tags['agent']}."
-            return _refusal(401, message, "invalid_api_key", {"www-authenticate": "Bearer"})
+            return _refusal(path, 401, message, "invalid_api_key", {"www-authenticate": "Bearer"})
         if scheme == "basic" and request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            return _refusal(403, "Requests from other sites are refused.", "cross_site")
+            return _refusal(path, 403, "Requests from other sites are refused.", "cross_site")
         scope["biollm.tags"] = {"key": key.name, **key.tags}
         scope["biollm.start_local"] = key.start_local
         if key.policy != "any":
             _tighten(scope, key.policy)
-        return await _limited(key) if path.startswith("/v1/") and request.method == "POST" else None
+        return await _limited(key, path) if path.startswith("/v1/") and request.method == "POST" else None
 
     def _knows(self, host: str) -> bool:
         """Return whether a Host header is an address or one of our names, with an optional port and nothing else."""
@@ -220,7 +222,7 @@ def _credentials(headers: Headers) -> tuple[str, str]:
         return scheme, ""
 
 
-async def _limited(key: Key) -> Response | None:
+async def _limited(key: Key, path: str) -> Response | None:
     """Count a request against the key's limits; return the refusal where one is used up."""
     if not key.limits:
         return None
@@ -228,9 +230,9 @@ async def _limited(key: Key) -> Response | None:
     if not isinstance(found, Refused):
         return None
     wait = {"retry-after": str(max(1, round(found.until - time.time())))}
-    return _refusal(429, f"This key is at its limit: {found.reason}.", "rate_limit_exceeded", wait)
+    return _refusal(path, 429, f"This key is at its limit: {found.reason}.", "rate_limit_exceeded", wait)
 
 
-def _refusal(status: int, message: str, code: str, headers: Mapping[str, Any] | None = None) -> Response:
+def _refusal(path: str, status: int, message: str, code: str, headers: Mapping[str, Any] | None = None) -> Response:
     kind = "rate_limit_error" if status == 429 else "invalid_request_error"
-    return JSONResponse(problem(message, kind, code), status, headers)
+    return JSONResponse(Dialect(path).problem(status, problem(message, kind, code)), status, headers)

@@ -14,8 +14,8 @@ from hashlib import sha256
 from typing import Any, cast
 
 from biollm.errors import UsageError
+from biollm.types import Json
 
-Json = dict[str, Any]
 _LONGEST = 64  # characters of a function's name
 _NO_PARAMETERS: Json = {"type": "object", "properties": {}}
 _EXTRA = "__extra__"  # between a call's id and what its provider wants back

@@ -15,7 +15,6 @@ from uuid import uuid4
 from biollm.errors import UsageError
 from biollm.gateway.conversation import (
     Conversation,
-    Json,
     event,
     file_part,
     image_part,
@@ -30,12 +29,13 @@ from biollm.gateway.conversation import (
     tool,
     tool_call,
 )
+from biollm.types import Json, part
 
 PING = event({"type": "ping"})
 _STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
+    429: "rate_limit_error", 504: "timeout_error",
 }  # fmt: skip
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 # "high" is what Anthropic's API does without the field. Of the others, chat completions have the first two and "high".
@@ -89,7 +89,7 @@ def answer(chat: Json, asked: Json) -> Json:
         **_message(chat["model"]),
         "content": content,
         **_reason(choice, asked, called=bool(calls)),
-        "usage": _usage(chat.get("usage")),
+        "usage": _usage(part(chat, "usage")),
         **kept(chat, "biollm"),
     }
 
@@ -102,7 +102,7 @@ class Events:
         self._started = self._called = False
         self._index, self._open = -1, ""
         self._choice: Json = {}
-        self._used: Json | None = None
+        self._used: Json = {}
 
     def feed(self, chunk: Json) -> Iterator[str]:
         """Yield the events of a chunk; each tool call is whole in its chunk."""
@@ -130,7 +130,7 @@ class Events:
         yield event({"type": "message_delta", "delta": delta, "usage": _usage(self._used)})
         yield event({"type": "message_stop"})
 
-    def fail(self, status: int, error: Json, retry_after: float | None = None) -> Iterator[str]:
+    def fail(self, status: int, error: Json, retry_after: float) -> Iterator[str]:
         """Yield the event of an error that ends the stream."""
         yield event(problem(status, error))
 
@@ -163,19 +163,21 @@ def models(listed: list[Json], limit: int, after: str | None) -> Json:
     """Return a page of OpenAI's list of models as Anthropic's."""
     names = [each["id"] for each in listed]
     start = names.index(after) + 1 if after in names else 0
-    page = [
-        {
-            "type": "model",
-            "id": each["id"],
-            "display_name": each["id"],
-            "created_at": "1970-01-01T00:00:00Z",
-            "lifecycle": "active",
-            "max_input_tokens": each.get("context_length"),
-        }
-        for each in listed[start : start + limit]
-    ]
+    page = [model(each) for each in listed[start : start + limit]]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
     return {"data": page, "has_more": start + limit < len(listed), **ends}
+
+
+def model(listed: Json) -> Json:
+    """Return OpenAI's description of a model as Anthropic's."""
+    return {
+        "type": "model",
+        "id": listed["id"],
+        "display_name": listed["id"],
+        "created_at": "1970-01-01T00:00:00Z",
+        "lifecycle": "active",
+        "max_input_tokens": listed.get("context_length"),
+    }
 
 
 def _add(talk: Conversation, message: Json, path: str) -> None:
@@ -300,7 +302,7 @@ def _message(model: str) -> Json:
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": _usage(None),
+        "usage": _usage({}),
     }
 
 
@@ -327,11 +329,9 @@ def _reason(choice: Json, asked: Json, *, called: bool) -> Json:
     return {"stop_reason": reason, "stop_sequence": None}
 
 
-def _usage(used: Json | None) -> Json:
+def _usage(used: Json) -> Json:
     """Return tokens; Anthropic counts those that the cache read or wrote apart."""
-    used = used or {}
-    prompt: Json = used.get("prompt_tokens_details") or {}
-    answered: Json = used.get("completion_tokens_details") or {}
+    prompt, answered = part(used, "prompt_tokens_details"), part(used, "completion_tokens_details")
     read, written = prompt.get("cached_tokens") or 0, prompt.get("cache_write_tokens") or 0
     return {
         "input_tokens": max(0, used.get("prompt_tokens", 0) - read - written),

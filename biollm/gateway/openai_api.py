@@ -96,13 +96,13 @@ class Asked:
     usage: bool = False
 
 
-def read(given: bytes, headers: Mapping[str, str], config: Config, tags: Mapping[str, str], *, chat: bool) -> Asked:
+def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[str, str], *, chat: bool) -> Asked:
     """Return what the body of a chat completion, or else of a completion, asks for.
 
     Raises:
         UsageError: A field has the wrong type, or is not supported.
     """
-    body = _checked(_parsed(given), _BODY, "")
+    body = _checked(given, _BODY, "")
     ours = _checked(body.get("biollm", {}), _EXTENSION, "biollm.", closed=True)
     stream, prompt, schema = body.get("stream", False), _prompt(body, chat=chat), _schema(body)
     options: Json = {**address(config, body.get("model", GROUP)), **ours, "extra": _extra(body, schema)}
@@ -270,7 +270,12 @@ class Chunks:
             yield {**self._ours, "choices": [], "usage": _usage(completion), **ours}
 
 
-def _parsed(given: bytes) -> Json:
+def parsed(given: bytes) -> Json:
+    """Return the JSON of a body.
+
+    Raises:
+        UsageError: It is none, or no object.
+    """
     try:
         found = json.loads(given)
     except (ValueError, RecursionError):

@@ -17,7 +17,6 @@ from uuid import uuid4
 from biollm.errors import UsageError
 from biollm.gateway.conversation import (
     Conversation,
-    Json,
     event,
     file_part,
     image_part,
@@ -32,6 +31,7 @@ from biollm.gateway.conversation import (
     tool,
     tool_call,
 )
+from biollm.types import Json, part
 
 PING = ": keep-alive\n\n"
 _STORED = ("previous_response_id", "conversation", "prompt", "background")
@@ -94,7 +94,7 @@ def answer(chat: Json, asked: Json) -> Json:
     output = [_text_item(kind, _ident(_NAMES[kind][0]), _part(kind, text)) for kind, text in texts if text]
     known = _by_chat_name(asked)
     output += [_call_item(call, known) for call in message.get("tool_calls") or ()]
-    end = _end(choice.get("finish_reason"), chat.get("usage") or {}, output)
+    end = _end(choice.get("finish_reason"), part(chat, "usage"), output)
     return _response(_ident("resp"), chat["model"], asked, **end, **kept(chat, "biollm"))
 
 
@@ -132,13 +132,13 @@ class Events:
         end = _end(self._finish, self._used, self._output)
         yield self._whole(**end)
 
-    def fail(self, status: int, error: Json, retry_after: float | None = None) -> Iterator[str]:
+    def fail(self, status: int, error: Json, retry_after: float) -> Iterator[str]:
         """Yield the event of an error that ends the stream; Codex reads out of its text when to try again."""
         yield from self._begin()
         code = error["error"].get("code")
         message = error["error"]["message"]
         if status == 429:
-            code, message = "rate_limit_exceeded", f"{message}\nPlease try again in {retry_after or 15:.0f}s."
+            code, message = "rate_limit_exceeded", f"{message}\nPlease try again in {retry_after:.0f}s."
         fault = {"code": code if code in _CODES else "server_error", "message": message}
         yield self._whole("failed", error=fault)
 
@@ -201,11 +201,6 @@ class Events:
         return self._event(f"response.{status}", response=response)
 
 
-def problem(status: int, error: Json) -> Json:
-    """Return the error's body, which both of OpenAI's APIs share."""
-    return error
-
-
 def _add(talk: Conversation, item: Json, path: str) -> None:
     """Add an item of the input to the conversation."""
     match item.get("type", "message"):
@@ -248,10 +243,10 @@ def _parts(content: Any, path: str) -> list[Json]:
     if isinstance(content, str):
         return [text_part(content)]
     parts: list[Json] = []
-    for at, part in enumerate(objects(content, path)):
-        if (read := _PARTS.get(str(part.get("type")))) is None:
-            raise UsageError(f"{path}[{at}] is of type {part.get('type')!r}; it must be one of {', '.join(_PARTS)}.")
-        parts.append(read(part, f"{path}[{at}]"))
+    for at, each in enumerate(objects(content, path)):
+        if (read := _PARTS.get(str(each.get("type")))) is None:
+            raise UsageError(f"{path}[{at}] is of type {each.get('type')!r}; it must be one of {', '.join(_PARTS)}.")
+        parts.append(read(each, f"{path}[{at}]"))
     return parts
 
 
@@ -363,8 +358,7 @@ def _end(finish: str | None, used: Json, output: list[Json]) -> Json:
 
 
 def _usage(used: Json) -> Json:
-    prompt: Json = used.get("prompt_tokens_details") or {}
-    answered: Json = used.get("completion_tokens_details") or {}
+    prompt, answered = part(used, "prompt_tokens_details"), part(used, "completion_tokens_details")
     cached = {name: prompt.get(name) or 0 for name in ("cached_tokens", "cache_write_tokens")}
     return {
         "input_tokens": used.get("prompt_tokens", 0),

@@ -12,7 +12,7 @@ from dialects import call, chunks, spoiled, tool_delta, whole
 
 from biollm.errors import UsageError
 from biollm.gateway import messages_api
-from biollm.routing import import_waterfall
+from biollm.routing import import_router
 
 Json = dict[str, Any]
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
@@ -288,7 +288,7 @@ def test_an_empty_stream_is_whole() -> None:
 def test_the_sdk_raises_the_error_of_a_stream() -> None:
     events = messages_api.Events({})
     error = {"error": {"message": "Connection error: it broke.", "type": "server_error", "param": None, "code": "x"}}
-    body = "".join([*events.feed(chunks({"content": "x"})[1]), *events.fail(503, error)])
+    body = "".join([*events.feed(chunks({"content": "x"})[1]), *events.fail(503, error, 15)])
     with pytest.raises(anthropic.APIStatusError, match="Connection error: it broke"):  # noqa: SIM117
         with sdk(body).messages.stream(model="m", max_tokens=5, messages=HI) as stream:  # type: ignore
             stream.until_done()
@@ -297,7 +297,7 @@ def test_the_sdk_raises_the_error_of_a_stream() -> None:
 @pytest.mark.parametrize(
     ("status", "kind"),
     [(400, "invalid_request_error"), (401, "authentication_error"), (404, "not_found_error"), (429, "rate_limit_error"),
-     (500, "api_error"), (503, "overloaded_error"), (504, "timeout_error")],
+     (500, "api_error"), (504, "timeout_error")],
 )  # fmt: skip
 def test_errors_are_anthropics(status: int, kind: str) -> None:
     body = messages_api.problem(status, {"error": {"message": "No.", "code": "x"}})
@@ -319,7 +319,7 @@ def test_models_come_in_pages() -> None:
 
 @pytest.mark.slow
 def test_litellm_translates_the_common_part_alike() -> None:
-    import_waterfall()
+    import_router()
     from litellm.llms.anthropic.messages.adapters.transformation import AnthropicAdapter
 
     body = {

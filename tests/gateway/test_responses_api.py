@@ -12,7 +12,7 @@ from dialects import call, chunks, spoiled, tool_delta, whole
 
 from biollm.errors import UsageError
 from biollm.gateway import responses_api
-from biollm.routing import import_waterfall
+from biollm.routing import import_router
 
 Json = dict[str, Any]
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
@@ -342,16 +342,9 @@ def test_a_stream_fails_in_codes_that_codex_knows(status: int, code: str, made: 
     assert (last.response.error.code, last.response.error.message) == (made, text)  # type: ignore
 
 
-def test_errors_are_openais() -> None:
-    error = {"error": {"message": "No.", "type": "invalid_request_error", "param": None, "code": "x"}}
-    assert responses_api.problem(400, error) == error
-    with pytest.raises(openai.BadRequestError, match=r"No\."):
-        sdk(json.dumps(error), 400).responses.create(model="m", input="hi")
-
-
 @pytest.mark.slow
 def test_litellm_translates_the_common_part_alike() -> None:
-    import_waterfall()
+    import_router()
     from litellm.responses.litellm_completion_transformation.transformation import LiteLLMCompletionResponsesConfig
 
     given = CONVERSATIONS["reasoning, text, parallel calls of each kind"][0]["input"][:-1]
