@@ -23,7 +23,7 @@ from provider import Loopback
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]  # the first run installs 400 MB each
 ALL = os.environ.get("BIOLLM_AGENTS") == "all"
-CHOSEN = list(AGENTS) if ALL else ["opencode", "aider"]
+CHOSEN = list(AGENTS) if ALL else ["Codex", "Claude Code", "opencode", "aider"]
 CASES = [(agent, scenario) for agent in CHOSEN for scenario in SCENARIOS if ALL or scenario != "slow-call"]
 
 
