@@ -36,9 +36,9 @@ class CallbackExitError(Exception):
 class Background:
     """An event loop in a daemon thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.pid = os.getpid()
-        self.loop = asyncio.new_event_loop()
+        self.loop = loop or asyncio.new_event_loop()
         self.kept: dict[Any, Any] = {}  # made once per process: ledgers, waterfalls, HTTP sessions
         self.closing: list[Callable[[], Awaitable[None]]] = []
         self._thread = threading.Thread(target=self.loop.run_forever, name=THREAD, daemon=True)
@@ -90,7 +90,10 @@ class Background:
             with suppress(RuntimeError):  # the caller's loop is closed
                 caller.call_soon_threadsafe(inbox.put_nowait, item)
 
-        pump = asyncio.run_coroutine_threadsafe(_pump(items, put), self.loop)
+        if caller is self.loop:
+            pump = self.loop.create_task(_pump(items, inbox.put_nowait))
+        else:
+            pump = asyncio.run_coroutine_threadsafe(_pump(items, put), self.loop)
         try:
             while not isinstance(item := await inbox.get(), _End):
                 yield item
@@ -178,6 +181,12 @@ async def apart(work: Callable[..., T], *arguments: Any) -> T:
 
 _current: dict[int, Background] = {}  # by process id
 _locks: dict[int, threading.Lock] = {}  # as well: a fork may copy a lock that is held
+
+
+def start_background(loop: asyncio.AbstractEventLoop) -> None:
+    """Run this process's background work on `loop`, before anything else has started it."""
+    _current[os.getpid()] = made = Background(loop)
+    made.stop_first()
 
 
 def background() -> Background:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from biollm._runtime import apart, background, called, ledger, watch
+from biollm._runtime import Background, apart, background, called, ledger, watch
 from biollm.config import load_config
 from biollm.config.paths import state_dir
 from biollm.errors import (
@@ -46,6 +46,7 @@ class Local:
     def __init__(self, folder: Path | None, policy: Callable[[], DataPolicy]) -> None:
         self.config, self._policy = load_config(folder), policy
         self._key = repr(self.config)
+        self._watched: tuple[Background, Watch] | None = None
         kept = background().kept
         for key in [key for key in kept if key[:2] == ("waterfall", self._key)]:  # keys may have changed
             _let_go(kept.pop(key))
@@ -67,7 +68,11 @@ class Local:
 
     async def waterfall(self) -> Waterfall:
         """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""
-        servers, kept, policy = watch(self.config.cluster), background().kept, self._policy()
+        here, policy = background(), self._policy()
+        kept = here.kept
+        if self._watched is None or self._watched[0] is not here:
+            self._watched = here, watch(self.config.cluster)
+        servers = self._watched[1]
         if not servers.awake:
             await apart(servers.alive)
         key = ("waterfall", self._key, policy, state_dir())

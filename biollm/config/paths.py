@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,7 +37,7 @@ def config_dirs() -> list[tuple[str, Path]]:
 def state_dir() -> Path:
     """Return the folder of the ledger, tokens and weights: BIOLLM_STATE_DIR or XDG's state folder."""
     override = os.environ.get("BIOLLM_STATE_DIR")
-    return Path(override) if override else _home()
+    return _path(override) if override else _home()
 
 
 def own_dir(state: Path) -> Path:
@@ -47,7 +48,11 @@ def own_dir(state: Path) -> Path:
 
 
 def _home() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "biollm"
+    state = os.environ.get("XDG_STATE_HOME")
+    return _path(f"{state}/biollm") if state else _path(f"{os.environ.get('HOME') or Path.home()}/.local/state/biollm")
+
+
+_path = cache(Path)  # making one takes longer than most of what a request needs
 
 
 def wants_local_only() -> bool:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from random import getrandbits
 from typing import TYPE_CHECKING, Any, cast
-from uuid import uuid4
 
 from biollm import errors
 from biollm.config.paths import tags_of
@@ -397,4 +397,4 @@ def _attempts(attempts: Iterable[Attempt]) -> Sequence[Json]:
 
 
 def _ident(chat: bool) -> str:
-    return f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
+    return f"{'chatcmpl' if chat else 'cmpl'}-{getrandbits(128):032x}"

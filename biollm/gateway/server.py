@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from biollm._files import private_folder, write_private
 from biollm._ownership import is_private
-from biollm._runtime import background, ledger
+from biollm._runtime import background, ledger, start_background
 from biollm.client.remote import RECORD, SOCKET, connect, folders, identity, record
 from biollm.config.paths import own_dir, state_dir
 from biollm.errors import ConfigError, UnavailableError, UsageError
@@ -81,6 +81,10 @@ def serve(
 
     os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
     mine, busy, end = identity(), _Busy(), threading.Event()
+    with suppress(ImportError):
+        import uvloop
+
+        start_background(uvloop.new_event_loop())
     with Client(sender="direct") as client, _alone(home()) as folder:
         app, path, url = make_app(client, touched=busy.touched), folder / SOCKET, None
         listening, notes = [(_server(app), _unix(path))], [f"listening on {path} (pid {os.getpid()})"]

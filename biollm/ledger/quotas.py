@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -209,7 +210,12 @@ def periods(claim: Claim, now: float) -> set[tuple[float, float]]:
 
 def period(limit: Limit, now: float) -> tuple[float, float]:
     """Return start and end of the calendar day or month around `now`, as `limit.resets` has it."""
-    clock, _, zone = (limit.resets or "00:00").partition(" ")
+    return _period(limit.unit, limit.resets or "00:00", now // 60 * 60)  # `resets` is in whole minutes
+
+
+@lru_cache
+def _period(unit: str, resets: str, now: float) -> tuple[float, float]:
+    clock, _, zone = resets.partition(" ")
     hour, minute = (int(part) for part in clock.split(":"))
     tz = ZoneInfo(zone) if zone else UTC
 
@@ -217,12 +223,12 @@ def period(limit: Limit, now: float) -> tuple[float, float]:
         return datetime.combine(day, time_of_day(hour, minute), tz).timestamp()
 
     def step(day: date, days: int) -> date:
-        if limit.unit == "day":
+        if unit == "day":
             return day + timedelta(days)
         return (day + timedelta(31 if days > 0 else -1)).replace(day=1)
 
     today = datetime.fromtimestamp(now, tz).date()
-    first = today if limit.unit == "day" else today.replace(day=1)
+    first = today if unit == "day" else today.replace(day=1)
     if begin(first) > now:
         first = step(first, -1)
     return begin(first), begin(step(first, 1))

@@ -6,8 +6,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from random import getrandbits
 from typing import TYPE_CHECKING, Any, Literal
-from uuid import uuid4
 
 from biollm.errors import (
     AllLimitedError,
@@ -126,7 +126,7 @@ class Run:
     """
 
     request: Request
-    id: str = field(default_factory=lambda: uuid4().hex)
+    id: str = field(default_factory=lambda: f"{getrandbits(128):032x}")
     started: float = field(default_factory=time.perf_counter)
     tried: set[str] = field(default_factory=set[str])
     frees: list[float] = field(default_factory=list[float])

@@ -271,6 +271,8 @@ class Waterfall:
 
     async def _choose(self, run: Run, first: Sequence[Deployment]) -> list[Deployment]:
         """Return the least busy of one order that may be sent a request."""
+        if len(first) == 1:  # most often, and without the cost of a task
+            return [*first] if await self._usable(run, first[0]) and first[0].id in self.pool.claims else []
         usable = await asyncio.gather(*(self._usable(run, deployment) for deployment in first))
         choice = [deployment for deployment, fits in zip(first, usable, strict=True) if fits]
         if len(choice) > 1:

@@ -134,7 +134,7 @@ def contestants(
     """Return each server's command, door and environment; all have the same three deployments."""
     (run := scratch / "run").mkdir(mode=0o700, exist_ok=True)
     ports = [free_port() for _ in range(4)]
-    mine = {**env, "BIOLLM_GATEWAY_KEY": KEY, "XDG_RUNTIME_DIR": str(run)}
+    mine = {**env, "BENCH_KEY": "sk-provider", "BIOLLM_GATEWAY_KEY": KEY, "XDG_RUNTIME_DIR": str(run)}
     printed = subprocess.run(
         [BIOLLM, "config", "--litellm"], env=env, check=True, capture_output=True, text=True
     ).stdout

@@ -102,7 +102,7 @@ def lab(job: Job, waterfall: Callable[..., Path], tmp_path: Path) -> Callable[..
         (folder / "models.yaml").write_text(
             f"inherit: false\nmodels:\n  m0: {{hf_id: a/b}}\n  small: {{type: embedded, gguf: {gguf}}}\n"
         )
-        (folder / "cluster.yaml").write_text(f"cluster: {{name: lab, run_dir: {job.run}}}\n")
+        (folder / "cluster.yaml").write_text(f"cluster: {{name: lab, run_dir: {job.run.parent}}}\n")
         starts = sorted(record["start"][:8] for record in job.records())
         return [f"{name}/small" for name in above] + [f"vllm/m0#{start}" for start in starts] + ["small/small"]
 

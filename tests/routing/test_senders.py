@@ -324,7 +324,7 @@ def found(job: Job, waterfall: Write, net: Loopback) -> dict[str, Any]:
     record = job.record()
     folder = waterfall(vllm={"type": "local", "models": ["m0"]}, fine=net.serve(text="from fine"))
     (folder / "models.yaml").write_text("inherit: false\nmodels:\n  m0: {hf_id: a/b}\n")
-    (folder / "cluster.yaml").write_text(f"cluster: {{name: lab, run_dir: {job.run}}}\n")
+    (folder / "cluster.yaml").write_text(f"cluster: {{name: lab, run_dir: {job.run.parent}}}\n")
     return record
 
 

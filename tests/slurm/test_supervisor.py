@@ -37,7 +37,7 @@ class Job:
     """Runs of the supervisor below `root`, started with a command line like the rendered one."""
 
     def __init__(self, root: Path) -> None:
-        self.run = root / "run"
+        self.run = root / "run" / "biollm"
         self.log = root / "log"
         self._jobs: list[subprocess.Popen[bytes]] = []
 
@@ -276,9 +276,9 @@ def test_a_later_crash_removes_only_its_own_record(job: Job) -> None:
     assert complete(job, keeps) == 200
 
 
-def test_an_unwritable_run_directory_is_an_error_not_a_wait(job: Job, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "records").write_text("a file where the folder should be")
+def test_an_unwritable_run_directory_is_an_error_not_a_wait(job: Job) -> None:
+    job.run.mkdir(parents=True)
+    (job.run / "records").write_text("a file where the folder should be")
     job.start("")
     assert job.end() == 78
 
