@@ -22,14 +22,14 @@ from biollm.config import schema
 from biollm.config.aliases import TOP, aliases
 from biollm.config.merge import FILES, Layers
 from biollm.config.paths import config_dirs, wants_local_only
-from biollm.config.schema import ENTRY_NAME, Alerts, Cluster, Costs, Environment, Model, Provider, Tree
+from biollm.config.schema import ENTRY_NAME, Alerts, Cluster, Costs, Environment, Model, Provider, Routing, Tree
 from biollm.config.values import as_list, masked, shown
 from biollm.config.yaml import dotted
 from biollm.errors import ConfigError, Problem, UnknownNameError, nearest
 from biollm.types import DataPolicy
 
 _SECTIONS: dict[str, Any] = {
-    "models": Model, "providers": Provider, "cluster": Cluster, "routing": schema.Routing, "costs": Costs,
+    "models": Model, "providers": Provider, "cluster": Cluster, "routing": Routing, "costs": Costs,
     "alerts": Alerts, "accounts": schema.Account, "environment": Environment, "architecture": schema.Architecture,
 }  # fmt: skip
 
@@ -44,13 +44,7 @@ class Config:
     data_policy: DataPolicy = "any"
     costs: Costs = field(default_factory=Costs)
     alerts: Alerts = field(default_factory=Alerts)
-    timeout: float = 60.0  # this and the next six are as in `Routing`
-    stream_timeout: float | None = None
-    headers_after: float = 20.0
-    patience: float = 0.0
-    on_refusal: Literal["stop", "next"] = "stop"
-    policy: Literal["order", "cheapest"] = "order"
-    sender: Literal["auto", "litellm"] = "auto"
+    routing: Routing = field(default_factory=Routing)
     warnings: tuple[Problem, ...] = ()
     sources: dict[str, str] = field(default_factory=dict[str, str], repr=False)  # "providers.x.priority" -> "file:line"
     written: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)  # the same key -> the value there
@@ -99,10 +93,9 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         providers = [p if p.timeout or p.type == "api" else p.model_copy(update={"timeout": slow}) for p in providers]
     _warn(layers, providers, tree.cluster)
     written = layers.values()
-    parts = {name: getattr(tree, name) for name in ("models", "cluster", "data_policy", "costs", "alerts")}
+    parts = {name: getattr(tree, name) for name in ("models", "cluster", "data_policy", "costs", "alerts", "routing")}
     return Config(
         **parts,
-        **tree.routing.model_dump(exclude={"local_timeout"}),
         providers=tuple(providers),
         warnings=tuple(layers.warnings),
         sources={dotted(path): layers.where(path) for path in written},

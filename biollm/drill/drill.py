@@ -193,7 +193,8 @@ class _Harness:
             moved.append(replace(each, provider=provider, account=account, order=order, **place))
             found = (endpoint for endpoint in endpoints if endpoint.start == each.start)
             replaced += [replace(endpoint, base_url=url, key_file=file, owner=os.getuid()) for endpoint in found]
-        config = replace(self._config, timeout=TIMEOUT, stream_timeout=TIMEOUT, policy="order")
+        changes = {"timeout": TIMEOUT, "stream_timeout": TIMEOUT, "policy": "order"}
+        config = replace(self._config, routing=self._config.routing.model_copy(update=changes))
         pool = DeploymentPool(config, ledger, self._folder, config.data_policy, lambda: replaced)
         pool.apply(Survey(tuple(replaced), moved, [(each, Credential(_address(each)[0])) for each in moved]))
         return pool

@@ -173,7 +173,7 @@ class _Gateway:
         pieces = self._client.astream(asked.prompt, **options)
         first = asyncio.ensure_future(anext(pieces))
         try:
-            await asyncio.wait({first}, timeout=self._client.config.headers_after)
+            await asyncio.wait({first}, timeout=self._client.config.routing.headers_after)
             if first.done():
                 first.result()
         except BaseException:

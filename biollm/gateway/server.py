@@ -127,7 +127,7 @@ def _warm_up(client: Client) -> None:
     from biollm.routing import direct, import_router
 
     first = next((each.deployment for each in client.explain() if each.status == "ready"), None)
-    if client.config.sender == "litellm" or (first and not direct.speaks(first)):
+    if client.config.routing.sender == "litellm" or (first and not direct.speaks(first)):
         import_router()
     gc.collect()
     gc.freeze()  # what there is now stays: no collection need look at it again

@@ -255,7 +255,7 @@ class DeploymentPool:
             self.deployments, self._informed = with_facts(self.deployments), True
         now, blocked = time.time(), self.ledger.blocked()
         priced: list[tuple[Deployment, Cost | None]] = [(deployment, None) for deployment in self.deployments]
-        if self.config.policy == "cheapest":
+        if self.config.routing.policy == "cheapest":
             from biollm.routing.pricing import cheapest
 
             priced = cheapest(self.deployments, requirements, self.config)

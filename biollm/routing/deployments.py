@@ -260,5 +260,5 @@ def attempt_timeout(deployment: Deployment, config: Config, *, stream: bool) -> 
         return _NO_LIMIT
     if stream and not deployment.provider.timeout and deployment.provider.type == "api":
         reasons = "reasoning" in (deployment.capabilities or ())
-        return config.stream_timeout or (_REASONING_STREAM if reasons else _STREAM)
-    return deployment.provider.timeout or config.timeout
+        return config.routing.stream_timeout or (_REASONING_STREAM if reasons else _STREAM)
+    return deployment.provider.timeout or config.routing.timeout

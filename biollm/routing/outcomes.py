@@ -78,7 +78,7 @@ class Outcomes:
 
     def _ends(self, run: Run, deployment: Deployment, failure: Failure) -> bool:
         if failure.kind == "refusal":
-            return (deployment.provider.on_refusal or self._pool.config.on_refusal) == "stop"
+            return (deployment.provider.on_refusal or self._pool.config.routing.on_refusal) == "stop"
         if failure.kind == "used_up":  # without a limit of the caller's it was the provider's own, and others differ
             return run.request.requirements.answer is not None and not self.leave_roomier(run, deployment)
         return not failure.rule.next

@@ -156,7 +156,7 @@ class Run:
 
     def patience(self, deployment: Deployment, config: Config) -> float:
         """Return the seconds that this request may still wait for `deployment`."""
-        own = (self.request.patience, deployment.provider.patience, config.patience)
+        own = (self.request.patience, deployment.provider.patience, config.routing.patience)
         waited = 0.0 if self.waiting_since is None else time.monotonic() - self.waiting_since
         return next((each for each in own if each is not None), 0.0) - waited
 

@@ -66,8 +66,8 @@ def router_settings(config: Config) -> dict[str, Any]:
         "num_retries": 0,
         "allowed_fails": 0,
         "disable_cooldowns": True,
-        "timeout": config.timeout,
-        "stream_timeout": config.stream_timeout or config.timeout,
+        "timeout": config.routing.timeout,
+        "stream_timeout": config.routing.stream_timeout or config.routing.timeout,
     }
 
 

@@ -79,7 +79,7 @@ class Senders:
 
     async def choose(self, run: Run, choice: Sequence[Deployment]) -> Sender:
         """Return what calls one of `choice`, which have one order; may take seconds at first, to import LiteLLM."""
-        wanted = run.request.sender == "direct" and self._pool.config.sender == "auto"
+        wanted = run.request.sender == "direct" and self._pool.config.routing.sender == "auto"
         if wanted and all(speaks(each, run.request) for each in choice):
             return self._direct
         return self._router or await self._import()

@@ -159,7 +159,8 @@ class TestWhatPeopleWrite:
         copilot = config.provider("github_copilot")
         assert (copilot.free_tier, [account.env_key for account in copilot.accounts]) == (False, ["GITHUB_TOKEN"])
         assert config.costs.per_million_tokens == {"lightning": 0.0, "openai": 2.5}
-        assert (config.timeout, config.provider("vllm").timeout, config.provider("openai").timeout) == (45, 200, None)
+        timeouts = config.provider("vllm").timeout, config.provider("openai").timeout, config.routing.timeout
+        assert timeouts == (200, None, 45)
         assert config.models["codellama-34b"].priority == 1
         assert [warning.key for warning in config.warnings] == [
             "providers.vllm.startup_command", "providers.vllm.slurm_partition", "routing.strategy",
