@@ -189,6 +189,11 @@ def start_background(loop: asyncio.AbstractEventLoop) -> None:
     made.stop_first()
 
 
+def started() -> Background | None:
+    """Return this process's background loop if something has used it."""
+    return _current.get(os.getpid())
+
+
 def background() -> Background:
     """Return this process's background loop, started on first use and again after a fork."""
     with _locks.setdefault(pid := os.getpid(), threading.Lock()):

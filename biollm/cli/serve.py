@@ -18,6 +18,9 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to bind (with --port).")] = "127.0.0.1",
     detach: Annotated[bool, typer.Option("--detach", help="Run in the background; exit after 2 idle hours.")] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Processes that share the sockets and the limits.")
+    ] = 1,
     idle_timeout: Annotated[
         float | None, typer.Option(min=1, metavar="SECONDS", help="Exit after this long without a request.")
     ] = None,
@@ -31,11 +34,13 @@ def serve(
     from biollm.gateway import server
 
     if not detach:
-        server.serve(host=host, port=port, idle=idle_timeout, say=lambda line: typer.echo(line, err=True))
+        server.serve(
+            host=host, port=port, idle=idle_timeout, workers=workers, say=lambda line: typer.echo(line, err=True)
+        )
         return
     idle = server.IDLE if idle_timeout is None else idle_timeout
     tcp = [] if port is None else ["--port", str(port), "--host", host]
-    _, log = server.detach([*tcp, "--idle-timeout", str(idle)])
+    _, log = server.detach([*tcp, "--idle-timeout", str(idle), "--workers", str(workers)])
     typer.echo(log.read_text(errors="replace").strip())
     typer.echo(f"exits after {idle / 3600:g} h without a request; log: {log}")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from biollm._runtime import Background, apart, background, called, ledger, watch
+from biollm._runtime import Background, apart, background, called, ledger, started, watch
 from biollm.config import load_config
 from biollm.config.paths import state_dir
 from biollm.errors import (
@@ -47,7 +47,7 @@ class Local:
         self.config, self._policy = load_config(folder), policy
         self._key = repr(self.config)
         self._watched: tuple[Background, Watch] | None = None
-        kept = background().kept
+        kept = here.kept if (here := started()) else {}
         for key in [key for key in kept if key[:2] == ("waterfall", self._key)]:  # keys may have changed
             _let_go(kept.pop(key))
 

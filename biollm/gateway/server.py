@@ -9,9 +9,11 @@ import asyncio
 import fcntl
 import gc
 import json
+import mmap
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -19,7 +21,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,29 +49,45 @@ _LOOK = 10.0  # seconds between two looks at whether the socket is still there
 _FLUSH = 5.0  # seconds for the last bytes of the last answers, when somebody keeps the page open
 
 
-@dataclass
 class _Busy:
-    """How many requests are in flight, and since when there were none."""
+    """How many requests each worker has in flight, and since when there were none; in memory that they share."""
 
-    count: int = 0
-    since: float = field(default_factory=time.monotonic)
+    _ROW = struct.Struct("qd")  # requests, monotonic seconds
+
+    def __init__(self, workers: int = 1) -> None:
+        self._rows, self.worker = mmap.mmap(-1, workers * self._ROW.size), 0
+        for self.worker in reversed(range(workers)):
+            self.touched(0)
+
+    @property
+    def count(self) -> int:
+        """Return the requests that this worker has in flight."""
+        return self._ROW.unpack_from(self._rows, self.worker * self._ROW.size)[0]
 
     def touched(self, count: int) -> None:
-        self.count, self.since = count, time.monotonic()
+        """Note the requests that this worker has in flight now."""
+        self._ROW.pack_into(self._rows, self.worker * self._ROW.size, count, time.monotonic())
 
     def left(self, idle: float | None) -> float:
-        """Return the seconds until it has been idle for too long."""
-        return float("inf") if idle is None or self.count else self.since + idle - time.monotonic()
+        """Return the seconds until all workers have been idle for too long."""
+        counts, since = zip(*self._ROW.iter_unpack(self._rows[:]), strict=True)
+        return float("inf") if idle is None or any(counts) else max(since) + idle - time.monotonic()
 
 
 def serve(
-    *, host: str = "127.0.0.1", port: int | None = None, idle: float | None = None, say: Callable[[str], None]
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    idle: float | None = None,
+    workers: int = 1,
+    say: Callable[[str], None],
 ) -> None:
     """Serve until SIGTERM, SIGINT or `idle` seconds without a request; requests in flight are finished.
 
     Args:
         host, port: Where to listen for clients with a key as well; port 0 is a free one.
         idle: Seconds.
+        workers: Processes that share the sockets. Limits hold over all of them, as over any processes.
         say: Called with each line of where it listens.
 
     Raises:
@@ -80,11 +97,7 @@ def serve(
     from biollm.client import Client
 
     os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
-    mine, busy, end = identity(), _Busy(), threading.Event()
-    with suppress(ImportError):
-        import uvloop
-
-        start_background(uvloop.new_event_loop())
+    mine, busy, end = identity(), _Busy(workers), threading.Event()
     with Client(sender="direct") as client, _alone(home()) as folder:
         app, path, url = make_app(client, touched=busy.touched), folder / SOCKET, None
         listening, notes = [(_server(app), _unix(path))], [f"listening on {path} (pid {os.getpid()})"]
@@ -92,8 +105,21 @@ def serve(
             server, listener, url, where = _with_keys(app, host, port)
             listening.append((server, listener))
             notes.append(f"and on {url}/v1 for the key in {where}")
+        parent, children = os.getpid(), _fork(workers - 1)
+        busy.worker = 0 if os.getpid() == parent else len(children) + 1
         _end_on_signals(end)
+        with suppress(ImportError):
+            import uvloop
+
+            start_background(uvloop.new_event_loop())
         running = [_start(server, listener) for server, listener in listening]
+        servers, inode = [server for server, _ in listening], path.stat().st_ino
+        if os.getpid() != parent:
+            _warm_up(client)
+            _until_the_end(end, busy, None, path, inode, parent)
+            _drain(servers, running, busy)
+            ledger().close()
+            os._exit(0)  # what is in the folder is the parent's
         facts = {"pid": os.getpid(), "started": time.time(), "identity": mine, "url": url}
         write_private(folder / RECORD, json.dumps({**facts, "lacks": _lacks(client.config)}))
         for line in notes:
@@ -102,12 +128,24 @@ def serve(
             threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
         _warm_up(client)
         try:
-            _until_the_end(end, busy, idle, path, path.stat().st_ino)
+            _until_the_end(end, busy, idle, path, inode)
         finally:
             (folder / RECORD).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
+            for child in children:
+                os.kill(child, signal.SIGTERM)
         end.set()
-        _drain([server for server, _ in listening], running, busy)
+        _drain(servers, running, busy)
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def _fork(count: int) -> list[int]:
+    """Start so many workers, before there is any thread; return their process ids, as far as a worker knows them."""
+    children: list[int] = []
+    while len(children) < count and (child := os.fork()):
+        children.append(child)
+    return children
 
 
 def module(name: str) -> Any:
@@ -194,11 +232,14 @@ def _start(server: uvicorn.Server, listener: socket.socket) -> Future[None]:
     return future
 
 
-def _until_the_end(end: threading.Event, busy: _Busy, idle: float | None, path: Path, inode: int) -> None:
-    """Wait for a signal, for `idle` seconds without a request, or until the socket is gone: systemd takes
+def _until_the_end(
+    end: threading.Event, busy: _Busy, idle: float | None, path: Path, inode: int, parent: int | None = None
+) -> None:
+    """Wait for a signal, for `idle` seconds without a request, or until the parent or the socket is gone: systemd takes
     XDG_RUNTIME_DIR away after the last logout."""
     while _is_there(path, inode) and (left := busy.left(idle)) > 0 and not end.wait(min(left, _LOOK)):
-        pass
+        if parent not in (None, os.getppid()):
+            return
 
 
 def _is_there(path: Path, inode: int) -> bool:

@@ -9,9 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,13 +143,46 @@ def test_it_ends_when_nobody_asks(net: Loopback, waterfall: Waterfall, gateway: 
 
 
 def test_a_request_puts_the_end_off() -> None:
-    busy = _serve._Busy(since=time.monotonic() - 100)
-    assert busy.left(60) < 0
+    busy = _serve._Busy(workers=2)
+    assert busy.left(-1) < 0
+    busy.worker = 1
     busy.touched(1)
-    assert busy.left(60) == float("inf")
+    busy.worker = 0
+    assert busy.left(-1) == float("inf"), "another worker has a request in flight"
+    assert busy.count == 0
+    busy.worker = 1
     busy.touched(0)
-    assert busy.left(60) > 50
+    assert 50 < busy.left(60) <= 60
     assert busy.left(None) == float("inf")
+
+
+def test_workers_share_the_sockets_and_the_limits(
+    net: Loopback, waterfall: Waterfall, runtime: Path, biollm: Biollm
+) -> None:
+    server, second = net.serve(text="from first"), net.serve(text="from second")
+    waterfall(first={"base_url": server.url, "rate_limit": "20/hour"}, second=second)
+    started = biollm("serve", "--detach", "--workers", "3")
+    assert started.code == 0, started.err
+    parent = biollm("serve", "status", "--json").json["pid"]
+    workers = [parent, *(int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split())]
+    assert len(workers) == 3
+    with ThreadPoolExecutor(12) as pool:
+        texts = list(pool.map(lambda _: get_model_client().complete("hi").text, range(60)))
+    assert (texts.count("from first"), len(server.completions)) == (20, 20), "the limit holds over all of them"
+    assert biollm("serve", "stop").out == "Stopped.\n"
+    until(lambda: not any(alive(pid) for pid in workers))
+    assert not (runtime / "gateway.sock").exists()
+
+
+def test_workers_end_with_their_parent(net: Loopback, waterfall: Waterfall, runtime: Path, biollm: Biollm) -> None:
+    waterfall(first=net.serve())
+    biollm("serve", "--detach", "--workers", "2")
+    parent = biollm("serve", "status", "--json").json["pid"]
+    (child,) = (int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    os.kill(parent, signal.SIGKILL)
+    until(lambda: not alive(child))
+    assert biollm("serve", "--detach").code == 0, "the lock is free"
+    biollm("serve", "stop")
 
 
 def test_it_ends_when_its_socket_is_taken_away(tmp_path: Path) -> None:
@@ -168,7 +200,8 @@ def test_it_ends_when_its_socket_is_taken_away(tmp_path: Path) -> None:
 
 
 def test_it_forces_nothing_while_somebody_is_served() -> None:
-    busy, server = _serve._Busy(count=1), SimpleNamespace(should_exit=False, force_exit=False)
+    busy, server = _serve._Busy(), SimpleNamespace(should_exit=False, force_exit=False)
+    busy.touched(1)
     drains = threading.Thread(target=_serve._drain, args=([server], [Future()], busy, 0.01), daemon=True)
     drains.start()
     until(lambda: server.should_exit)
