@@ -38,7 +38,7 @@ _FIRST_S = 2.0  # the longest wait for the first refresh
 _UNUSED_S = 60.0  # an unused watch stops reading
 _SKEW_S = 60.0  # how long a measured difference of clocks is used
 START, PROOF = "x-biollm-start", "x-biollm-proof"  # headers of a server's answers
-_START, _RECORD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{32}\.json")
+_RECORD = re.compile(r"[0-9a-f]{32}\.json")
 _METRIC = re.compile(
     r"^vllm:(num_requests_running|num_requests_waiting|(?:kv|gpu)_cache_usage_perc)(?:\{.*\})? (\d[\d.e+-]*)\s*$", re.M
 )
@@ -108,7 +108,7 @@ class Records:
             return f"belongs to the cluster {record['cluster']!r}"
         if owner not in self._owners:
             return f"its owner (user id {owner}) is not trusted"
-        if record["start"] != name or not _START.fullmatch(name):
+        if record["start"] != name:
             return "its file has another name"
         if age > STALE_S:
             return f"was not renewed for {age:.0f} s"

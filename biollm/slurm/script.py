@@ -225,11 +225,9 @@ def _check_fit(model: Model, cluster: Cluster) -> Iterator[str]:
 
 def _check_site(cluster: Cluster) -> None:
     paths = {"run_dir": run_dir(cluster), "log_dir": log_dir(cluster), "cache_dir": cache_dir(cluster)}
-    found = [
-        (key, f"{str(path)!r} contains \\ or , or : or a line break, which Slurm and containers do not take literally.")
-        for key, path in paths.items()
-        if re.search(r"[\\,:\x00-\x1f\x7f]", str(path))
-    ]
+    why = "contains \\ or , or : or a line break, which Slurm and containers do not take literally."
+    odd = re.compile(r"[\\,:\x00-\x1f\x7f]")
+    found = [(key, f"{str(path)!r} {why}") for key, path in paths.items() if odd.search(str(path))]
     for name in cluster.environment.env:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             found.append((f"environment.env.{name}", "is not a valid variable name."))
