@@ -174,7 +174,8 @@ class Admission:
         scope["biollm.start_local"] = key.start_local
         if key.policy != "any":
             _tighten(scope, key.policy)
-        return await _limited(key, path) if path.startswith("/v1/") and request.method == "POST" else None
+        asks = request.method == "POST" and path.startswith("/v1/") and not path.endswith("/count_tokens")
+        return await _limited(key, path) if asks else None
 
     def _knows(self, host: str) -> bool:
         """Return whether a Host header is an address or one of our names, with an optional port and nothing else."""

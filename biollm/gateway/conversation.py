@@ -43,12 +43,13 @@ class Conversation:
 
     def user(self, parts: Iterable[Json]) -> None:
         """Add parts of the user's; they join those just before."""
-        images, self._images = self._images, []
-        self._last("user", content=[])["content"].extend([*images, *parts])
+        added, self._images = [*self._images, *parts], []
+        if added:
+            self._last("user", content=[])["content"] += added
 
     def assistant(self, *, text: str = "", reasoning: str = "", call: Json | None = None) -> None:
         """Add text, reasoning or a tool call of the assistant's."""
-        self._flush()
+        self.user([])
         message = self._last("assistant", content="")
         message["content"] += text
         if reasoning:
@@ -68,21 +69,17 @@ class Conversation:
         self.messages.append({"role": "tool", "tool_call_id": unpacked(ident)[0], "content": "\n".join(texts)})
 
     def done(self) -> list[Json]:
-        """Return the messages: a single text as a string, no text beside tool calls as null."""
-        self._flush()
+        """Return the messages: a single text as a string, no text beside tool calls as null, none without either."""
+        self.user([])
         for message in self.messages:
             match message["content"]:
                 case [{"type": "text", "text": text}]:
                     message["content"] = text
-                case "" if "tool_calls" in message:
+                case "" if message["role"] == "assistant":
                     message["content"] = None
                 case _:
                     pass
-        return self.messages
-
-    def _flush(self) -> None:
-        if self._images:
-            self.user([])
+        return [each for each in self.messages if each["content"] is not None or "tool_calls" in each]
 
     def _last(self, role: str, **new: Any) -> Json:
         if not self.messages or self.messages[-1]["role"] != role:

@@ -65,6 +65,8 @@ def request(body: Json) -> Json:
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True}
     if stops := body.get("stop_sequences"):
+        if not isinstance(stops, list):
+            raise UsageError("stop_sequences must be a list of strings.")
         chat["stop"] = stops
     output = mapping(body, "output_config")
     if effort := _EFFORTS.get(str(output.get("effort"))):
@@ -308,7 +310,7 @@ def _message(model: str) -> Json:
 
 def _tool_use(call: Json, asked: Json) -> Json:
     name = call["function"]["name"]
-    long = next((each["name"] for each in asked.get("tools") or () if short(each.get("name", "")) == name), name)
+    long = next((each["name"] for each in asked.get("tools") or () if short(str(each.get("name"))) == name), name)
     return {"type": "tool_use", "id": packed(call), "name": long}
 
 

@@ -38,8 +38,8 @@ _STORED = ("previous_response_id", "conversation", "prompt", "background")
 _COPIED = ("model", "temperature", "top_p", "stream", "metadata", "service_tier", "biollm")
 _ECHOED = ("temperature", "top_p", "max_output_tokens", "metadata", "reasoning", "text")
 # Tools that OpenAI's servers run, or that search among others; and items that say nothing to another model.
-_SERVER_TOOLS = ("web_search", "image_generation", "tool_search")
-_LEFT_OUT = ("additional_tools", "web_search_call", "image_generation_call", "tool_search_call", "tool_search_output")
+_SERVER_TOOLS = ("web_search", "image_generation", "code_interpreter", "file_search", "tool_search")
+_LEFT_OUT = ("additional_tools", "tool_search_output", *(f"{name}_call" for name in _SERVER_TOOLS))
 _INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 # Kind of item -> what its id begins with; its part, text and index in the names of events.
@@ -223,19 +223,16 @@ def _add(talk: Conversation, item: Json, path: str) -> None:
 
 def _add_message(talk: Conversation, item: Json, path: str) -> None:
     parts = _parts(item.get("content"), f"{path}.content")
+    text = "\n\n".join(each["text"] for each in parts if each["type"] == "text")
     match item.get("role"):
         case "user":
             talk.user(parts)
         case "assistant":
-            talk.assistant(text="".join(_texts(parts)))
+            talk.assistant(text=text)
         case "system" | "developer":
-            talk.system("\n\n".join(_texts(parts)))
+            talk.system(text)
         case role:
             raise UsageError(f"{path}.role is {role!r}; it must be user, assistant, system or developer.")
-
-
-def _texts(parts: list[Json]) -> Iterator[str]:
-    return (part["text"] for part in parts if part["type"] == "text")
 
 
 def _parts(content: Any, path: str) -> list[Json]:

@@ -16,6 +16,7 @@ from provider import Loopback
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+from biollm.config.values import Limit
 from biollm.gateway import app as gateway
 from biollm.gateway.auth import Admission, Key
 
@@ -258,3 +259,12 @@ def test_a_stranger_is_refused_in_the_dialect() -> None:
     answer = client.post(MESSAGES, json=ASKED[MESSAGES])
     assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
     assert client.post(RESPONSES, json=ASKED[RESPONSES]).json().keys() == {"error"}
+
+
+def test_counting_tokens_is_no_request_of_a_limited_key(waterfall: Any, net: Loopback) -> None:
+    waterfall(first=net.serve())
+    limits = (Limit("requests", 1, "day"),)
+    client = TestClient(Admission(PlainTextResponse("in"), [Key("ann", "k" * 16, limits=limits)], "testserver"))
+    client.headers["x-api-key"] = "k" * 16
+    statuses = [client.post(path).status_code for path in (f"{MESSAGES}/count_tokens",) * 2 + (MESSAGES,) * 2]
+    assert statuses == [200, 200, 200, 429]

@@ -81,6 +81,11 @@ CONVERSATIONS: dict[str, tuple[Json, list[Json]]] = {
          {"role": "tool", "tool_call_id": "b", "content": "(attached below)"},
          {"role": "user", "content": [{"type": "text", "text": "From the result of b:"}, CHAT_PNG]}],
     ),
+    "messages of nothing, thinking alone": (
+        {"messages": [{"role": "user", "content": []}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]}, *HI,
+                      {"role": "assistant", "content": ""}]},
+        HI,
+    ),
     "two messages of one role": (
         {"messages": [*HI, *HI, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]},
         [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "hi"}]},
@@ -165,7 +170,7 @@ def test_bad_requests_are_refused_in_a_sentence(body: Json, message: str) -> Non
 def test_whatever_is_wrong_is_the_callers_fault() -> None:
     body = {
         "model": "biollm", "max_tokens": 5, "system": [{"type": "text", "text": "a"}], "tools": TOOLS, "stream": True,
-        "tool_choice": {"type": "tool", "name": "look"}, "output_config": {"effort": "low", "format": {"schema": {}}},
+        "tool_choice": {"type": "tool", "name": "look"}, "output_config": {"effort": "low", "format": {"schema": {}}}, "stop_sequences": ["x"],
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "x"}, PNG]},
             {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}, use("a", "1")]},
@@ -176,6 +181,7 @@ def test_whatever_is_wrong_is_the_callers_fault() -> None:
     for each in spoiled(body):
         try:
             messages_api.request(each)
+            messages_api.answer(whole("x", [call("a", "look", "{}")]), each)
         except UsageError:
             refused += 1
     assert refused > 50
