@@ -16,19 +16,13 @@ _KEY = "BIOLLM_AGENT_KEY"
 
 @dataclass(frozen=True)
 class Link:
-    """What an agent needs to know of the gateway.
+    """What an agent needs to know of the gateway."""
 
-    Attributes:
-        url: The gateway's address, without /v1.
-        context: Tokens of prompt and answer together.
-        folder: A private folder for the agent's configuration.
-    """
-
-    url: str
+    url: str  # the gateway's address, without /v1
     key: str = field(repr=False)
     model: str
-    context: int
-    folder: Path
+    context: int  # tokens of prompt and answer together
+    folder: Path  # a private folder for the agent's configuration
 
 
 @dataclass(frozen=True)

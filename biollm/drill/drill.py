@@ -52,27 +52,18 @@ _DEGRADED = "a degraded answer, where allow_degraded permits it"
 
 @dataclass(frozen=True)
 class Cell:
-    """One deployment broken in one way while all before it are unavailable.
-
-    Attributes:
-        expected: The deployment that should answer; None where none is left.
-        answered: The one that did.
-        ms: Milliseconds until the answer, or the error.
-        seen: What the user sees.
-        asked: Requests to the broken deployment.
-        next: What answers the next call, the deployment being repaired; None where it cools down and none is left.
-        recovered: Whether the deployment answers again after its cooldown.
-    """
+    """One deployment broken in one way while all before it are unavailable."""
 
     deployment: str
     fault: str
-    expected: str | None
-    answered: str | None
-    ms: float
-    seen: str
-    asked: int = 1
+    expected: str | None  # the deployment that should answer; None where none is left
+    answered: str | None  # the one that did
+    ms: float  # milliseconds until the answer, or the error
+    seen: str  # what the user sees
+    asked: int = 1  # requests to the broken deployment
+    # what answers the next call, the deployment being repaired; None where it cools down and none is left
     next: str | None = None
-    recovered: bool = True
+    recovered: bool = True  # whether the deployment answers again after its cooldown
 
     @property
     def ok(self) -> bool:
@@ -83,17 +74,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Drill:
-    """The result of a drill.
-
-    Attributes:
-        absent: Deployment -> why it could not answer anyway, one sentence.
-        odd: What looks wrong in the order of the deployments, one sentence each.
-    """
+    """The result of a drill."""
 
     deployments: tuple[str, ...]
-    absent: Mapping[str, str]
+    absent: Mapping[str, str]  # deployment -> why it could not answer anyway, one sentence
     cells: tuple[Cell, ...]
-    odd: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()  # what looks wrong in the order of the deployments, one sentence each
 
     @property
     def ok(self) -> bool:

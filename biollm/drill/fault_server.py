@@ -21,20 +21,14 @@ _USAGE = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
 
 @dataclass(eq=False)
 class FaultServer:
-    """One address, which may stand for several deployments: each is known by its (key, model).
+    """One address, which may stand for several deployments: each is known by its (key, model)."""
 
-    Attributes:
-        faults: (key, model) -> what is broken; everything else is answered. May change at any time.
-        requests: Counts the completions requested by (key, model).
-        start, key: Of a running server that this one replaces: it proves that start with that key.
-        url: The base URL, which stays the same while the server is closed.
-    """
-
+    # (key, model) -> what is broken; everything else is answered. May change at any time
     faults: Mapping[tuple[str, str], str]
-    requests: Counter[tuple[str, str]]
-    start: str = ""
+    requests: Counter[tuple[str, str]]  # counts the completions requested by (key, model)
+    start: str = ""  # start, key: of a running server that this one replaces: it proves that start with that key
     key: str = field(default="", repr=False)
-    url: str = ""
+    url: str = ""  # the base URL, which stays the same while the server is closed
     _port: int = 0
     _server: asyncio.Server | None = None
 

@@ -30,35 +30,23 @@ MAX_TOKENS = 512  # models that reason first need room
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of calling one deployment.
-
-    Attributes:
-        state: "not asked" where a limit or cooldown forbids it.
-        ms: Milliseconds of the attempt.
-        cost_usd: By LiteLLM's price or your own.
-        why: Why it failed, or was not called.
-    """
+    """The result of calling one deployment."""
 
     deployment: str
-    state: Literal["answered", "failed", "not asked"]
-    ms: float | None = None
-    cost_usd: float | None = None
+    state: Literal["answered", "failed", "not asked"]  # "not asked" where a limit or cooldown forbids it
+    ms: float | None = None  # milliseconds of the attempt
+    cost_usd: float | None = None  # by LiteLLM's price or your own
     degraded: bool = False
-    why: str = ""
+    why: str = ""  # why it failed, or was not called
 
 
 @dataclass(frozen=True)
 class LiveDrill:
-    """The result of a live drill.
-
-    Attributes:
-        absent: Deployment -> what it lacks to be called at all, one sentence.
-        spent_usd: At most; a failure counts as the most expensive answer.
-    """
+    """The result of a live drill."""
 
     answers: tuple[Answer, ...]
-    absent: dict[str, str]
-    spent_usd: float
+    absent: dict[str, str]  # deployment -> what it lacks to be called at all, one sentence
+    spent_usd: float  # at most; a failure counts as the most expensive answer
     limit_usd: float
 
     @property

@@ -48,25 +48,18 @@ class Key(NamedTuple):
 
 @dataclass(slots=True)
 class Cell:
-    """Sums of attempts.
-
-    Attributes:
-        requests: Those that began here.
-        cost: In USD.
-        ms, ttft: Latencies of the answers, in milliseconds or as buckets.
-        unpriced: Attempts whose tokens have no known price.
-        estimated: Attempts whose provider reported no tokens.
-    """
+    """Sums of attempts."""
 
     attempts: int = 0
-    requests: int = 0
+    requests: int = 0  # those that began here
     prompt: int = 0
     completion: int = 0
-    cost: float = 0.0
-    unpriced: int = 0
+    cost: float = 0.0  # in USD
+    unpriced: int = 0  # attempts whose tokens have no known price
     unpriced_prompt: int = 0
     unpriced_completion: int = 0
-    estimated: int = 0
+    estimated: int = 0  # attempts whose provider reported no tokens
+    # ms, ttft: latencies of the answers, in milliseconds or as buckets
     ms: Sequence[float] = field(default_factory=lambda: array("H"))
     ttft: Sequence[float] = field(default_factory=lambda: array("H"))
 

@@ -42,19 +42,13 @@ _FARTHEST = 32 * 86400.0  # seconds; no cooldown is longer
 
 
 class Cooldown(NamedTuple):
-    """Why and until when a key may not be used.
+    """Why and until when a key may not be used."""
 
-    Attributes:
-        until: Epoch seconds; once it has passed, the cooldown only counts as a step of the ladder.
-        stated: The provider named the time; else it is an estimate, which a success ends.
-        times: Consecutive cooldowns of this kind without a success.
-    """
-
-    until: float
+    until: float  # epoch seconds; once it has passed, the cooldown only counts as a step of the ladder
     reason: str
     kind: str = ""
-    stated: bool = False
-    times: int = 1
+    stated: bool = False  # the provider named the time; else it is an estimate, which a success ends
+    times: int = 1  # consecutive cooldowns of this kind without a success
 
     def step(self, ladder: Sequence[float]) -> float:
         """Return this cooldown's seconds where the provider named none."""

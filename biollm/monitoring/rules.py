@@ -17,22 +17,14 @@ _DOWN = ("refused", "failing", "cooling")
 
 @dataclass
 class Alert:
-    """A rule that holds, or held.
+    """A rule that holds, or held."""
 
-    Attributes:
-        rule: Its name under `alerts:`.
-        about: A limit, deployment or job; empty for all requests.
-        text: One sentence.
-        since: Epoch seconds since when it holds; if `over`, since when it does not.
-        pending: The targets whose last message about it is out of date.
-    """
-
-    rule: str
-    about: str
-    text: str
-    since: float = 0.0
+    rule: str  # its name under `alerts:`
+    about: str  # a limit, deployment or job; empty for all requests
+    text: str  # one sentence
+    since: float = 0.0  # epoch seconds since when it holds; if `over`, since when it does not
     over: bool = False
-    pending: list[str] = field(default_factory=list[str])
+    pending: list[str] = field(default_factory=list[str])  # the targets whose last message about it is out of date
 
     @property
     def facts(self) -> dict[str, Any]:

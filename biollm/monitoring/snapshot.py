@@ -49,24 +49,17 @@ class LimitUse:
 
 @dataclass(frozen=True)
 class CandidateView:
-    """A deployment and its state.
+    """A deployment and its state."""
 
-    Attributes:
-        place: From 1; accounts and replicas share one.
-        state: Its status, but "cooling" on cooldown after a failure, and "failing" if it may be used though its last
-            attempt, in the last half hour, failed.
-        why: One sentence; empty when ready.
-        frees_s: Seconds until it may be used again, or None.
-        last_s: Seconds since its last answer, None if that is more than a day ago.
-    """
-
-    place: int
+    place: int  # from 1; accounts and replicas share one
     deployment: str
+    # its status, but "cooling" on cooldown after a failure, and "failing" if it may be used though its last attempt,
+    # in the last half hour, failed
     state: State
-    why: str
+    why: str  # one sentence; empty when ready
     quotas: tuple[LimitUse, ...]
-    frees_s: float | None
-    last_s: float | None
+    frees_s: float | None  # seconds until it may be used again, or None
+    last_s: float | None  # seconds since its last answer, None if that is more than a day ago
 
 
 @dataclass(frozen=True)
@@ -83,15 +76,11 @@ class JobView:
 
 @dataclass(frozen=True)
 class Minute:
-    """The requests sent in a minute.
-
-    Attributes:
-        ms: Median milliseconds of those answered, over all their attempts; None without an answer.
-        fallback: Share answered by a later candidate because an earlier one failed or was limited; None without one.
-    """
+    """The requests sent in a minute."""
 
     requests: int = 0
-    ms: float | None = None
+    ms: float | None = None  # median milliseconds of those answered, over all their attempts; None without an answer
+    # share answered by a later candidate because an earlier one failed or was limited; None without one
     fallback: float | None = None
 
 

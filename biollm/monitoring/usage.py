@@ -34,57 +34,42 @@ _ATTEMPTS = ("provider", "account", "model")  # whose rows count attempts: a req
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Sums of one group. Latencies of answers, in ms; money in USD; None where there is no value.
+    """Sums of one group. Latencies of answers, in ms; money in USD; None where there is no value."""
 
-    Attributes:
-        name: The group's: "gemini", "gemini/default", "2026-11-24", "agent=Reviewer".
-        requests: Users' requests; of a provider, account or model, the attempts there.
-        errors: Requests without an answer; of a provider, account or model, failed attempts.
-        ttft_p50_ms: To the first token of streams.
-        fallback_rate: Share of the requests that a later candidate than the first answered; `fallbacks`: why -> count.
-        failures: Why -> count of failed attempts.
-        cost_usd: Of the attempts whose price is known, at the prices of the time; None if there is none.
-        cost_avoided_usd: What their tokens would have cost at `costs.reference_model`, less what they did cost.
-        unpriced: Attempts with tokens whose price is unknown.
-        estimated: Attempts whose tokens are an estimate, since the provider reported none.
-    """
-
-    name: str
-    requests: int = 0
-    errors: int = 0
+    name: str  # the group's: "gemini", "gemini/default", "2026-11-24", "agent=Reviewer"
+    requests: int = 0  # users' requests; of a provider, account or model, the attempts there
+    errors: int = 0  # requests without an answer; of a provider, account or model, failed attempts
     error_rate: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     p50_ms: float | None = None
     p95_ms: float | None = None
     p99_ms: float | None = None
-    ttft_p50_ms: float | None = None
+    ttft_p50_ms: float | None = None  # to the first token of streams
+    # share of the requests that a later candidate than the first answered; `fallbacks`: why -> count
     fallback_rate: float = 0.0
     fallbacks: Mapping[str, int] = field(default_factory=dict[str, int])
-    failures: Mapping[str, int] = field(default_factory=dict[str, int])
+    failures: Mapping[str, int] = field(default_factory=dict[str, int])  # why -> count of failed attempts
+    # of the attempts whose price is known, at the prices of the time; None if there is none
     cost_usd: float | None = 0.0
+    # what their tokens would have cost at `costs.reference_model`, less what they did cost
     cost_avoided_usd: float | None = None
-    unpriced: int = 0
-    estimated: int = 0
+    unpriced: int = 0  # attempts with tokens whose price is unknown
+    estimated: int = 0  # attempts whose tokens are an estimate, since the provider reported none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quota:
-    """A limit now. Times in epoch seconds.
-
-    Attributes:
-        unit: "requests", "tokens" or "usd".
-        exhausted_at: When it is used up at the pace of its period so far, if that is before it resets.
-    """
+    """A limit now. Times in epoch seconds."""
 
     scope: str
     limit: str
-    unit: str
+    unit: str  # "requests", "tokens" or "usd"
     amount: float
     used: float
     left: float
     resets_at: float | None
-    exhausted_at: float | None
+    exhausted_at: float | None  # when it is used up at the pace of its period so far, if that is before it resets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,21 +89,16 @@ class Local:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Usage from `since` to `until` (epoch seconds).
-
-    Attributes:
-        exact: Whether percentiles are exact; else they are within 2%.
-        budgets: The quotas that are money.
-    """
+    """Usage from `since` to `until` (epoch seconds)."""
 
     since: float
     until: float
     by: By
-    exact: bool
+    exact: bool  # whether percentiles are exact; else they are within 2%
     rows: tuple[Row, ...]
     total: Row
     quotas: tuple[Quota, ...] = ()
-    budgets: tuple[Quota, ...] = ()
+    budgets: tuple[Quota, ...] = ()  # the quotas that are money
     local: tuple[Local, ...] = ()
     reference_model: str | None = None
 

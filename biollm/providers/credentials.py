@@ -29,19 +29,12 @@ _LOOP = "holds a key of biollm's own gateway, which cannot be its own provider"
 
 @dataclass(frozen=True)
 class Credential:
-    """What a request to a deployment needs. The secret is not part of the repr.
+    """What a request to a deployment needs. The secret is not part of the repr."""
 
-    Attributes:
-        secret: The key; "" where none is needed.
-        headers: Further headers that the provider requires.
-        base_url: Where this account's requests go, if not to the provider's address.
-        expires_at: Epoch seconds; None for keys that last.
-    """
-
-    secret: str = ""
-    headers: dict[str, str] = field(default_factory=dict[str, str])
-    base_url: str | None = None
-    expires_at: float | None = None
+    secret: str = ""  # the key; "" where none is needed
+    headers: dict[str, str] = field(default_factory=dict[str, str])  # further headers that the provider requires
+    base_url: str | None = None  # where this account's requests go, if not to the provider's address
+    expires_at: float | None = None  # epoch seconds; None for keys that last
 
     def __repr__(self) -> str:
         return f"Credential(fingerprint={self.fingerprint!r}, base_url={self.base_url!r})"
