@@ -28,12 +28,7 @@ from biollm.types import Attempt, known
 
 
 class BiollmError(Exception):
-    """Base of everything biollm raises on purpose.
-
-    Attributes:
-        hint: How to fix it, one sentence, or None.
-        exit_code: The exit code of the command line.
-    """
+    """Base of everything biollm raises on purpose. `hint`: how to fix it, one sentence, or None."""
 
     exit_code = 1
 
@@ -68,13 +63,7 @@ class UsageError(BiollmError):
 
 
 class UnknownNameError(UsageError):
-    """A name that is not configured.
-
-    Attributes:
-        kind: What it should have been: "provider", "model", "account".
-        name: What was given.
-        choices: The names that exist.
-    """
+    """A `name` that is not among the `choices` of its `kind`: "provider", "model", "account"."""
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
         self.kind, self.name, self.choices = kind, name, tuple(choices)
@@ -110,11 +99,7 @@ class ConfigError(BiollmError):
 
 
 class CompletionError(BiollmError):
-    """No deployment could answer.
-
-    Attributes:
-        attempts: Every deployment that was tried or skipped, in order, with its reason.
-    """
+    """No deployment could answer. `attempts`: each that was tried or skipped, in order, with its reason."""
 
     exit_code = 69
 

@@ -7,6 +7,7 @@ import sys
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from biollm import __version__
 from biollm.cli import complete, config, drill, monitoring, run, serve, setup, slurm
@@ -36,9 +37,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(  # pyright: ignore[reportUnusedFunction] # Typer calls it
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Prompt language models with automatic fallback: free APIs, subscriptions, your Slurm GPUs, this machine."""
 

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from biollm.cli import output
 from biollm.cli.output import Json, Progress
@@ -26,51 +26,45 @@ if TYPE_CHECKING:
     from biollm.routing.pricing import Cost
     from biollm.types import Completion, Piece
 
-Provider = Annotated[str | None, typer.Option(metavar="NAME", help="Use only this provider.")]
-Model = Annotated[str | None, typer.Option(metavar="NAME", help="Use only this model.")]
-LocalOnly = Annotated[bool, typer.Option("--local-only", help="Keep the prompt on this machine and the cluster.")]
-MaxTokens = Annotated[int | None, typer.Option(min=1, metavar="N", help="Maximum completion tokens.")]
+Provider = Annotated[str | None, Option(metavar="NAME", help="Use only this provider.")]
+Model = Annotated[str | None, Option(metavar="NAME", help="Use only this model.")]
+LocalOnly = Annotated[bool, Option("--local-only", help="Keep the prompt on this machine and the cluster.")]
+MaxTokens = Annotated[int | None, Option(min=1, metavar="N", help="Maximum completion tokens.")]
 
 _SLOW = 2.0  # seconds of a start that a person notices
 
 
 def complete(
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads stdin. Piped input is put before it.")
+        str | None, Argument(metavar="PROMPT", help="The prompt; - reads stdin. Piped input is put before it.")
     ] = None,
     file: Annotated[
-        list[Path] | None, typer.Option("-f", "--file", metavar="FILE", help="Add a file; repeatable; - is stdin.")
+        list[Path] | None, Option("-f", "--file", metavar="FILE", help="Add a file; repeatable; - is stdin.")
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    system: Annotated[str | None, Option(metavar="TEXT", help="System message.")] = None,
     provider: Provider = None,
     model: Model = None,
     stream: Annotated[
-        bool | None, typer.Option("--stream/--no-stream", help="Stream the answer (default on a terminal).")
+        bool | None, Option("--stream/--no-stream", help="Stream the answer (default on a terminal).")
     ] = None,
     as_json: Json = False,
-    schema: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON Schema that the answer must follow.")
-    ] = None,
+    schema: Annotated[Path | None, Option(metavar="FILE", help="JSON Schema that the answer must follow.")] = None,
     max_tokens: MaxTokens = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, max=2, metavar="T", help="Sampling temperature (0-2).")
-    ] = None,
-    max_retries: Annotated[int, typer.Option(min=0, metavar="N", help="Further passes after temporary failures.")] = 0,
-    no_fallback: Annotated[bool, typer.Option("--no-fallback", help="Try only the first deployment.")] = False,
+    temperature: Annotated[float | None, Option(min=0, max=2, metavar="T", help="Sampling temperature (0-2).")] = None,
+    max_retries: Annotated[int, Option(min=0, metavar="N", help="Further passes after temporary failures.")] = 0,
+    no_fallback: Annotated[bool, Option("--no-fallback", help="Try only the first deployment.")] = False,
     local_only: LocalOnly = False,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Timeout per attempt.")] = None,
-    deadline: Annotated[float | None, typer.Option(metavar="SECONDS", help="Timeout for the whole call.")] = None,
+    timeout: Annotated[float | None, Option(metavar="SECONDS", help="Timeout per attempt.")] = None,
+    deadline: Annotated[float | None, Option(metavar="SECONDS", help="Timeout for the whole call.")] = None,
     start: Annotated[
-        bool, typer.Option("--start", help="If nothing else answers, start a model server on the cluster.")
+        bool, Option("--start", help="If nothing else answers, start a model server on the cluster.")
     ] = False,
-    wait: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="With --start: longest wait, queue included.")
-    ] = None,
+    wait: Annotated[float | None, Option(metavar="SECONDS", help="With --start: longest wait, queue included.")] = None,
     tag: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Store a tag with the usage record; repeatable.")
+        list[str] | None, Option(metavar="KEY=VALUE", help="Store a tag with the usage record; repeatable.")
     ] = None,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="List every attempt.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but the answer.")] = False,
+    verbose: Annotated[bool, Option("-v", "--verbose", help="List every attempt.")] = False,
+    quiet: Annotated[bool, Option("-q", "--quiet", help="Print nothing but the answer.")] = False,
 ) -> None:
     """Answer a prompt with the first available model."""
     text, response_schema = _prompt(prompt, file or []), _schema(schema) if schema else None
@@ -218,13 +212,11 @@ def _show(answer: Completion, *, as_json: bool, live: bool, structured: bool) ->
 
 
 def _failed(error: CompletionError) -> None:
-    """Print a failure as JSON; stderr has it as text."""
     facts = {"error": str(error).split("\n")[0], "hint": error.hint, "exit_code": error.exit_code}
     output.as_json({**facts, "retry_after": getattr(error, "retry_after", None), "attempts": error.attempts})
 
 
 def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
-    """Print on stderr which deployment answered, and with -v what was tried before."""
     if verbose:
         for attempt in answer.attempts:
             progress.note(f"  {attempt.outcome:9} {attempt.deployment}  {attempt.reason}")
@@ -239,14 +231,14 @@ def _report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
 
 
 def explain(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A prompt, to check whether it fits.")] = "",
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="A prompt, to check whether it fits.")] = "",
     provider: Provider = None,
     model: Model = None,
     local_only: LocalOnly = False,
     capability: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Assume the request needs this, such as reasoning.")
+        str | None, Option(metavar="NAME", help="Assume the request needs this, such as reasoning.")
     ] = None,
-    tools: Annotated[bool, typer.Option("--tools", help="Assume the request uses tools.")] = False,
+    tools: Annotated[bool, Option("--tools", help="Assume the request uses tools.")] = False,
     max_tokens: MaxTokens = None,
     as_json: Json = False,
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from biollm.cli import output
 from biollm.cli.output import Json
@@ -31,16 +32,9 @@ def models_list(context: typer.Context, as_json: Json = False) -> None:
         output.as_json(facts)
         return
     rows = [
-        (
-            f["order"],
-            f["model"],
-            f["provider"],
-            f["type"],
-            f["context_length"] or "?",
-            ", ".join(f["capabilities"] or ["?"]),
-        )
+        (f["order"], f["model"], f["provider"], f["type"], f["context_length"] or "?", ", ".join(f["capabilities"] or "?"))
         for f in facts
-    ]
+    ]  # fmt: skip
     output.table(("#", "model", "provider", "type", "context", "capabilities"), rows)
 
 
@@ -76,17 +70,10 @@ def providers(as_json: Json = False) -> None:
     if as_json:
         output.as_json(list(seen.values()))
         return
-    rows = [
-        (
-            f["priority"],
-            name,
-            f["type"],
-            f["standing"],
-            ", ".join(f"{short(x['used'])} of {x['limit']}" for x in f["limits"]) or "-",
-            f["reason"],
-        )
-        for name, f in seen.items()
-    ]
+    rows: list[tuple[Any, ...]] = []
+    for name, f in seen.items():
+        limits = ", ".join(f"{short(each['used'])} of {each['limit']}" for each in f["limits"]) or "-"
+        rows.append((f["priority"], name, f["type"], f["standing"], limits, f["reason"]))
     output.table(("priority", "provider/account", "type", "standing", "limits", "why not"), rows)
 
 
@@ -110,7 +97,7 @@ def _limit(limit: Limit, used: float, resets: float | None) -> dict[str, Any]:
 
 
 def health(
-    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Timeout for all checks together.")] = 10.0,
+    timeout: Annotated[float, Option(min=0.1, metavar="SECONDS", help="Timeout for all checks together.")] = 10.0,
     as_json: Json = False,
 ) -> None:
     """Check the availability of all providers.
@@ -146,19 +133,17 @@ def _why(health: Any) -> str:
 def config(
     check: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--check",
             help="Validate (exit 78 if invalid); warn about deprecated models, prices and training policies.",
         ),
     ] = False,
-    litellm: Annotated[
-        bool, typer.Option("--litellm", help="Print it as a config.yaml for the LiteLLM proxy.")
-    ] = False,
+    litellm: Annotated[bool, Option("--litellm", help="Print it as a config.yaml for the LiteLLM proxy.")] = False,
     schema: Annotated[
         Literal["models", "providers", "cluster"] | None,
-        typer.Option(metavar="NAME", help="Print the JSON Schema of models, providers or cluster."),
+        Option(metavar="NAME", help="Print the JSON Schema of models, providers or cluster."),
     ] = None,
-    lenient: Annotated[bool, typer.Option("--lenient", help="Treat unknown keys as warnings.")] = False,
+    lenient: Annotated[bool, Option("--lenient", help="Treat unknown keys as warnings.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show the configuration and its sources."""
@@ -210,7 +195,7 @@ def _litellm(settings: Config) -> None:
 
 def init(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIRECTORY", help="Folder to write to; default: your configuration folder.")
+        Path | None, Argument(metavar="DIRECTORY", help="Folder to write to; default: your configuration folder.")
     ] = None,
 ) -> None:
     """Write a commented starter configuration.

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from biollm.cli import output
 from biollm.cli.output import Json
@@ -18,11 +19,9 @@ if TYPE_CHECKING:
 
 
 def drill(
-    live: Annotated[
-        bool, typer.Option("--live", help="Send one short prompt to each real deployment instead.")
-    ] = False,
+    live: Annotated[bool, Option("--live", help="Send one short prompt to each real deployment instead.")] = False,
     spend_limit: Annotated[
-        float | None, typer.Option(min=0, metavar="USD", help="Most that --live may cost.  [default: 0.05]")
+        float | None, Option(min=0, metavar="USD", help="Most that --live may cost.  [default: 0.05]")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -58,7 +57,6 @@ def _named(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _print(found: Drill) -> None:
-    """Print a row for each break, a summary, and what looks wrong in the order."""
     rows = [
         (c.deployment, c.fault, _result(c), c.answered or "-", f"{c.ms:.0f} ms", c.asked, c.next or "-", c.seen)
         for c in found.cells
@@ -89,17 +87,11 @@ def _result(cell: Cell) -> str:
 
 
 def _print_live(found: LiveDrill) -> None:
-    """Print a row for each deployment, and what was spent."""
-    rows = [
-        (
-            a.deployment,
-            a.state if a.state != "failed" else "FAILED",
-            "-" if a.ms is None else f"{a.ms:.0f} ms",
-            "-" if a.cost_usd is None else f"{a.cost_usd:.6f}",
-            a.why or ("a degraded answer" if a.degraded else "an answer"),
-        )
-        for a in found.answers
-    ]
+    rows: list[tuple[str, ...]] = []
+    for a in found.answers:
+        state = "FAILED" if a.state == "failed" else a.state
+        ms, usd = "-" if a.ms is None else f"{a.ms:.0f} ms", "-" if a.cost_usd is None else f"{a.cost_usd:.6f}"
+        rows.append((a.deployment, state, ms, usd, a.why or ("a degraded answer" if a.degraded else "an answer")))
     if rows:
         output.table(("deployment", "state", "after", "USD", "the user sees"), rows)
         print(f"\nSpent at most {found.spent_usd:.6f} of {found.limit_usd:g} USD.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from biollm.cli import output
 from biollm.cli.output import Json
@@ -24,19 +25,19 @@ _TIMES = ("since", "until", "resets_at", "exhausted_at")
 
 
 def usage(
-    since: Annotated[str, typer.Option(metavar="WHEN", help="Start: 7d, 12h or 30min ago, or a date.")] = "7d",
-    until: Annotated[str | None, typer.Option(metavar="WHEN", help="End; now by default.")] = None,
+    since: Annotated[str, Option(metavar="WHEN", help="Start: 7d, 12h or 30min ago, or a date.")] = "7d",
+    until: Annotated[str | None, Option(metavar="WHEN", help="End; now by default.")] = None,
     by: Annotated[
-        str, typer.Option(metavar="WHAT", help="Group by provider, account, model, day, hour (UTC) or tag.")
+        str, Option(metavar="WHAT", help="Group by provider, account, model, day, hour (UTC) or tag.")
     ] = "provider",
     as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print the rows as CSV.")] = False,
-    prometheus: Annotated[bool, typer.Option("--prometheus", help="Print all metrics as Prometheus text.")] = False,
+    as_csv: Annotated[bool, Option("--csv", help="Print the rows as CSV.")] = False,
+    prometheus: Annotated[bool, Option("--prometheus", help="Print all metrics as Prometheus text.")] = False,
     prune: Annotated[
-        str | None, typer.Option(metavar="AGE", help="Remove records older than AGE (90d); hourly sums stay.")
+        str | None, Option(metavar="AGE", help="Remove records older than AGE (90d); hourly sums stay.")
     ] = None,
     merge: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Add another host's history.db; repeatable.")
+        list[Path] | None, Option(metavar="FILE", help="Add another host's history.db; repeatable.")
     ] = None,
 ) -> None:
     """Report requests, latencies, fallbacks, cost and limits."""
@@ -125,8 +126,11 @@ def _show(report: Report) -> None:
 
 def _cells(row: Row) -> Sequence[object]:
     from biollm.config.values import short
+    from biollm.monitoring.dashboard import seconds
 
-    times = [_ms(value) for value in (row.p50_ms, row.p95_ms, row.p99_ms, row.ttft_p50_ms)]
+    times = [
+        "-" if value is None else seconds(value) for value in (row.p50_ms, row.p95_ms, row.p99_ms, row.ttft_p50_ms)
+    ]
     tokens = (short(row.prompt_tokens), short(row.completion_tokens))
     cost = f"{'≥ ' if row.unpriced else ''}{row.cost_usd:.2f}" if row.cost_usd is not None else "unknown"
     errors, fallback = f"{row.error_rate:.1%}", f"{row.fallback_rate:.1%}"
@@ -135,10 +139,6 @@ def _cells(row: Row) -> Sequence[object]:
 
 def _minute(epoch: float | None) -> str:
     return (output.moment(epoch) or "-")[:16].replace("T", " ")
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f} ms" if value < 1000 else f"{value / 1000:.1f} s"
 
 
 def _usd(value: float | None) -> str:
@@ -160,9 +160,9 @@ def _section(head: Sequence[str], rows: Sequence[Iterable[Any]]) -> None:
 
 
 def top(
-    once: Annotated[bool, typer.Option("--once", help="Print once and exit (default when piped).")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a web page instead.")] = None,
-    interval: Annotated[float, typer.Option(min=0.2, metavar="SECONDS", help="Refresh interval.")] = 2.0,
+    once: Annotated[bool, Option("--once", help="Print once and exit (default when piped).")] = False,
+    html: Annotated[Path | None, Option(metavar="FILE", help="Write a web page instead.")] = None,
+    interval: Annotated[float, Option(min=0.2, metavar="SECONDS", help="Refresh interval.")] = 2.0,
 ) -> None:
     """Show deployments, limits, jobs and the last half hour, live.
 
@@ -220,7 +220,7 @@ def _live(take: Callable[[], Snapshot], interval: float) -> None:
 
 def alerts(
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only new alerts, on stderr.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print only new alerts, on stderr.")] = False,
 ) -> None:
     """Evaluate alert rules and notify on changes.
 

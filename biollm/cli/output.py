@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

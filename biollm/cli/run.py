@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-import typer
+from typer import Argument, Option
 
 from biollm.cli.agents import AGENTS, Link, Setup
 from biollm.cli.complete import LocalOnly
@@ -29,14 +29,14 @@ _UNKNOWN = 32_768  # tokens, where no deployment states its context
 
 
 def run(
-    agent: Annotated[str, typer.Argument(metavar="AGENT", help=f"{', '.join(AGENTS)}.")],
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="-- ARGS", help="For the agent.")] = None,
-    model: Annotated[str, typer.Option(metavar="NAME", help="Model, or provider/model.")] = "biollm",
+    agent: Annotated[str, Argument(metavar="AGENT", help=f"{', '.join(AGENTS)}.")],
+    arguments: Annotated[list[str] | None, Argument(metavar="-- ARGS", help="For the agent.")] = None,
+    model: Annotated[str, Option(metavar="NAME", help="Model, or provider/model.")] = "biollm",
     local_only: LocalOnly = False,
     policy: Annotated[
-        Literal["any", "no_training", "local_only"], typer.Option(help="Data policy of all its requests.")
+        Literal["any", "no_training", "local_only"], Option(help="Data policy of all its requests.")
     ] = "any",
-    show: Annotated[bool, typer.Option("--print", help="Print what would be set, and run nothing.")] = False,
+    show: Annotated[bool, Option("--print", help="Print what would be set, and run nothing.")] = False,
 ) -> None:
     """Run a coding agent with the waterfall behind it.
 

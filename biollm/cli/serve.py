@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from biollm.cli import output
 from biollm.cli.output import Json
@@ -14,15 +15,15 @@ def serve(
     context: typer.Context,
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, metavar="N", help="Also listen on this TCP port, with a key. 0: any free port."),
+        Option(min=0, max=65535, metavar="N", help="Also listen on this TCP port, with a key. 0: any free port."),
     ] = None,
-    host: Annotated[str, typer.Option(metavar="NAME", help="Address to bind (with --port).")] = "127.0.0.1",
-    detach: Annotated[bool, typer.Option("--detach", help="Run in the background; exit after 2 idle hours.")] = False,
+    host: Annotated[str, Option(metavar="NAME", help="Address to bind (with --port).")] = "127.0.0.1",
+    detach: Annotated[bool, Option("--detach", help="Run in the background; exit after 2 idle hours.")] = False,
     workers: Annotated[
-        int, typer.Option(min=1, max=64, metavar="N", help="Processes that share the sockets and the limits.")
+        int, Option(min=1, max=64, metavar="N", help="Processes that share the sockets and the limits.")
     ] = 1,
     idle_timeout: Annotated[
-        float | None, typer.Option(min=1, metavar="SECONDS", help="Exit after this long without a request.")
+        float | None, Option(min=1, metavar="SECONDS", help="Exit after this long without a request.")
     ] = None,
 ) -> None:
     """Run an OpenAI-compatible gateway.
@@ -56,12 +57,8 @@ def status(as_json: Json = False) -> None:
         raise typer.Exit(1)
     mine: dict[str, Any] = told.get("identity") or {}
     same = mine == identity()
-    facts = {
-        "pid": told["pid"],
-        "started": output.moment(told.get("started")),
-        "socket": told["socket"],
-        "url": told.get("url"),
-    }
+    started = output.moment(told.get("started"))
+    facts = {"pid": told["pid"], "started": started, "socket": told["socket"], "url": told.get("url")}
     if as_json:
         output.as_json({"running": True, **facts, "same_configuration": same, **mine})
         return
@@ -69,9 +66,8 @@ def status(as_json: Json = False) -> None:
         if value:
             typer.echo(f"{name:8} {value}")
     if not same:
-        typer.echo(
-            "The configuration has changed since it started. Restart it: `biollm serve stop`, then `biollm serve --detach`."
-        )
+        restart = "Restart it: `biollm serve stop`, then `biollm serve --detach`."
+        typer.echo(f"The configuration has changed since it started. {restart}")
 
 
 def stop() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from biollm.errors import UnknownNameError, UsageError
 
 
 def login(
-    provider: Annotated[str, typer.Argument(metavar="PROVIDER", help="github_copilot")],
-    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account of the provider.")] = None,
+    provider: Annotated[str, Argument(metavar="PROVIDER", help="github_copilot")],
+    account: Annotated[str | None, Option(metavar="NAME", help="Account of the provider.")] = None,
 ) -> None:
     """Log in with a browser, for providers without keys."""
     from biollm.config import load_config
@@ -35,7 +35,7 @@ def login(
 
 def embedded_pull(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A model of type embedded. Default: the first.")
+        str | None, Argument(metavar="MODEL", help="A model of type embedded. Default: the first.")
     ] = None,
 ) -> None:
     """Download the weights of the embedded model."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from biollm import config, slurm
 from biollm.cli import output
@@ -18,17 +19,17 @@ if TYPE_CHECKING:
     from biollm.slurm import Job, Options
     from biollm.slurm.memory import FitReport
 
-Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="One or more models.")]
-Target = typer.Argument(metavar="TARGET", help="A model or a job id.")
+Models = Annotated[list[str], Argument(metavar="MODEL", help="One or more models.")]
+Target = Argument(metavar="TARGET", help="A model or a job id.")
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a model's setting: vllm_args.max_model_len=16384."),
+    Option("--set", metavar="KEY=VALUE", help="Override a model's setting: vllm_args.max_model_len=16384."),
 ]
-Partition = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm partition.")]
-Account = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm account.")]
-Qos = Annotated[str | None, typer.Option(metavar="NAME", help="Slurm quality of service.")]
-Time = Annotated[str | None, typer.Option("--time", metavar="H:MM:SS", help="Walltime.")]
-Gpus = Annotated[int | None, typer.Option(min=0, metavar="N", help="Number of GPUs (single model only).")]
+Partition = Annotated[str | None, Option(metavar="NAME", help="Slurm partition.")]
+Account = Annotated[str | None, Option(metavar="NAME", help="Slurm account.")]
+Qos = Annotated[str | None, Option(metavar="NAME", help="Slurm quality of service.")]
+Time = Annotated[str | None, Option("--time", metavar="H:MM:SS", help="Walltime.")]
+Gpus = Annotated[int | None, Option(min=0, metavar="N", help="Number of GPUs (single model only).")]
 
 
 def render_slurm(
@@ -39,10 +40,10 @@ def render_slurm(
     time: Time = None,
     gpus: Gpus = None,
     change: Set = None,
-    force: Annotated[bool, typer.Option("--force", help="Render even if it does not fit.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="Just `vllm serve`, without biollm's supervisor.")] = False,
-    port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="Port for --plain.")] = 8000,
-    file: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to a file.")] = None,
+    force: Annotated[bool, Option("--force", help="Render even if it does not fit.")] = False,
+    plain: Annotated[bool, Option("--plain", help="Just `vllm serve`, without biollm's supervisor.")] = False,
+    port: Annotated[int, Option(min=1, max=65535, metavar="PORT", help="Port for --plain.")] = 8000,
+    file: Annotated[Path | None, Option("-o", "--output", metavar="FILE", help="Write to a file.")] = None,
 ) -> None:
     """Print the launch script of a model server, ready for sbatch.
 
@@ -99,17 +100,17 @@ def _local_models(settings: Config, names: list[str], changes: list[str] | None 
 
 
 def fit(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Default: all local models.")] = None,
+    model: Annotated[str | None, Argument(metavar="MODEL", help="Default: all local models.")] = None,
     config_json: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="config.json of a model not in models.yaml.")
+        Path | None, Option("--config", metavar="FILE", help="config.json of a model not in models.yaml.")
     ] = None,
     gpus: Gpus = None,
-    gpu: Annotated[str | None, typer.Option(metavar="GPU", help="Another GPU: h100, a100-40gb, or its GiB.")] = None,
+    gpu: Annotated[str | None, Option(metavar="GPU", help="Another GPU: h100, a100-40gb, or its GiB.")] = None,
     gpu_memory_utilization: Annotated[
-        float | None, typer.Option(min=0.01, max=1, metavar="SHARE", help="Share of a GPU's memory for vLLM.")
+        float | None, Option(min=0.01, max=1, metavar="SHARE", help="Share of a GPU's memory for vLLM.")
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Quantization of the weights: fp8, int8, awq, ...")
+        str | None, Option(metavar="KIND", help="Quantization of the weights: fp8, int8, awq, ...")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -164,22 +165,22 @@ def pull(models: Models) -> None:
 
 def up(
     models: Models,
-    replicas: Annotated[int, typer.Option(min=1, metavar="N", help="Number of replicas.")] = 1,
-    together: Annotated[bool, typer.Option("--together", help="Serve several models in one job.")] = False,
+    replicas: Annotated[int, Option(min=1, metavar="N", help="Number of replicas.")] = 1,
+    together: Annotated[bool, Option("--together", help="Serve several models in one job.")] = False,
     partition: Partition = None,
     account: Account = None,
     qos: Qos = None,
     time: Time = None,
     gpus: Gpus = None,
     change: Set = None,
-    share: Annotated[str, typer.Option(metavar="GROUP", help="Unix group that may use the servers, too.")] = "",
+    share: Annotated[str, Option(metavar="GROUP", help="Unix group that may use the servers, too.")] = "",
     handover: Annotated[
-        bool | None, typer.Option("--handover/--no-handover", help="Start a successor before the walltime ends.")
+        bool | None, Option("--handover/--no-handover", help="Start a successor before the walltime ends.")
     ] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once submitted.")] = False,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop waiting; the job stays.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Submit even if GPUs of a whole node would be idle.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Submit even if it does not fit.")] = False,
+    no_wait: Annotated[bool, Option("--no-wait", help="Return once submitted.")] = False,
+    timeout: Annotated[float | None, Option(metavar="SECONDS", help="Stop waiting; the job stays.")] = None,
+    yes: Annotated[bool, Option("--yes", help="Submit even if GPUs of a whole node would be idle.")] = False,
+    force: Annotated[bool, Option("--force", help="Submit even if it does not fit.")] = False,
     as_json: Json = False,
 ) -> None:
     """Start model servers and wait until they answer."""
@@ -245,8 +246,8 @@ def status(as_json: Json = False) -> None:
 
 def logs(
     target: Annotated[str, Target],
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow the log until the job ends.")] = False,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=0, metavar="N", help="Number of lines.")] = 50,
+    follow: Annotated[bool, Option("-f", "--follow", help="Follow the log until the job ends.")] = False,
+    lines: Annotated[int, Option("-n", "--lines", min=0, metavar="N", help="Number of lines.")] = 50,
 ) -> None:
     """Print the last lines of a server's log."""
     for line in slurm.logs(config.load_config().cluster, target, lines=lines, follow=follow):
@@ -255,8 +256,8 @@ def logs(
 
 def down(
     target: Annotated[str | None, Target] = None,
-    every: Annotated[bool, typer.Option("--all", help="All your jobs that biollm started.")] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait.")] = False,
+    every: Annotated[bool, Option("--all", help="All your jobs that biollm started.")] = False,
+    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait.")] = False,
     as_json: Json = False,
 ) -> None:
     """Stop servers after they finish the requests in flight."""
@@ -292,11 +293,11 @@ def doctor(as_json: Json = False) -> None:
 
 
 def models_add(
-    hf_id: Annotated[str, typer.Argument(metavar="HF_ID", help="Hugging Face id: Qwen/Qwen2.5-Coder-32B-Instruct.")],
+    hf_id: Annotated[str, Argument(metavar="HF_ID", help="Hugging Face id: Qwen/Qwen2.5-Coder-32B-Instruct.")],
     config_json: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="Its config.json (default: downloaded).")
+        Path | None, Option("--config", metavar="FILE", help="Its config.json (default: downloaded).")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Key in models.yaml.")] = None,
+    name: Annotated[str | None, Option(metavar="NAME", help="Key in models.yaml.")] = None,
 ) -> None:
     """Add a model, with its architecture, to models.yaml."""
     from biollm.config.paths import config_dirs

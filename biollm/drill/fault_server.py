@@ -70,7 +70,6 @@ class FaultServer:
 
 
 def _response(fault: str, headers: dict[str, str], *, stream: bool) -> bytes:
-    """Return a whole HTTP response; `fault` "" is none."""
     message = {"role": "assistant", "content": "" if fault == "empty" else "ok"}
     choices = [] if fault == "no choices" else [{"index": 0, "message": message, "finish_reason": "stop"}]
     good = json.dumps(_OK | {"choices": choices, "usage": _USAGE})

@@ -57,13 +57,7 @@ class LiveDrill:
 
 
 def live_drill(config: Config, limit_usd: float, report: Callable[[str], None]) -> LiveDrill:
-    """Call every deployment once.
-
-    Args:
-        config: The configuration.
-        limit_usd: What all calls together may cost.
-        report: Called with lines that say what will be sent, before the first request.
-    """
+    """Call every deployment once, for at most `limit_usd` together; `report` gets first what will be sent."""
     pool = DeploymentPool(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
     found = explain(pool, Requirements(policy=config.data_policy))
     present = [each for each in found if each.status in ("ready", "limited", "refused")]
@@ -80,8 +74,6 @@ def live_drill(config: Config, limit_usd: float, report: Callable[[str], None]) 
 
 @dataclass
 class _Spending:
-    """What was spent of the limit, in USD."""
-
     config: Config
     limit: float
     spent: float = 0.0

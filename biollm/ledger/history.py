@@ -259,7 +259,6 @@ def roll(ledger: Ledger) -> None:
 
 
 def _roll_chunk(db: sqlite3.Connection) -> bool:
-    """Roll up one chunk; return whether there may be more."""
     last, _ = _rolled(db)
     chunk = "SELECT max(id), count(*) FROM (SELECT id FROM attempt WHERE id > ? ORDER BY id LIMIT ?)"
     until, count = db.execute(chunk, (last, _CHUNK)).fetchone()
@@ -299,9 +298,6 @@ def merge(ledger: Ledger, file: Path) -> int:
     """Add the attempts of another host's history.db that are not here yet, and return their number.
 
     Those of a time that has been pruned here are left out: they may have been counted.
-
-    Raises:
-        UsageError: The file is not a history.db.
     """
     hint = "Name the history.db of another host."
     if not file.is_file():

@@ -49,11 +49,9 @@ def on_network(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
 def read(
     path: Path, sql: str, arguments: Sequence[object] = (), *, patience: float = BOUND, prepare: Prepare | None = None
 ) -> list[Any]:
-    """Return the rows of one query on a new connection, which `prepare` may set up; none while the file or its table
-    does not exist.
+    """Return the rows of one query on a new connection, which `prepare` may set up.
 
-    Raises:
-        sqlite3.Error: The file cannot be read within `patience` seconds.
+    None while the file or its table does not exist; sqlite3.Error if it cannot be read within `patience` seconds.
     """
     if not path.exists():
         return []
@@ -93,9 +91,7 @@ class Database:
     def write(self, work: Callable[[sqlite3.Connection], None]) -> None:
         """Run `work` in one transaction. A damaged file is set aside, and `work` runs on a new one.
 
-        Raises:
-            sqlite3.Error: The file is locked for `patience` seconds or not writable, or the disk is full.
-            OSError: The folder cannot be created or used.
+        Raises sqlite3.Error if the file is locked for `patience` seconds or not writable; OSError for the folder.
         """
         try:
             try:

@@ -47,8 +47,6 @@ _Write = Callable[[sqlite3.Connection], object]
 
 @dataclass(eq=False)
 class _Pending:
-    """A claim whose caller waits."""
-
     claim: Claim
     id: int
     future: asyncio.Future[int | Refused | None]
@@ -103,13 +101,9 @@ class _Process:
 class Ledger:
     """The ledger in one folder; for any mixture of threads, event loops, processes and forks.
 
-    Nothing is opened before first use. While a file cannot be used, limits hold within this process, up to
-    10,000 finished attempts wait in memory, and one warning of the logger "biollm" is issued.
-
-    Args:
-        directory: Created (0700) if missing. With the setgid bit it is a group's, and files are 0660.
-        clock: Seconds since the epoch.
-        network: Whether the folder is on a network file system; None to find out.
+    The folder is created (0700) on first use; with the setgid bit it is a group's, and files are 0660. While a file
+    cannot be used, limits hold within this process, up to 10,000 finished attempts wait in memory, and one warning of
+    the logger "biollm" is issued. `network`: whether it is on a network file system; None to find out.
     """
 
     def __init__(self, directory: Path, *, clock: Callable[[], float] = time.time, network: bool | None = None) -> None:
@@ -169,14 +163,10 @@ class Ledger:
     def cool(
         self, key: str, seconds: float | None, reason: str, *, kind: str = "", ladder: Sequence[float] = (0.0,)
     ) -> None:
-        """Put `key` on cooldown in every process. Of two cooldowns the longer holds.
+        """Put an account, endpoint, deployment or API key on cooldown in every process; of two the longer holds.
 
-        Args:
-            key: An account, an endpoint, a deployment or an API key.
-            seconds: Stated by the provider; None takes the step of `ladder` for the number of consecutive failures.
-            reason: One sentence.
-            kind: The failure's kind; only failures of one kind are consecutive.
-            ladder: Seconds of the first, second, ... cooldown.
+        `seconds` is what the provider stated; None takes the step of `ladder` (seconds of the first, second, ...
+        cooldown) for the number of consecutive failures of this `kind`.
         """
         now = self._clock()
         self._blocked[key] = next_cooldown(self._blocked.get(key), now, reason, kind, seconds, ladder)
@@ -205,10 +195,7 @@ class Ledger:
         return {key: block for key, block in self._blocked.copy().items() if block.until > now}
 
     def refresh(self) -> None:
-        """Read the cooldowns from the file, and forget limits found full; takes up to 250 ms.
-
-        The first time, the length of the last answers is read too.
-        """
+        """Read cooldowns, and at first the length of the last answers; forget limits found full. Up to 250 ms."""
         if not self._answers:
             for deployment, tokens in reversed(self._read(self._history, attempts.LAST_ANSWERS, ())):
                 self._answers[deployment].append(tokens)

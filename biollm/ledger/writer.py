@@ -21,13 +21,10 @@ _RETRY = 5.0  # seconds until they are tried again, if no other job comes
 
 
 class Writer(Generic[Job]):
-    """Writes what is put in; its daemon thread starts on first use.
+    """Writes what is put in, each batch in a transaction; its daemon thread starts on first use.
 
-    Args:
-        database: The file.
-        write: Writes a batch inside the transaction.
-        settle: Called with each batch once it is on disk, or with the reason why it is not; jobs that are not urgent
-            are then tried again with the next batch.
+    `settle` gets each batch once it is on disk, or with the reason why it is not; jobs that are not urgent are then
+    tried again with the next batch.
     """
 
     def __init__(

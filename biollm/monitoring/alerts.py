@@ -35,14 +35,9 @@ def check(
 ) -> list[Alert]:  # fmt: skip
     """Evaluate the rules, report what has begun and what has ended to the targets, and return what holds.
 
-    Concurrent processes wait for each other, so that nothing is reported twice.
-
-    Args:
-        state: The folder of alerts.json (0600), which holds what each target has been sent.
-        say: The target `stderr`; also called, without a secret, when another target fails.
-        log: Whether `say` writes a log, which is not mailed as cron's stderr is: it then gets what is new in this
-            check, and `stderr` stays pending.
-        patience: Seconds for each target.
+    Concurrent processes wait for each other, so that nothing is reported twice. `say` is the target `stderr`, and
+    reports when another fails. With `log` it writes a log, which is not mailed as cron's stderr is: it then gets what
+    is new in this check, and `stderr` stays pending.
     """
     from biollm.monitoring.usage import report
 

@@ -127,7 +127,6 @@ def _run_dir(config: Config) -> _Result:
 
 
 def _single_host() -> bool:
-    """Return whether every node of the cluster is this host."""
     with suppress(BiollmError):
         return all(map(is_this_host, commands.nodes().values()))
     return True

@@ -34,12 +34,7 @@ def html(snapshot: Snapshot) -> str:
 
 
 async def events(take: Callable[[], Snapshot], interval: float = 1.0) -> AsyncGenerator[str, None]:
-    """Yield a snapshot as a server-sent event every `interval` seconds, until the listener is gone.
-
-    Args:
-        take: Takes a snapshot; called in a thread, since it reads files.
-        interval: Seconds between the end of one and the next.
-    """
+    """Yield a snapshot, taken in a thread, as a server-sent event every `interval` seconds."""
     yield "retry: 2000\n\n"
     while True:
         yield f"data: {_json(await apart(take))}\n\n"

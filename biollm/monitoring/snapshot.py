@@ -104,17 +104,7 @@ class _Request:
 
 
 class Collector:
-    """Takes snapshots; from any thread, one at a time.
-
-    Args:
-        config: The configuration.
-        ledger: Holds limits and cooldowns.
-        state: The state folder: the ledger's history, tokens, weights.
-        discover: Returns the running servers.
-        jobs: Returns this user's jobs; called in a thread of its own, since Slurm's controller may hang.
-        alerts: Returns the active alerts.
-        clock: Seconds since the epoch.
-    """
+    """Takes snapshots; from any thread, one at a time. `jobs` is called in its own thread: Slurm may hang."""
 
     def __init__(
         self,
@@ -190,7 +180,6 @@ class Collector:
         self._minutes: dict[int, Minute] = {}
 
     def _follow(self, now: float) -> None:
-        """Read the attempts that are new."""
         newest: int = (self._query("SELECT max(id) FROM attempt") or [(None,)])[0][0] or -1
         if newest < self._seen:  # the file was replaced
             self._reset()

@@ -114,12 +114,8 @@ def report(
 ) -> Report:
     """Report the attempts of `since` <= at < `until` (epoch seconds; by default the last week).
 
-    Args:
-        by: What a row is about. Days and hours are in UTC. A request counts in the row of each of its tags.
-        exact: Attempts up to which percentiles are exact.
-
-    Raises:
-        UsageError: `by` is not a grouping.
+    Days and hours are in UTC. A request counts in the row of each of its tags. `exact`: attempts up to which
+    percentiles are exact.
     """
     if by not in get_args(By):
         raise UsageError(f"Cannot group usage by {by!r}.", hint=f"Group by {', '.join(get_args(By))}.")
@@ -145,11 +141,7 @@ def report(
 
 
 def moment(written: str, now: float) -> float:
-    """Return epoch seconds of "7d", "12h", "30min" ago, or of an ISO date or time (UTC without a time zone).
-
-    Raises:
-        UsageError: It is none of these.
-    """
+    """Return epoch seconds of "7d", "12h", "30min" ago, or of an ISO date or time (UTC without a time zone)."""
     if ago := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(min|h|d|w)", written.strip()):
         return now - float(ago[1]) * {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[ago[2]]
     try:
@@ -160,18 +152,15 @@ def moment(written: str, now: float) -> float:
 
 
 def _rows(cells: Cells, by: By, price: Price, *, exact: bool) -> tuple[tuple[Row, ...], Row]:
-    """Return a row per group, and the total."""
     groups: defaultdict[str, list[tuple[Key, Cell]]] = defaultdict(list)
     for key, cell in cells:
         for name in _names(key, by):
             groups[name].append((key, cell))
     counted = {name: _latencies(group, exact) for name, group in groups.items()}
-    if by == "tag":  # a request may have several
+    if by == "tag" or not counted:  # a request may have several tags
         whole = _latencies(cells, exact)
     else:
-        whole = [sum(counts, Counter[float]()) for counts in zip(*counted.values(), strict=True)] or _latencies(
-            (), exact
-        )
+        whole = [sum(counts, Counter[float]()) for counts in zip(*counted.values(), strict=True)]
     rows = [_row(name, group, counted[name], price, attempts=by in _ATTEMPTS) for name, group in groups.items()]
     rows.sort(key=(lambda row: row.name) if by in ("day", "hour") else (lambda row: -row.requests))
     return tuple(rows), _row("total", cells, whole, price, attempts=False)
@@ -179,11 +168,7 @@ def _rows(cells: Cells, by: By, price: Price, *, exact: bool) -> tuple[tuple[Row
 
 def _latencies(group: Cells, exact: bool) -> Sequence[Counter[float]]:
     """Return how often each latency occurs, of answers and to the first token: the most expensive step."""
-    cells = [cell for _, cell in group]
-    return [
-        history.latencies((each.ms for each in cells), exact),
-        history.latencies((each.ttft for each in cells), exact),
-    ]
+    return [history.latencies((getattr(cell, name) for _, cell in group), exact) for name in ("ms", "ttft")]
 
 
 def _names(key: Key, by: By) -> Sequence[str]:

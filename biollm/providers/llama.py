@@ -19,14 +19,7 @@ _POLL_S = 0.5  # between two checks of whether the parent process still runs
 
 
 def serve(path: str, *, n_ctx: int, n_threads: int, key: str) -> Any:
-    """Return a running server that accepts one API key.
-
-    Args:
-        path: The GGUF file.
-        n_ctx: Context in tokens.
-        n_threads: CPU threads.
-        key: The API key.
-    """
+    """Return a running server of a GGUF file that accepts one API key."""
     llama: Any = importlib.import_module("xllamacpp")
     params = llama.CommonParams()
     params.model.path = path
