@@ -1,21 +1,4 @@
-"""The exceptions of biollm, each with its fields, a hint and the exit code of the command line.
-
-BiollmError                      1
-├── UsageError                   2   the call or the command is wrong
-│   └── UnknownNameError         2   a name that is not configured; lists those that are
-├── ConfigError                 78   a YAML file is wrong; names file, line, key and fix
-├── CompletionError             69   all deployments failed; carries every attempt
-│   ├── AllLimitedError         75   every deployment is at a limit; retry after N seconds
-│   ├── KeysRefusedError        77   every key was refused or is missing
-│   ├── RequestRejectedError    69   the request itself is invalid: every deployment tried rejects it
-│   ├── ContentPolicyError      69   a provider refused the content, and `on_refusal` is `stop`
-│   ├── DeadlineError           69   the caller's deadline passed
-│   └── InterruptedStreamError  69   a stream broke; carries the text so far
-├── SlurmError                  69   Slurm refused or did not answer
-│   └── JobFailedError          69   a job ended before its server was ready
-├── DoesNotFitError             78   a model cannot start on the GPUs asked for
-└── UnavailableError            69   an optional part is missing; the hint names the command that adds it
-"""
+"""The exceptions of biollm, each with its fields, a hint and the exit code of the command line."""
 
 from __future__ import annotations
 

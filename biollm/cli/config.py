@@ -115,14 +115,11 @@ def health(
         output.as_json(found)
     else:
         said = {True: "up", False: "down", None: "unknown"}
-        rows = [(each.who, said[each.available], _ms(each.latency_ms), _why(each)) for each in found]
+        ms = ["-" if each.latency_ms is None else f"{each.latency_ms:.0f}" for each in found]
+        rows = [(each.who, said[each.available], took, _why(each)) for each, took in zip(found, ms, strict=True)]
         output.table(("provider", "state", "ms", "remarks"), rows)
     if not any(each.available is not False for each in found):  # one that could not be asked may be there
         raise typer.Exit(69)
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
 
 
 def _why(health: Any) -> str:

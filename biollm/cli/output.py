@@ -18,15 +18,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print aligned columns; the last one is not padded. Plain text, so that grep and awk can use it."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # no-color.org
     for number, row in enumerate(cells):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        print(bold(line) if number == 0 else line)
-
-
-def bold(text: str) -> str:
-    """Return `text` in bold on a terminal that wants colour (no-color.org)."""
-    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
-    return text if plain else f"\033[1m{text}\033[0m"
+        print(f"\033[1m{line}\033[0m" if bold and number == 0 else line)
 
 
 def as_json(value: Any) -> None:

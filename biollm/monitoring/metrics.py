@@ -98,16 +98,14 @@ def _histogram(latencies: Mapping[float, int], labels: dict[str, str]) -> Iterat
 
 def _gauges(quotas: Iterable[usage.Quota]) -> Iterator[_Family]:
     rows = [({"scope": each.scope, "limit": each.limit, "unit": each.unit}, each) for each in quotas]
-    for name, description, values in (
-        ("used", "How much of a limit is used now.", [(labels, each.used) for labels, each in rows]),
-        ("limit", "How much a limit allows.", [(labels, each.amount) for labels, each in rows]),
-        (
-            "reset_timestamp_seconds",
-            "When a limit's period ends, or the oldest request in its window leaves.",
-            [(labels, each.resets_at) for labels, each in rows if each.resets_at is not None],
-        ),
+    reset = "When a limit's period ends, or the oldest request in its window leaves."
+    for name, description, field in (
+        ("used", "How much of a limit is used now.", "used"),
+        ("limit", "How much a limit allows.", "amount"),
+        ("reset_timestamp_seconds", reset, "resets_at"),
     ):
-        yield _Family(f"biollm_quota_{name}", "gauge", description, [("", labels, value) for labels, value in values])
+        samples = [("", labels, getattr(each, field)) for labels, each in rows if getattr(each, field) is not None]
+        yield _Family(f"biollm_quota_{name}", "gauge", description, samples)
 
 
 def _lines(family: _Family) -> Iterator[str]:
