@@ -1,4 +1,4 @@
-"""What the README says is so: its Python runs, its YAML loads, its commands and flags exist, its numbers are the code's."""
+"""What the README and docs/agents.md say is so: its Python runs, its YAML loads, its commands and flags exist, its numbers are the code's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import typer
 import yaml
 from provider import Json, Loopback, instance
 
+from biollm.cli import agents
 from biollm.cli.app import app
 from biollm.config import load_config
 from biollm.routing import failures
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+AGENTS = (Path(__file__).parent.parent / "docs" / "agents.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -53,8 +55,9 @@ def test_its_yaml_loads(text: str, tmp_path: Path) -> None:
 
 def commands() -> Iterator[list[str]]:
     lines = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
-    inline = re.findall(r"`(biollm [^`]*)`", README)
-    for line in [*lines, *inline]:
+    inline = re.findall(r"`(biollm [^`]*)`", README + AGENTS)
+    of_agents = re.findall(r"^biollm .*", AGENTS, re.MULTILINE)
+    for line in [*lines, *inline, *of_agents]:
         for part in re.split(r"\||&&", line.split("#")[0]):
             words = shlex.split(part.partition(" -- ")[0])
             if words and words[0].endswith("biollm") and len(words) > 1:
@@ -71,6 +74,10 @@ def test_its_commands_and_flags_exist(words: list[str]) -> None:
         command, words = children.get(words[0], command), words[1:]
     known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in words if re.match(r"-[-a-z]", word)} <= known | {"--help"}
+
+
+def test_every_agent_of_the_command_line_has_its_command() -> None:
+    assert set(re.findall(r"^biollm run (\w+) --", AGENTS, re.MULTILINE)) == set(agents.AGENTS)
 
 
 def test_every_command_is_named() -> None:
