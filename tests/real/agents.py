@@ -9,7 +9,7 @@ import shlex
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import programs
@@ -67,6 +67,7 @@ class Script:
     agent: str
     scenario: str
     folder: Path  # where the agent works
+    asked: list[str] = field(default_factory=list[str])  # which of the two got the first request, each time
     limited_until: float = 0
 
     @property
@@ -94,24 +95,25 @@ class Script:
 
     def first(self, request: Request) -> Behaviour:
         """Choose how the first provider answers."""
-        if not self._starts(request.body):
-            return OK
-        if self.scenario == "unavailable":
-            return HTTP_503
-        if self.scenario == "break-in-call":
-            return replace(_STREAM, cut=4)  # the role, and two of four fragments
-        if self.scenario == "break-in-text":
-            words = 0 if self.agent == "aider" else len(_THOUGHT.split(" "))
-            return replace(_STREAM, cut=words + 5) if request.body.get("stream") else replace(_STREAM, cut=2)
-        return self.second(request)
+        return self._choose(request, "first")
 
     def second(self, request: Request) -> Behaviour:
         """Choose how the second provider answers."""
+        return self._choose(request, "second")
+
+    def _choose(self, request: Request, who: str) -> Behaviour:
         if not self._starts(request.body):
             return OK
+        self.asked.append(who)
         if self.scenario == "limited":
             self.limited_until = self.limited_until or time.monotonic() + LIMITED_S
             return limited("3") if time.monotonic() < self.limited_until else _STREAM
+        if who == "first" and self.scenario == "unavailable":
+            return HTTP_503
+        words = 0 if self.agent == "aider" else len(_THOUGHT.split(" "))  # of thought, before the text
+        cuts = {"break-in-call": 4, "break-in-text": words + 5}  # the headers, the role, and two fragments or words
+        if who == "first" and self.scenario in cuts:
+            return replace(_STREAM, cut=cuts[self.scenario] if request.body.get("stream") else 2)
         return replace(_STREAM, fragments=30, every=5) if self.scenario == "slow-call" else _STREAM
 
     def _starts(self, body: Json) -> bool:

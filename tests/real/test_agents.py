@@ -95,3 +95,5 @@ def test_the_agent_writes_the_file(site: Site, agent: str, scenario: str) -> Non
     ran = site.run(script.command(), script.folder, 300 if scenario == "slow-call" else 60, script.model)
     assert ran.code == 0, ran.output
     assert script.written(), ran.output
+    asked = list(dict.fromkeys(script.asked))
+    assert asked == (["first"] if scenario in ("plain", "two-calls", "slow-call") else ["first", "second"])
