@@ -48,8 +48,8 @@ _SAMPLING = {"temperature", "top_p", "presence_penalty", "frequency_penalty", "l
 class HTTPStatusError(Exception):
     """The provider answered with an error; `response` is what `classify` reads of httpx's."""
 
-    def __init__(self, status: int, headers: Mapping[str, str], text: str) -> None:
-        super().__init__(f"HTTP {status}")
+    def __init__(self, status: int, reason: str | None, headers: Mapping[str, str], text: str) -> None:
+        super().__init__(reason or "")
         self.response = _Response(status, headers, text)
 
 
@@ -158,7 +158,7 @@ async def _answer(response: aiohttp.ClientResponse, *, stream: bool) -> Answer:
     headers = {name.lower(): value for name, value in response.headers.items()}
     if response.status != 200:
         text = (await _read(response, _MOST_ERROR)).decode(errors="replace")
-        raise HTTPStatusError(response.status, headers, text)
+        raise HTTPStatusError(response.status, response.reason, headers, text)
     if stream and "json" not in headers.get("content-type", ""):
         return Answer(headers, chunks=_events(response))
     data = await _read(response, _MOST)

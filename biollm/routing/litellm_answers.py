@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from biollm.routing.answers import Answer
 from biollm.routing.litellm_private import chunks, provider_headers
+from biollm.routing.normalize import text
 from biollm.types import Json
 
 _CHUNKS = 64  # that LiteLLM keeps of a stream, 3 kB for a word
@@ -49,6 +50,8 @@ def _tidy(found: Json, name: str) -> Json:
     for choice in found["choices"]:
         if message := choice.get(name):
             moved = cast("Json", message.pop("provider_specific_fields", None) or {})
+            if isinstance(told := message.get("content"), str):
+                message["content"] = text(told)
             message |= {each: value for each, value in moved.items() if each not in message and value is not None}
         choice.pop("provider_specific_fields", None)
     return found
