@@ -35,7 +35,13 @@ class Setup:
 
 
 def _codex(link: Link) -> Setup:
-    provider = {"name": "biollm", "base_url": f"{link.url}/v1", "env_key": _KEY, "wire_api": "responses"}
+    provider: dict[str, Any] = {
+        "name": "biollm",
+        "base_url": f"{link.url}/v1",
+        "env_key": _KEY,
+        "wire_api": "responses",
+        "stream_max_retries": 20,  # each after the time that the gateway states, while all are limited
+    }
     values = {"model": link.model, "model_provider": "biollm", "model_context_window": link.context}
     values |= {f"model_providers.biollm.{name}": value for name, value in provider.items()}
     return Setup({_KEY: link.key}, [f"-c{name}={json.dumps(value)}" for name, value in values.items()])

@@ -1,4 +1,5 @@
-"""The waterfall as an OpenAI-compatible server, on a Unix socket and, if asked for, on a TCP port with keys.
+"""The waterfall as a server of OpenAI's and Anthropic's APIs, on a Unix socket and on a TCP port with keys.
 
-Imports `client` and `monitoring`. Start at `app.py` for the routes, at `server.py` for sockets and shutdown.
+Imports `client` and `monitoring`. Start at `app.py` for the routes, at `dialects.py` for the APIs, at `server.py` for
+sockets and shutdown.
 """

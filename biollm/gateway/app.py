@@ -1,4 +1,4 @@
-"""One OpenAI-compatible API over a client, for agents, editors and notebooks.
+"""OpenAI's and Anthropic's APIs over a client, for agents, editors and notebooks.
 
 LiteLLM's proxy takes more than twice the time and memory, keeps no ledger that other processes share, and goes on at
 the provider after its caller has disconnected.

@@ -103,6 +103,7 @@ def test_each_agent_gets_the_address_the_key_and_the_context(
         "model_providers.biollm.base_url": f"{url}/v1",
         "model_providers.biollm.env_key": "BIOLLM_AGENT_KEY",
         "model_providers.biollm.wire_api": "responses",
+        "model_providers.biollm.stream_max_retries": 20,
     }
     claude = {name: value for name, value in seen["claude"]["env"].items() if name.startswith(("ANTHROPIC", "CLAUDE"))}
     assert (claude["ANTHROPIC_BASE_URL"], claude["ANTHROPIC_MODEL"]) == (url, "first/small")
