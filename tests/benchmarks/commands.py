@@ -99,5 +99,16 @@ def answers(env: Mapping[str, str], address: str, llm: Path) -> tuple[list[Bar],
             "llm": timed([str(llm), "-m", "bench", "--no-stream", PROMPT], env),
         }
     )
-    figure = ratio(measured["biollm complete"], measured["a bare Router"])
-    return [Bar("`biollm complete`, beside the least that a bare Router needs", figure, 1.15)], measured
+    mine = measured["biollm complete"]
+    bars = [
+        Bar("`biollm complete` without a gateway, beside llm", ratio(mine, measured["llm"]), 0.7),
+        Bar(
+            "`biollm complete`, beside the least that a bare Router needs", ratio(mine, measured["a bare Router"]), 1.15
+        ),
+        Bar(
+            "`biollm.client` in a program, beside a bare Router",
+            ratio(measured["biollm.client"], measured["a bare Router"]),
+            1.15,
+        ),
+    ]
+    return bars, measured

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 import statistics
@@ -24,6 +25,8 @@ from biollm.routing import litellm_private
 
 PORTKEY = "@portkey-ai/gateway@1.15.2"
 STARTS, ALONE, BUSY, AT_ONCE = 3, 100, 320, 16
+TWO = "biollm serve, two workers"
+MANY, CHUNKS = 200, 21  # streams at once, and their chunks
 STREAMS, SECONDS, PER_SECOND = 50, 60, loopback.PER_SECOND
 Figures = dict[str, list[float]]
 
@@ -133,7 +136,7 @@ def contestants(
 ) -> dict[str, tuple[list[str | Path], Door, dict[str, str]]]:
     """Return each server's command, door and environment; all have the same three deployments."""
     (run := scratch / "run").mkdir(mode=0o700, exist_ok=True)
-    ports = [free_port() for _ in range(4)]
+    ports = [free_port() for _ in range(5)]
     mine = {**env, "BENCH_KEY": "sk-provider", "BIOLLM_GATEWAY_KEY": KEY, "XDG_RUNTIME_DIR": str(run)}
     printed = subprocess.run(
         [BIOLLM, "config", "--litellm"], env=env, check=True, capture_output=True, text=True
@@ -141,8 +144,11 @@ def contestants(
     (scratch / "proxy.yaml").write_text(printed)
     theirs = {**env, "LITELLM_MASTER_KEY": KEY, "HOME": str(scratch)}
     proxy = [litellm_proxy(), "--config", scratch / "proxy.yaml", "--host", "127.0.0.1", "--port"]
+    (two := scratch / "run-two").mkdir(mode=0o700, exist_ok=True)
+    workers = [BIOLLM, "serve", "--port", str(ports[4]), "--workers", "2"]
     found: dict[str, tuple[list[str | Path], Door, dict[str, str]]] = {
         "biollm serve": ([BIOLLM, "serve", "--port", str(ports[0])], Door(ports[0]), mine),
+        TWO: (workers, Door(ports[4]), {**mine, "XDG_RUNTIME_DIR": str(two)}),
         "LiteLLM proxy": ([*proxy, str(ports[1])], Door(ports[1]), theirs),
         # As `biollm serve` has it; the bars are about the proxy as it comes.
         "LiteLLM proxy, without OpenAI's SDK": ([*proxy, str(ports[3])], Door(ports[3]), {**theirs, litellm_private.OWN_HANDLER: "True"}),
@@ -192,10 +198,20 @@ def beside_proxies(address: str, scratch: Path, env: Mapping[str, str]) -> tuple
         for what, key, bound, note in (
             ("added latency, p50", "added", 0.4, ""),
             (f"time per request, {AT_ONCE} at once", "busy", 1 / 3, "requests/s: 3 x"),
-            ("memory after the load", "memory", 0.65, ""),
+            ("memory after the load", "memory", 0.3, ""),
             ("start to first answer", "start", 0.45, ""),
         )
     ]
+    if other := figures.get("Portkey"):
+        bars += [
+            Bar(f"gateway, beside Portkey: {what}", ratio(figures[name][key], other[key]), bound, note=note)
+            for what, name, key, bound, note in (
+                ("added latency, p50", "biollm serve", "added", 1.2, ""),
+                (f"time per request, {AT_ONCE} at once", "biollm serve", "busy", 1 / 1.5, "requests/s: 1.5 x"),
+                (f"time per request, {AT_ONCE} at once, two workers", TWO, "busy", 1 / 2, "requests/s: 2 x"),
+                ("start to first answer", "biollm serve", "start", 2.0, ""),
+            )
+        ]
     columns = {
         "start": "start, ms",
         "added": "added p50, ms",
@@ -226,6 +242,54 @@ def beside_llm(env: Mapping[str, str], llm: Path, scratch: Path) -> tuple[list[B
     figures["python -c pass"] = interleaved({"": timed([sys.executable, "-c", "print()"], mine)})[""]
     what = "`biollm complete` with a gateway running, beside llm"
     return [Bar(what, ratio(figures["biollm complete"], figures["llm"]), 0.3)], figures
+
+
+def many_streams(scratch: Path, env: Mapping[str, str]) -> list[Bar]:
+    """Measure 200 streams at once of 21 chunks, 50 ms apart: how late they end, and what a chunk costs."""
+    (run := scratch / "run-many").mkdir(mode=0o700, exist_ok=True)
+    with loopback.process() as (address, _):
+        folder = waterfall(scratch / "many", first=f"{address}/stream/v1")
+        mine = {**env, "BIOLLM_CONFIG_DIR": str(folder), "XDG_RUNTIME_DIR": str(run)}
+        subprocess.run([BIOLLM, "serve", "--detach"], env=mine, check=True, capture_output=True)
+        try:
+            status = subprocess.run([BIOLLM, "serve", "status", "--json"], env=mine, check=True, capture_output=True)
+            gateway = json.loads(status.stdout)
+            return asyncio.run(_many(Door(Path(gateway["socket"])), int(gateway["pid"])))
+        finally:
+            subprocess.run([BIOLLM, "serve", "stop"], env=mine, check=True, capture_output=True)
+
+
+def cpu(pid: int) -> float:
+    """Return the milliseconds of CPU that a process has used."""
+    used = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(used[11]) + int(used[12])) * 1000 / os.sysconf("SC_CLK_TCK")
+
+
+async def _many(door: Door, pid: int) -> list[Bar]:
+    async def stream(number: int, length: int = CHUNKS) -> None:
+        reader, writer = await door.connect()
+        writer.write(door.request(f"{number} {length}", stream=True))
+        body = b"".join([piece async for piece in pieces(reader)])
+        assert body.count(b'"content":') == length, body
+        writer.close()
+
+    await asyncio.gather(*(stream(number) for number in range(20)))
+    took: list[float] = []
+    costs: dict[int, list[float]] = {1: [], CHUNKS: []}  # what a request costs with one chunk, and with all
+    for _ in range(ROUNDS):
+        for length, found in costs.items():
+            before, began = cpu(pid), time.perf_counter()
+            await asyncio.gather(*(stream(number, length) for number in range(MANY)))
+            found.append((cpu(pid) - before) / MANY)
+            if length == CHUNKS:
+                took.append(time.perf_counter() - began)
+    ideal = CHUNKS / PER_SECOND
+    chunk = (statistics.median(costs[CHUNKS]) - statistics.median(costs[1])) / (CHUNKS - 1)
+    what = f"{MANY} streams of {CHUNKS} chunks, 50 ms apart"
+    return [
+        Bar(f"{what}: time beside the ideal", statistics.median(took) / ideal, 1.3),
+        Bar(f"{what}: CPU per chunk", 1000 * chunk, 50, "us", note="the kernel's share included"),
+    ]
 
 
 def streams(scratch: Path, env: Mapping[str, str]) -> list[Bar]:

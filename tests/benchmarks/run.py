@@ -28,6 +28,7 @@ import programs
 import promises
 import scenarios
 import top
+import translators
 import usage
 from setting import KEY, ROUNDS, Bar, environment, waterfall
 
@@ -135,7 +136,8 @@ def main() -> None:
         add("The gateway", found, table)
         found, figures = gateway.beside_llm(env, llm, scratch)
         add("One answer by a running gateway", found, peer_table(figures, "llm", "ms"))
-        add("Streams", gateway.streams(scratch, env))
+        add("Streams", [*gateway.many_streams(scratch, env), *gateway.streams(scratch, env)])
+        add("Translators", translators.measure())
 
         import litellm  # noqa: F401 # what follows is forked from a process that has it, and has sent nothing
 
