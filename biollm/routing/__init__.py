@@ -1,7 +1,7 @@
 """From configuration to LiteLLM's Router, and the loop that asks until one deployment answers.
 
-Imports `config`, `ledger`, `providers` and `slurm`. Start at `router_config.py` (priority becomes `order`, rate limits
-become `rpm`), then `waterfall.py`; `failures.py` says what each failure means.
+Imports `config`, `ledger`, `providers` and `slurm`. Start at `deployments.py` (priority becomes `order`), `router_config.py`
+(deployments become LiteLLM's `model_list`, rate limits `rpm`) and `waterfall.py`; `failures.py` says what each failure means.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The failure table: what each kind of failure of a deployment leads to. `classify.py` recognises the kind. Pure."""
+"""The failure table: what each kind of failure of a deployment leads to. `classify.py` recognises the kind. Pure.
+
+A time that the provider states (`reset_times.py`) replaces the ladder; `ledger/quotas.next_cooldown` applies both."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class Watch:
         return waited and self._thread is not None and self._thread.is_alive()
 
     def settle(self, seconds: float) -> bool:
-        """Wait for the first refresh; return whether it has come: without it, no server is not known to be none."""
+        """Wait for the first refresh; return whether it has come: before that, it is not known whether there are servers."""
         self.latest()
         return self._refreshed.wait(seconds)
 
