@@ -172,9 +172,9 @@ async def _answer(response: aiohttp.ClientResponse, *, stream: bool) -> Answer:
     if not stream:
         return Answer(headers, whole)
     choices: Sequence[Json] = whole.get("choices") or ()
-    return Answer(
-        headers, chunks=_once({**whole, "choices": [{**each, "delta": part(each, "message")} for each in choices]})
-    )
+    for choice in choices:
+        choice["delta"] = choice.pop("message", None)
+    return Answer(headers, chunks=_once(whole))
 
 
 async def _once(chunk: Json) -> AsyncGenerator[Json, None]:
