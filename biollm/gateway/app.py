@@ -29,6 +29,7 @@ from biollm.errors import BiollmError, UsageError
 from biollm.gateway import dialects, messages_api, openai_api
 from biollm.gateway.dialects import Dialect, Events
 from biollm.gateway.openai_api import Delivery
+from biollm.gateway.request_id import RequestId
 from biollm.monitoring import metrics, page
 from biollm.monitoring.alerts import firing
 from biollm.monitoring.snapshot import Collector
@@ -44,7 +45,7 @@ _MAY = "Add start_local: true to the key in gateway_keys.yaml, or use the Unix s
 _log = logging.getLogger(__name__)
 
 
-def app(client: Client, *, touched: Callable[[int], None] | None = None) -> Starlette:
+def app(client: Client, *, touched: Callable[[int], None] | None = None) -> ASGIApp:
     """Return the gateway's routes, without authentication or sockets.
 
     A middleware may set `scope["biollm.tags"]`, a dict that is stored with the request's usage record, and
@@ -70,7 +71,9 @@ def app(client: Client, *, touched: Callable[[int], None] | None = None) -> Star
         Route("/events", gateway.events),
     ]
     handlers: Any = {HTTPException: _not_found, Exception: _failed}
-    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_Counted, touched=touched)])
+    return RequestId(
+        Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_Counted, touched=touched)])
+    )
 
 
 class _Gateway:

@@ -174,11 +174,12 @@ def _warm_up(client: Client) -> None:
 def _with_keys(app: Any, host: str, port: int) -> tuple[uvicorn.Server, socket.socket, str, str]:
     """Return a server for clients with a key, its socket and URL, and where the keys are."""
     from biollm.gateway.auth import Admission, keys
+    from biollm.gateway.request_id import RequestId
 
     known, where = keys()
     listener = _tcp(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    return _server(Admission(app, known, host), limit_concurrency=_CONNECTIONS), listener, url, where
+    return _server(RequestId(Admission(app, known, host)), limit_concurrency=_CONNECTIONS), listener, url, where
 
 
 def _lacks(config: Config) -> list[str]:
