@@ -111,6 +111,10 @@ class RequestRejectedError(CompletionError):
     """The request itself is invalid: it cannot be sent, or every deployment tried rejects it."""
 
 
+class ContextLengthError(RequestRejectedError):
+    """The prompt, or the prompt with its answer, is too long for every deployment that could serve it."""
+
+
 class ContentPolicyError(CompletionError):
     """A provider refused the prompt or its answer by its content policy; no other was tried."""
 

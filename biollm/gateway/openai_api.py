@@ -58,6 +58,7 @@ _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (errors.UnknownNameError, 404, "invalid_request_error", "model_not_found"),
     (errors.UsageError, 400, "invalid_request_error", "invalid_request"),
     (errors.ContentPolicyError, 400, "invalid_request_error", "content_policy_violation"),
+    (errors.ContextLengthError, 400, "invalid_request_error", "context_length_exceeded"),
     (errors.RequestRejectedError, 400, "invalid_request_error", "request_rejected"),
     (errors.AllLimitedError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.KeysRefusedError, 502, "server_error", "keys_refused"),
@@ -65,6 +66,7 @@ _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (errors.InterruptedStreamError, 503, "server_error", "stream_interrupted"),
     (errors.BiollmError, 503, "server_error", "no_answer"),
 )
+_RETRIED = (429, 503, 504)  # of these, another try may help
 
 
 class Delivery(Enum):
@@ -120,7 +122,8 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
         with suppress(ValueError):  # the client says what is wrong with it
             options["patience"] = float(patience)
     whole = not stream or schema is not None or bool(body.get("logprobs")) or not chat
-    delivery, options["on_interrupt"] = _delivery(headers, ours, whole=whole, splice="tools" in options and not schema)
+    splice = bool(body.get("tools")) and "response_format" not in body
+    delivery, options["on_interrupt"] = _delivery(headers, ours, whole=whole, splice=splice)
     return Asked(
         prompt=prompt,
         options=cast("Options", options),
@@ -189,7 +192,7 @@ def refusal(error: Exception, *, streamed: bool = False) -> tuple[int, Json, dic
         return 500, problem("Internal error; see the gateway's log.", "server_error", "internal_error"), {}
     status, kind, code = next(row[1:] for row in _REFUSALS if isinstance(error, row[0]))
     # Agents that retry a broken stream look for these words.
-    prefix = "Connection error: " if streamed and isinstance(error, errors.InterruptedStreamError) else ""
+    prefix = "Connection error: " if streamed and status in _RETRIED else ""
     body = problem(f"{prefix}{error}\n{error.hint or ''}".strip(), kind, code)
     body["error"]["biollm"] = error.to_json()
     headers: dict[str, str] = {}

@@ -215,11 +215,18 @@ def ineligible_reason(deployment: Deployment, requirements: Requirements) -> str
         return "supports chat messages only, not plain text"
     if requirements.capability and requirements.capability not in (deployment.capabilities or ()):
         return f"lacks the capability {requirements.capability!r}"
-    least = min(requirements.answer or 0, LEAST_ANSWER)
-    if deployment.context_length and requirements.prompt + least > deployment.context_length:
-        return f"needs about {requirements.prompt + least} tokens, its context is {deployment.context_length}"
-    if deployment.max_output and least > deployment.max_output:
+    if reason := too_long(deployment, requirements):
+        return reason
+    if deployment.max_output and min(requirements.answer or 0, LEAST_ANSWER) > deployment.max_output:
         return f"answers with at most {deployment.max_output} tokens"
+    return None
+
+
+def too_long(deployment: Deployment, requirements: Requirements) -> str | None:
+    """Return that the prompt with a short answer exceeds the deployment's context, one sentence, or None."""
+    least = requirements.prompt + min(requirements.answer or 0, LEAST_ANSWER)
+    if deployment.context_length and least > deployment.context_length:
+        return f"needs about {least} tokens, its context is {deployment.context_length}"
     return None
 
 

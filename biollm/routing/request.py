@@ -13,11 +13,13 @@ from biollm.errors import (
     AllLimitedError,
     CompletionError,
     ContentPolicyError,
+    ContextLengthError,
     DeadlineError,
     KeysRefusedError,
     RequestRejectedError,
 )
-from biollm.routing.deployments import Deployment, Requirements, allowance
+from biollm.routing.deployments import Deployment, Requirements, allowance, too_long
+from biollm.routing.failures import CUT_SHORT
 from biollm.routing.structured import Message, ResponseSchema
 from biollm.types import Attempt, Outcome
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 MIN_RETRY_S = 0.5  # before another pass, after a failure that put nothing on cooldown
 MAX_RETRY_WAIT_S = 300.0  # there is no other pass if the first deployment frees later than that
 
+_UNFIT = {"too_long", "modality", "unsupported", "malformed"}  # failures that this request has at that model each time
 _OUTCOMES: dict[str, Outcome] = {"limited": "limited", "refused": "limited"}
 
 
@@ -206,14 +209,19 @@ class Run:
         reasons = _reasons(attempts)
         kinds = {failure.kind for _, failure in self.failures}
         skipped = {candidate.status for candidate in self._passes[-1].skipped.values()}
+        if kinds <= _UNFIT and not skipped & self._may_serve() and self._too_long():
+            hint = "Shorten the prompt, or add a model with a larger context."
+            return ContextLengthError(f"The prompt is too long for every deployment.\n{reasons}", attempts, hint=hint)
         blaming = {each.provider.litellm_provider for each, failure in self.failures if failure.kind == "malformed"}
         hint = "Providers with different APIs say that the request itself is invalid." if len(blaming) > 1 else None
         if kinds and all(failure.rule.blames_request for _, failure in self.failures):
             return RequestRejectedError(f"The request was rejected.\n{reasons}", attempts, hint=hint)
+        if kinds <= _UNFIT and skipped <= {"unfit"} and attempts:
+            return RequestRejectedError(f"No deployment can serve this request.\n{reasons}", attempts, hint=hint)
         if kinds <= {"key"} and "limited" not in skipped and (kinds or skipped & {"keyless", "refused"}):
             hint = "`biollm providers` shows which keys are missing; `biollm health` tries them."
             return KeysRefusedError(f"No provider has a working key.\n{reasons}", attempts, hint=hint)
-        if kinds <= {"limited"} and (kinds or "limited" in skipped) and self.frees:
+        if kinds <= {"limited", *_UNFIT} and "limited" in kinds | skipped and self.frees:
             wait = max(0.0, min(self.frees) - time.time())
             message = f"All deployments are at a limit or cooling down.\n{reasons}"
             return AllLimitedError(message, attempts, retry_after=wait)
@@ -221,6 +229,17 @@ class Run:
             return CompletionError("No deployment is configured.", hint="`biollm config` shows the configuration.")
         what = "All deployments failed." if kinds else "No deployment is available."
         return CompletionError(f"{what}\n{reasons}", attempts, hint=hint)
+
+    def _may_serve(self) -> set[str]:
+        """Return the statuses of deployments that may serve the request later."""
+        return {"limited", "absent"} if self.request.start else {"limited"}
+
+    def _too_long(self) -> bool:
+        """Return whether a deployment refused the request for the length of its prompt, or was skipped for it."""
+        return any(failure.kind == "too_long" and failure is not CUT_SHORT for _, failure in self.failures) or any(
+            candidate.reason == too_long(candidate.deployment, self.request.requirements)
+            for candidate in self._passes[-1].skipped.values()
+        )
 
     def _final(self, failure: Failure, attempts: Sequence[Attempt]) -> CompletionError:
         """Return the error of a failure after which no other deployment is tried."""
