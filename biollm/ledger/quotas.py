@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS total (
 CREATE TABLE IF NOT EXISTS cooldown (
     key TEXT PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL, kind TEXT NOT NULL, stated INTEGER NOT NULL,
     times INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS origin (digest TEXT PRIMARY KEY, model TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 """
 BEGIN = "INSERT INTO total (scope, start, until, requests, tokens, usd) VALUES (?, ?, ?, ?, ?, ?)"
 _LEAST = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # that must still fit
@@ -126,6 +127,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
         finish(db, scope, reservation, at, (used[0], used[1]))
     db.execute("DELETE FROM sent WHERE abs(at - ?) > 3660", (now,))
     db.execute("DELETE FROM total WHERE until < ?", (now - _DAY,))  # for attempts still under way
+    db.execute("DELETE FROM origin WHERE abs(at - ?) > ?", (now, _DAY))
     db.execute("DELETE FROM cooldown WHERE until <= ? OR until > ?", (now - MEMORY, now + _FARTHEST))
 
 

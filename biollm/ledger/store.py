@@ -40,6 +40,8 @@ _RETRY = 5.0  # seconds until a ledger that failed is used again
 _PRUNE = 60.0  # seconds between removals of what no window includes any more
 _QUEUE = 1.0  # seconds that a caller waits in a queue that moves
 _EXIT = 2.0  # seconds that closing waits for a file
+_ORIGINS = 900  # looked up at once: SQLite takes 999 parameters
+_MOST_ORIGINS = 10_000  # in memory
 _ANSWER = 1000  # tokens of an answer, before one is known
 
 _Write = Callable[[sqlite3.Connection], object]
@@ -115,6 +117,7 @@ class Ledger:
         self._availability = Availability(clock)
         self._pruned = -math.inf
         self._answers: defaultdict[str, deque[int]] = defaultdict(lambda: deque(maxlen=50))
+        self._origins: dict[str, str] = {}  # those of this process, also before they are written
         self._warned = threading.Lock()  # held once the warning is issued
         atexit.register(self.close)
 
@@ -207,6 +210,22 @@ class Ledger:
         """Return (limit, used, resets at): the end of its period, or when a window's oldest request leaves it."""
         now, query = self._clock(), partial(self._read, self._quotas)
         return [(limit, *quotas.used_of(query, scope, limit, now)) for limit in limits]
+
+    def note_origins(self, digests: Sequence[str], model: str) -> None:
+        """Remember for a day that `model` gave what has these digests."""
+        rows = [(digest, model, self._clock()) for digest in digests]
+        if len(self._origins) > _MOST_ORIGINS:
+            self._origins.clear()
+        self._origins.update(dict.fromkeys(digests, model))
+        self._process().quotas.put(lambda db: db.executemany("INSERT OR REPLACE INTO origin VALUES (?, ?, ?)", rows))
+
+    def origins(self, digests: Sequence[str]) -> dict[str, str]:
+        """Return the model that gave what has each digest, of the last 900, where it is known; may take 250 ms."""
+        asked = [digest for digest in digests if digest not in self._origins][-_ORIGINS:]
+        if asked:
+            sql = f"SELECT digest, model FROM origin WHERE digest IN ({', '.join('?' * len(asked))})"  # noqa: S608
+            self._origins.update(self._read(self._quotas, sql, asked))
+        return {digest: self._origins[digest] for digest in digests if digest in self._origins}
 
     def history(self, since: float | None = None, until: float | None = None) -> Iterator[Record]:
         """Yield the attempts of `since` <= at < `until`, oldest first. No lock is held between them."""

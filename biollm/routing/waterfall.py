@@ -27,12 +27,13 @@ from biollm.routing.candidates import Candidate, DeploymentPool
 from biollm.routing.classify import classify
 from biollm.routing.deployments import Deployment
 from biollm.routing.failures import CUT_SHORT, STRANGER, Failure, timed_out, unreachable
+from biollm.routing.origins import Origins
 from biollm.routing.outcomes import Outcomes
 from biollm.routing.request import InFlight, Request, Run
 from biollm.routing.senders import Sender, Senders
 from biollm.routing.structured import Message, ResponseSchema, repair
 from biollm.slurm.endpoints import START
-from biollm.types import Attempt, Completion, Json, StreamChunk, StreamRestarted
+from biollm.types import Attempt, Completion, Json, StreamChunk, StreamRestarted, part
 
 _IMPORTED_IN = os.getpid()
 CONNECT_S = 3.0  # that a host has to accept a connection
@@ -54,6 +55,7 @@ class Waterfall:
         self._servers = host_check.FixedServers()
         self._balance = load_balancing.of_process()
         self._outcomes = Outcomes(pool, self._balance)
+        self._origins = Origins(pool.ledger, pool.state)
         self._refreshed = -_REFRESH_S
 
     def discard(self) -> None:
@@ -205,7 +207,9 @@ class Waterfall:
 
     def _answered(self, run: Run, inflight: InFlight, parsed: Any = None, before: str = "") -> Completion:
         assert inflight.answer  # noqa: S101
-        return self._outcomes.complete(run, inflight, inflight.answer, parsed=parsed, before=before)
+        completion = self._outcomes.complete(run, inflight, inflight.answer, parsed=parsed, before=before)
+        self._origins.note(completion.model, part(completion.raw["choices"][0], "message"))
+        return completion
 
     def _drop_spare(self, run: Run) -> None:
         """Give up the answer that was kept in case no other deployment has a longer one."""
@@ -242,6 +246,7 @@ class Waterfall:
         choice = await self._choose(run, first)
         if not choice:
             return None
+        messages = await self._origins.returned(messages, first[0].model)
         inflight = self._prepare(run, choice, stream=stream)
         call = Call(self.pool.ledger, {each.id: self._claim(run, each) for each in inflight.choice})
         try:
