@@ -40,6 +40,7 @@ def test_the_exported_names_are_these() -> None:
         "CompletionError",
         "ConfigError",
         "ContentPolicyError",
+        "ContextLengthError",
         "DeadlineError",
         "Defaults",
         "InterruptedStreamError",

@@ -164,6 +164,38 @@ def test_a_stream_restarts(net: Loopback, waterfall: Waterfall, gateway: Gateway
     assert (end.completion.text, end.completion.deployment) == ("kept", "second/small")
 
 
+@pytest.mark.parametrize("here", [True, False], ids=["in this process", "through the gateway"])
+def test_a_stream_goes_on_with_the_next_answer(
+    net: Loopback, waterfall: Waterfall, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    torn = [net.serve(then=Behaviour(tear=4), text="lost words that break") for _ in range(3)]
+    waterfall(first=torn[0], second=torn[1], third=net.serve(), alone={"base_url": torn[2].url, "models": ["alone"]})
+    gateway()
+    client = get_model_client()
+    assert asks_the_gateway(client)
+    if here:
+        monkeypatch.setenv("BIOLLM_GATEWAY", "off")
+    *pieces, end = client.stream("hi", model="small", on_interrupt="splice")
+    text = "".join(map(str, pieces))
+    marks = re.findall(r"\n\n\[The stream of (\S+) broke\. Another answer follows\.\]\n\n", text)
+    assert marks == ["first/small", "second/small"]
+    assert text.startswith("lost") and text.endswith("All is well.")
+    assert isinstance(end, StreamChunk) and end.completion
+    assert (end.completion.text, end.completion.deployment) == (text, "third/small")
+    assert [each.outcome for each in end.completion.attempts] == ["failed", "failed", "ok"]
+    with pytest.raises(InterruptedStreamError) as error:
+        list(client.stream("hi", model="alone", on_interrupt="splice"))
+    assert error.value.partial.startswith("lost")
+
+
+def test_biollm_complete_restarts(net: Loopback, waterfall: Waterfall, gateway: Gateway, biollm: Biollm) -> None:
+    waterfall(first=net.serve(then=Behaviour(tear=4), text="lost words that break"), second=net.serve(text="kept"))
+    gateway()
+    ran = biollm("complete", "hi", "--stream")
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, "kept")
+    assert "first/small broke off" in ran.err
+
+
 WAYS: dict[str, Callable[..., Any]] = {
     "complete": lambda client, **options: client.complete("hi", **options),
     "stream": lambda client, **options: list(client.stream("hi", **options)),

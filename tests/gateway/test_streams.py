@@ -109,7 +109,8 @@ def test_who_leaves_before_the_first_chunk_takes_the_request_along(net: Loopback
         raw.connect(client._transport._pool._uds)
         raw.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body))
         assert b"200 OK" in raw.recv(10_000)
-        until(lambda: server.tasks)
+        until(lambda: server.requests)
+        assert server.tasks
     assert until(lambda: not server.tasks) < 1
 
 
