@@ -44,7 +44,7 @@ class _Functions:
     problem: Callable[[int, Json], Json]
     ping: str
     statuses: Mapping[int, int] = field(default_factory=lambda: _STATUSES)
-    fails_in_stream: bool = False
+    too_long_in_stream: bool = False
 
 
 class _ChatEvents:
@@ -73,7 +73,7 @@ _RESPONSES = _Functions(
     responses_api.Events,
     lambda _, error: error,
     responses_api.PING,
-    fails_in_stream=True,
+    too_long_in_stream=True,
 )
 _ROUTES = {"/v1/messages": _MESSAGES, "/v1/messages/count_tokens": _MESSAGES, "/v1/responses": _RESPONSES}
 
@@ -109,16 +109,16 @@ class Dialect:
     def refusal(self, error: Exception, status: int | None = None) -> tuple[int, Json | str, dict[str, str]]:
         """Return the status, body and headers of an error: JSON, or the text of a stream.
 
-        Codex gives up after a status of 429 and where the context is too long; in a stream it waits, or compacts.
+        Codex makes its conversation shorter only where a stream states that it is too long.
         """
         usual, body, headers = openai_api.refusal(error)
         status = self._functions.statuses.get(status or usual, status or usual)
         if status == 429:
             headers = {"retry-after": _RETRY_AFTER_S, **headers}
             headers.pop("x-should-retry", None)
-        later = status == 429 or body["error"]["code"] == "context_length_exceeded"
-        if later and self._functions.fails_in_stream and self._body.get("stream"):
-            return 200, "".join(self.events().fail(status, body, float(headers.get("retry-after", 0)))), headers
+        too_long = body["error"]["code"] == "context_length_exceeded"
+        if too_long and self._functions.too_long_in_stream and self._body.get("stream"):
+            return 200, "".join(self.events().fail(status, body, 0)), headers
         return status, self.problem(status, body), headers
 
     def problem(self, status: int, error: Json) -> Json:

@@ -18,7 +18,9 @@ from starlette.testclient import TestClient
 
 from biollm.config.values import Limit
 from biollm.gateway import app as gateway
+from biollm.gateway import openai_api
 from biollm.gateway.auth import Admission, Key
+from biollm.gateway.dialects import Dialect
 
 Json = dict[str, Any]
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
@@ -151,7 +153,7 @@ def test_a_break_after_text_goes_on_where_there_are_tools(net: Loopback, serve: 
     assert "call_1" in text
 
 
-# What both agents do with a 5xx is to ask again at once, many times.
+# Both agents repeat a 5xx at once, many times.
 REFUSALS: dict[str, tuple[Behaviour, int, str]] = {
     "limited": (limited("7"), 429, "rate_limit_error"),
     "keys": (HTTP_401, 400, "invalid_request_error"),
@@ -161,7 +163,7 @@ REFUSALS: dict[str, tuple[Behaviour, int, str]] = {
 
 @BOTH
 @pytest.mark.parametrize("case", REFUSALS)
-def test_who_gets_no_answer_learns_whether_to_come_again(net: Loopback, serve: Any, case: str, path: str) -> None:
+def test_a_refusal_has_a_status_that_agents_wait_after(net: Loopback, serve: Any, case: str, path: str) -> None:
     how, status, kind = REFUSALS[case]
     client = serve(first=net.serve(then=how))
     client.post(path, json=ASKED[path])
@@ -175,16 +177,22 @@ def test_who_gets_no_answer_learns_whether_to_come_again(net: Loopback, serve: A
         assert (body["type"], body["error"]["type"]) == ("error", kind)
 
 
-def test_a_limited_stream_tells_codex_when_to_come_again(net: Loopback, serve: Any, codex: openai.OpenAI) -> None:
+@BOTH
+def test_a_limited_stream_is_refused_by_its_status(net: Loopback, serve: Any, path: str) -> None:
     client = serve(first=net.serve(then=limited("7")))
-    asked = {**ASKED[RESPONSES], "stream": True}
-    client.post(RESPONSES, json=asked)
-    with codex.responses.stream(model="biollm", input="hi") as events:
-        *_, last = events
-    assert last.type == "response.failed"
-    assert last.response.error and last.response.error.code == "rate_limit_exceeded"
-    assert "Please try again in " in last.response.error.message
-    assert client.post(MESSAGES, json={**ASKED[MESSAGES], "stream": True}).status_code == 429
+    for _ in range(2):  # the first time it is a failed attempt
+        answer = client.post(path, json={**ASKED[path], "stream": True})
+        assert (answer.status_code, 1 <= int(answer.headers["retry-after"]) <= 7) == (429, True)
+
+
+def test_codex_reads_in_a_stream_that_its_conversation_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = openai_api.problem("Too long.", "invalid_request_error", "context_length_exceeded")
+    monkeypatch.setattr(openai_api, "refusal", lambda _: (400, refused, {}))
+    status, text, _ = Dialect(RESPONSES, {"stream": True}).refusal(ValueError())
+    assert (status, '"code":"context_length_exceeded","message":"Too long."' in str(text)) == (200, True)
+    for dialect in (Dialect(RESPONSES), Dialect(MESSAGES, {"stream": True})):
+        status, body, _ = dialect.refusal(ValueError())
+        assert (status, isinstance(body, dict)) == (400, True)
 
 
 @BOTH
@@ -249,12 +257,12 @@ def test_models_in_both_shapes(net: Loopback, serve: Any, claude: anthropic.Anth
 @BOTH
 def test_a_silent_stream_is_kept_open(net: Loopback, serve: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway._Events, "KEEP_ALIVE_S", 0.1)
-    client = serve(first=net.serve(Behaviour(hang=4, pause=0.5), text="one two three"))
+    client = serve(first=net.serve(Behaviour(hang=4, pause=2), text="one two three"))
     text = client.post(path, json={**ASKED[path], "stream": True}).text
     assert ('event: ping\ndata: {"type":"ping"}\n\n' if path == MESSAGES else ": keep-alive\n\n") in text
 
 
-def test_a_stranger_is_refused_in_the_dialect() -> None:
+def test_a_request_without_a_key_is_refused_in_the_dialect() -> None:
     client = TestClient(Admission(PlainTextResponse("in"), [Key("ann", "k" * 16)], "testserver"))
     answer = client.post(MESSAGES, json=ASKED[MESSAGES])
     assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")

@@ -183,7 +183,7 @@ def test_bad_requests_are_refused_in_a_sentence(body: Json, message: str) -> Non
     assert message in str(refused.value)
 
 
-def test_whatever_is_wrong_is_the_callers_fault() -> None:
+def test_no_spoiled_body_is_an_internal_error() -> None:
     body = {
         "model": "biollm", "instructions": "a", "tools": [LOOK, SPACE, PATCH], "stream": True,
         "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [LOOK]}, "reasoning": {"effort": "low"},
