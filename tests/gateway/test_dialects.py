@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,14 @@ import httpx
 import httpx2
 import openai
 import pytest
-from behaviours import HTTP_401, HTTP_500, HTTP_503, Behaviour, limited
+from behaviours import CONTEXT_TOO_LONG, HTTP_401, HTTP_500, HTTP_503, Behaviour, limited
 from provider import Loopback
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from biollm.config.values import Limit
 from biollm.gateway import app as gateway
-from biollm.gateway import openai_api
 from biollm.gateway.auth import Admission, Key
-from biollm.gateway.dialects import Dialect
 
 Json = dict[str, Any]
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
@@ -185,14 +184,52 @@ def test_a_limited_stream_is_refused_by_its_status(net: Loopback, serve: Any, pa
         assert (answer.status_code, 1 <= int(answer.headers["retry-after"]) <= 7) == (429, True)
 
 
-def test_codex_reads_in_a_stream_that_its_conversation_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = openai_api.problem("Too long.", "invalid_request_error", "context_length_exceeded")
-    monkeypatch.setattr(openai_api, "refusal", lambda _: (400, refused, {}))
-    status, text, _ = Dialect(RESPONSES, {"stream": True}).refusal(ValueError())
-    assert (status, '"code":"context_length_exceeded","message":"Too long."' in str(text)) == (200, True)
-    for dialect in (Dialect(RESPONSES), Dialect(MESSAGES, {"stream": True})):
-        status, body, _ = dialect.refusal(ValueError())
-        assert (status, isinstance(body, dict)) == (400, True)
+@STREAMED
+def test_a_prompt_that_is_too_long_never_passes(net: Loopback, serve: Any, stream: bool) -> None:
+    client = serve(first=net.serve(then=CONTEXT_TOO_LONG))
+    answer = client.post(MESSAGES, json={**ASKED[MESSAGES], "stream": stream})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    answer = client.post(RESPONSES, json={**ASKED[RESPONSES], "stream": stream})
+    if stream:  # Codex makes its conversation shorter only if a stream states this
+        last = json.loads(answer.text.strip().split("data: ")[-1])
+        assert (last["type"], last["response"]["error"]["code"]) == ("response.failed", "context_length_exceeded")
+    else:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@BOTH
+@STREAMED
+def test_thinking_and_signatures_go_back_to_their_model(net: Loopback, serve: Any, path: str, stream: bool) -> None:
+    signed = {"google": {"thought_signature": "c2ln"}}
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "look", "arguments": "{}"},
+        "extra_content": signed,
+    }
+    message = {"role": "assistant", "content": None, "reasoning_content": "Hm so.", "tool_calls": [call]}
+    server = net.serve(answer=lambda _: message)
+    client = serve(first=server)
+    asked = {**ASKED[path], "tools": TOOLS if path == MESSAGES else FUNCTIONS, "stream": stream}
+    text = client.post(path, json=asked).text
+    if path == MESSAGES:
+        ident = re.findall(r'"id": ?"(call_1[^"]*)"', text)[0]
+        blocks = [
+            {"type": "thinking", "thinking": "Hm so.", "signature": ""},
+            {"type": "tool_use", "id": ident, "name": "look", "input": {}},
+        ]
+        result = {"type": "tool_result", "tool_use_id": ident, "content": "seen"}
+        more = [{"role": "assistant", "content": blocks}, {"role": "user", "content": [result]}]
+        client.post(path, json={**asked, "messages": [*HI, *more]})
+    else:
+        output = json.loads(text.strip().split("data: ")[-1])
+        items = output["response"]["output"] if stream else output["output"]
+        result = {"type": "function_call_output", "call_id": items[-1]["call_id"], "output": "seen"}
+        client.post(path, json={**asked, "input": [*HI, *items, result]})
+    sent = server.completions[-1].body["messages"]
+    assert sent[1]["tool_calls"] == [call]
+    assert sent[1]["reasoning_content"] == "Hm so."
+    assert sent[2] == {"role": "tool", "tool_call_id": "call_1", "content": "seen"}
 
 
 @BOTH
