@@ -111,16 +111,20 @@ class Waterfall:
                     yield StreamChunk(completion=completion, kind="usage", chunk=answers.last_chunk(completion))
                     return
                 attempt = self._outcomes.fail(run, inflight, failure)
-                if request.on_interrupt == "splice" and text:
-                    seam = f"\n\n[The stream of {attempt.deployment} broke. Another answer follows.]\n\n"
-                    before += text + seam
-                    yield StreamChunk(seam, chunk={"choices": [{"delta": {"content": seam}, "finish_reason": None}]})
+                if request.on_interrupt == "splice":
+                    before += text
+                    if text.strip():
+                        seam = f"\n\n[The stream of {attempt.deployment} broke. Another answer follows.]\n\n"
+                        before += seam
+                        yield StreamChunk(
+                            seam, chunk={"choices": [{"delta": {"content": seam}, "finish_reason": None}]}
+                        )
                 elif text.strip() and request.on_interrupt == "raise":
                     reason = f"The stream of {attempt.deployment} broke: {attempt.reason}."
                     raise InterruptedStreamError(reason, run.attempts(), partial=text)
                 elif text:
                     yield StreamRestarted(attempt)
-        if before:
+        if before.strip():
             raise InterruptedStreamError(f"The stream broke. {run.failure()}", run.attempts(), partial=before)
         raise run.failure()
 

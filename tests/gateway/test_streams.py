@@ -148,14 +148,15 @@ def test_reasoning_and_text_come_in_pieces_and_calls_whole(net: Loopback, serve:
 def test_usage_keeps_its_details(net: Loopback, serve: Any) -> None:
     used = {
         "prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14,
-        "prompt_tokens_details": {"cached_tokens": 4, "audio_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 3, "accepted_prediction_tokens": 1},
+        "prompt_tokens_details": {"cached_tokens": 4, "novel_tokens": 2}, "queue_time": 0.5,
+        "completion_tokens_details": {"reasoning_tokens": 3, "accepted_prediction_tokens": 1, "draft_tokens": 6},
     }  # fmt: skip
     client = serve(first=net.serve(then=Behaviour(usage=used)))
     *_, last, _done = events(client.post(CHAT, json={**HI, "stream_options": {"include_usage": True}}))
     whole = client.post(CHAT, json={**HI, "stream": False}).json()
     for usage in (last["usage"], whole["usage"]):
-        assert [usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")] == [9, 5, 14]
+        names = ("prompt_tokens", "completion_tokens", "total_tokens", "queue_time")
+        assert [usage[name] for name in names] == [9, 5, 14, 0.5]
         assert usage["prompt_tokens_details"].items() >= used["prompt_tokens_details"].items()
         assert usage["completion_tokens_details"].items() >= used["completion_tokens_details"].items()
 
@@ -187,6 +188,13 @@ def test_a_break_after_reasoning_is_replaced_without_a_mark(net: Loopback, serve
     found = events(client.post(CHAT, json=AGENT))
     assert text_of(found) == "I look."
     assert [call["id"] for call in calls_of(found)] == ["b_0", "b_1"]
+
+
+def test_a_break_after_white_space_is_replaced_without_a_mark(net: Loopback, serve: Any) -> None:
+    client = serve(first=agent(net, "a", text=" I look.", cut=3), second=agent(net, "b", text="Let me see."))
+    found = events(client.post(CHAT, json=AGENT))
+    assert text_of(found) == " Let me see."
+    assert not any("restarted" in each.get("biollm", {}) for each in found[:-1])
 
 
 @pytest.mark.parametrize("cut", [4, 7, 8], ids=["in the text", "inside a call", "between two calls"])
