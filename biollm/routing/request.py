@@ -209,14 +209,15 @@ class Run:
         reasons = _reasons(attempts)
         kinds = {failure.kind for _, failure in self.failures}
         skipped = {candidate.status for candidate in self._passes[-1].skipped.values()}
-        if kinds <= _UNFIT and not skipped & self._may_serve() and self._too_long():
+        never = kinds <= _UNFIT and "limited" not in skipped and not self.request.start  # a server may take more
+        if never and self._too_long():
             hint = "Shorten the prompt, or add a model with a larger context."
             return ContextLengthError(f"The prompt is too long for every deployment.\n{reasons}", attempts, hint=hint)
         blaming = {each.provider.litellm_provider for each, failure in self.failures if failure.kind == "malformed"}
         hint = "Providers with different APIs say that the request itself is invalid." if len(blaming) > 1 else None
         if kinds and all(failure.rule.blames_request for _, failure in self.failures):
             return RequestRejectedError(f"The request was rejected.\n{reasons}", attempts, hint=hint)
-        if kinds <= _UNFIT and skipped <= {"unfit"} and attempts:
+        if never and skipped <= {"unfit"} and attempts:
             return RequestRejectedError(f"No deployment can serve this request.\n{reasons}", attempts, hint=hint)
         if kinds <= {"key"} and "limited" not in skipped and (kinds or skipped & {"keyless", "refused"}):
             hint = "`biollm providers` shows which keys are missing; `biollm health` tries them."
@@ -229,10 +230,6 @@ class Run:
             return CompletionError("No deployment is configured.", hint="`biollm config` shows the configuration.")
         what = "All deployments failed." if kinds else "No deployment is available."
         return CompletionError(f"{what}\n{reasons}", attempts, hint=hint)
-
-    def _may_serve(self) -> set[str]:
-        """Return the statuses of deployments that may serve the request later."""
-        return {"limited", "absent"} if self.request.start else {"limited"}
 
     def _too_long(self) -> bool:
         """Return whether a deployment refused the request for the length of its prompt, or was skipped for it."""

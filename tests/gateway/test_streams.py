@@ -317,6 +317,8 @@ def test_a_prompt_that_another_may_take_later_is_not(
     answer = client.post(CHAT, json={**AGENT, **LONG})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert ("retry-after" in answer.headers) == (status == 429)
+    again = client.post(CHAT, json={**AGENT, **LONG})  # the other one cools down now
+    assert (again.status_code, again.json()["error"]["code"]) == (429, "rate_limit_exceeded")
 
 
 def test_what_no_deployment_can_ever_serve_is_the_callers_error(net: Loopback, serve: Any) -> None:
@@ -324,6 +326,12 @@ def test_what_no_deployment_can_ever_serve_is_the_callers_error(net: Loopback, s
     answer = serve(first=server).post(CHAT, json={**AGENT, "biollm": {"capability": "vision"}})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "request_rejected")
     assert not server.requests
+
+
+def test_where_a_server_may_be_started_it_may_take_more(net: Loopback, serve: Any) -> None:
+    client = serve(SMALL, first=net.serve())
+    error = client.post(CHAT, json={**AGENT, **LONG, "biollm": {"start_local": True}}).json()["error"]
+    assert error["biollm"]["class"] == "UnavailableError"
 
 
 def test_max_tokens_are_lowered_to_what_the_context_leaves(net: Loopback, serve: Any) -> None:
