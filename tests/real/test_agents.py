@@ -39,9 +39,9 @@ class Site:
     scripts: dict[tuple[str, str], Script]
     env: dict[str, str]
 
-    def run(self, text: str, folder: Path, patience: float = 60, mark: str = "start") -> Ran:
-        """Run commands of docs/agents.md, and end what they leave behind."""
-        env, log = {**self.env, "AGENT_RUN": mark}, folder / "output.log"
+    def run(self, text: str, folder: Path, patience: float = 60) -> Ran:
+        """Run commands of docs/agents.md in an agent's folder, and end what they leave behind."""
+        env, log = {**self.env, "AGENT_FOLDER": str(folder)}, folder / "output.log"
         with log.open("wb") as output:
             child = subprocess.Popen(
                 ["sh", "-ec", text], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
@@ -51,8 +51,8 @@ class Site:
             except subprocess.TimeoutExpired:
                 code = -1
             finally:
-                if mark != "start":
-                    agents.end_all(f"AGENT_RUN={mark}")
+                if folder in {script.folder for script in self.scripts.values()}:  # else it starts the gateway
+                    agents.end_all(f"AGENT_FOLDER={folder}")
         return Ran(code, log.read_text(errors="replace")[-3000:])
 
 
@@ -92,7 +92,7 @@ def site(
 @pytest.mark.parametrize(("agent", "scenario"), CASES)
 def test_the_agent_writes_the_file(site: Site, agent: str, scenario: str) -> None:
     script = site.scripts[agent, scenario]
-    ran = site.run(script.command(), script.folder, 300 if scenario == "slow-call" else 60, script.model)
+    ran = site.run(script.command(), script.folder, 300 if scenario == "slow-call" else 60)
     assert ran.code == 0, ran.output
     assert script.written(), ran.output
     asked = list(dict.fromkeys(script.asked))
