@@ -26,11 +26,8 @@ def litellm_proxy() -> Path:
 def python_packages(name: str, *packages: str) -> Path:
     """Install packages into a virtual environment of the cache folder, once; return the folder of its programs."""
     install = ["bin/uv", "pip", "install", "-q", "-p", "bin/python", *packages]
-    steps = (
-        [sys.executable, "-m", "venv", "--clear", "."],
-        ["bin/python", "-m", "pip", "install", "-q", "uv"],
-        install,
-    )
+    python = str(Path(sys.executable).resolve())  # not of this checkout: others share the folder
+    steps = ([python, "-m", "venv", "--clear", "."], ["bin/python", "-m", "pip", "install", "-q", "uv"], install)
     return _kept(name, *steps) / "bin"
 
 
