@@ -30,6 +30,12 @@ MODULES = sorted(
 )
 
 
+def test_no_python_process_takes_code_from_the_working_directory() -> None:
+    sources = [path.read_text() for path in (ROOT / "biollm").rglob("*.py")]
+    started = [found for source in sources for found in re.findall(r"\[sys\.executable, (.{4})", source)]
+    assert started == ['"-P"'] * 3
+
+
 def test_the_exported_names_are_these() -> None:
     assert client.__all__ == [
         "AllLimitedError",

@@ -62,6 +62,7 @@ def status(as_json: Json = False) -> None:
     if as_json:
         output.as_json({"running": True, **facts, "same_configuration": same, **mine})
         return
+    facts["url"] = told.get("url") and f"{told['url']}/v1"
     for name, value in facts.items():
         if value:
             typer.echo(f"{name:8} {value}")

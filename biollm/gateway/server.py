@@ -355,7 +355,7 @@ def detach(arguments: Sequence[str], patience: float = 60) -> tuple[Record, Path
         raise UsageError(_RUNNING, hint=_SEE)
     log = own_dir(state_dir()) / "gateway.log"
     write_private(log, "")
-    command = [sys.executable, "-c", "from biollm.cli import main; main()", "serve", *arguments]
+    command = [sys.executable, "-P", "-c", "from biollm.cli import main; main()", "serve", *arguments]
     with log.open("a") as file:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
     deadline = time.monotonic() + patience

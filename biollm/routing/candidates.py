@@ -269,10 +269,10 @@ class DeploymentPool:
     def _candidate(
         self, deployment: Deployment, requirements: Requirements, blocked: Mapping[str, Cooldown], now: float
     ) -> Candidate:
+        if reason := ineligible_reason(deployment, requirements):  # first: no key would help
+            return Candidate(deployment, "unfit", reason)
         if missing := self._missing.get(deployment.id):
             return Candidate(deployment, *missing)
-        if reason := ineligible_reason(deployment, requirements):
-            return Candidate(deployment, "unfit", reason)
         if requirements.media and refuses(deployment, requirements.media):
             return Candidate(deployment, "unfit", f"refused {' and '.join(sorted(requirements.media))} before")
         if blocked:

@@ -156,6 +156,23 @@ def test_a_request_puts_the_end_off() -> None:
     assert busy.left(None) == float("inf")
 
 
+def test_code_in_the_working_directory_is_not_run(
+    net: Loopback, waterfall: Waterfall, runtime: Path, tmp_path: Path, biollm: Biollm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cloned repository must not be able to send a key: agents are started in one."""
+    waterfall(first=net.serve())
+    marker = tmp_path / "it ran"
+    for name in ("biollm/__init__.py", "uvicorn.py", "pip/__main__.py"):
+        (module := tmp_path / "cloned" / name).parent.mkdir(parents=True, exist_ok=True)
+        module.write_text(f"from pathlib import Path; Path({str(marker)!r}).touch()")
+    monkeypatch.chdir(tmp_path / "cloned")
+    started = biollm("serve", "--detach")
+    assert started.code == 0, started.err
+    assert biollm("complete", "hi").code == 0
+    assert biollm("serve", "stop").code == 0
+    assert not marker.exists()
+
+
 def test_workers_share_the_sockets_and_the_limits(
     net: Loopback, waterfall: Waterfall, runtime: Path, biollm: Biollm
 ) -> None:
