@@ -1,4 +1,4 @@
-"""Recognises what kind of failure an exception of LiteLLM, or an HTTP error, is. Pure.
+"""Recognises what kind of failure an exception of a sender, or an HTTP error, is. Pure.
 
 LiteLLM's classes and status codes are not reliable: a refused connection is an InternalServerError 500, a 401 may be
 a BadRequestError. So the chain of causes decides: an httpx.HTTPStatusError in it means that a server answered, else

@@ -265,11 +265,11 @@ def _reasons(attempts: Sequence[Attempt]) -> str:
 
 @dataclass(eq=False)
 class InFlight:
-    """One call of LiteLLM's Router and what came of it. Times are epoch seconds and milliseconds.
+    """One call of a sender and what came of it. Times are epoch seconds and milliseconds.
 
     Attributes:
-        deployment: The one that LiteLLM chose; until then, the first of `choice`.
-        choice: What LiteLLM may choose from.
+        deployment: The one that was chosen; until then, the first of `choice`.
+        choice: What the sender may choose from.
         alone: Whether no other deployment of its order was available.
         limit: Seconds that the call may take, or a stream between two chunks.
         shortened: Whether the caller set a lower limit than is configured.

@@ -1,4 +1,4 @@
-"""Repeats LiteLLM's choice until a deployment answers: one Router call per attempt, and a memory of what was tried.
+"""Calls a sender until a deployment answers: one call per attempt, and a memory of what was tried.
 
 LiteLLM's own failover skips replicas that are up and sends twice (its `order`), or costs seconds (its `fallbacks`), so
 fallbacks are off and this loop calls again without what failed. The same loop serves empty answers, cut streams, the
