@@ -384,7 +384,7 @@ def test_the_controller_away_while_waiting_and_back(lab: SlurmLab, site: Cluster
     try:
         (ready,) = slurm.wait_for([job.submission], site, timeout=30, on_state=seen.append)
         assert ready.phase == "ready"
-        with pytest.raises(SlurmError, match="controller does not answer"):
+        with pytest.raises(SlurmError, match="Slurm does not answer"):
             slurm.up([model("other")], site)
     finally:
         lab.start_controller()
