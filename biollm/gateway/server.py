@@ -108,10 +108,7 @@ def serve(
         parent, children = os.getpid(), _fork(workers - 1)
         busy.worker = 0 if os.getpid() == parent else len(children) + 1
         _end_on_signals(end)
-        with suppress(ImportError):
-            import uvloop
-
-            start_background(uvloop.new_event_loop())
+        _use_uvloop()
         running = [_start(server, listener) for server, listener in listening]
         servers, inode = [server for server, _ in listening], path.stat().st_ino
         if os.getpid() != parent:
@@ -119,7 +116,7 @@ def serve(
             _until_the_end(end, busy, None, path, inode, parent)
             _drain(servers, running, busy)
             ledger().close()
-            os._exit(0)  # what is in the folder is the parent's
+            os._exit(0)  # the files in the folder are the parent's
         facts = {"pid": os.getpid(), "started": time.time(), "identity": mine, "url": url}
         write_private(folder / RECORD, json.dumps({**facts, "lacks": _lacks(client.config)}))
         for line in notes:
@@ -138,6 +135,13 @@ def serve(
         _drain(servers, running, busy)
         for child in children:
             os.waitpid(child, 0)
+
+
+def _use_uvloop() -> None:
+    with suppress(ImportError):
+        import uvloop
+
+        start_background(uvloop.new_event_loop())
 
 
 def _fork(count: int) -> list[int]:
