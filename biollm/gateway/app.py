@@ -164,10 +164,12 @@ class _Gateway:
             return await self._client.afill_in_middle(asked.prompt, asked.suffix, **asked.options)
         if asked.delivery is Delivery.WHOLE:
             return await self._client.acomplete(asked.prompt, **asked.options)
+        completion: Completion | None = None
         async with aclosing(self._client.astream(asked.prompt, **asked.options)) as pieces:
-            last = [piece async for piece in pieces if isinstance(piece, StreamChunk)][-1].completion
-        assert last  # noqa: S101 # a stream that ends without an error ends with it
-        return last
+            async for piece in pieces:  # none is kept: a chunk takes 1 kB for a word
+                completion = piece.completion if isinstance(piece, StreamChunk) else None
+        assert completion  # noqa: S101 # a stream that ends without an error ends with it
+        return completion
 
     async def _live(self, asked: openai_api.Asked, headers: Mapping[str, str], dialect: Dialect) -> Response:
         """Return the response of a stream once its first piece is there: until then an error has a status."""
