@@ -54,9 +54,9 @@ class Reach:
 
     async def _connect(self, url: str, scope: asyncio.Timeout) -> bool:
         (host, port), scheme = address(url), urlsplit(url).scheme
-        tls, proxy = scheme == "https", getproxies().get(scheme)
-        if proxy and not proxy_bypass(host):
-            through = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+        tls = scheme == "https"
+        if proxy := proxy_of(url):
+            through = urlsplit(proxy)
             host, port, tls = through.hostname or "", through.port or 80, False
         opening = asyncio.ensure_future(asyncio.open_connection(host, port, ssl=_any_certificate() if tls else None))
         try:
@@ -133,6 +133,17 @@ class Trust:
         async with asyncio.timeout(PATIENCE), self._client.stream("GET", urljoin(url, path)) as answer:
             said = answer.headers.get(PROOF, "")
             return hmac.compare_digest(said.encode(), proof(secret, nonce, start).encode())
+
+
+def proxy_of(url: str) -> str | None:
+    """Return the URL of the environment's proxy for a request; httpx and aiohttp would read ~/.netrc as well."""
+    if not (found := getproxies()):
+        return None
+    parts = urlsplit(url)
+    proxy = found.get(parts.scheme) or found.get("all")
+    if not proxy or proxy_bypass(parts.hostname or ""):
+        return None
+    return proxy if "//" in proxy else f"http://{proxy}"
 
 
 def _origin(url: str) -> str:
