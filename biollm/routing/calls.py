@@ -1,4 +1,4 @@
-"""One call of a sender: what it may choose from, and its reservation at the ledger before anything is sent."""
+"""One call of a sender: what it may choose from, its reservation before anything is sent, and its parameters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from biollm.ledger import Claim, Ledger, Refused
+from biollm.providers import embedded
+from biollm.routing.deployments import Deployment
+from biollm.routing.normalize import ANSWER_SIZES
+from biollm.routing.request import Run
+from biollm.types import Json
 
 
 class RefusedError(Exception):
@@ -50,3 +55,25 @@ class Call:
             raise RefusedError(granted)
         if self.on_send:
             self.on_send(chosen, granted)
+
+
+def parameters(run: Run, deployment: Deployment, *, stream: bool) -> Json:
+    """Return the request's parameters as the deployment gets them: the size of the answer, the schema, the stream."""
+    request, params = run.request, dict(run.request.params)
+    if size := run.answer_size(deployment):
+        params |= dict.fromkeys(ANSWER_SIZES & params.keys() or {"max_tokens"}, size)
+    if stream:
+        params |= {"stream": True, "stream_options": {"include_usage": True}}
+    if request.schema and deployment.json_schema:
+        params["response_format"] = request.schema.response_format
+    if deployment.embedded and "response_format" in params:
+        params["extra_body"] = embedded.JSON_SAMPLING | params.get("extra_body", {})
+    return params
+
+
+def text_prompt(middle: tuple[str, str | None], deployment: Deployment) -> str:
+    """Return the text to continue; around a gap, with the model's own tokens."""
+    prompt, suffix = middle
+    if suffix is None or not deployment.fim:
+        return prompt
+    return "".join(map("".join, zip(deployment.fim, (prompt, suffix, ""), strict=True)))

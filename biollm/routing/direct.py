@@ -15,19 +15,16 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from biollm import __version__
 from biollm._runtime import background
-from biollm.providers import embedded
 from biollm.providers.credentials import Credential
 from biollm.routing import router_config, wire
 from biollm.routing.answers import Answer
-from biollm.routing.calls import Call
+from biollm.routing.calls import Call, parameters, text_prompt
 from biollm.routing.candidates import DeploymentPool
 from biollm.routing.deployments import Deployment
-from biollm.routing.normalize import ANSWER_SIZES
+from biollm.routing.host_check import proxy_of
 from biollm.routing.request import InFlight, Request, Run
 from biollm.routing.structured import Message
 from biollm.types import Json, part
@@ -92,31 +89,22 @@ class Direct:
         """Choose by the weights of the limits, reserve, send, and return what comes: an answer, or its stream."""
         weights = [router_config.requests_per_minute(each.limits) or 0 for each in inflight.choice]
         chosen = random.choices(inflight.choice, weights if all(weights) else None)[0]  # noqa: S311
+        known = self._pool.credentials[chosen.id]  # now: its server may leave while the ledger is asked
+        path, body = request_body(run, chosen, messages, stream=inflight.stream)
         call.translated = True
         await call.reserve(chosen.id)
-        path, body = request_body(run, chosen, messages, stream=inflight.stream)
-        return await _post(chosen, self._pool.credentials[chosen.id], path, body, fresh=chosen.id in run.repeated)
+        return await _post(chosen, known, path, body, fresh=chosen.id in run.repeated)
 
 
 def request_body(run: Run, chosen: Deployment, messages: Sequence[Message], *, stream: bool) -> tuple[str, Json]:
     """Return the path below the base URL, and the JSON to send there."""
     request = run.request
-    params: Json = {name: value for name, value in request.params.items() if value is not None}
+    given = parameters(run, chosen, stream=stream)
+    params: Json = {name: value for name, value in given.items() if value is not None}
     extra: Json = params.pop("extra_body", {})
-    if size := run.answer_size(chosen):
-        params |= dict.fromkeys(ANSWER_SIZES & params.keys() or {"max_tokens"}, size)
-    if stream:
-        params |= {"stream": True, "stream_options": {"include_usage": True}}
-    if request.schema and chosen.json_schema:
-        params["response_format"] = request.schema.response_format
-    if chosen.embedded and "response_format" in params:
-        extra = embedded.JSON_SAMPLING | extra
     model = {"model": chosen.litellm_model.partition("/")[2]}
     if request.middle:
-        prompt, suffix = request.middle
-        if suffix is not None and chosen.fim:
-            prompt = "".join(map("".join, zip(chosen.fim, (prompt, suffix, ""), strict=True)))
-        return "completions", {**model, "prompt": prompt, **params, **extra}
+        return "completions", {**model, "prompt": text_prompt(request.middle, chosen), **params, **extra}
     if not params.get("tools"):
         params.pop("tool_choice", None)
     if (chosen.base_url or "").startswith(_OPENAI):
@@ -136,7 +124,7 @@ async def _post(chosen: Deployment, known: Credential, path: str, body: Json, *,
 
     url = f"{(known.base_url or chosen.base_url or _GEMINI).rstrip('/')}/{path}"
     headers = {"User-Agent": f"biollm/{__version__}", "Authorization": f"Bearer {known.secret or 'none'}"}
-    options: dict[str, Any] = {"proxy": None if chosen.local or chosen.embedded else _proxy(url)}
+    options: dict[str, Any] = {"proxy": None if chosen.local or chosen.embedded else proxy_of(url)}
     if url.startswith("https:"):
         options["ssl"] = _certificates(os.environ.get("SSL_CERT_FILE"))
     try:
@@ -250,17 +238,6 @@ def _session(*, fresh: bool) -> aiohttp.ClientSession:
         )
         here.closing.append(made.close)
     return here.kept[name]
-
-
-def _proxy(url: str) -> str | None:
-    """Return the proxy of the environment; not by aiohttp, which would read ~/.netrc as well."""
-    if not (found := getproxies()):
-        return None
-    parts = urlsplit(url)
-    proxy = found.get(parts.scheme) or found.get("all")
-    if not proxy or proxy_bypass(parts.hostname or ""):
-        return None
-    return proxy if "//" in proxy else f"http://{proxy}"
 
 
 @cache

@@ -7,6 +7,7 @@ connections open; here all requests share one. It would send even loopback reque
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Awaitable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,17 +17,16 @@ import aiohttp
 import litellm
 
 from biollm._runtime import background
-from biollm.providers import embedded
 from biollm.providers.credentials import Credential
 from biollm.routing import callback, litellm_answers, router_config
 from biollm.routing.answers import Answer
-from biollm.routing.calls import Call
+from biollm.routing.calls import Call, parameters, text_prompt
 from biollm.routing.candidates import DeploymentPool
 from biollm.routing.deployments import Deployment
-from biollm.routing.normalize import ANSWER_SIZES
 from biollm.routing.request import InFlight, Run
 from biollm.routing.structured import Message
 
+_IMPORTED_IN = os.getpid()
 _LITELLM: Any = litellm  # its own types are partial
 _MAX_CONNECTIONS = 1000
 _IDLE_S = 60  # that an unused connection is kept, and the address that a name resolved to
@@ -77,24 +77,19 @@ class LiteLLMRouter:
             call.on_choice = call.on_send = None  # a connection that is kept open keeps the call that it was opened in
 
     def _ask(self, run: Run, inflight: InFlight, messages: Sequence[Message], *, stream: bool) -> Awaitable[Any]:
+        if os.getpid() != _IMPORTED_IN:  # LiteLLM cannot choose from a group in a forked child
+            inflight.choice = [random.choice(inflight.choice)]  # noqa: S311
         request, first = run.request, inflight.choice[0]
         # The host program's LiteLLM callbacks see nothing of ours.
-        params = {**request.params, "timeout": inflight.limit, "disable_fallbacks": True, "no-log": True}
-        if size := run.answer_size(first):
-            params |= dict.fromkeys(ANSWER_SIZES & params.keys() or {"max_tokens"}, size)
+        params = parameters(run, first, stream=stream)
+        params |= {"timeout": inflight.limit, "disable_fallbacks": True, "no-log": True}
         if stream:  # for which LiteLLM ignores `timeout`
-            params |= {"stream": True, "stream_timeout": inflight.limit, "stream_options": {"include_usage": True}}
-        if request.schema and first.json_schema:
-            params["response_format"] = request.schema.response_format
-        if first.embedded and "response_format" in params:
-            params["extra_body"] = embedded.JSON_SAMPLING
+            params["stream_timeout"] = inflight.limit
         group = router_config.LOCAL_GROUP if request.requirements.policy == "local_only" else router_config.GROUP
         model = first.id if len(inflight.choice) == 1 else group  # by its id, LiteLLM need not choose: 1 ms less
         if not request.middle:
             return self._router.acompletion(model=model, messages=list(messages), shared_session=_session(), **params)
-        prompt, suffix = request.middle
-        if suffix is not None and first.fim:
-            prompt = "".join(map("".join, zip(first.fim, (prompt, suffix, ""), strict=True)))
+        prompt = text_prompt(request.middle, first)
         return self._router.atext_completion(model=model, prompt=prompt, **params)
 
 

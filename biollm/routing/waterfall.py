@@ -8,8 +8,6 @@ repair of structured answers, the list of attempts and every limit. It runs on t
 from __future__ import annotations
 
 import asyncio
-import os
-import random
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -35,7 +33,6 @@ from biollm.routing.structured import Message, ResponseSchema, repair
 from biollm.slurm.endpoints import START
 from biollm.types import Attempt, Completion, Json, StreamChunk, StreamRestarted, part
 
-_IMPORTED_IN = os.getpid()
 CONNECT_S = 3.0  # that a host has to accept a connection
 _TOKEN_MARGIN_S = 120.0  # that a short-lived token must still be good for
 _REFRESH_S = 1.0  # between two looks for what other processes know, while nothing may be tried
@@ -241,16 +238,16 @@ class Waterfall:
     async def _send(
         self, run: Run, ready: Sequence[Deployment], messages: Sequence[Message], *, stream: bool = False
     ) -> InFlight | None:
-        """Call one of the first order of `ready`, since a schema or a key may differ between orders; return what came, or None after noting the failure.
+        """Call one of the first order of `ready`, since a schema or a key may differ between orders.
 
-        For a stream, what came is its first content.
+        Returns what came, of a stream its first content; None after noting the failure.
         """
         first = [deployment for deployment in ready if deployment.order == ready[0].order]
         sender = await self._senders.choose(run, first)
-        choice = await self._choose(run, first)
+        messages = await self._origins.returned(messages, first[0].model)
+        choice = await self._choose(run, first)  # nothing waits between the choice and the call
         if not choice:
             return None
-        messages = await self._origins.returned(messages, first[0].model)
         inflight = self._prepare(run, choice, stream=stream)
         call = Call(self.pool.ledger, {each.id: self._claim(run, each) for each in inflight.choice})
         try:
@@ -291,10 +288,7 @@ class Waterfall:
     def _prepare(self, run: Run, choice: Sequence[Deployment], *, stream: bool) -> InFlight:
         configured = deployments.attempt_timeout(choice[0], self.pool.config, stream=stream)
         limit = configured if run.request.timeout is None else run.request.timeout
-        alone = len(choice) == 1
-        if os.getpid() != _IMPORTED_IN:  # LiteLLM cannot choose from a group in a forked child
-            choice = [random.choice(choice)]  # noqa: S311
-        return InFlight(choice[0], choice, alone, limit, limit < configured, asyncio.timeout(limit), stream)
+        return InFlight(choice[0], choice, len(choice) == 1, limit, limit < configured, asyncio.timeout(limit), stream)
 
     async def _call(
         self, run: Run, inflight: InFlight, sender: Sender, call: Call, messages: Sequence[Message]
