@@ -396,7 +396,7 @@ class Waterfall:
         if failure := answer.ended():
             yield failure
             return
-        calls: Sequence[Json] = answer.fold.whole()["choices"][0]["message"].get("tool_calls") or ()
+        calls: Sequence[Json] = answers.tool_calls(answer.fold.whole()["choices"][0]) if answer.fold.tool_calls else ()
         for index, call in enumerate(calls):
             choice = {"index": 0, "delta": {"tool_calls": [{"index": index, **call}]}, "finish_reason": None}
             yield StreamChunk(kind="tool_call", chunk={**answer.fold.frame, "choices": [choice]})
