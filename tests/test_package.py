@@ -60,6 +60,7 @@ def test_the_exported_names_are_these() -> None:
         "Usage",
         "UsageError",
         "check_all_providers",
+        "condense",
         "get_model_client",
     ]
     assert all(hasattr(client, name) for name in client.__all__)

@@ -29,6 +29,7 @@ from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usag
 
 if TYPE_CHECKING:
     from biollm.client.client import Client, Defaults, ModelRouter, Options, get_model_client
+    from biollm.inputs.condense import condense
     from biollm.routing.health import check_all_providers
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Usage",
     "UsageError",
     "check_all_providers",
+    "condense",
     "get_model_client",
 ]
 
@@ -61,6 +63,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import what is asked for: `biollm.client.remote` does without the configuration."""
     if name in __all__:
-        home = "biollm.routing.health" if name == "check_all_providers" else "biollm.client.client"
-        return getattr(import_module(home), name)
+        home = {"check_all_providers": "biollm.routing.health", "condense": "biollm.inputs.condense"}
+        return getattr(import_module(home.get(name, "biollm.client.client")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
