@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, get_args
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    Parsed = TypeVarWithDefault("Parsed", covariant=True, default=Any)
+else:
+    Parsed = TypeVar("Parsed", covariant=True)
 
 Kind = TypeVar("Kind")
 Json = dict[str, Any]
@@ -83,9 +90,21 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+class _Printed:
+    """What an f-string formats as its text, width and alignment included."""
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+
 @dataclass(frozen=True)
-class Completion:
+class Completion(_Printed, Generic[Parsed]):
     """An answer, which deployment gave it, and what was tried before.
+
+    It prints and formats as its text. For anything else that a string does (`in`, `len`, `+`, `.split()`), take
+    `completion.text`: an answer that only calls tools has an empty text, and must not be false, or equal to another.
+
+    `Completion[Diagnosis]` is the type of an answer to `response_model=Diagnosis`.
 
     Attributes:
         text: The answer; also `str(completion)`.
@@ -98,7 +117,7 @@ class Completion:
         latency_ms: Milliseconds of the whole call, failed attempts included.
         attempts: Every deployment that was tried or skipped, in order.
         degraded: True when the embedded model answered.
-        parsed: The object of `response_model`, or None.
+        parsed: The object of `response_model`; plain data where that is a JSON Schema, None without one.
         tool_calls: OpenAI-shaped tool calls.
         finish_reason: The provider's own.
         reasoning: What the model thought before its answer, where the provider sends that.
@@ -115,7 +134,7 @@ class Completion:
     latency_ms: float = 0.0
     attempts: tuple[Attempt, ...] = ()
     degraded: bool = False
-    parsed: Any = None
+    parsed: Parsed = None  # pyright: ignore[reportAssignmentType] # without a response_model
     tool_calls: tuple[dict[str, Any], ...] = ()
     finish_reason: str = ""
     reasoning: str = ""
@@ -126,8 +145,8 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class StreamChunk:
-    """A piece of a streamed answer; `str(chunk)` is its text, which only the kind "text" has.
+class StreamChunk(_Printed):
+    """A piece of a streamed answer; it prints and formats as its text, which only the kind "text" has.
 
     Attributes:
         kind: "text", "reasoning", "tool_call" (one whole call) or "usage" (the end: tokens, and the completion).
@@ -145,7 +164,7 @@ class StreamChunk:
 
 
 @dataclass(frozen=True)
-class StreamRestarted:
+class StreamRestarted(_Printed):
     """The stream broke and restarts on the next deployment: discard the text so far. `str()` is ""."""
 
     attempt: Attempt

@@ -6,26 +6,29 @@ Where a gateway runs, neither the configuration, LiteLLM nor pydantic is importe
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
-from biollm.client import options as options_of_calls
 from biollm.client import remote
-from biollm.client.options import Defaults, Options, Prompt, make_request
+from biollm.client.options import Defaults, Options, Prompt, TypedOptions, check, make_request
 from biollm.config.paths import wants_local_only
 from biollm.errors import CompletionError, UsageError
-from biollm.routing.normalize import text
+from biollm.routing.normalize import at_least, checked, text
 from biollm.types import DATA_POLICIES, Completion, DataPolicy, Piece
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from biollm.client.local import Local, LocalCall
     from biollm.config import Config, Limit
     from biollm.routing.candidates import Candidate
     from biollm.routing.deployments import Deployment
     from biollm.routing.request import Request
+
+Parsed = TypeVar("Parsed", bound="BaseModel")
 
 
 class Client:
@@ -53,8 +56,9 @@ class Client:
         **defaults: Unpack[Defaults],
     ) -> None:
         self._dir = Path(config_dir) if config_dir is not None else None
-        self._defaults: Options = {"provider": provider, "model": model, **defaults}
-        self._defaults = {**self._defaults, **options_of_calls.check(self._defaults)}  # pyright: ignore
+        self._defaults = check(
+            {"provider": provider, "model": model, **defaults}, Options.__optional_keys__ - {"messages"}
+        )
         self.reload()
 
     def reload(self) -> None:
@@ -78,8 +82,14 @@ class Client:
             self._local.check_names(self._defaults.get("provider"), self._defaults.get("model"))
         return self._local
 
-    def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Return an answer to `prompt`, a text or OpenAI-shaped messages.
+    @overload
+    def complete(
+        self, prompt: Prompt | None = None, *, response_model: type[Parsed], **options: Unpack[TypedOptions]
+    ) -> Completion[Parsed]: ...
+    @overload
+    def complete(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> Completion: ...
+    def complete(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> Completion:
+        """Return an answer to `prompt`, a text or OpenAI-shaped messages; `messages=` is another name for the latter.
 
         Raises:
             CompletionError: No deployment could answer; `attempts` lists the reasons. Its subclasses: AllLimitedError,
@@ -88,7 +98,13 @@ class Client:
         """
         return self._route(partial(self._request, prompt, options)).complete()
 
-    async def acomplete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+    @overload
+    async def acomplete(
+        self, prompt: Prompt | None = None, *, response_model: type[Parsed], **options: Unpack[TypedOptions]
+    ) -> Completion[Parsed]: ...
+    @overload
+    async def acomplete(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> Completion: ...
+    async def acomplete(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> Completion:
         """Like `complete`; cancelling it cancels the request."""
         return await self._route(partial(self._request, prompt, options)).acomplete()
 
@@ -106,7 +122,7 @@ class Client:
         """Like `fill_in_middle`."""
         return await self._route(partial(self._gap, prefix, suffix, options)).acomplete()
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> Iterator[Piece]:
         """Yield the answer as it comes; `str()` of a piece is its text. The last piece holds the Completion.
 
         Raises:
@@ -115,10 +131,29 @@ class Client:
         """
         return self._route(partial(self._streamable, prompt, options)).stream()
 
-    def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
+    def astream(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """Like `stream`, for `async for`."""
         return self._route(partial(self._streamable, prompt, options)).astream()
 
+    @overload
+    def complete_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        response_model: type[Parsed],
+        concurrency: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[TypedOptions],
+    ) -> list[Completion[Parsed] | CompletionError]: ...
+    @overload
+    def complete_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Completion | CompletionError]: ...
     def complete_many(
         self,
         prompts: Iterable[Prompt],
@@ -138,8 +173,27 @@ class Client:
         self._load()
         from biollm._runtime import background
 
-        return background().run(self._many(list(prompts), concurrency, progress, options))
+        return background().run(self._many(prompts, concurrency, progress, options))
 
+    @overload
+    async def acomplete_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        response_model: type[Parsed],
+        concurrency: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[TypedOptions],
+    ) -> list[Completion[Parsed] | CompletionError]: ...
+    @overload
+    async def acomplete_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Completion | CompletionError]: ...
     async def acomplete_many(
         self,
         prompts: Iterable[Prompt],
@@ -151,7 +205,7 @@ class Client:
         """Like `complete_many`."""
         from biollm._runtime import background
 
-        return await background().arun(self._many(list(prompts), concurrency, progress, options))
+        return await background().arun(self._many(prompts, concurrency, progress, options))
 
     def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Candidate]:
         """Return each deployment with its status and, if it would not be used, the reason.
@@ -160,7 +214,7 @@ class Client:
         BIOLLM_GATEWAY names another gateway.
         """
         local = self._load()
-        return local.explain(self._request(prompt, options))
+        return local.explain(self._request(prompt, options, may_be_empty=True))
 
     def used(self, deployment: Deployment) -> list[tuple[Limit, float, float | None]]:
         """Return each limit of the deployment's account, how much of it is used, and when it resets (epoch seconds)."""
@@ -201,13 +255,15 @@ class Client:
         """Return whether a gateway is asked, where the options of a call allow it."""
         return self._dir is None and (bool(remote.named()) or remote.nearby(self._identity) is not None)
 
-    def _request(self, prompt: Prompt, options: Options) -> Request:
+    def _request(self, prompt: Prompt | None, options: Options, *, may_be_empty: bool = False) -> Request:
+        if isinstance(prompt, str) and not prompt.strip() and not may_be_empty:
+            raise UsageError("The prompt is empty.")
         request = make_request(prompt, self._defaults, options, self.policy)
         if self._local:  # else the gateway checks them
             self._local.check_names(request.requirements.provider, request.requirements.model)
         return request
 
-    def _streamable(self, prompt: Prompt, options: Options) -> Request:
+    def _streamable(self, prompt: Prompt | None, options: Options) -> Request:
         request = self._request(prompt, options)
         if request.schema:
             raise UsageError("A stream has no response_model.", hint="Use complete() or acomplete().")
@@ -216,7 +272,7 @@ class Client:
         return request
 
     def _gap(self, prefix: str, suffix: str | None, options: Options) -> Request:
-        request = self._request(prefix + (suffix or ""), options)
+        request = self._request(prefix + (suffix or ""), options, may_be_empty=True)
         if request.schema or request.requirements.tools:
             raise UsageError("Filling in code takes no response_model and no tools.")
         requirements = replace(request.requirements, fim=suffix is not None, raw=suffix is None)
@@ -236,13 +292,16 @@ class Client:
 
     async def _many(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         concurrency: int,
         progress: Callable[[int, int], None] | None,
         options: Options,
     ) -> list[Completion | CompletionError]:
         from biollm.client.local import gather
 
+        if isinstance(prompts, str | bytes | Mapping):
+            raise UsageError("prompts must be a list of prompts, not a single one.", hint="Use complete() for one.")
+        checked({"concurrency": concurrency}, {"concurrency": at_least(1)})
         self._load()
         requests = [self._request(prompt, options) for prompt in prompts]
 

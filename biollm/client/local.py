@@ -19,7 +19,6 @@ from biollm.errors import (
     DeadlineError,
     InterruptedStreamError,
     RequestRejectedError,
-    UsageError,
 )
 from biollm.routing import candidates, load_balancing
 from biollm.routing.candidates import Candidate, DeploymentPool
@@ -183,8 +182,6 @@ async def gather(
     progress: Callable[[int, int], None] | None,
 ) -> list[Completion | CompletionError]:
     """Return the answer of each call, or its error, in order; see `Client.complete_many`."""
-    if concurrency < 1:
-        raise UsageError(f"concurrency is {concurrency}; it must be at least 1.")
     gate, done = asyncio.Semaphore(concurrency), 0
 
     async def one(call: Callable[[], Awaitable[Completion]]) -> Completion | CompletionError:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from biollm.config.paths import environment_tags, wanted_sender
 from biollm.errors import UsageError, nearest
 from biollm.routing.deployments import Requirements
-from biollm.routing.normalize import ANSWER_SIZES, Reader, texts
+from biollm.routing.normalize import ANSWER_SIZES, PARAMETERS, Reader, Rule, at_least, checked, is_number, texts
 from biollm.routing.request import Request
-from biollm.routing.structured import Message, ResponseSchema
+from biollm.routing.structured import ResponseSchema
 from biollm.types import DATA_POLICIES, DataPolicy
 
 if TYPE_CHECKING:
@@ -18,19 +19,76 @@ if TYPE_CHECKING:
 
     from biollm.slurm.submissions import Job
 
-Prompt = str | Sequence[Message]
+Prompt = str | Sequence[Mapping[str, Any]]
 # Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
 _CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256
 _PARAMETERS = ("temperature", "max_tokens", "tools", "tool_choice")
-_CHOICES = {
-    "data_policy": DATA_POLICIES,
-    "on_interrupt": ("raise", "restart", "splice"),
-    "sender": ("litellm", "direct"),
+
+
+def _one_of(*choices: str) -> Rule:
+    known = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+    return known, lambda given: given in choices
+
+
+def _or_none(names: str, needs: str, fits: Callable[[Any], bool]) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), (needs, lambda given: given is None or fits(given)))
+
+
+# What each option must be; `normalize` checks what is inside messages, tools and extra.
+_RULES: dict[str, Rule] = {
+    **_or_none("temperature", *PARAMETERS["temperature"]),
+    **_or_none("max_tokens", *PARAMETERS["max_tokens"]),
+    **_or_none(
+        "timeout deadline wait", "a finite number of seconds above 0", lambda given: is_number(given, math.ulp(0))
+    ),
+    **_or_none("patience", "a number of seconds, 0 or more", lambda given: is_number(given, 0)),
+    **_or_none("system provider model capability", "a string", lambda given: isinstance(given, str)),
+    **_or_none("on_send on_state", "a function", callable),
+    **_or_none(
+        "response_model",
+        "a pydantic class or a JSON Schema (a mapping)",
+        lambda given: isinstance(given, Mapping) or hasattr(given, "model_json_schema"),
+    ),
+    **dict.fromkeys(
+        ("fallback", "local_only", "allow_degraded", "start_local"),
+        ("True or False", lambda given: isinstance(given, bool)),
+    ),
+    **dict.fromkeys(("tags", "extra"), ("a mapping", lambda given: isinstance(given, Mapping))),
+    "max_retries": at_least(0),
+    "data_policy": _one_of(*DATA_POLICIES),
+    "on_interrupt": _one_of("raise", "restart", "splice"),
+    "sender": _one_of("litellm", "direct"),
 }
-_NUMBERS = ("timeout", "deadline", "wait", "patience", "max_retries")
 
 
-class Defaults(TypedDict, total=False):
+class _Common(TypedDict, total=False):
+    """Options of `get_model_client` and of every call but `response_model`; see `Defaults`."""
+
+    system: str | None
+    temperature: float | None
+    max_tokens: int | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    extra: Mapping[str, Any]
+    timeout: float | None
+    deadline: float | None
+    fallback: bool
+    max_retries: int
+    local_only: bool
+    data_policy: DataPolicy
+    capability: str | None
+    allow_degraded: bool
+    tags: Mapping[str, str]
+    on_interrupt: Literal["raise", "restart", "splice"]
+    on_send: Callable[[str], None] | None
+    start_local: bool
+    wait: float | None
+    on_state: Callable[[Job], None] | None
+    patience: float | None
+    sender: Literal["litellm", "direct"]
+
+
+class Defaults(_Common, total=False):
     """Options of `get_model_client` and of every call; a call's own take precedence.
 
     Attributes:
@@ -65,75 +123,52 @@ class Defaults(TypedDict, total=False):
             overrides it.
     """
 
-    system: str | None
-    temperature: float | None
-    max_tokens: int | None
-    tools: Sequence[Mapping[str, Any]] | None
-    tool_choice: str | Mapping[str, Any] | None
-    extra: Mapping[str, Any]
-    timeout: float | None
-    deadline: float | None
-    fallback: bool
-    max_retries: int
-    local_only: bool
-    data_policy: DataPolicy
     response_model: type[BaseModel] | Mapping[str, Any] | None
-    capability: str | None
-    allow_degraded: bool
-    tags: Mapping[str, str]
-    on_interrupt: Literal["raise", "restart", "splice"]
-    on_send: Callable[[str], None] | None
-    start_local: bool
-    wait: float | None
-    on_state: Callable[[Job], None] | None
-    patience: float | None
-    sender: Literal["litellm", "direct"]
 
 
-class Options(Defaults, total=False):
+class TypedOptions(_Common, total=False):
+    """The options of a call with `response_model=` a class: `Options` without it."""
+
+    provider: str | None
+    model: str | None
+    messages: Sequence[Mapping[str, Any]] | None
+
+
+class Options(TypedOptions, Defaults, total=False):
     """What `complete`, `acomplete`, `stream`, `astream` and `complete_many` take beside the prompt.
 
     Attributes:
         provider, model: Only these deployments may answer; they replace the client's own.
+        messages: OpenAI-shaped messages, instead of the prompt.
     """
 
-    provider: str | None
-    model: str | None
 
-
-def check(options: Options) -> dict[str, Any]:
-    """Return the options that are numbers, numpy's as Python's.
+def check(options: Options, known: Set[str] = Options.__optional_keys__) -> Options:
+    """Return the options, numpy's scalars as Python's.
 
     Raises:
         UsageError: An option does not exist, or its value does not fit.
     """
-    given: Mapping[str, Any] = {**options}
-    for name in given.keys() - Options.__optional_keys__:
-        hint = nearest(name, Options.__optional_keys__) or "Pass further arguments of the API as extra={...}."
+    for name in options.keys() - known:
+        hint = nearest(name, known) or "Pass further arguments of the API as extra={...}."
         raise UsageError(f"There is no option {name!r}.", hint=hint)
-    for name, choices in _CHOICES.items():
-        if (value := given.get(name, choices[0])) not in choices:
-            known = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
-            raise UsageError(f"{name} is {value!r}; it must be {known}.")
-    numbers = {name: Reader().value(given[name], name) for name in _NUMBERS if name in given}
-    for name, number in numbers.items():
-        if isinstance(number, str | list | dict | bool):
-            raise UsageError(f"{name} is {given[name]!r}; it must be a number.")
-        if number is not None and (number < 0 or (number == 0 and name in ("timeout", "deadline", "wait"))):
-            least = "0 or more" if name in ("patience", "max_retries") else "more than 0 seconds"
-            raise UsageError(f"{name} is {number:g}; it must be {least}.")
-    return numbers
+    return cast("Options", {**options, **checked(options, _RULES)})
 
 
 def make_request(
-    prompt: Prompt, defaults: Options, options: Options, policy: Callable[[Options], DataPolicy]
+    prompt: Prompt | None, defaults: Options, options: Options, policy: Callable[[Options], DataPolicy]
 ) -> Request:
     """Return the request of a call; `policy` returns the data policy of its options.
 
     Raises:
         UsageError: An option or a part of the prompt cannot be sent.
     """
-    chosen: Options = {**defaults, **options, **check(options)}  # pyright: ignore[reportAssignmentType] # numbers
+    options = check(options)
+    if (given := options.get("messages")) is not None:
+        if prompt is not None:
+            raise UsageError("A prompt and messages are given.", hint="Pass one of them.")
+        prompt = given
+    chosen: Options = {**defaults, **options}
     # Naming only a provider drops the client's own model too.
     named = options if options.get("provider") or options.get("model") else defaults
     read = Reader()

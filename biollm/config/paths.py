@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from biollm._files import is_shared
 from biollm.errors import UsageError
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from biollm.config.schema import Cluster, Model
 
 _PACKAGE = Path(__file__).parents[1]
-FALSE = ("false", "no", "off", "0")  # as people write it in files and in the environment
+# as people write it in files and in the environment
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def data_dir(name: str) -> Path:
@@ -56,25 +58,56 @@ _path = cache(Path)  # making one takes longer than most of what a request needs
 
 
 def wants_local_only() -> bool:
-    """Return whether BIOLLM_LOCAL_ONLY is set."""
-    return os.environ.get("BIOLLM_LOCAL_ONLY", "").lower() not in ("", *FALSE)
+    """Return whether BIOLLM_LOCAL_ONLY is set.
+
+    Raises:
+        UsageError: It is neither yes nor no.
+    """
+    return _variable("BIOLLM_LOCAL_ONLY", (*TRUE, *FALSE), "1 or 0") in TRUE
 
 
 def wanted_sender() -> Literal["litellm", "direct"] | None:
-    """Return the sender that BIOLLM_SENDER names, or None."""
-    name = os.environ.get("BIOLLM_SENDER", "").lower()
-    return name if name in ("litellm", "direct") else None
+    """Return the sender that BIOLLM_SENDER names, or None.
+
+    Raises:
+        UsageError: There is no such sender.
+    """
+    name = _variable("BIOLLM_SENDER", ("litellm", "direct"), "litellm or direct")
+    return cast("Literal['litellm', 'direct']", name) if name else None
+
+
+def _variable(name: str, choices: Container[str], needs: str) -> str:
+    """Return the value of a variable in small letters, "" where it is not set."""
+    value = os.environ.get(name, "")
+    if value and value.lower() not in choices:
+        raise UsageError(f"{name} is {value!r}; it must be {needs}.")
+    return value.lower()
 
 
 def environment_tags() -> dict[str, str]:
-    """Return the tags in BIOLLM_TAGS."""
-    return tags_of(os.environ.get("BIOLLM_TAGS", ""))
+    """Return the tags in BIOLLM_TAGS.
+
+    Raises:
+        UsageError: One is not key=value.
+    """
+    return tags_of(os.environ.get("BIOLLM_TAGS", ""), "BIOLLM_TAGS")
 
 
-def tags_of(written: str) -> dict[str, str]:
-    """Return the tags of "agent=ErrorDiagnosis,user=ann"."""
-    pairs = (part.partition("=") for part in written.split(",") if "=" in part)
-    return {key.strip(): value.strip() for key, _, value in pairs}
+def tags_of(written: str, name: str) -> dict[str, str]:
+    """Return the tags of "agent=ErrorDiagnosis,user=ann", which `name` holds.
+
+    Raises:
+        UsageError: One is not key=value.
+    """
+    tags: dict[str, str] = {}
+    for part in filter(None, map(str.strip, written.split(","))):
+        key, equals, value = (each.strip() for each in part.partition("="))
+        if not (key and equals):
+            raise UsageError(
+                f"{name} has {part!r}, which is not key=value.", hint="Write agent=ErrorDiagnosis,user=ann."
+            )
+        tags[key] = value
+    return tags
 
 
 def run_dir(cluster: Cluster) -> Path:

@@ -115,7 +115,7 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
         options["response_model"] = schema
     policies = (("biollm.data_policy", ours.get("data_policy")), ("x-biollm-policy", headers.get("x-biollm-policy")))
     options["data_policy"] = max((_one_of(DATA_POLICIES, *each) for each in policies), key=DATA_POLICIES.index)
-    by_header = tags_of(headers.get("x-biollm-tags", ""))
+    by_header = tags_of(headers.get("x-biollm-tags", ""), "x-biollm-tags")
     options["tags"] = {**body.get("metadata", {}), **by_header, **ours.get("tags", {}), **tags}
     if (patience := headers.get("x-biollm-patience")) is not None:
         options["patience"] = patience

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from pathlib import PurePath
+from reprlib import repr as brief
 from typing import Any, cast
 
-from biollm.errors import UsageError
+from biollm.errors import UsageError, nearest
 
 Message = dict[str, Any]
+Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, and whether one is
 ANSWER_SIZES = {"max_tokens", "max_completion_tokens"}  # OpenAI's two names for the same limit
 _MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files", "video_url": "videos"}
 _MEDIUM = 3000  # bytes that an image or another medium counts as: about 1,000 tokens
 _URL = re.compile(r"https?://\S|gs://\S|data:[\w.+-]+/[\w.+-]+(;[\w.+=-]+)*;base64,\S", re.IGNORECASE)
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # a chat template may have others
 _SEPARATE = {"messages", "model", "prompt", "stream"}  # set by the call itself
 
 
@@ -36,6 +40,39 @@ def text(given: str) -> str:
 def texts(given: Mapping[Any, Any]) -> dict[str, str]:
     """Return keys and values as strings without lone surrogates."""
     return {text(str(key)): text(str(value)) for key, value in given.items()}
+
+
+def is_number(given: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Return whether a value is a finite number in a range that includes its ends."""
+    return (
+        isinstance(given, int | float) and not isinstance(given, bool) and least <= given <= most and given < math.inf
+    )
+
+
+def at_least(least: int) -> Rule:
+    """Return the rule of a whole number."""
+    return f"a whole number of at least {least}", lambda given: is_number(given, least) and given == int(given)
+
+
+PARAMETERS: dict[str, Rule] = {
+    "temperature": ("a number from 0 to 2", lambda given: is_number(given, 0, 2)),
+    **dict.fromkeys(sorted(ANSWER_SIZES), at_least(1)),
+}
+
+
+def checked(given: Mapping[str, Any], rules: Mapping[str, Rule], prefix: str = "") -> dict[str, Any]:
+    """Return the values that have a rule, numpy's scalars as Python's.
+
+    Raises:
+        UsageError: One breaks its rule.
+    """
+    found: dict[str, Any] = {}
+    for name, (needs, fits) in rules.items():
+        if name in given:
+            found[name] = value = _scalar(given[name])
+            if not fits(value):
+                raise UsageError(f"{prefix}{name} is {brief(value)}; it must be {needs}.")
+    return found
 
 
 class Reader:
@@ -70,7 +107,8 @@ class Reader:
         """
         given: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
-            raise UsageError(f"The prompt is {_kind(prompt)}; it must be a string or a list of messages.")
+            message = f"The prompt is {_kind(prompt)}; it must be a string or a list of messages."
+            raise UsageError(message, hint=_how_to_read(prompt))
         if system is not None and not isinstance(system, str):
             raise UsageError(f"system is {_kind(system)}; it must be a string.")
         found = [self._message(each, f"messages[{at}]") for at, each in enumerate(cast("Iterable[Any]", given))]
@@ -87,12 +125,8 @@ class Reader:
         found = {text(name): self.value(value, prefix + name) for name, value in given.items() if value is not None}
         for name in sorted(_SEPARATE & found.keys()):
             raise UsageError(f"{prefix}{name} cannot be set here: the call itself sets it.")
-        for name in ANSWER_SIZES & found.keys():
-            if not isinstance(tokens := found[name], int | float) or tokens < 1 or tokens != int(tokens):
-                raise UsageError(f"{prefix}{name} is {tokens!r}; it must be a whole number of at least 1.")
-            found[name] = int(tokens)
-        if isinstance(found.get("temperature", 0), str | list | dict | bool):
-            raise UsageError(f"{prefix}temperature is {_kind(given['temperature'])}; it must be a number.")
+        checked(found, PARAMETERS, prefix)
+        found |= {name: int(found[name]) for name in ANSWER_SIZES & found.keys()}
         tools: Any = found.get("tools", [])
         if not isinstance(tools, list):
             raise UsageError(f"{prefix}tools is {_kind(given['tools'])}; it must be a list.")
@@ -111,6 +145,8 @@ class Reader:
         if not (isinstance(role := message.get("role"), str) and role):
             problem = "has no role" if role in (None, "") else f"has a role that is {_kind(role)}"
             raise UsageError(f'{path} {problem}; it must be a string such as "user".')
+        if role not in _ROLES and (hint := nearest(role.lower(), _ROLES, repr)):
+            raise UsageError(f"{path}.role is {brief(role)}.", hint=hint)
         content: Any = message.pop("content", None)
         made: Message = {"role": role, **({"content": None} if "content" in given else {})}
         made |= self.value(message, path)
@@ -121,7 +157,8 @@ class Reader:
             made["content"] = self._value(content, path)
             self.letters += len(content)
         elif content is not None:
-            raise UsageError(f"{path}.content is {_kind(content)}; it must be a string or a list of parts.")
+            message = f"{path}.content is {_kind(content)}; it must be a string or a list of parts."
+            raise UsageError(message, hint=_how_to_read(content))
         return made
 
     def _part(self, given: Any, path: str) -> Any:
@@ -189,6 +226,20 @@ class Reader:
 def _dumped(given: Any) -> Any:
     """Return the fields of a pydantic object, such as a response's message; anything else as it is."""
     return given.model_dump() if hasattr(given, "model_dump") and not isinstance(given, type) else given
+
+
+def _scalar(given: Any) -> Any:
+    """Return a scalar of numpy's as one of Python's; anything else as it is."""
+    found: object = None
+    with suppress(UsageError):
+        found = Reader().value(given, "")
+    return found if isinstance(found, int | float) else given
+
+
+def _how_to_read(given: object) -> str | None:
+    if isinstance(given, PurePath):
+        return "Pass its text, path.read_text(), or the file beside a question: attachments=[path]."
+    return "Pass text: data.decode()." if isinstance(given, bytes) else None
 
 
 def _kind(given: object) -> str:

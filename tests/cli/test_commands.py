@@ -309,7 +309,7 @@ USAGE = [
     (["complete", "why?", "-f", "missing.log"], "missing.log: No such file or directory."),
     (["complete", "why?", "-f", "/"], "/: Is a directory."),
     (["complete", "why?", "--tag", "agent"], "--tag 'agent' is not key=value."),
-    (["complete", "why?", "--timeout", "-1"], "timeout is -1; it must be more than 0 seconds."),
+    (["complete", "why?", "--timeout", "-1"], "timeout is -1; it must be a finite number of seconds above 0."),
     (["complete", "why?", "--deadline", "soon"], "--deadline"),
     (["complete", "why?", "--temperature", "9"], "--temperature"),
     (["complete", "why?", "--schema", "/dev/null"], "/dev/null is not JSON"),

@@ -280,7 +280,7 @@ def test_many_prompts_and_gaps_in_code_go_through_it(
     gateway()
     monkeypatch.setenv("FIRST_KEY", "")  # who answers here is the gateway
     client = get_model_client()
-    assert [str(answer) for answer in client.complete_many("abc", concurrency=2)] == ["fine"] * 3
+    assert [str(answer) for answer in client.complete_many(list("abc"), concurrency=2)] == ["fine"] * 3
     answer = client.fill_in_middle("def f(a):", "\nf(1)")
     assert (str(answer), answer.deployment) == ("return a", "mine/coder")
     assert server.requests[-1].body["prompt"] == "<P>def f(a):<S>\nf(1)<M>"

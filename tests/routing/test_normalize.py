@@ -110,6 +110,7 @@ CYCLE.append(CYCLE)
         (["hi"], "messages[0] is a str; it must be an object with a role and content."),
         ([{"content": "hi"}], 'messages[0] has no role; it must be a string such as "user".'),
         ([*user("hi"), {"role": 3}], 'messages[1] has a role that is an int; it must be a string such as "user".'),
+        ([*user("hi"), {"role": "usr"}], "messages[1].role is 'usr'."),
         (user(b"hi"), "messages[0].content is a bytes; it must be a string or a list of parts."),
         (user(7), "messages[0].content is an int; it must be a string or a list of parts."),
         (user(object()), "messages[0].content is an object; it must be a string or a list of parts."),
@@ -136,7 +137,7 @@ def test_a_message_that_cannot_be_sent_is_named_by_its_path(prompt: Any, told: s
     [
         ({"temperature": float("nan")}, "extra.temperature is nan, which is not a JSON number."),
         ({"temperature": np.float32("inf")}, "extra.temperature is inf, which is not a JSON number."),
-        ({"temperature": "hot"}, "extra.temperature is a str; it must be a number."),
+        ({"temperature": "hot"}, "extra.temperature is 'hot'; it must be a number from 0 to 2."),
         ({"seed": 10**400}, "extra.seed is too large, which is not a JSON number."),
         ({"max_tokens": 0}, "extra.max_tokens is 0; it must be a whole number of at least 1."),
         ({"max_completion_tokens": 1.5}, "extra.max_completion_tokens is 1.5; it must be a whole number of at least 1."),
