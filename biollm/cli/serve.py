@@ -59,6 +59,7 @@ def status(as_json: Json = False) -> None:
     same = mine == identity()
     started = output.moment(told.get("started"))
     facts = {"pid": told["pid"], "started": started, "socket": told["socket"], "url": told.get("url")}
+    facts["keys"] = told.get("keys")
     if as_json:
         output.as_json({"running": True, **facts, "same_configuration": same, **mine})
         return

@@ -45,6 +45,7 @@ from biollm.types import DATA_POLICIES
 
 MAX_BODY = 32 << 20  # bytes
 _log = logging.getLogger("biollm")
+_WHERE = "`biollm serve status` shows where it has its keys."
 _PAGES = ("/", "/events", "/metrics")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:]+))(?::[0-9]+)?")
 
@@ -163,7 +164,7 @@ class Admission:
         key = self._key(given) if scheme == "bearer" or (page and scheme == "basic") else None
         if key is None:
             challenge = 'Basic realm="biollm: any user name, the gateway key as password"' if page else "Bearer"
-            message = "A key of this gateway is needed."
+            message = f"{'This is not a key' if given else 'Send a key'} of this gateway. {_WHERE}"
             return _refusal(path, 401, message, "invalid_api_key", {"www-authenticate": challenge})
         if key.expires < time.time():
             message = f"This key has expired. Start the agent again: biollm run {key.tags['agent']}."

@@ -58,9 +58,11 @@ def request(body: Json) -> Json:
         talk.system(text)
     for at, message in enumerate(objects(body.get("messages"), "messages")):
         _add(talk, message, f"messages[{at}]")
+    if not (conversation := talk.done()):
+        raise UsageError("There are no messages.", hint="Send one at least, as messages.")
     chat: Json = {
         **kept(body, "model", "max_tokens", "temperature", "top_p", "stream", "biollm"),
-        "messages": talk.done(),
+        "messages": conversation,
     }
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True}

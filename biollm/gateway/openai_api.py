@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import Enum
 from random import getrandbits
 from typing import TYPE_CHECKING, Any, cast
@@ -66,6 +67,10 @@ _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (errors.InterruptedStreamError, 503, "server_error", "stream_interrupted"),
     (errors.BiollmError, 503, "server_error", "no_answer"),
 )
+_TYPES: dict[type | tuple[type, ...], str] = {
+    bool: "true or false", dict: "an object", int: "a whole number", list: "a list", str: "a string", _NUMBER: "a number",
+    _TEXTS: "a string or a list", (str, dict): "a string or an object",
+}  # fmt: skip
 _RETRIED = (429, 503, 504)  # of these, another try may help
 
 
@@ -102,9 +107,11 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
     """Return what the body of a chat completion, or else of a completion, asks for.
 
     Raises:
-        UsageError: A field has the wrong type, or is not supported.
+        UsageError: A field has the wrong type, is misspelt, or is not supported.
     """
     body = _checked(given, _BODY, "")
+    for name in body.keys() - _BODY.keys() - {"models"}:  # OpenRouter's
+        _check_spelling(name)
     ours = _checked(body.get("biollm", {}), _EXTENSION, "biollm.", closed=True)
     stream, prompt, schema = body.get("stream", False), _prompt(body, chat=chat), _schema(body)
     options: Json = {**address(config, body.get("model", GROUP)), **ours, "extra": _extra(body, schema)}
@@ -281,11 +288,33 @@ def parsed(given: bytes) -> Json:
     """
     try:
         found = json.loads(given)
-    except (ValueError, RecursionError):
-        raise errors.UsageError("The body is not JSON.") from None
+    except (ValueError, RecursionError) as error:
+        raise errors.UsageError(f"The body is not JSON. {_syntax(error, given)}") from None
     if not isinstance(found, dict):
         raise errors.UsageError("The body must be a JSON object.")
     return cast("Json", found)
+
+
+def _syntax(error: Exception, given: bytes) -> str:
+    """Return what is wrong with a body; a parser's message may quote none of it."""
+    if not given.strip():
+        return "It is empty."
+    if isinstance(error, json.JSONDecodeError):
+        return f"Line {error.lineno}, column {error.colno}: {error.msg}."
+    return "It is not UTF-8." if isinstance(error, UnicodeError) else "It is nested too deeply."
+
+
+def _check_spelling(name: str) -> None:
+    """Refuse a field that is all but one of OpenAI's; others are extensions, such as vLLM's min_tokens."""
+    if near := get_close_matches(_squashed(name), _SQUASHED, n=1, cutoff=0.88):
+        raise errors.UsageError(f"There is no field {name!r}.", hint=f"Did you mean {_SQUASHED[near[0]]}?")
+
+
+def _squashed(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+_SQUASHED = {_squashed(name): name for name in _BODY}
 
 
 def _checked(given: Json, types: Types, prefix: str, *, closed: bool = False) -> Json:
@@ -294,9 +323,11 @@ def _checked(given: Json, types: Types, prefix: str, *, closed: bool = False) ->
     for name, value in found.items():
         kind = types.get(name, object)
         if closed and name not in types:
-            raise errors.UsageError(f"There is no option {prefix}{name}.", hint=f"Known: {', '.join(types)}.")
+            hint = errors.nearest(name, types) or f"Known: {', '.join(types)}."
+            raise errors.UsageError(f"There is no option {prefix}{name}.", hint=hint)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
-            raise errors.UsageError(f"{prefix}{name} has the wrong type: {type(value).__name__}.")
+            needs = f"it must be {_TYPES[kind]}"
+            raise errors.UsageError(f"{prefix}{name} has the wrong type: {type(value).__name__}; {needs}.")
     return found
 
 

@@ -66,7 +66,10 @@ def request(body: Json) -> Json:
     items = [{"role": "user", "content": given}] if isinstance(given, str) else objects(given, "input")
     for at, item in enumerate(items):
         _add(talk, item, f"input[{at}]")
-    chat: Json = {**kept(body, *_COPIED), "messages": talk.done()}
+    if not (messages := talk.done()):
+        hint = "Send a text, or a list of items with one message at least, as input."
+        raise UsageError("There are no messages: input is missing or empty.", hint=hint)
+    chat: Json = {**kept(body, *_COPIED), "messages": messages}
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True}
     if most := body.get("max_output_tokens"):

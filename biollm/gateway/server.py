@@ -99,7 +99,7 @@ def serve(
     os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
     mine, busy, end = identity(), _Busy(workers), threading.Event()
     with Client(sender="direct") as client, _alone(home()) as folder:
-        app, path, url = make_app(client, touched=busy.touched), folder / SOCKET, None
+        app, path, url, where = make_app(client, touched=busy.touched), folder / SOCKET, None, None
         listening, notes = [(_server(app), _unix(path))], [f"listening on {path} (pid {os.getpid()})"]
         if port is not None:
             server, listener, url, where = _with_keys(app, host, port)
@@ -117,7 +117,7 @@ def serve(
             _drain(servers, running, busy)
             ledger().close()
             os._exit(0)  # the files in the folder are the parent's
-        facts = {"pid": os.getpid(), "started": time.time(), "identity": mine, "url": url}
+        facts = {"pid": os.getpid(), "started": time.time(), "identity": mine, "url": url, "keys": where}
         write_private(folder / RECORD, json.dumps({**facts, "lacks": _lacks(client.config)}))
         for line in notes:
             say(line)

@@ -71,7 +71,8 @@ def checked(given: Mapping[str, Any], rules: Mapping[str, Rule], prefix: str = "
         if name in given:
             found[name] = value = _scalar(given[name])
             if not fits(value):
-                raise UsageError(f"{prefix}{name} is {brief(value)}; it must be {needs}.")
+                shown = f"{value:g}" if isinstance(value, float) else brief(value)
+                raise UsageError(f"{prefix}{name} is {shown}; it must be {needs}.")
     return found
 
 

@@ -160,12 +160,22 @@ def test_who_gets_no_answer_gets_openais_error(net: Loopback, serve: Any, case: 
 @pytest.mark.parametrize(
     ("path", "body", "status", "told"),
     [
-        (CHAT, "{", 400, "not JSON"),
+        (CHAT, '{"a": 1,\n oops}', 400, "The body is not JSON. Line 2, column 2: Expecting property name"),
+        (CHAT, "", 400, "The body is not JSON. It is empty."),
         (CHAT, [], 400, "must be a JSON object"),
         (CHAT, {"model": "biollm"}, 400, "no messages"),
         (CHAT, {**HI, "messages": []}, 400, "at least one"),
         (CHAT, {**HI, "model": "smal"}, 404, "Did you mean 'small'?"),
-        (CHAT, {**HI, "max_tokens": "many"}, 400, "max_tokens has the wrong type: str"),
+        (CHAT, {**HI, "max_tokens": "many"}, 400, "max_tokens has the wrong type: str; it must be a whole number."),
+        (CHAT, {**HI, "maxtokens": 5}, 400, "There is no field 'maxtokens'.\nDid you mean max_tokens?"),
+        (CHAT, {**HI, "tempreature": 0}, 400, "Did you mean temperature?"),
+        (CHAT, {**HI, "temperature": 99}, 400, "temperature is 99; it must be a number from 0 to 2."),
+        (
+            CHAT,
+            {"messages": [{"role": "usr", "content": "hi"}]},
+            400,
+            "messages[0].role is 'usr'.\nDid you mean 'user'?",
+        ),
         (CHAT, {**HI, "stream": True, "n": 2}, 400, "n must be 1"),
         (CHAT, {**HI, "response_format": {"type": "json_schema"}}, 400, "must be a JSON Schema"),
         (CHAT, {**HI, "response_format": {**WANTED, "json_schema": {"schema": {"type": 1}}}}, 400, "is no JSON Schema"),
@@ -224,6 +234,31 @@ def test_lone_surrogates_are_replaced_and_the_request_is_answered(net: Loopback,
     body = {**HI, "messages": [{"role": "user", "content": "bad \udcff"}], "metadata": {"agent": "bad \udcff"}}
     assert serve(first=server).post(CHAT, content=json.dumps(body)).status_code == 200
     assert server.requests[0].body["messages"][0]["content"] == "bad \ufffd"
+
+
+EXTENSIONS = """
+    add_generation_prompt allowed_token_ids audio bad_words best_of cache_control cache_prompt chat_template_kwargs
+    continue_final_message documents enable_thinking grammar guided_choice guided_json guided_regex ignore_eos include
+    include_reasoning instructions keep_alive length_penalty max_new_tokens max_output_tokens max_prompt_tokens
+    max_reasoning_tokens min_p min_tokens mirostat models n_predict n_probs num_ctx options parallel_tools plugins priority
+    prompt_cache_key prompt_cache_retention prompt_logprobs prompt_mode provider random_seed reasoning reasoning_format
+    repetition_penalty request_id return_token_ids route safe_prompt safety_identifier search_parameters
+    skip_special_tokens stop_sequences stop_token_ids structured_outputs system tfs_z think thinking thinking_budget
+    tool_stream top_a top_k transforms truncate_prompt_tokens typical_p usage use_beam_search user_id vllm_xargs
+    web_search_options
+"""
+
+
+def test_fields_that_only_some_servers_know_are_passed_on(net: Loopback, serve: Any) -> None:
+    server, more = net.serve(), dict.fromkeys(EXTENSIONS.split(), 1)
+    assert serve(first=server).post(CHAT, json={**HI, **more}).status_code == 200
+    assert server.requests[0].body.items() >= more.items()
+
+
+def test_tags_that_are_none_are_named(net: Loopback, serve: Any) -> None:
+    answer = serve(first=net.serve()).post(CHAT, json=HI, headers={"x-biollm-tags": "agent"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("x-biollm-tags has 'agent', which is not key=value.")
 
 
 @pytest.mark.parametrize("name", ["x-biollm-policy", "x-biollm-on-interrupt"])

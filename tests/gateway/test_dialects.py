@@ -236,11 +236,12 @@ def test_thinking_and_signatures_go_back_to_their_model(net: Loopback, serve: An
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        ("{", 400, "The body is not JSON."),
+        ("{", 400, "The body is not JSON. Line 1, column 2: Expecting property name"),
         ({"messages": HI, "input": HI, "model": "smal"}, 404, "Did you mean 'small'?"),
         ({"messages": [{"role": "tool"}], "input": [{"role": "tool"}]}, 400, ".role is 'tool'; it must be"),
         ({"messages": HI, "input": HI, "temperature": "warm"}, 400, "temperature has the wrong type"),
-        ({"messages": [], "input": []}, 400, "There are no messages."),
+        ({"messages": [], "input": []}, 400, "There are no messages"),
+        ({}, 400, "There are no messages"),
     ],
 )
 def test_a_bad_request_is_refused_in_the_dialect(

@@ -167,6 +167,7 @@ def test_tools_may_come_in_the_input() -> None:
     [
         ({"input": "x", "previous_response_id": "r"}, "previous_response_id is not supported: this gateway stores no responses."),
         ({"input": "x", "background": True}, "background is not supported"),
+        ({}, "There are no messages: input is missing or empty."),
         ({"input": 7}, "input must be a list of objects."),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0] is of type 'item_reference', which this gateway does not know."),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role is 'tool'; it must be user, assistant, system or developer."),
