@@ -81,6 +81,13 @@ def find(provider: Provider, account: Account, state: Path, *, exchange: bool = 
     return Credential()
 
 
+def origin(account: Account) -> str:
+    """Return what holds the account's key: a variable's name, or a file; "" where it has none."""
+    if account.env_key and (not account.key_file or os.environ.get(account.env_key, "").strip()):
+        return account.env_key
+    return str(account.key_file or "")
+
+
 def loops(config: Config, state: Path) -> list[Problem]:
     """Return the providers whose variable holds a key of biollm's own gateway."""
     return [

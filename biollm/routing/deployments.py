@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from biollm._ownership import is_local
 from biollm.types import DataPolicy
@@ -70,6 +71,11 @@ class Deployment:
     def embedded(self) -> bool:
         """Return whether the model runs in this process."""
         return self.provider.type == "embedded"
+
+    @property
+    def host(self) -> str:
+        """Return the host's name; "" where only LiteLLM knows it."""
+        return urlsplit(self.base_url or "").hostname or ""
 
     @property
     def endpoint(self) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from biollm._runtime import apart, background, ledger, watch
 from biollm.config import Config, load_config
 from biollm.config.paths import state_dir
-from biollm.providers.credentials import Credential, hide
+from biollm.providers.credentials import Credential, hide, origin
 from biollm.routing import host_check
 from biollm.routing.candidates import DeploymentPool
 from biollm.routing.deployments import Deployment, Requirements
@@ -121,12 +121,14 @@ async def _check(pool: DeploymentPool, group: list[Deployment], client: httpx.As
     except TimeoutError:
         return replace(unavailable, error=f"no answer within {timeout:g} s")
     except httpx.HTTPStatusError as error:
-        return replace(unavailable, error=f"HTTP {error.response.status_code}")
+        status = error.response.status_code
+        key = f" (key: {origin(first.account)})" if status in (401, 403) and origin(first.account) else ""
+        return replace(unavailable, error=f"HTTP {status}{key}")
     except (ValueError, TypeError, AttributeError):
         return replace(unavailable, error="the answer is not a JSON list of models")
     except httpx.HTTPError as error:
         text = hide(str(error), [known.secret] if known else [])
-        return replace(unavailable, error=f"{type(error).__name__}: {text}".strip(": "))
+        return replace(unavailable, error=f"{type(error).__name__} ({first.host}): {text}".strip(": "))
     ms = (time.perf_counter() - started) * 1000
     pool.ledger.recover(key for key in pool.claims[first.id].cooling if key.startswith(("endpoint:", "key:")))
     missing = {deployment.litellm_model.split("/", 1)[1] for deployment in group} - listed if listed else ()

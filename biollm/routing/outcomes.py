@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from biollm.ledger import Record
-from biollm.providers.credentials import Credential, hide
+from biollm.providers.credentials import Credential, hide, origin
 from biollm.routing import host_check, pricing
 from biollm.routing.answers import Answer, content, tool_calls
 from biollm.routing.candidates import DeploymentPool, cooling_keys, note_refusal
@@ -29,7 +29,7 @@ class Outcomes:
 
     def fail(self, run: Run, inflight: InFlight, failure: Failure) -> Attempt:
         """Put on cooldown what the failure concerns, decide what is tried next, and record the attempt."""
-        deployment, reason, until = inflight.deployment, self.redact(failure.reason), 0.0
+        deployment, reason, until = inflight.deployment, self._reason(inflight.deployment, failure), 0.0
         if failure.status is None:
             host_check.trust().forget(deployment)
         if not failure.sent and inflight.reservation is not None:
@@ -113,7 +113,7 @@ class Outcomes:
         cooled = [keys.get(scope, keys["deployment"])]
         if scope == "deployment" and widens and self._fails_alike(deployment, widens, failure):
             cooled.append(keys[widens])
-        reason = self.redact(failure.reason)
+        reason = self._reason(deployment, failure)
         for key in cooled:
             ledger.cool(key, failure.wait, reason, kind=failure.kind, ladder=failure.rule.ladder)
         blocked = ledger.blocked()
@@ -217,6 +217,12 @@ class Outcomes:
     def _usd(self, inflight: InFlight, usage: Usage) -> float | None:
         price = pricing.price(inflight.deployment, self._pool.config)
         return price and price.usd(usage, inflight.answer.service_tier if inflight.answer else None)
+
+    def _reason(self, deployment: Deployment, failure: Failure) -> str:
+        """Return why it failed, with where the key is that was refused, or the host that was not reached."""
+        found = {"key": origin(deployment.account), "unreachable": deployment.host}.get(failure.kind)
+        what = "key: " if failure.kind == "key" else ""
+        return self.redact(failure.reason) + (f" ({what}{found})" if found else "")
 
     def redact(self, text: str) -> str:
         """Return `text` without any key that this process knows, as the ledger can store it."""

@@ -45,7 +45,7 @@ def test_whatever_hangs_all_are_told_within_the_timeout(net: Loopback, waterfall
     assert [name for name, each in found.items() if each.available] == ["fine"]
     assert found["hangs"].error == "no answer within 1 s"
     assert "Timeout" in found["drops"].error or found["drops"].error == "no answer within 1 s"
-    assert (found["refuses"].error, found["breaks"].error) == ("HTTP 401", "HTTP 500")
+    assert (found["refuses"].error, found["breaks"].error) == ("HTTP 401 (key: REFUSES_KEY)", "HTTP 500")
     assert "not a JSON list" in found["portal"].error
     assert "not a JSON list" in found["other"].error
     assert found["keyless"].error == "no key: set NOT_SET"
