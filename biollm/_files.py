@@ -11,6 +11,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from biollm.errors import UsageError
+
 
 def is_shared(folder: Path) -> bool:
     """Return whether a group shares the folder: it can write there, and new files are the group's (setgid)."""
@@ -43,9 +45,14 @@ def write_private(path: Path, text: str) -> None:
 
 
 def write_for_user(path: Path, text: str) -> None:
-    """Replace a user's file atomically, keeping its mode and links to it; write to what is no file (/dev/stdout)."""
+    """Replace a user's file atomically, keeping its mode and links to it; write to what is no file (/dev/stdout).
+
+    Raises:
+        UsageError: Its folder does not exist.
+    """
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}.")
     if path.exists() and not path.is_file():
         path.write_text(text)
     else:

@@ -19,11 +19,12 @@ def login(
     from biollm.config.paths import state_dir
     from biollm.providers import copilot
 
+    accounts = load_config().provider(provider).accounts
     if provider != "github_copilot":
-        raise UsageError(
-            f"{provider} needs no login.", hint="Only github_copilot does; other providers take a key (env_key)."
-        )
-    names = [each.name for each in load_config().provider(provider).accounts]
+        keys = " or ".join(each.env_key for each in accounts if each.env_key)
+        hint = f"It takes a key: set {keys}." if keys else "Only github_copilot does."
+        raise UsageError(f"{provider} needs no login.", hint=hint)
+    names = [each.name for each in accounts]
     chosen = account or (names[0] if len(names) == 1 else "")
     if not chosen:
         raise UsageError(f"{provider} has several accounts.", hint=f"Add --account: {', '.join(names)}.")

@@ -54,6 +54,16 @@ def check(config: Config) -> list[Check]:
 
 def _state(config: Config) -> _Result:
     folder = state_dir()
+    present = next(path for path in (folder, *folder.parents) if path.exists())
+    if not folder.is_absolute():
+        return (
+            False,
+            f"{folder} is a relative path: each working directory has its own",
+            "Make BIOLLM_STATE_DIR absolute.",
+        )
+    if not (present.is_dir() and os.access(present, os.W_OK | os.X_OK)):
+        detail = f"{folder} cannot be used: {present} is {'not writable' if present.is_dir() else 'not a folder'}"
+        return False, detail, "Set BIOLLM_STATE_DIR to a folder of yours, or unset it."
     if not folder.is_dir():
         return True, f"{folder} will be created by the first request, readable by you alone", ""
     if not is_shared(folder):

@@ -89,6 +89,7 @@ def _append(model: Model, file: Path) -> None:
     after = len(lines) if section is None else section.start_mark.line  # the next section begins below it
     at = min([line for line in starts if line > after], default=len(lines))
     new = [] if section else ["models:\n"]
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_for_user(file, "".join([*lines[:at], *new, _text(model, " " * indent), *lines[at:]]))
 
 

@@ -130,3 +130,17 @@ def test_a_run_directory_that_only_this_host_sees(waterfall: Waterfall, bare: Pa
     assert "shared folder" in found("run directory").fix
     command(bare, "scontrol", f"echo 'NodeName=n1 NodeAddr={os.uname().nodename}'")
     assert found("run directory").ok
+
+
+@pytest.mark.parametrize(
+    ("folder", "detail"),
+    [
+        ("relative", "relative is a relative path: each working directory has its own"),
+        ("/etc/passwd/state", "/etc/passwd/state cannot be used: /etc/passwd is not a folder"),
+    ],
+)
+def test_a_state_folder_that_cannot_be_used_is_reported(
+    monkeypatch: pytest.MonkeyPatch, folder: str, detail: str
+) -> None:
+    monkeypatch.setenv("BIOLLM_STATE_DIR", folder)
+    assert (found("state folder").ok, found("state folder").detail) == (False, detail)
