@@ -317,7 +317,6 @@ USAGE = [
     (["config", "--schema", "model"], "--schema"),
     (["login", "first"], "first needs no login.\nIt takes a key: set FIRST_KEY."),
     (["login", "frist"], "There is no provider named 'frist'.\nDid you mean 'first'?"),
-    (["run", "codex", "--print", "--model", "smal"], "There is no model named 'smal'.\nDid you mean 'small'?"),
     (["top", "--html", "/nowhere/now.html"], "/nowhere/now.html cannot be written: there is no folder /nowhere."),
     (["render-slurm", "qwen-coder-32b", "--force", "-o", "/nowhere/a.sh"], "there is no folder /nowhere."),
     (["login", "github_copilot"], "There is no provider named 'github_copilot'."),

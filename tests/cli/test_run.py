@@ -147,6 +147,8 @@ def test_print_shows_it_without_the_key(waterfall: Waterfall, runtime: Path, bio
         "qwen --auth-type openai --model biollm -p 'a b'",
     ]
     assert "unset ANTHROPIC_API_KEY" in biollm("run", "claude", "--print").out
+    wrong = biollm("run", "codex", "--print", "--model", "smal")
+    assert (wrong.code, wrong.out) == (2, "") and "Did you mean 'small'?" in wrong.err
     for name in AGENTS:
         assert "biollm-agent." not in biollm("run", name, "--print").out
     assert _serve.running() is None
