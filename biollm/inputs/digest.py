@@ -1,76 +1,194 @@
-"""Keeps what could matter of a text that is read once, and cuts it to what fits a context."""
+"""Keeps what could matter of a text that is read once: its beginning, its end, and the surroundings of its finds.
+
+What is kept is bounded, and more than the largest context can hold. `cut` then fits it to one deployment's context.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from biollm.inputs.excerpt import Excerpt, Kept, excerpt
+from biollm.inputs.finds import CAUSE, FAILURE, LONG, MENTION, finds, has_finds, shape, shorten
 from biollm.inputs.tokens import estimate
 
-KEPT = 8_000_000  # bytes of a stream that a digest keeps, half from each end
-_FINDS = re.compile(
-    r"(?i)error|exception|failed|fatal|killed|denied|no such|not found|caused by|traceback|no space|exit"
-)
-_ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+HEAD, TAIL = 1_500_000, 4_500_000  # characters that are kept of the beginning and the end
+WINDOW = 1 << 15  # bytes that are searched at once
+LONGEST = 8_000_000  # bytes after which a line is broken
+BEFORE, AFTER, SURROUNDINGS = 8, 40, 8_000  # lines around a find that are kept, and at most so many characters
+SHAPES = 100  # finds of one weight that are kept: the first, and as many of the last; each once more at its last place
+PER_WINDOW = 16  # finds of a window that are considered, from its beginning, and a quarter of it from its end
 
-
-@dataclass(frozen=True)
-class Excerpt:
-    """What of a text fits: `kept` of its `lines`, at about `tokens`; `whole` where nothing was left out."""
-
-    text: str
-    lines: int
-    kept: int
-    tokens: int
-    whole: bool
+_ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_]|[()][0-9A-B])")
+_NOT_UTF8 = {0xDC00 + byte: byte for byte in range(128, 256)}  # as surrogateescape decodes them: Latin-1
 
 
 @dataclass(frozen=True)
 class Digest:
-    """What could matter of a text that was read once."""
+    """What is kept of a text: all of it where `complete`. `latin1`: some of its bytes were not UTF-8 and were read as Latin-1."""
 
     name: str
-    head: bytes
-    tail: bytes
-    between: int
+    lines: int
+    head: str
+    tail: str
+    found: tuple[Kept, ...] = ()
+    tail_start: int = 0
+    complete: bool = True
+    latin1: bool = False
 
     def cut(self, tokens: int) -> Excerpt:
-        """Return the excerpt that fits into about `tokens`."""
-        lines = (self.head + self.tail).decode(errors="replace").splitlines(keepends=True)
-        total, text = len(lines) + self.between, "".join(lines)
-        if not self.between and estimate(text) <= tokens:
-            return Excerpt(text, total, total, estimate(text), True)
-        count = len(lines)
-        finds = [number for number, line in enumerate(lines) if _FINDS.search(line)]
-        near = [at for number in finds for at in (number, number + 1, number - 1) if 0 <= at < count]
-        ends = [at for k in range(count) for at in (count - 1 - k, k)]
-        chosen: set[int] = set()
-        for at in dict.fromkeys([*ends[:8], *near, *ends]):
-            if estimate(_render(lines, chosen | {at}, self.between)) > tokens:
-                break
-            chosen.add(at)
-        text = _render(lines, chosen, self.between)
-        return Excerpt(text, total, len(chosen), estimate(text), False)
-
-
-def _render(lines: list[str], chosen: set[int], between: int) -> str:
-    parts: list[str] = []
-    last = -1
-    for at in [*sorted(chosen), len(lines)]:
-        if left := at - last - 1:
-            parts.append(f"[... {left + between:,} lines left out ...]\n")
-            between = 0
-        parts += lines[at : at + 1]
-        last = at
-    return "".join(parts)
+        """Return the excerpt that fits into about `tokens`: the whole text where it does."""
+        if self.complete:
+            text = self.head + self.tail
+            if (size := estimate(text)) <= tokens:
+                return Excerpt(text, self.lines, self.lines, size, whole=True)
+        reach = max(1 << 16, 8 * tokens)
+        head = self.head[: self.head.find("\n", reach) + 1 or None]
+        tail = self.tail[self.tail.rfind("\n", 0, max(0, len(self.tail) - reach)) + 1 :]
+        start = self.tail_start + self.tail.count("\n", 0, len(self.tail) - len(tail))
+        ends = (Kept(0, tuple(_lines(head))), Kept(start, tuple(_lines(tail))))
+        return excerpt(ends, self.found, self.lines, tokens)
 
 
 def scan(chunks: Iterable[bytes], name: str) -> Digest:
-    """Read a stream once and keep what could matter, in bounded memory."""
-    data = b"".join(chunks)
-    data = _ANSI.sub(b"", data).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    if len(data) <= KEPT:
-        return Digest(name, data, b"", 0)
-    head, tail = data[: data.rindex(b"\n", 0, KEPT // 2) + 1], data[data.index(b"\n", len(data) - KEPT // 2) + 1 :]
-    return Digest(name, head, tail, data.count(b"\n", len(head), len(data) - len(tail)))
+    """Read a stream once, in bounded memory, and keep what could matter."""
+    scanner = _Scanner()
+    for window in _windows(chunks):
+        scanner.add(window)
+    return scanner.digest(name)
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of `text` without their line feeds; no other character ends a line."""
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _windows(chunks: Iterable[bytes]) -> Iterator[bytearray]:
+    """Yield a stream in windows of whole lines."""
+    rest = bytearray()
+    for chunk in chunks:
+        rest += chunk
+        start = 0
+        while len(rest) - start > WINDOW and (end := _window_end(rest, start)):
+            yield rest[start:end]
+            start = end
+        if len(rest) - start > LONGEST:
+            start = rest.rfind(b" ") + 1 or len(rest)
+            yield rest[:start] + b"\n"
+        del rest[:start]
+    if rest:
+        yield rest
+
+
+def _window_end(data: bytearray, start: int) -> int:
+    """Return where the last line ends that fits into a window, else where the first line ends; 0 if it is not known."""
+    limit = start + WINDOW
+    if end := data.rfind(b"\n", start, limit) + 1:
+        return end
+    end = data.rfind(b"\r", start, limit) + 1
+    if not end:
+        end = min((at for mark in b"\n\r" if (at := data.find(mark, limit) + 1)), default=0)
+    return 0 if end == len(data) else end + data.startswith(b"\r\n", end - 1)
+
+
+class _Scanner:
+    """What is kept while a stream is read, a window at a time."""
+
+    def __init__(self) -> None:
+        self._latin1 = False
+        self._complete = True
+        self._head: list[str] = []
+        self._tail: deque[tuple[int, str]] = deque()
+        self._head_size = self._tail_size = self._lines = self._start = 0
+        self._found = {weight: _Found() for weight in (CAUSE, FAILURE, MENTION)}
+        self._preceding = self._window = ""
+
+    def add(self, data: bytearray) -> None:
+        """Keep a window of whole lines, and search the one before it, whose surroundings are now known."""
+        window = self._text(data)
+        self._search(window)
+        if self._head_size < HEAD and not self._tail:
+            self._head.append(window)
+            self._head_size += len(window)
+        else:
+            self._tail.append((self._lines, window))
+            self._tail_size += len(window)
+            while self._tail_size - len(self._tail[0][1]) >= TAIL:
+                self._tail_size -= len(self._tail.popleft()[1])
+                self._complete = False
+        self._preceding, self._window, self._start = self._window, window, self._lines
+        self._lines += window.count("\n")
+
+    def _text(self, data: bytearray) -> str:
+        """Return the text without escape sequences; a carriage return ends a line."""
+        if b"\x1b" in data:
+            data = bytearray(_ANSI.sub(b"", data))
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if b"\0" in data:  # a log that was emptied while it was written begins with many
+            data = data.replace(b"\0", b"")
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            self._latin1 = True
+            return data.decode(errors="surrogateescape").translate(_NOT_UTF8)
+
+    def _search(self, following: str) -> None:
+        if not has_finds(self._window):
+            return
+        before = _lines(self._preceding[-SURROUNDINGS:])[-BEFORE:]
+        lines = _lines(self._window)
+        around = [*before, *lines, *_lines(following[:SURROUNDINGS])[:AFTER]]
+        found = finds(lines)
+        for weight, kept in self._found.items():
+            hits = [index for index, each in found if each == weight]
+            if len(hits) > PER_WINDOW:
+                hits = hits[:PER_WINDOW] + hits[-PER_WINDOW // 4 :]
+            for index in hits:
+                at = index + len(before)
+                first, last = max(0, at - BEFORE), at + AFTER
+                if sum(map(len, around[first:last])) > SURROUNDINGS:
+                    first, last = max(0, at - 1), at + 4
+                texts = tuple(shorten(line, LONG) for line in around[first:last])
+                kept.add(Kept(self._start + first - len(before), texts, at - first, weight))
+
+    def digest(self, name: str) -> Digest:
+        """Return what was kept, at the end of the stream."""
+        self._search("")
+        tail = "".join(window for _, window in self._tail)
+        last = self._tail[-1][1] if self._tail else "".join(self._head[-1:])
+        return Digest(
+            name,
+            self._lines + (bool(last) and not last.endswith("\n")),
+            "".join(self._head),
+            tail,
+            tuple(sorted(kept for found in self._found.values() for kept in found.all())),
+            self._tail[0][0] if self._tail else self._lines,
+            self._complete,
+            self._latin1,
+        )
+
+
+class _Found:
+    """The finds of one weight: the first `SHAPES` and the last, each at its first place and its last."""
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, list[Kept]] = {}
+        self._last: OrderedDict[bytes, list[Kept]] = OrderedDict()
+
+    def add(self, kept: Kept) -> None:
+        key = shape(kept.line)
+        places = self._first if key in self._first or len(self._first) < SHAPES else self._last
+        places[key] = [*places.get(key, ())[:1], kept]
+        if places is self._last:
+            self._last.move_to_end(key)
+            if len(self._last) > SHAPES:
+                self._last.popitem(last=False)
+
+    def all(self) -> Iterator[Kept]:
+        for places in (self._first, self._last):
+            for kept in places.values():
+                yield from kept

@@ -1,0 +1,185 @@
+"""Chooses the lines of a text that fit a number of tokens; pure.
+
+Each line has a score: that of a find by its weight, where the first and the last finds count more than those between;
+that of its neighbours, less the farther they are; and those of its distance from the end and from the beginning. The
+lines of the highest scores are shown in the order of the text, as many as fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from biollm.inputs.finds import CAUSE, FAILURE, LONG, MENTION, shape, shorten
+from biollm.inputs.tokens import estimate
+
+_LEFT_OUT = re.compile(r"\[\.\.\. ([\d,]+) lines? left out \.\.\.\]")
+_REPEATED = re.compile(r"\[\.\.\. ([\d,]+) more lines like the one above \.\.\.\]")
+_SCORE = {CAUSE: 1000.0, FAILURE: 330.0, MENTION: 60.0}
+_END, _BEGINNING = 400.0, 150.0
+_FOLDED = 4  # lines in a row that differ only in numbers, from which on they are folded
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What of a text fits: `kept` of its `lines`, about `tokens`; `whole` where nothing was left out."""
+
+    text: str
+    lines: int
+    kept: int
+    tokens: int
+    whole: bool
+
+
+@dataclass(frozen=True, order=True)
+class Kept:
+    """Lines of a text from number `start` on (from 0). The one at index `find` is a find, if `weight` is not 0."""
+
+    start: int
+    texts: tuple[str, ...]
+    find: int = 0
+    weight: int = 0
+
+    @property
+    def line(self) -> str:
+        """The find itself."""
+        return self.texts[self.find]
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A line, or a mark in place of several: `start` and `end` count the lines of the text as it once was."""
+
+    text: str
+    start: int
+    end: int
+    weight: int = 0
+    mark: bool = False
+    score: float = 0.0
+
+
+def excerpt(ends: Iterable[Kept], found: Sequence[Kept], lines: int, tokens: int) -> Excerpt:
+    """Return what fits of a text of `lines` lines: `ends` are its beginning and end, `found` its finds."""
+    texts = {each.start + index: text for each in (*found, *ends) for index, text in enumerate(each.texts)}
+    weights = {each.start + each.find: each.weight for each in found}
+    entries, total = _entries(texts, weights, lines, max(160, min(LONG, tokens // 2)))
+    entries = _folded(entries)
+    _score(entries)
+    ranked = sorted((at for at, entry in enumerate(entries) if entry.score), key=lambda at: (-entries[at].score, at))
+    few, many = 0, min(len(ranked), tokens)
+    while few < many:
+        middle = (few + many + 1) // 2
+        fits = estimate(_render(entries, ranked[:middle], total)) <= tokens
+        few, many = (middle, many) if fits else (few, middle - 1)
+    text = _render(entries, ranked[:few], total)
+    if estimate(text) > tokens:
+        text = ""  # not even the mark fits
+    shown = sum(not entries[at].mark for at in ranked[:few])
+    return Excerpt(text, total, shown, estimate(text), whole=False)
+
+
+def _entries(texts: dict[int, str], weights: dict[int, int], lines: int, width: int) -> tuple[list[_Entry], int]:
+    """Return the lines in order, and how many the text has; marks of an earlier condensing count what they stand for."""
+    entries: list[_Entry] = []
+    more = 0
+    for number in sorted(texts):
+        text = texts[number]
+        start = number + more
+        mark = text.startswith("[... ") and (_LEFT_OUT.fullmatch(text) or _REPEATED.fullmatch(text))
+        if mark:
+            more += int(mark[1].replace(",", "")) - 1
+        entries.append(_Entry(shorten(text, width), start, number + 1 + more, weights.get(number, 0), bool(mark)))
+    return entries, lines + more
+
+
+def _folded(entries: list[_Entry]) -> list[_Entry]:
+    """Return the entries with runs of lines that differ only in numbers folded to the first, a mark and the last."""
+    folded: list[_Entry] = []
+    shapes = [b"" if entry.mark else shape(entry.text) for entry in entries]
+    at = 0
+    while at < len(entries):
+        first, end = entries[at], at + 1
+        while end < len(entries) and _alike(entries, shapes, at, end):
+            end += 1
+        if end - at >= _FOLDED:
+            last = entries[end - 1]
+            folded += [first, _repeated(first.end, last.start), last]
+            at = end
+        else:
+            folded.append(first)
+            at += 1
+    return folded
+
+
+def _alike(entries: list[_Entry], shapes: list[bytes], first: int, other: int) -> bool:
+    one, two = entries[first], entries[other]
+    if entries[other - 1].end != two.start or one.mark:
+        return False
+    if two.mark:
+        return bool(_REPEATED.fullmatch(two.text))
+    return one.text == two.text or (
+        shapes[first] == shapes[other] and CAUSE not in (one.weight, two.weight) and bool(one.text) == bool(two.text)
+    )
+
+
+def _repeated(start: int, end: int) -> _Entry:
+    return _Entry(f"[... {end - start:,} more lines like the one above ...]", start, end, mark=True)
+
+
+def _score(entries: list[_Entry]) -> None:
+    count = len(entries)
+    for k, entry in enumerate(entries):
+        entry.score = max(_BEGINNING / (1 + k / 3), _END / (1 + (count - 1 - k) / 6))
+    finds = [at for at, entry in enumerate(entries) if entry.weight]
+    for weight in _SCORE:
+        of_weight = [at for at in finds if entries[at].weight == weight]
+        first = {shape(entries[at].text): at for at in reversed(of_weight)}
+        last = {shape(entries[at].text): at for at in of_weight}
+        new = sorted(first.values())
+        for place, at in enumerate(new):
+            _raise(entries, at, _SCORE[weight] / (1 + 0.15 * min(place, len(new) - 1 - place)))
+        for at in last.values():
+            _raise(entries, at, _SCORE[weight] / 4)
+    failures = [at for at in finds if entries[at].weight >= FAILURE]
+    for at in failures[:1] + failures[-1:]:
+        _raise(entries, at, _SCORE[CAUSE])
+    for at, entry in enumerate(entries):
+        if entry.mark:
+            entry.score = entries[at - 1].score * 0.99 if at and _REPEATED.fullmatch(entry.text) else 0.0
+
+
+def _raise(entries: list[_Entry], at: int, score: float) -> None:
+    """Give an entry at least this score, and its neighbours a share of it; more of them where a block goes on."""
+    entries[at].score = max(entries[at].score, score)
+    share = score / 2
+    for after in range(at + 1, len(entries)):
+        entry = entries[after]
+        if share < 1 or entry.start != entries[after - 1].end:
+            break
+        entry.score = max(entry.score, share)
+        share *= 0.92 if not entry.text or entry.text[0] in " \t" else 0.75
+    share = score / 2.5
+    for before in range(at - 1, -1, -1):
+        if share < 1 or entries[before].end != entries[before + 1].start:
+            break
+        entries[before].score = max(entries[before].score, share)
+        share *= 0.6
+
+
+def _render(entries: list[_Entry], chosen: Iterable[int], total: int) -> str:
+    parts: list[str] = []
+    end = 0
+    for at in sorted(chosen):
+        entry = entries[at]
+        if entry.start > end:
+            parts.append(_left_out(entry.start - end))
+        parts.append(entry.text)
+        end = entry.end
+    if total > end:
+        parts.append(_left_out(total - end))
+    return "\n".join([*parts, ""])
+
+
+def _left_out(lines: int) -> str:
+    return f"[... {lines:,} line{'s' * (lines > 1)} left out ...]"
