@@ -208,7 +208,9 @@ def ineligible_reason(deployment: Deployment, requirements: Requirements) -> str
     if requirements.policy == "no_training" and deployment.trains:
         return "the provider may train on prompts and the data policy is no_training"
     if deployment.embedded and not requirements.allow_degraded:
-        return "the embedded model gives degraded answers, which this request does not allow (allow_degraded)"
+        return (
+            "the embedded model gives degraded answers, which this request does not allow (allow_degraded=True would)"
+        )
     if requirements.tools and not deployment.tools:
         return "does not support tools"
     if "images" in requirements.media and deployment.vision is False:

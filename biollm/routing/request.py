@@ -220,8 +220,11 @@ class Run:
         if never and skipped <= {"unfit"} and attempts:
             return RequestRejectedError(f"No deployment can serve this request.\n{reasons}", attempts, hint=hint)
         if kinds <= {"key"} and "limited" not in skipped and (kinds or skipped & {"keyless", "refused"}):
-            hint = "`biollm providers` shows which keys are missing; `biollm health` tries them."
-            return KeysRefusedError(f"No provider has a working key.\n{reasons}", attempts, hint=hint)
+            if kinds or "refused" in skipped:
+                hint = "`biollm providers` shows which keys are missing; `biollm health` tries them."
+                return KeysRefusedError(f"No provider has a working key.\n{reasons}", attempts, hint=hint)
+            hint = "Set one of these keys; `biollm providers` then shows that it is found."
+            return KeysRefusedError(f"No provider has a key.\n{reasons}", attempts, hint=hint)
         if kinds <= {"limited", *_UNFIT} and "limited" in kinds | skipped and self.frees:
             wait = max(0.0, min(self.frees) - time.time())
             message = f"All deployments are at a limit or cooling down.\n{reasons}"

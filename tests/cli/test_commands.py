@@ -292,10 +292,10 @@ def test_missing_keys_are_named_once_per_account(waterfall: Waterfall, biollm: B
     ran = biollm("complete", "why?", "-q")
     assert (ran.code, ran.out) == (77, "")
     assert ran.err.splitlines() == [
-        "biollm: No provider has a working key.",
+        "biollm: No provider has a key.",
         "  one (2 models): no key: set ONE",
         "  two/small: no key: set TWO",
-        "`biollm providers` shows which keys are missing; `biollm health` tries them.",
+        "Set one of these keys; `biollm providers` then shows that it is found.",
     ]
 
 
