@@ -145,14 +145,19 @@ def config(
 ) -> None:
     """Show the configuration and its sources."""
     from biollm import config as configuration
+    from biollm.config.paths import config_dirs, data_dir
 
     if schema:
         output.as_json(configuration.json_schema(schema))
         return
     settings = configuration.load_config(lenient=lenient)
     warnings = [*settings.warnings, *(_registry(settings) if check else ())]
+    shipped = f"{data_dir('router_config')}/"
     for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"warning: {str(warning).replace(shipped, 'shipped ')}", err=True)
+    if any(warning.file.startswith(shipped) for warning in warnings):
+        folder = config_dirs()[-1][1]
+        typer.echo(f"To change a shipped entry, write the keys that differ into a file in {folder}.", err=True)
     if check and as_json:
         output.as_json({"providers": len(settings.providers), "models": len(settings.models), "warnings": warnings})
     elif check:
@@ -176,7 +181,8 @@ def _registry(settings: Config) -> list[Problem]:
 
     source = f"litellm {version('litellm')}'s {litellm_private.PRICES}"
     found = config_check.check(settings, datetime.now(UTC).date(), pricing.price_map(), source)
-    return [*found, *delivery.unready(settings), *credentials.loops(settings, state_dir())]
+    keys = [*credentials.loops(settings, state_dir()), *credentials.unreadable(settings)]
+    return [*found, *delivery.unready(settings), *keys]
 
 
 def _litellm(settings: Config) -> None:

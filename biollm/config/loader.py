@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import getsource, signature
 from pathlib import Path
@@ -18,13 +18,13 @@ from typing import Any, Literal
 from pydantic import ValidationError, create_model
 
 from biollm._ownership import in_the_clear
-from biollm.config import schema
+from biollm.config import schema, values
 from biollm.config.aliases import TOP, aliases
 from biollm.config.merge import FILES, Layers
 from biollm.config.paths import config_dirs, wants_local_only
 from biollm.config.schema import ENTRY_NAME, Alerts, Cluster, Costs, Environment, Model, Provider, Routing, Tree
 from biollm.config.values import as_list, masked, shown
-from biollm.config.yaml import dotted
+from biollm.config.yaml import KeyPath, dotted
 from biollm.errors import ConfigError, Problem, UnknownNameError, nearest
 from biollm.types import DataPolicy
 
@@ -75,7 +75,9 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
     for name, folder in folders:
         if not layers.add(folder) and name in ("directory", "BIOLLM_CONFIG_DIR"):
             names = ", ".join(f"{each}.yaml" for each in FILES)
-            layers.problems.append(Problem(str(folder), 0, "", f"does not exist, or has none of {names}."))
+            strays = [str(each) for each in layers.warnings if Path(each.file).parent == folder]
+            message = f"does not exist, or has none of {names}."
+            layers.problems.append(Problem(str(folder), 0, "", message, " ".join(strays) or None))
     if wants_local_only():
         layers.data["data_policy"] = "local_only"
     layers.remove_disabled()
@@ -85,7 +87,8 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         tree = Tree.model_validate(layers.data)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            layers.report(tuple(part for part in detail["loc"] if part != "[key]"), sentence(detail))
+            path = tuple(part for part in detail["loc"] if part != "[key]")
+            layers.report(path, sentence(detail), _hint(path, layers.data) if detail["type"] == "missing" else None)
     if layers.problems:
         raise ConfigError(sorted(dict.fromkeys(layers.problems), key=lambda problem: (problem.file, problem.line)))
     providers = sorted(tree.providers.values(), key=lambda provider: provider.priority)
@@ -103,6 +106,16 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
     )
 
 
+def _hint(missing: KeyPath, data: Mapping[str, Any]) -> str | None:
+    """Return what to write for a missing key, or which entry may have been meant."""
+    match missing:
+        case ("providers", str(name), "type"):
+            near = nearest(name, data["providers"].keys() - {name})
+            return f"Write api, local or embedded. {near}".strip()
+        case _:
+            return None
+
+
 def _check_between(layers: Layers) -> None:
     """Report what is wrong between entries, each of which may be wrong itself."""
     models: dict[str, dict[str, Any]] = layers.data["models"]
@@ -110,7 +123,8 @@ def _check_between(layers: Layers) -> None:
         kind = model.get("type", "local")
         need = {"local": "an hf_id or a path", "embedded": "a gguf"}.get(str(kind))
         if need and not (model.get("path") or model.get("hf_id" if kind == "local" else "gguf")):
-            layers.report(("models", name), f"needs {need}, being of type {kind}.")
+            near = nearest(name, models.keys() - {name}) if "type" not in model else ""
+            layers.report(("models", name), f"needs {need}, being of type {kind}.", near or None)
     titles: dict[str, str] = {}
     for name, provider in layers.data["providers"].items():
         if (other := titles.setdefault(str(provider.get("title") or name), name)) != name:
@@ -127,11 +141,16 @@ def _check_between(layers: Layers) -> None:
                     layers.report(at, f"{model} is of type {other}, and this provider of type {kind}.")
 
 
-def _warn(layers: Layers, providers: Iterable[Provider], cluster: Cluster) -> None:
+def _warn(layers: Layers, providers: Sequence[Provider], cluster: Cluster) -> None:
+    if not providers:
+        layers.warnings.append(Problem("configuration", 0, "", "No provider is enabled: no request can be answered."))
     for provider in providers:
         path = ("providers", provider.name)
         if not provider.models:
             layers.warnings.append(layers.problem(path, "has no models, so it is never used."))
+        if str(layers.data["providers"][provider.name].get("base_url")).rstrip("/").endswith(values.ROUTE):
+            message = f"should end before {values.ROUTE}, which is added to each request."
+            layers.warnings.append(layers.problem((*path, "base_url"), message, f"Write {provider.base_url}."))
         keyed = any(account.env_key or account.key_file for account in provider.accounts)
         if keyed and (why := in_the_clear(provider.base_url or "", cluster.local_hosts)):
             layers.warnings.append(layers.problem((*path, "base_url"), f"is never used: {why}."))

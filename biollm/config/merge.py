@@ -6,6 +6,7 @@ LiteLLM's configuration is one file. Here a site sets defaults and locks, and a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from biollm.errors import Problem, nearest
 from biollm.types import DATA_POLICIES
 
 FILES = ("models", "providers", "cluster")
+_READ = (*FILES, "gateway_keys")
 _ALTERNATIVES = (("env_key", "key_file", "accounts"), ("venv", "conda", "container"))  # a later one replaces the others
 
 
@@ -34,9 +36,11 @@ class Layers:
 
     def add(self, folder: Path) -> bool:
         """Merge the files of one folder over what is there; return whether it has any."""
-        for wrong in (folder / f"{name}.yml" for name in FILES):
-            if wrong.exists():
-                self.problems.append(Problem(str(wrong), 0, "", f"is not read. Rename it to {wrong.stem}.yaml."))
+        for path in sorted(folder.glob("*.y*ml")):
+            if path.suffix == ".yml" and path.stem in FILES:
+                self.problems.append(Problem(str(path), 0, "", f"is not read. Rename it to {path.stem}.yaml."))
+            elif path.stem not in _READ and (near := get_close_matches(path.stem.lower(), _READ, n=1, cutoff=0.85)):
+                self.warnings.append(Problem(str(path), 0, "", "is not read.", f"Did you mean {near[0]}.yaml?"))
         files = [path for path in (folder / f"{name}.yaml" for name in FILES) if path.exists()]
         for path in files:
             self._add(read(path))

@@ -63,6 +63,7 @@ _NUMBER_UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z%]*)", re.I)
 _THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _KEY = re.compile(r"(?:sk-|pk-|rk-|gsk_|gh[opsu]_|github_pat_|hf_|xai-|AIza|nvapi-|r8_|pplx-)[\w-]{12,}")
 _RANDOM = re.compile(r"(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{20,}|[0-9a-fA-F-]{24,}")
+ROUTE = "/chat/completions"  # of a request's URL; a base URL ends before it
 _TOKENS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # as vLLM reads them
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -166,7 +167,7 @@ def _url(value: object) -> object:
         good = False
     if not good or re.search(r"\s", text):
         raise ValueError(f"{shown(text)} is not a base URL. Write it like https://host/v1, scheme included.")
-    return text.rstrip("/")
+    return text.rstrip("/").removesuffix(ROUTE)
 
 
 def _resets(value: object) -> str:
@@ -188,11 +189,15 @@ def _share(value: object) -> object:
     return float(found[1]) / 100 if found and found[2] == "%" else value
 
 
+def flag_name(written: str) -> str:
+    """Return the one spelling of a flag of vLLM: --max-model-len is max_model_len."""
+    return written.lstrip("-").replace("-", "_")
+
+
 def _flags(value: object) -> object:
-    """Give vLLM's flags one spelling: --max-model-len is max_model_len."""
     if not isinstance(value, dict):
         return value
-    return {key.lstrip("-").replace("-", "_"): item for key, item in cast("dict[str, object]", value).items()}
+    return {flag_name(key): item for key, item in cast("dict[str, object]", value).items()}
 
 
 def _typed(value: object) -> object:

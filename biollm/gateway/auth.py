@@ -35,7 +35,7 @@ from biollm._runtime import ledger
 from biollm.config import values, yaml
 from biollm.config.loader import sentence
 from biollm.config.paths import config_dirs, state_dir
-from biollm.errors import ConfigError, Problem
+from biollm.errors import ConfigError, Problem, nearest
 from biollm.gateway.dialects import Dialect
 from biollm.gateway.openai_api import problem
 from biollm.ledger import Claim, Refused
@@ -117,7 +117,10 @@ def _read(file: Path) -> list[Key]:
             entry = _Entry.model_validate(value)
         except ValidationError as error:  # its own text would show the key
             for each in error.errors(include_input=False, include_url=False):
-                problems.append(document.problem((name, *each["loc"][:1]), sentence(each)))
+                key = str(each["loc"][0]) if each["type"] == "extra_forbidden" else ""
+                known = _Entry.model_fields
+                hint = key and (nearest(key, known) or f"Known: {', '.join(known)}.")
+                problems.append(document.problem((name, *each["loc"][:1]), sentence(each), hint or None))
         else:
             found.append(Key(name, entry.key, entry.tags, entry.rate_limit, entry.start_local))
     if problems or not found:

@@ -100,6 +100,16 @@ def loops(config: Config, state: Path) -> list[Problem]:
     ]
 
 
+def unreadable(config: Config) -> list[Problem]:
+    """Return the key files that cannot be used."""
+    files = {(provider.name, account.key_file) for provider in config.providers for account in provider.accounts}
+    return [
+        config.problem(f"providers.{name}.key_file", f"{found}.")
+        for name, file in sorted(files, key=str)
+        if file and isinstance(found := _from_file(file), str)
+    ]
+
+
 def _checked(secret: str, where: str | Path) -> Credential | str:
     if secret.isascii() and len(secret.split()) == 1:
         return Credential(secret)

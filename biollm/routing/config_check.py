@@ -6,14 +6,18 @@ this site are not in it. Pure: nothing is read or sent.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
+from difflib import get_close_matches
 
 from biollm.config import Config, Provider
+from biollm.config.values import flag_name
 from biollm.errors import Problem
 from biollm.routing.deployments import models_of
 from biollm.routing.pricing import listed, per_token, priced
+from biollm.slurm import vllm_flags
 
 NEAR = 60  # days before a model's end at which it is named
 Facts = Mapping[str, object]
@@ -51,7 +55,7 @@ def check(config: Config, today: date, prices: Mapping[str, Facts], source: str)
             ("costs.reference_model", f"{reference} is not", "Without it `biollm usage` shows no cost avoided.")
         )
     in_map = [(key, f"{said} in {source}.", fix) for key, said, fix in found]
-    return [config.problem(*each) for each in (*in_map, *_training(config))]
+    return [config.problem(*each) for each in (*in_map, *_training(config), *_capabilities(config), *_flags(config))]
 
 
 def _ends(offers: Iterable[_Offer], today: date) -> Iterator[tuple[str, str, str]]:
@@ -104,6 +108,25 @@ def _prices(config: Config, offers: Iterable[_Offer]) -> Iterator[tuple[str, str
             said = f"is {own:g} USD per million tokens; its models stand at {low:.4g} to {high:.4g}"
             fix = "Take it out to count by the map, or write `free_tier: true` if tokens cost you nothing."
             yield f"costs.per_million_tokens.{provider}", said, fix
+
+
+def _capabilities(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Yield capabilities of one model that look like a common one."""
+    uses = Counter(each for model in config.models.values() for each in model.capabilities or ())
+    common = [each for each, count in uses.items() if count > 1]
+    for model in config.models.values():
+        for each in sorted(model.capabilities or ()):
+            if uses[each] == 1 and (near := get_close_matches(each, common, n=1, cutoff=0.8)):
+                yield f"models.{model.key}.capabilities", f"no other model has {each!r}.", f"Did you mean {near[0]}?"
+
+
+def _flags(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield what vLLM would refuse."""
+    for model in config.models.values():
+        block = f"models.{model.key}.vllm_args."
+        spelt = {flag_name(at.removeprefix(block)): at for at in config.sources if at.startswith(block)}
+        for key, problem in vllm_flags.problems(model.vllm_args):
+            yield spelt.get(key, block + key), problem
 
 
 def _training(config: Config) -> Iterator[tuple[str, str, str]]:

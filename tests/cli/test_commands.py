@@ -339,6 +339,17 @@ def test_a_mistake_is_named_with_its_mend(
     assert "Traceback" not in ran.err
 
 
+def test_the_check_names_missing_key_files_and_shipped_entries(
+    tmp_path: Path, waterfall: Waterfall, biollm: Biollm
+) -> None:
+    waterfall({"inherit": True}, lab={"base_url": "https://lab.example/v1", "key_file": f"{tmp_path}/key"})
+    ran = biollm("config", "--check")
+    assert ran.code == 0 and ran.out.startswith("Configuration OK")
+    assert f"providers.lab.key_file: the key file {tmp_path}/key cannot be read: No such file or directory." in ran.err
+    assert "warning: shipped providers.yaml:" in ran.err
+    assert "To change a shipped entry, write the keys that differ into a file in " in ran.err
+
+
 def test_a_wrong_configuration_is_one_screen(waterfall: Waterfall, biollm: Biollm) -> None:
     folder = waterfall()
     (folder / "providers.yaml").write_text("providers:\n  openai: {priorty: 1}\n")

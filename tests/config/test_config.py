@@ -322,6 +322,9 @@ WRONG_VALUES: list[tuple[str, int, str]] = [
     ("providers:\n  groq: {type: api, models: [m]}\n  groq: {type: api, models: [m]}", 3, "providers.groq: duplicate key .first defined on line 2"),
     ("providers:\n  opena: {type: api, models: [m]}", 2, "LiteLLM .* no base_url. Did you mean openai"),
     ("providers:\n  groq: {models: [m]}", 2, "providers.groq.type: is missing."),
+    ("providers:\n  groq: {models: [m]}", 2, "providers.groq.type: is missing. Write api, local or embedded."),
+    ("providers:\n  opnai: {priority: 1}", 2, "is missing. Write api, local or embedded. Did you mean openai?"),
+    ("models:\n  qwen-coder-32: {gpus_required: 2}", 2, "Did you mean qwen-coder-32b?"),
     ("providers:\n  groq: {type: cloud, models: [m]}", 2, "must be 'api', 'local' or 'embedded', not 'cloud'."),
     ("providers:\n  groq: {type: api, models: m}", 2, "must be a list."),
     ("providers:\n  groq: {type: api, models: [[m]]}", 2, r"models\[0\]: must be a string"),
@@ -419,6 +422,25 @@ class TestWhatPeopleAreTold:
     def test_disabling_an_entry_that_does_not_exist_is_a_warning(self, layer: Write) -> None:
         (warning,) = load_config(layer(providers="providers: {lightnin: {enabled: false}}")).warnings
         assert str(warning).endswith("disables an entry that does not exist. Did you mean lightning?")
+
+    def test_a_file_with_nearly_a_right_name_is_named(self, layer: Write) -> None:
+        folder = layer(models="models: {}")
+        (folder / "provider.yaml").write_text("providers: {}")
+        (folder / "notes.yaml").write_text("{}")
+        (warning,) = load_config(folder).warnings
+        assert str(warning).endswith("mine/provider.yaml: is not read. Did you mean providers.yaml?")
+        (folder / "models.yaml").unlink()
+        assert complaint(folder).endswith("provider.yaml: is not read. Did you mean providers.yaml?")
+
+    def test_a_configuration_without_a_provider_has_a_warning(self, layer: Write) -> None:
+        (warning,) = load_config(layer(providers="inherit: false\nproviders: {}")).warnings
+        assert warning.message == "No provider is enabled: no request can be answered."
+
+    def test_a_base_url_ends_before_the_route_of_a_request(self, layer: Write) -> None:
+        lab = "providers:\n  lab: {type: api, base_url: 'https://lab.example/v1/chat/completions/', models: [m]}"
+        config = load_config(layer(providers=lab))
+        assert config.provider("lab").base_url == "https://lab.example/v1"
+        assert str(config.warnings[0]).endswith("Write https://lab.example/v1.")
 
     def test_no_damage_to_a_file_is_more_than_an_error(self, layer: Write) -> None:
         rng = random.Random(20)

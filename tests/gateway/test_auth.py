@@ -289,7 +289,12 @@ def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.
     [
         (KEYS, 0o640, "holds keys and can be read by others. chmod 600"),
         ("ann: {key: short-secret}\n", 0o600, "gateway_keys.yaml:1: ann.key: must have at least 16 characters."),
-        (f"ann: {{key: {ANN}, limit: 1/day}}\n", 0o600, "ann.limit: is not a known key."),
+        (f"ann: {{key: {ANN}, limit: 1/day}}\n", 0o600, "ann.limit: is not a known key. Did you mean rate_limit?"),
+        (
+            f"ann: {{key: {ANN}, colour: red}}\n",
+            0o600,
+            "is not a known key. Known: key, tags, rate_limit, start_local.",
+        ),
         (f"ann: {{key: {ANN}, rate_limit: fast}}\n", 0o600, "ann.rate_limit: 'fast' is not a"),
         ("ann: {tags: {a: b}}\n", 0o600, "ann.key: is missing."),
         (f"ann: {{key: {ANN}, start_local: perhaps}}\n", 0o600, "ann.start_local: must be true or false."),

@@ -155,3 +155,20 @@ def test_config_check_warns_names_the_file_and_stays_right(waterfall: Callable[.
     assert "gpt-4-turbo has ended on 2026-10-23: listed as gpt-4-turbo in litellm 1." in warning["message"]
     assert "model_prices_and_context_window_backup.json" in ran.err
     assert biollm("config", "--json").err == ""
+
+
+def test_flags_that_vllm_would_refuse_are_named_at_their_line(warn: Check) -> None:
+    args = {"max_modle_len": 1000, "tensor-parallel-size": 0, "dtype": "auto"}
+    found = warn({}, {"mine": {"hf_id": "lab/mine", "vllm_args": args}})
+    assert [each.partition(" models.")[2] for each in found] == [
+        "mine.vllm_args.max_modle_len: is not a flag of vLLM 0.32.0. Did you mean 'max_model_len'?",
+        "mine.vllm_args.tensor-parallel-size: is 0; the minimum is 1.",
+    ]
+
+
+def test_a_capability_that_looks_like_a_common_one_is_named(warn: Check) -> None:
+    models = {name: {"type": "api", "capabilities": ["reasoning", "code"]} for name in ("a", "b")}
+    found = warn({}, {**models, "c": {"type": "api", "capabilities": ["reasonning", "proteins"]}})
+    assert [each.partition(": ")[2] for each in found] == [
+        "models.c.capabilities: no other model has 'reasonning'. Did you mean reasoning?"
+    ]
