@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from biollm.inputs.excerpt import Excerpt, Kept, excerpt
-from biollm.inputs.finds import CAUSE, FAILURE, LONG, MENTION, finds, has_finds, shape, shorten
+from biollm.inputs.finds import CAUSE, FAILURE, LONG, MENTION, STATUS, finds, has_finds, shape, shorten
 from biollm.inputs.tokens import estimate
 
 HEAD, TAIL = 1_500_000, 4_500_000  # characters that are kept of the beginning and the end
@@ -103,7 +103,7 @@ class _Scanner:
         self._head: list[str] = []
         self._tail: deque[tuple[int, str]] = deque()
         self._head_size = self._tail_size = self._lines = self._start = 0
-        self._found = {weight: _Found() for weight in (CAUSE, FAILURE, MENTION)}
+        self._found = {weight: _Found() for weight in (CAUSE, STATUS, FAILURE, MENTION)}
         self._preceding = self._window = ""
 
     def add(self, data: bytearray) -> None:

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from biollm.inputs.finds import CAUSE, FAILURE, LONG, MENTION, shape, shorten
+from biollm.inputs.finds import CAUSE, FAILURE, LONG, MENTION, STATUS, shape, shorten
 from biollm.inputs.tokens import estimate
 
 _LEFT_OUT = re.compile(r"\[\.\.\. ([\d,]+) lines? left out \.\.\.\]")
 _REPEATED = re.compile(r"\[\.\.\. ([\d,]+) more lines like the one above \.\.\.\]")
-_SCORE = {CAUSE: 1000.0, FAILURE: 330.0, MENTION: 60.0}
+_SCORE = {CAUSE: 1000.0, STATUS: 450.0, FAILURE: 330.0, MENTION: 60.0}
 _END, _BEGINNING = 400.0, 150.0
 _FOLDED = 4  # lines in a row that differ only in numbers, from which on they are folded
 
@@ -63,19 +63,24 @@ def excerpt(ends: Iterable[Kept], found: Sequence[Kept], lines: int, tokens: int
     """Return what fits of a text of `lines` lines: `ends` are its beginning and end, `found` its finds."""
     texts = {each.start + index: text for each in (*found, *ends) for index, text in enumerate(each.texts)}
     weights = {each.start + each.find: each.weight for each in found}
-    entries, total = _entries(texts, weights, lines, max(160, min(LONG, tokens // 2)))
+    entries, total = _entries(texts, weights, lines, max(240, min(LONG, tokens // 2)))
     entries = _folded(entries)
     _score(entries)
     ranked = sorted((at for at, entry in enumerate(entries) if entry.score), key=lambda at: (-entries[at].score, at))
+
+    def fits(chosen: list[int]) -> bool:
+        return estimate(_render(entries, chosen, total)) <= tokens
+
     few, many = 0, min(len(ranked), tokens)
     while few < many:
         middle = (few + many + 1) // 2
-        fits = estimate(_render(entries, ranked[:middle], total)) <= tokens
-        few, many = (middle, many) if fits else (few, middle - 1)
-    text = _render(entries, ranked[:few], total)
-    if estimate(text) > tokens:
-        text = ""  # not even the mark fits
-    shown = sum(not entries[at].mark for at in ranked[:few])
+        few, many = (middle, many) if fits(ranked[:middle]) else (few, middle - 1)
+    chosen = ranked[:few]
+    for at in ranked[few + 1 : few + 20]:  # shorter ones, in the room that the next one did not fit into
+        if fits([*chosen, at]):
+            chosen.append(at)
+    text = _render(entries, chosen, total) if fits(chosen) else ""  # not even the mark fits
+    shown = sum(not entries[at].mark for at in chosen)
     return Excerpt(text, total, shown, estimate(text), whole=False)
 
 
@@ -119,7 +124,7 @@ def _alike(entries: list[_Entry], shapes: list[bytes], first: int, other: int) -
     if two.mark:
         return bool(_REPEATED.fullmatch(two.text))
     return one.text == two.text or (
-        shapes[first] == shapes[other] and CAUSE not in (one.weight, two.weight) and bool(one.text) == bool(two.text)
+        shapes[first] == shapes[other] and max(one.weight, two.weight) < STATUS and bool(one.text) == bool(two.text)
     )
 
 
@@ -143,7 +148,7 @@ def _score(entries: list[_Entry]) -> None:
             _raise(entries, at, _SCORE[weight] / 4)
     failures = [at for at in finds if entries[at].weight >= FAILURE]
     for at in failures[:1] + failures[-1:]:
-        _raise(entries, at, _SCORE[CAUSE])
+        _raise(entries, at, _SCORE[STATUS] * 1.1)
     for at, entry in enumerate(entries):
         if entry.mark:
             entry.score = entries[at - 1].score * 0.99 if at and _REPEATED.fullmatch(entry.text) else 0.0

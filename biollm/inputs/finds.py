@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import cache
 from itertools import compress
 
-CAUSE, FAILURE, MENTION = 3, 2, 1  # weights: names the cause; reports a failure; a word that may
+CAUSE, STATUS, FAILURE, MENTION = 4, 3, 2, 1  # weights: names the cause; an exit status of a signal; fails; may fail
 LONG = 2_000  # characters after which a line is cut around its finds
+_NEAR, _MARK = 80, 40  # characters that hold any phrase; a gap that its mark would not make shorter
 
 # What a line of any weight has, in stems that cover both cases of the first letter. The engine is three times as fast
 # with forty stems as with eighty.
@@ -22,14 +23,13 @@ _STEMS = (
     r"oom_kill|oom-kill|OOM|of memory|bad_alloc|annot|an't |ould not|nable to|ot found|o such|o space|enied|quota|LIMIT|"
     r"TIMEOUT|imed out|CANCELLED|egmentation|segfault|SIG|ore dumped|Aborted|on-zero|exit: [^0\s-]|xit stat|xit code|xceed",
     r"fail to|KILLED|llegal|nbound|ndefined|nvalid|issing|orrupt|runcated|efused|ot exist|n't exist|EXITING|xited with|"
-    r"xit_code|xitcode|xitStatus|tale file|ead-only f|oo many|Argument list|name resol|\[E::|o package|nrecognized|"
+    r"xit_code|xitcode|xitStatus|tale file|ead-only f|oo many|Argument list|name resol|reset by|curl: \(|ncompatible|\[E::|o package|nrecognized|"
     r"nknown opt|nexpected|not permitted|No module|ot a valid|Command e|Work dir:|nauthorized|sserti|not match|ot enough|"
     r"nsufficient|nterrupt|re unknown|not in gzip|hecksum|OfMemory",
 )
 _CAUSE = (
     r"(?i)oom[-_ ]?kill|out[ -]of[ -]memory|OutOfMemory|bad_alloc|allocate (?:memory|genome|vector)|MemoryError|"
-    r"memory limit|insufficient memory|not enough (?:memory|RAM|space|disk)|\b(?:Killed|Aborted|Terminated)\b(?: |$)|"
-    r"(?:status|code)s?:? ?[(=]? ?[\"']?(?:1\d\d|255)\b|\bexit: (?:1\d\d|255)\b|exit\w* with (?:exit )?\w* ?(?:1\d\d|255)\b|"
+    r"memory limit|insufficient memory|not enough (?:memory|RAM|space|disk)|(?-i:\b(?:Killed|Aborted|Terminated)\b)|"
     r"no space left|quota exceeded|command not found|no such (?:file|variable|property|device|option|image)|"
     r"permission denied|access denied|operation not permitted|MissingInput|Missing input|Caused by: \S|"
     r"no module named|no package called|could not find function|object '.*' not found|unbound variable|"
@@ -38,10 +38,10 @@ _CAUSE = (
     r"segmentation fault|segfault|SIG(?:SEGV|KILL|BUS|ABRT|ILL|TERM)|core dumped|illegal instruction|bus error|"
     r"time limit|walltime|\bTIMEOUT\b|NODE_FAIL|preempt|CANCELLED|CUDA error|NCCL error|"
     r"^\s*(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)(?:: |$)|^Error(?: in .+)?: \S|Exception in thread|"
-    r"USER ERROR|EXITING because|terminate called|FATAL(?: ERROR)?:|fatal error|\[E::|job submission failed|"
+    r"USER ERROR|(?-i:EXITING)|terminate called|FATAL(?: ERROR)?:|fatal error|\[E::|job submission failed|"
     r"invalid (?:partition|account|qos|generic|option|argument|value|sample|feature)|AmbiguousRule|CyclicGraph|"
     r"locked|IncompleteFiles|signature of method|not a valid|validation of|missing required|required value|"
-    r"exceeds available|requirement exceeds|connection (?:refused|reset|timed out)|timed out|could not resolve|"
+    r"exceeds available|requirement exceeds|connection (?:refused|reset|timed out)|curl: \(|incompatible|timed out|could not resolve|"
     r"name or service|name resolution|toomanyrequests|manifest unknown|unauthorized|HTTP(?: Error|/1.1)? [45]\d\d|"
     r"truncated|corrupt|unexpected end|not in gzip|checksum|CRC|input/output error|stale file|read-only file|"
     r"too many open|list too long|resource temporarily|shared object|GLIBC|version .* not found|syntax error|"
@@ -49,6 +49,7 @@ _CAUSE = (
     r"module\(s\) are unknown|unsatisfi|ResolvePackageNotFound|conflicts?:|do(?:es)? not match|mismatch between|"
     r"double free|stack smashing|panicked|assertion .*failed|AssertionError|is not defined|uninitialized|out of bounds"
 )
+_STATUS = r"(?i)\bexit.*[ :=(]+(?:1\d\d|255)\b"
 _FAILURE = (
     r"(?i)(?:^|[^-\w.])errors?(?:[^-\w=]|$)|\[error\]|errors?:|exception|traceback|caused by|fail|fatal|cannot|could not|"
     r"unable to|not found|denied|abort|exit(?:ed)?(?: with)?(?: exit)? ?(?:status|code)|exit: [1-9]|non-zero|"
@@ -81,6 +82,8 @@ def weigh(line: str) -> int:
     """Return the weight of a line for which `has_finds` is true."""
     if matcher(_CAUSE)(line):
         return CAUSE
+    if matcher(_STATUS)(line):
+        return STATUS
     return FAILURE if matcher(_FAILURE)(line) and not matcher(_HARMLESS)(line) else MENTION
 
 
@@ -98,19 +101,28 @@ def shorten(line: str, width: int) -> str:
     """Return a line cut to about `width`: its beginning, its end, and what lies around its finds."""
     if len(line) <= width:
         return line
-    part = width // 5
-    best: list[tuple[int, int]] = []
-    for block in range(0, len(line), 4096):
-        if has_finds(line[block : block + 4096 + part]):
-            starts = range(block, min(block + 4096, len(line)), part // 2)
-            best += [(weigh(line[at : at + part]), at) for at in starts if has_finds(line[at : at + part])]
-    best.sort(key=lambda each: -each[0])
-    top = [at for weight, at in best if weight == best[0][0]]
-    chosen = sorted({0, len(line) - part, *(max(0, at - part // 4) for at in (top[:1] + top[-1:]))})
+    places = _places(line)
+    if width < 400:
+        del places[1:]
+    room = width * 13 // 16 // max(1, len(places))
+    spans = [(at - number * room // 3, at - number * room // 3 + room) for number, at in enumerate(places)]
     shown, end = "", 0
-    for at in chosen:
-        if at > end:
-            shown += f" [... {at - end:,} characters left out ...] "
-        shown += line[max(at, end) : at + part]
-        end = max(end, at + part)
+    for first, last in sorted([(0, width // 8 if spans else room), *spans, (len(line) - width // 16, len(line))]):
+        if first > end + _MARK:
+            shown += f" [... {first - end:,} characters left out ...] "
+            end = first
+        shown += line[end:last]
+        end = max(end, last)
     return shown
+
+
+def _places(line: str) -> list[int]:
+    """Return where the first and the last window of `_NEAR` characters begin that have a find of the highest weight."""
+    best: dict[int, list[int]] = {}
+    for block in range(0, len(line), 4096):
+        if has_finds(line[block : block + 4096 + _NEAR]):
+            for at in range(block, min(block + 4096, len(line)), _NEAR // 2):
+                if has_finds(near := line[at : at + _NEAR]):
+                    best.setdefault(weigh(near), []).append(at)
+    places = best[max(best)] if best else []
+    return places[:1] + [at for at in places[-1:] if at > places[0] + _NEAR]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from logs import LOGS, Log
+
 from biollm.client import condense
 from biollm.inputs.condense import scan
 from biollm.inputs.read import read_input
@@ -24,3 +27,13 @@ def test_a_file_is_condensed_to_its_budget_around_its_error(tmp_path: Path) -> N
     assert cut.tokens == estimate(cut.text) <= 1000
     assert not cut.whole
     assert cut.lines == 10001 > cut.kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log", LOGS, ids=lambda log: log.name)
+def test_the_line_that_names_the_cause_is_kept(log: Log) -> None:
+    digest = scan(log.chunks(), log.name)
+    for tokens in (300, 8_000, 32_000, 128_000):
+        cut = digest.cut(tokens)
+        assert cut.tokens == estimate(cut.text) <= tokens
+        assert log.names_cause in cut.text, tokens
