@@ -111,8 +111,10 @@ class RequestRejectedError(CompletionError):
     """The request itself is invalid: it cannot be sent, or every deployment tried rejects it."""
 
 
-class ContextLengthError(RequestRejectedError):
+class PromptTooLongError(RequestRejectedError):
     """The prompt, or the prompt with its answer, is too long for every deployment that could serve it."""
+
+    exit_code = 65
 
 
 class ContentPolicyError(CompletionError):

@@ -120,6 +120,7 @@ class Completion(_Printed, Generic[Parsed]):
         parsed: The object of `response_model`; plain data where that is a JSON Schema, None without one.
         tool_calls: OpenAI-shaped tool calls.
         finish_reason: The provider's own.
+        notes: What was done to the attachments before they were sent, a sentence each.
         reasoning: What the model thought before its answer, where the provider sends that.
         raw: OpenAI's JSON with every field that the provider sent: a dict whose fields are attributes as well.
     """
@@ -138,6 +139,7 @@ class Completion(_Printed, Generic[Parsed]):
     tool_calls: tuple[dict[str, Any], ...] = ()
     finish_reason: str = ""
     reasoning: str = ""
+    notes: tuple[str, ...] = ()
     raw: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:

@@ -46,7 +46,7 @@ def test_the_exported_names_are_these() -> None:
         "CompletionError",
         "ConfigError",
         "ContentPolicyError",
-        "ContextLengthError",
+        "PromptTooLongError",
         "DeadlineError",
         "Defaults",
         "InterruptedStreamError",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
-from biollm.client import remote
+from biollm.client import attachments, remote
 from biollm.client.options import Defaults, Options, Prompt, TypedOptions, check, make_request
 from biollm.config.paths import wants_local_only
 from biollm.errors import CompletionError, UsageError
@@ -57,7 +58,7 @@ class Client:
     ) -> None:
         self._dir = Path(config_dir) if config_dir is not None else None
         self._defaults = check(
-            {"provider": provider, "model": model, **defaults}, Options.__optional_keys__ - {"messages"}
+            {"provider": provider, "model": model, **defaults}, Options.__optional_keys__ - {"messages", "attachments"}
         )
         self.reload()
 
@@ -96,7 +97,7 @@ class Client:
                 KeysRefusedError, RequestRejectedError, DeadlineError.
             UsageError: An option does not exist, or does not fit.
         """
-        return self._route(partial(self._request, prompt, options)).complete()
+        return self._route(partial(self._request, prompt, _loaded(options))).complete()
 
     @overload
     async def acomplete(
@@ -106,6 +107,7 @@ class Client:
     async def acomplete(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> Completion: ...
     async def acomplete(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> Completion:
         """Like `complete`; cancelling it cancels the request."""
+        options = await _aloaded(options)
         return await self._route(partial(self._request, prompt, options)).acomplete()
 
     def fill_in_middle(self, prefix: str, suffix: str | None, **options: Unpack[Options]) -> Completion:
@@ -129,11 +131,19 @@ class Client:
             InterruptedStreamError: It broke after some text; `partial` holds that.
             CompletionError: No deployment could answer.
         """
-        return self._route(partial(self._streamable, prompt, options)).stream()
+        return self._route(partial(self._streamable, prompt, _loaded(options))).stream()
 
     def astream(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """Like `stream`, for `async for`."""
-        return self._route(partial(self._streamable, prompt, options)).astream()
+        if not options.get("attachments"):
+            return self._route(partial(self._streamable, prompt, options)).astream()
+        return self._astream(prompt, options)
+
+    async def _astream(self, prompt: Prompt | None, options: Options) -> AsyncGenerator[Piece, None]:
+        options = await _aloaded(options)
+        async with aclosing(self._route(partial(self._streamable, prompt, options)).astream()) as pieces:
+            async for piece in pieces:
+                yield piece
 
     @overload
     def complete_many(
@@ -303,6 +313,7 @@ class Client:
             raise UsageError("prompts must be a list of prompts, not a single one.", hint="Use complete() for one.")
         checked({"concurrency": concurrency}, {"concurrency": at_least(1)})
         self._load()
+        options = await _aloaded(options)
         requests = [self._request(prompt, options) for prompt in prompts]
 
         async def one(request: Request) -> Completion:
@@ -310,6 +321,18 @@ class Client:
             return await self._route(lambda: request).acomplete()
 
         return await gather([partial(one, request) for request in requests], concurrency, progress)
+
+
+def _loaded(options: Options) -> Options:
+    """Return the options with the attachments read, once for all that is made of them."""
+    given = check(options).get("attachments")
+    return {**options, "attachments": attachments.read(given)} if given else options
+
+
+async def _aloaded(options: Options) -> Options:
+    from biollm._runtime import apart
+
+    return await apart(_loaded, options) if options.get("attachments") else options
 
 
 ModelRouter = Client

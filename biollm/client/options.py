@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
+from biollm.client import attachments
 from biollm.config.paths import environment_tags, wanted_sender
 from biollm.errors import UsageError, nearest
-from biollm.routing.deployments import Requirements
+from biollm.routing.attachments import add_text, size, whole_text
+from biollm.routing.deployments import LOWER, UPPER, Requirements
 from biollm.routing.normalize import ANSWER_SIZES, PARAMETERS, Reader, Rule, at_least, checked, is_number, texts
 from biollm.routing.request import Request
 from biollm.routing.structured import ResponseSchema
@@ -17,11 +19,12 @@ from biollm.types import DATA_POLICIES, DataPolicy
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from biollm.client.attachments import Attachment
     from biollm.slurm.submissions import Job
 
 Prompt = str | Sequence[Mapping[str, Any]]
-# Usual text has fewer than 5 characters and more than 3 bytes to a token; a chat template adds tokens of its own.
-_CHARS_PER_TOKEN, _BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 5, 3, 16, 256
+# Tools and schemas have more than 3 bytes to a token; a chat template adds tokens of its own.
+_BYTES_PER_TOKEN, _PER_MESSAGE, _TEMPLATE = 3, 16, 256
 _PARAMETERS = ("temperature", "max_tokens", "tools", "tool_choice")
 
 
@@ -43,17 +46,21 @@ _RULES: dict[str, Rule] = {
     ),
     **_or_none("patience", "a number of seconds, 0 or more", lambda given: is_number(given, 0)),
     **_or_none("system provider model capability", "a string", lambda given: isinstance(given, str)),
-    **_or_none("on_send on_state", "a function", callable),
+    **_or_none("on_send on_state on_note", "a function", callable),
     **_or_none(
         "response_model",
         "a pydantic class or a JSON Schema (a mapping)",
         lambda given: isinstance(given, Mapping) or hasattr(given, "model_json_schema"),
     ),
     **dict.fromkeys(
-        ("fallback", "local_only", "allow_degraded", "start_local"),
+        ("fallback", "local_only", "allow_degraded", "start_local", "condense"),
         ("True or False", lambda given: isinstance(given, bool)),
     ),
     **dict.fromkeys(("tags", "extra"), ("a mapping", lambda given: isinstance(given, Mapping))),
+    "attachments": (
+        "a list of paths, texts, or inputs that were read",
+        lambda given: isinstance(given, Sequence) and not isinstance(given, str | bytes),
+    ),
     "max_retries": at_least(0),
     "data_policy": _one_of(*DATA_POLICIES),
     "on_interrupt": _one_of("raise", "restart", "splice"),
@@ -80,6 +87,8 @@ class _Common(TypedDict, total=False):
     allow_degraded: bool
     tags: Mapping[str, str]
     on_interrupt: Literal["raise", "restart", "splice"]
+    condense: bool
+    on_note: Callable[[str], None] | None
     on_send: Callable[[str], None] | None
     start_local: bool
     wait: float | None
@@ -111,6 +120,8 @@ class Defaults(_Common, total=False):
         tags: Stored with the usage record, such as {"agent": "ErrorDiagnosisAgent"}.
         on_interrupt: What a stream does that breaks after some text: "raise"; "restart" on the next deployment, which takes
             the text back; "splice" the next one's answer on, after a marked line.
+        condense: False sends attachments whole, or fails if they fit no deployment.
+        on_note: Called with a sentence on what was done to the attachments, such as how many lines were condensed.
         on_send: Called with a deployment's id just before a request is sent to it.
         start_local: Whether to start a server on the cluster when no deployment can answer; the embedded model is
             then tried only if that fails.
@@ -132,6 +143,7 @@ class TypedOptions(_Common, total=False):
     provider: str | None
     model: str | None
     messages: Sequence[Mapping[str, Any]] | None
+    attachments: Sequence[Attachment]
 
 
 class Options(TypedOptions, Defaults, total=False):
@@ -140,6 +152,9 @@ class Options(TypedOptions, Defaults, total=False):
     Attributes:
         provider, model: Only these deployments may answer; they replace the client's own.
         messages: OpenAI-shaped messages, instead of the prompt.
+        attachments: What the question is about: files or Nextflow work folders (`Path`), texts, texts with a name
+            ({"name": ..., "text": ...}). Each deployment gets what fits it: the end, the beginning, and the lines
+            around errors. The question is never cut.
     """
 
 
@@ -171,8 +186,11 @@ def make_request(
     chosen: Options = {**defaults, **options}
     # Naming only a provider drops the client's own model too.
     named = options if options.get("provider") or options.get("model") else defaults
-    read = Reader()
+    read, digests = Reader(), tuple(attachments.read(chosen.get("attachments", ())))
     messages = read.messages(prompt, chosen.get("system"))
+    if digests and not chosen.get("condense", True):
+        read, messages, digests = Reader(), add_text(messages, whole_text(digests)), ()
+        messages = read.messages(messages)
     params = read.params(chosen.get("extra", {}), "extra.")
     params |= read.params({key: value for key, value in chosen.items() if key in _PARAMETERS})
     wanted = chosen.get("response_model")
@@ -184,8 +202,9 @@ def make_request(
         policy=policy(options),
         tools="tools" in params,
         capability=chosen.get("capability"),
-        prompt=read.letters // _CHARS_PER_TOKEN,
-        prompt_most=read.size // _BYTES_PER_TOKEN + _PER_MESSAGE * len(messages) + _TEMPLATE,
+        prompt=int(LOWER * read.tokens),
+        prompt_most=int(UPPER * read.tokens) + read.rest // _BYTES_PER_TOKEN + _PER_MESSAGE * len(messages) + _TEMPLATE,
+        attached=size(digests),
         answer=min((params[name] for name in ANSWER_SIZES & params.keys()), default=None),
         media=frozenset(read.media),
         allow_degraded=options.get("allow_degraded", False if wanted else chosen.get("allow_degraded", False)),
@@ -201,6 +220,8 @@ def make_request(
         schema=ResponseSchema(wanted) if wanted is not None else None,
         tags=texts({**environment_tags(), **chosen.get("tags", {})}),
         on_interrupt=chosen.get("on_interrupt", "raise"),
+        attachments=digests,
+        on_note=chosen.get("on_note"),
         on_send=chosen.get("on_send"),
         start=chosen.get("start_local", False),
         wait=chosen.get("wait"),

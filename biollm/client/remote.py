@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from biollm.routing.request import Request
 
 Dial = Callable[[], HTTPConnection]
+_MOST = 1_000_000  # tokens of an attachment that a gateway is sent; it cuts them to what fits each deployment
 _LOOK, _PATIENCE = 10.0, 10.0  # seconds between two health checks while a gateway works, and for it to answer one
 _GRACE = 0.5  # seconds past the deadline in which the gateway may still report itself what was tried
 _OFF = "BIOLLM_GATEWAY=off runs without a gateway."
@@ -214,7 +215,7 @@ def body_of(request: Request) -> Json | None:
     schema, requirements = request.schema, request.requirements
     # A class may check more than its schema says, and must see the answer while it can still be asked for again.
     stays = schema and (not isinstance(schema.wanted, Mapping) or requirements.tools)
-    if stays or request.on_send or request.on_state or request.params.keys() - _PARAMS:
+    if stays or request.on_send or request.on_note or request.on_state or request.params.keys() - _PARAMS:
         return None
     ours = {
         "provider": requirements.provider, "data_policy": requirements.policy, "capability": requirements.capability,
@@ -222,6 +223,7 @@ def body_of(request: Request) -> Json | None:
         "fallback": request.fallback, "max_retries": request.max_retries, "tags": dict(request.tags),
         "on_interrupt": request.on_interrupt, "start_local": request.start, "wait": request.wait,
         "patience": request.patience,
+        "attachments": [{"name": each.name, "text": each.cut(_MOST).text} for each in request.attachments] or None,
     }  # fmt: skip
     body: Json = {**request.params, "model": requirements.model or "biollm"}
     if schema:
@@ -406,6 +408,7 @@ class Connection:
             "tool_calls": tuple(tool_calls(choice)),
             "finish_reason": choice["finish_reason"],
             "reasoning": part(choice, "message").get("reasoning_content") or "",
+            "notes": tuple(whole["biollm"].get("notes", ())),
             "raw": Fields(whole),
         }
         return known(Completion, whole["biollm"] | ours)

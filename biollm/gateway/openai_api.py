@@ -50,7 +50,7 @@ _PASSED: Types = {
 }  # fmt: skip
 _BODY: Types = {**_READ, **_OPTIONS, **_PASSED}
 _EXTENSION: Types = {
-    "allow_degraded": bool, "capability": str, "data_policy": str, "deadline": _NUMBER, "fallback": bool,
+    "allow_degraded": bool, "attachments": list, "capability": str, "condense": bool, "data_policy": str, "deadline": _NUMBER, "fallback": bool,
     "local_only": bool, "max_retries": int, "on_interrupt": str, "patience": _NUMBER, "provider": str,
     "start_local": bool, "tags": dict, "timeout": _NUMBER, "wait": _NUMBER,
 }  # fmt: skip
@@ -59,7 +59,7 @@ _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (errors.UnknownNameError, 404, "invalid_request_error", "model_not_found"),
     (errors.UsageError, 400, "invalid_request_error", "invalid_request"),
     (errors.ContentPolicyError, 400, "invalid_request_error", "content_policy_violation"),
-    (errors.ContextLengthError, 400, "invalid_request_error", "context_length_exceeded"),
+    (errors.PromptTooLongError, 400, "invalid_request_error", "context_length_exceeded"),
     (errors.RequestRejectedError, 400, "invalid_request_error", "request_rejected"),
     (errors.AllLimitedError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.KeysRefusedError, 502, "server_error", "keys_refused"),
@@ -189,7 +189,7 @@ def answer(completion: Completion, *, chat: bool = True) -> Json:
 
 def story(completion: Completion) -> Json:
     """Return what OpenAI's JSON has no field for."""
-    names = ("provider", "account", "model", "deployment", "cost_usd", "latency_ms", "degraded")
+    names = ("provider", "account", "model", "deployment", "cost_usd", "latency_ms", "degraded", "notes")
     return {**{name: getattr(completion, name) for name in names}, "attempts": _attempts(completion.attempts)}
 
 

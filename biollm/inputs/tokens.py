@@ -22,6 +22,7 @@ _WEIGHTS = {
     bytes(range(128, 256)): 0.6,
 }
 _WORD = 1.15
+_LONGEST = 8  # bytes of a token, in runs of letters without an end
 
 
 def estimate(text: str | bytes) -> int:
@@ -36,4 +37,5 @@ def estimate(text: str | bytes) -> int:
 def _count(text: str | bytes) -> float:
     data = text.encode(errors="replace") if isinstance(text, str) else text
     words = len(data.translate(_WORDS).split())
-    return words * _WORD + sum((len(data) - len(data.translate(None, kind))) * each for kind, each in _WEIGHTS.items())
+    found = words * _WORD + sum((len(data) - len(data.translate(None, kind))) * each for kind, each in _WEIGHTS.items())
+    return max(found, len(data) / _LONGEST)

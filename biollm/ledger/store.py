@@ -43,6 +43,8 @@ _EXIT = 2.0  # seconds that closing waits for a file
 _ORIGINS = 900  # looked up at once: SQLite takes 999 parameters
 _MOST_ORIGINS = 10_000  # in memory
 _ANSWER = 1000  # tokens of an answer, before one is known
+_RATIOS = (0.5, 2.0)  # least and greatest of a model's tokens beside the estimate
+_NEWS = 0.05  # a ratio that changes by less is not written
 
 _Write = Callable[[sqlite3.Connection], object]
 
@@ -117,6 +119,7 @@ class Ledger:
         self._availability = Availability(clock)
         self._pruned = -math.inf
         self._answers: defaultdict[str, deque[int]] = defaultdict(lambda: deque(maxlen=50))
+        self._ratios: dict[str, float] = {}
         self._origins: dict[str, str] = {}  # those of this process, also before they are written
         self._warned = threading.Lock()  # held once the warning is issued
         atexit.register(self.close)
@@ -163,6 +166,20 @@ class Ledger:
         answers = sorted(self._answers.get(deployment, ()))
         return answers[int(0.9 * len(answers))] if answers else _ANSWER
 
+    def token_ratio(self, model: str) -> float:
+        """Return how many tokens this model counts where one was estimated; 1 while that is unknown."""
+        return self._ratios.get(model, 1.0)
+
+    def learn_tokens(self, model: str, estimated: int, stated: int) -> None:
+        """Note the tokens of a prompt as they were estimated without a ratio, and as the provider stated them."""
+        known = self._ratios.get(model)
+        ratio = min(max(stated / estimated, _RATIOS[0]), _RATIOS[1])
+        ratio = ratio if known is None else known + (ratio - known) / 4
+        if known is None or abs(ratio - known) > _NEWS * known:
+            self._ratios[model] = ratio
+            row = (model, ratio)
+            self._process().quotas.put(lambda db: db.execute("INSERT OR REPLACE INTO token_ratio VALUES (?, ?)", row))
+
     def cool(
         self, key: str, seconds: float | None, reason: str, *, kind: str = "", ladder: Sequence[float] = (0.0,)
     ) -> None:
@@ -202,6 +219,7 @@ class Ledger:
         if not self._answers:
             for deployment, tokens in reversed(self._read(self._history, attempts.LAST_ANSWERS, ())):
                 self._answers[deployment].append(tokens)
+            self._ratios.update(self._read(self._quotas, "SELECT model, ratio FROM token_ratio", ()))
         for key in [key for key in self._blocked.copy() if key.startswith("scope:")]:
             self._blocked.pop(key, None)
         self._adopt(self._read(self._quotas, quotas.COOLDOWNS, (self._clock() - quotas.MEMORY,)))

@@ -25,8 +25,11 @@ from biollm.routing.deployments import (
     allowance,
     asked_for,
     build_deployments,
+    excerpt_size,
     ineligible_reason,
     models_of,
+    most_sent,
+    too_long,
 )
 from biollm.slurm import endpoints
 from biollm.types import DataPolicy, Usage
@@ -85,6 +88,7 @@ class Candidate:
         until: Epoch seconds at which a limited deployment is available again.
         cost: Expected cost of its answer, under `policy: cheapest`.
         load: Its load, where it is one of several ready replicas and they were polled.
+        too_long: Whether its context is too small for the prompt.
         stated: Whether a limit or the provider names the time `until`; else it is an estimate.
     """
 
@@ -95,6 +99,7 @@ class Candidate:
     cost: Cost | None = None
     load: Load | None = None
     stated: bool = True
+    too_long: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,12 +233,13 @@ class DeploymentPool:
         The prompt has an upper bound; the answer is assumed to be as long as the deployment's usually are, since an
         agent asks for 64,000 tokens and uses 500.
         """
-        claim = self.claims[deployment.id]
+        claim, requirements = self.claims[deployment.id], self.sized(deployment, requirements)
         kinds = {limit.kind for limit in claim.limits}
         if not kinds & {"tokens", "usd"}:
             return claim
         typical = self.ledger.typical(deployment.id)
-        expected = Usage(requirements.prompt_most, min(typical, allowance(deployment, requirements) or typical))
+        prompt = most_sent(deployment, requirements)
+        expected = Usage(prompt, min(typical, allowance(deployment, requirements) or typical))
         usd = 0.0
         if "usd" in kinds:
             from biollm.routing.pricing import price
@@ -242,13 +248,25 @@ class DeploymentPool:
             usd = known.usd(expected) if known else 0.0
         return replace(claim, tokens=expected.total_tokens, usd=usd)
 
+    def sized(self, deployment: Deployment, requirements: Requirements) -> Requirements:
+        """Return `requirements` with its tokens as this model counts them, as far as that has been learned."""
+        if (ratio := self.ledger.token_ratio(deployment.model)) == 1:
+            return requirements
+        sizes = {name: round(getattr(requirements, name) * ratio) for name in ("prompt", "prompt_most", "attached")}
+        return replace(requirements, **sizes)
+
+    def excerpt(self, deployment: Deployment, requirements: Requirements) -> int:
+        """Return the tokens of attachments that fit the deployment, as they are estimated without a ratio."""
+        sent = excerpt_size(deployment, self.sized(deployment, requirements))
+        return int(sent / self.ledger.token_ratio(deployment.model))
+
     def missing(self, deployment: Deployment) -> str:
         """Return what the deployment lacks to be asked at all, one sentence; empty when nothing."""
         return self._missing.get(deployment.id, ("", ""))[1]
 
     def candidates(self, requirements: Requirements, *, skip: Iterable[str] = ()) -> list[Candidate]:
         """Return the deployments that the request may name, in waterfall order, with their status; not those in `skip`."""
-        by_map = requirements.media or (requirements.answer or 0) > LEAST_ANSWER
+        by_map = requirements.media or requirements.attached or (requirements.answer or 0) > LEAST_ANSWER
         if by_map and not self._informed:  # reading the map takes 50 ms
             from biollm.routing.pricing import with_facts
 
@@ -269,8 +287,9 @@ class DeploymentPool:
     def _candidate(
         self, deployment: Deployment, requirements: Requirements, blocked: Mapping[str, Cooldown], now: float
     ) -> Candidate:
+        requirements = self.sized(deployment, requirements)
         if reason := ineligible_reason(deployment, requirements):  # first: no key would help
-            return Candidate(deployment, "unfit", reason)
+            return Candidate(deployment, "unfit", reason, too_long=reason == too_long(deployment, requirements))
         if missing := self._missing.get(deployment.id):
             return Candidate(deployment, *missing)
         if requirements.media and refuses(deployment, requirements.media):

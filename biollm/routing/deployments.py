@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from biollm.slurm.endpoints import Endpoint
 
 LEAST_ANSWER = 2048  # tokens; where fewer can be had, and more were wanted, the next deployment is asked
+LEAST_EXCERPT = 200  # tokens of attachments without which a deployment is not asked
+_EMBEDDED_EXCERPT = 300  # tokens of attachments for the embedded model, which reads about 100 a second
+_UNKNOWN_CONTEXT = 32_768  # tokens, where the configuration says nothing
+LOWER, UPPER = 0.75, 1.3  # bounds of a prompt's tokens beside their estimate
+_SHARE = 0.75  # of the room for attachments that is used: their tokens are an estimate
 
 # Providers whose API takes a JSON Schema (`response_format: json_schema`); elsewhere the schema goes into the prompt.
 _TAKES_SCHEMA = {"openai", "azure", "gemini", "vertex_ai", "anthropic", "mistral", "groq", "hosted_vllm"}
@@ -90,6 +95,7 @@ class Requirements:
     Attributes:
         prompt: The prompt's tokens, a lower bound; `prompt_most`: an upper one.
         answer: The most tokens that the answer may have; None where the request does not say.
+        attached: Estimated tokens of the attachments before they are condensed; they are not part of `prompt`.
         media: What the prompt holds besides text: "images", "audio", "files", "videos".
     """
 
@@ -102,6 +108,7 @@ class Requirements:
     prompt: int = 0
     prompt_most: int = 0
     answer: int | None = None
+    attached: int = 0
     media: frozenset[str] = frozenset()
     allow_degraded: bool = True
     fim: bool = False
@@ -232,10 +239,35 @@ def ineligible_reason(deployment: Deployment, requirements: Requirements) -> str
 
 def too_long(deployment: Deployment, requirements: Requirements) -> str | None:
     """Return that the prompt with a short answer exceeds the deployment's context, one sentence, or None."""
-    least = requirements.prompt + min(requirements.answer or 0, LEAST_ANSWER)
+    excerpt = min(requirements.attached, LEAST_EXCERPT)
+    least = requirements.prompt + excerpt + min(requirements.answer or 0, LEAST_ANSWER)
     if deployment.context_length and least > deployment.context_length:
         return f"needs about {least} tokens, its context is {deployment.context_length}"
     return None
+
+
+def central(requirements: Requirements) -> int:
+    """Return the estimate between the bounds of the prompt's tokens."""
+    return round(requirements.prompt / LOWER)
+
+
+def excerpt_size(deployment: Deployment, requirements: Requirements) -> int:
+    """Return the estimated tokens of attachments that the deployment is sent at most.
+
+    They fit its context beside the question and an answer, and any limit of tokens that its account has.
+    """
+    if deployment.embedded or not requirements.attached:
+        return min(requirements.attached, _EMBEDDED_EXCERPT)
+    context = deployment.context_length or _UNKNOWN_CONTEXT
+    answer = min(LEAST_ANSWER if requirements.answer is None else requirements.answer, context // 2)
+    limits = [limit.amount for limit in deployment.limits if limit.kind == "tokens"]
+    room = _SHARE * (min([context, *limits]) - answer - requirements.prompt_most)
+    return min(requirements.attached, max(LEAST_EXCERPT, int(room)))
+
+
+def most_sent(deployment: Deployment, requirements: Requirements) -> int:
+    """Return the most tokens that the deployment is sent: the prompt and its excerpt of the attachments."""
+    return requirements.prompt_most + excerpt_size(deployment, requirements)
 
 
 def allowance(deployment: Deployment, requirements: Requirements) -> int | None:
@@ -245,15 +277,19 @@ def allowance(deployment: Deployment, requirements: Requirements) -> int | None:
     """
     if requirements.answer is None:
         return None
-    left = deployment.context_length and max(LEAST_ANSWER, deployment.context_length - requirements.prompt_most)
+    left = deployment.context_length and max(
+        LEAST_ANSWER, deployment.context_length - most_sent(deployment, requirements)
+    )
     return min(size for size in (requirements.answer, left, deployment.max_output) if size)
 
 
 def informed(deployment: Deployment, facts: Mapping[str, object]) -> Deployment:
     """Return `deployment` with what LiteLLM's map of models says of it."""
-    most, sees = facts.get("max_output_tokens"), facts.get("supports_vision")
+    most, sees, context = (facts.get(name) for name in ("max_output_tokens", "supports_vision", "max_input_tokens"))
+    context = deployment.context_length or (context if isinstance(context, int) else None)
     vision = sees if deployment.vision is None and isinstance(sees, bool) else deployment.vision
-    return replace(deployment, max_output=most if isinstance(most, int) else None, vision=vision)
+    most = most if isinstance(most, int) else None
+    return replace(deployment, context_length=context, max_output=most, vision=vision)
 
 
 def asked_for(deployment: Deployment, requirements: Requirements) -> bool:

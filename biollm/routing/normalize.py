@@ -15,6 +15,7 @@ from reprlib import repr as brief
 from typing import Any, cast
 
 from biollm.errors import UsageError, nearest
+from biollm.inputs.tokens import estimate
 
 Message = dict[str, Any]
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, and whether one is
@@ -80,13 +81,13 @@ class Reader:
     """One pass over a request.
 
     Attributes:
-        letters: Characters of text in the messages.
-        size: Bytes, in UTF-8, of all strings in the request.
+        tokens: Estimated tokens of the text in the messages.
+        rest: Bytes, in UTF-8, of all other strings in the request.
         media: What the messages contain besides text: "images", "audio", "files", "videos".
     """
 
     def __init__(self) -> None:
-        self.letters = self.size = 0
+        self.tokens = self.rest = 0
         self.media: set[str] = set()
 
     def value(self, given: Any, path: str) -> Any:
@@ -155,8 +156,7 @@ class Reader:
             parts = cast("Iterable[Any]", content)
             made["content"] = [self._part(part, f"{path}.content[{at}]") for at, part in enumerate(parts)]
         elif isinstance(content, str):
-            made["content"] = self._value(content, path)
-            self.letters += len(content)
+            made["content"] = self._text(content)
         elif content is not None:
             message = f"{path}.content is {_kind(content)}; it must be a string or a list of parts."
             raise UsageError(message, hint=_how_to_read(content))
@@ -171,12 +171,13 @@ class Reader:
         if kind == "text":
             if not isinstance(words := part.get("text") or "", str):
                 raise UsageError(f"{path}.text is {_kind(words)}; it must be a string.")
-            self.letters += len(words)
-        size = self.size + _MEDIUM  # an image's base64 costs tokens by pixels, which are not known here
+            rest = self.value({name: value for name, value in part.items() if name != "text"}, path)
+            return {**rest, "text": self._text(words)}
+        rest = self.rest + _MEDIUM  # an image's base64 costs tokens by pixels, which are not known here
         made = self.value(part, path)
         if kind not in _MEDIA:
             return made
-        self.size = size
+        self.rest = rest
         self.media.add(_MEDIA[kind])
         if kind == "image_url":
             image: Any = made.get("image_url")
@@ -185,10 +186,15 @@ class Reader:
                 raise UsageError(f"{path}.image_url is neither an http(s) URL nor a base64 data URL.")
         return made
 
+    def _text(self, given: str) -> str:
+        given = text(given)
+        self.tokens += estimate(given)
+        return given
+
     def _value(self, given: Any, path: str) -> Any:
         if isinstance(given, str):
             given = text(given)
-            self.size += len(given) if given.isascii() else len(given.encode())
+            self.rest += len(given) if given.isascii() else len(given.encode())
             return given
         if given is None or isinstance(given, bool):
             return given

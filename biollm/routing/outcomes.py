@@ -11,7 +11,7 @@ from biollm.providers.credentials import Credential, hide, origin
 from biollm.routing import host_check, pricing
 from biollm.routing.answers import Answer, content, tool_calls
 from biollm.routing.candidates import DeploymentPool, cooling_keys, note_refusal
-from biollm.routing.deployments import Deployment
+from biollm.routing.deployments import LEAST_EXCERPT, Deployment, central
 from biollm.routing.failures import Failure
 from biollm.routing.load_balancing import Balance
 from biollm.routing.normalize import text as plain
@@ -19,6 +19,7 @@ from biollm.routing.request import MIN_RETRY_S, InFlight, Run
 from biollm.types import Attempt, Completion, Fields, Json, Usage
 
 _MIN_ANSWER = 16  # tokens of answer that are worth a request
+_TELLING = 500  # estimated tokens of a prompt from which a model's way of counting is learned
 
 
 class Outcomes:
@@ -54,6 +55,9 @@ class Outcomes:
         ident = inflight.deployment.id
         if ident in run.repeated:
             return False
+        if failure.kind == "too_long" and (fitted := run.fits.get(ident)) and fitted.tokens > LEAST_EXCERPT:
+            run.shrunk[ident] = 0.5
+            return True
         if failure.kind == "affordable":
             if (failure.afford or 0) < _MIN_ANSWER:
                 return False
@@ -205,14 +209,29 @@ class Outcomes:
             tool_calls=tuple(tool_calls(choice)),
             finish_reason=choice.get("finish_reason") or "",
             reasoning=message.get("reasoning_content") or "",
+            notes=run.fits[deployment.id].notes if deployment.id in run.fits else (),
             raw=Fields(whole),
         )
         self._record(run, inflight, attempt, usage, completion.cost_usd)
+        self._learn(run, deployment, usage)
         return completion
 
     def _usage(self, run: Run, inflight: InFlight) -> Usage:
-        prompt = run.request.requirements.prompt * 5 // 4  # a lower bound
-        return inflight.answer.spent(prompt) if inflight.answer else Usage()
+        if not inflight.answer:
+            return Usage()
+        ratio = self._pool.ledger.token_ratio(inflight.deployment.model)
+        return inflight.answer.spent(round(self._estimated(run, inflight.deployment) * ratio))
+
+    def _estimated(self, run: Run, deployment: Deployment) -> int:
+        """Return the tokens of the prompt as they are estimated for any model."""
+        fitted = run.fits.get(deployment.id)
+        return central(run.request.requirements) + (fitted.tokens if fitted else 0)
+
+    def _learn(self, run: Run, deployment: Deployment, usage: Usage) -> None:
+        """Learn how this model counts tokens, of a request whose prompt is nothing but enough text."""
+        requirements, estimated = run.request.requirements, self._estimated(run, deployment)
+        if estimated >= _TELLING and not (usage.estimated or requirements.media or requirements.tools):
+            self._pool.ledger.learn_tokens(deployment.model, estimated, usage.prompt_tokens)
 
     def _usd(self, inflight: InFlight, usage: Usage) -> float | None:
         price = pricing.price(inflight.deployment, self._pool.config)

@@ -21,7 +21,7 @@ from typing import Any
 
 from biollm.config import Config
 from biollm.routing import litellm_private
-from biollm.routing.deployments import Deployment, Requirements, informed
+from biollm.routing.deployments import Deployment, Requirements, central, excerpt_size, informed
 from biollm.types import Usage
 
 ANSWER = 500  # expected tokens of an answer where the request sets no max_tokens
@@ -178,7 +178,8 @@ def cheapest(
 ) -> list[tuple[Deployment, Cost | None]]:
     """Return deployments and costs by priority, then cost (unknown last), then their old order; `order` is renumbered."""
     answer, known = requirements.answer or ANSWER, prices(found, config)
-    expected = {each.id: Cost(requirements.prompt, answer, known[each.id]) for each in found}
+    sent = {each.id: central(requirements) + excerpt_size(each, requirements) for each in found}
+    expected = {each.id: Cost(sent[each.id], answer, known[each.id]) for each in found}
 
     def rank(each: Deployment) -> tuple[int, float, int]:
         usd = expected[each.id].usd

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from random import getrandbits
 from typing import TYPE_CHECKING, Any, Literal
 
+from biollm.config.values import short
 from biollm.errors import (
     AllLimitedError,
     CompletionError,
     ContentPolicyError,
-    ContextLengthError,
     DeadlineError,
     KeysRefusedError,
+    PromptTooLongError,
     RequestRejectedError,
 )
-from biollm.routing.deployments import Deployment, Requirements, allowance, too_long
+from biollm.routing.deployments import Deployment, Requirements, allowance, central
 from biollm.routing.failures import CUT_SHORT
 from biollm.routing.structured import Message, ResponseSchema
 from biollm.types import Attempt, Outcome
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     import asyncio
 
     from biollm.config import Config
+    from biollm.inputs.digest import Digest
     from biollm.routing.answers import Answer
+    from biollm.routing.attachments import Fitted
     from biollm.routing.candidates import Candidate
     from biollm.routing.failures import Failure
     from biollm.slurm.submissions import Job
@@ -46,6 +49,8 @@ class Request:
     Attributes:
         params: Further arguments of LiteLLM's `acompletion`: temperature, max_tokens, tools...
         on_send: Called with a deployment's id just before a request goes to it.
+        attachments: What the question is about; each deployment gets what fits it.
+        on_note: Called with a sentence on what was done to the attachments, before they are sent.
         middle: (prefix, suffix) of code to fill in between, instead of messages; without a suffix, a text to continue.
         start: Start a server on the cluster if no deployment answers; then wait `wait` seconds for it.
         on_state: Called with the job of that server whenever it has changed.
@@ -65,6 +70,8 @@ class Request:
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     on_interrupt: Literal["raise", "restart", "splice"] = "raise"
     on_send: Callable[[str], None] | None = None
+    attachments: tuple[Digest, ...] = ()
+    on_note: Callable[[str], None] | None = None
     middle: tuple[str, str | None] | None = None
     start: bool = False
     wait: float | None = None
@@ -123,6 +130,8 @@ class Run:
         over: The failure after which no other deployment is tried.
         repeat: The deployment to try once more at once.
         repeated: Ids of those that were.
+        fits: Deployment id -> the messages with its excerpt of the attachments.
+        shrunk: Deployment id -> the share of the room for attachments that is used after it found them too long.
         caps: Deployment id -> the most tokens of answer that its account can pay for.
         spare: An answer that was cut at an output limit, to be returned if no deployment has a longer one.
         waiting_since: When the wait for an earlier deployment began, by the monotonic clock.
@@ -138,6 +147,8 @@ class Run:
     over: Failure | None = None
     repeat: Deployment | None = None
     repeated: set[str] = field(default_factory=set[str])
+    fits: dict[str, Fitted] = field(default_factory=dict[str, "Fitted"])
+    shrunk: dict[str, float] = field(default_factory=dict[str, float])
     caps: dict[str, int] = field(default_factory=dict[str, int])
     spare: InFlight | None = None
     waiting_since: float | None = None
@@ -210,9 +221,13 @@ class Run:
         kinds = {failure.kind for _, failure in self.failures}
         skipped = {candidate.status for candidate in self._passes[-1].skipped.values()}
         never = kinds <= _UNFIT and "limited" not in skipped and not self.request.start  # a server may take more
-        if never and self._too_long():
-            hint = "Shorten the prompt, or add a model with a larger context."
-            return ContextLengthError(f"The prompt is too long for every deployment.\n{reasons}", attempts, hint=hint)
+        if never and (long := self._too_long()):
+            need = central(self.request.requirements)
+            longest = max((each.context_length or 0 for each in long), default=0)
+            known = f"; the longest context that could answer is {short(longest)}" if longest else ""
+            hint = "Shorten the prompt, pass files as attachments (-f), or add a model with a larger context."
+            message = f"The prompt is too long: about {short(need)} tokens{known}.\n{reasons}"
+            return PromptTooLongError(message, attempts, hint=hint)
         blaming = {each.provider.litellm_provider for each, failure in self.failures if failure.kind == "malformed"}
         hint = "Providers with different APIs say that the request itself is invalid." if len(blaming) > 1 else None
         if kinds and all(failure.rule.blames_request for _, failure in self.failures):
@@ -234,12 +249,11 @@ class Run:
         what = "All deployments failed." if kinds else "No deployment is available."
         return CompletionError(f"{what}\n{reasons}", attempts, hint=hint)
 
-    def _too_long(self) -> bool:
-        """Return whether a deployment refused the request for the length of its prompt, or was skipped for it."""
-        return any(failure.kind == "too_long" and failure is not CUT_SHORT for _, failure in self.failures) or any(
-            candidate.reason == too_long(candidate.deployment, self.request.requirements)
-            for candidate in self._passes[-1].skipped.values()
-        )
+    def _too_long(self) -> list[Deployment]:
+        """Return the deployments that refused the request for the length of its prompt, or were skipped for it."""
+        refused = [each for each, failure in self.failures if failure.kind == "too_long" and failure is not CUT_SHORT]
+        skipped = self._passes[-1].skipped.values()
+        return refused + [each.deployment for each in skipped if each.too_long]
 
     def _final(self, failure: Failure, attempts: Sequence[Attempt]) -> CompletionError:
         """Return the error of a failure after which no other deployment is tried."""

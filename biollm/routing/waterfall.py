@@ -18,7 +18,7 @@ from typing import Any
 from biollm._runtime import apart, called
 from biollm.errors import DeadlineError, InterruptedStreamError
 from biollm.ledger import Claim
-from biollm.routing import answers, deployments, host_check, load_balancing
+from biollm.routing import answers, attachments, deployments, host_check, load_balancing
 from biollm.routing.answers import content
 from biollm.routing.calls import Call, RefusedError
 from biollm.routing.candidates import Candidate, DeploymentPool
@@ -92,7 +92,8 @@ class Waterfall:
         run, before = Run(request), ""
         async with request.in_time(run.attempts), aclosing(self._turns(run)) as turns:
             async for ready in turns:
-                inflight = await self._send(run, ready, request.messages, stream=True)
+                messages = await self._messages(run, ready)
+                inflight = await self._send(run, ready, messages, stream=True)
                 if inflight is None:
                     continue
                 text, failure = "", None
@@ -187,7 +188,7 @@ class Waterfall:
 
     async def _ask(self, run: Run, ready: Sequence[Deployment]) -> Completion | None:
         """Return the answer of one deployment; None after a failure, or where others have room for a longer one."""
-        schema, messages = run.request.schema, run.request.messages
+        schema, messages = run.request.schema, await self._messages(run, ready)
         if schema and not ready[0].json_schema:
             messages = schema.in_prompt(messages)
         inflight = await self._send(run, ready, messages)
@@ -205,6 +206,18 @@ class Waterfall:
             return await self._parsed(run, inflight, schema, messages)
         self._drop_spare(run)
         return self._answered(run, inflight)
+
+    async def _messages(self, run: Run, ready: Sequence[Deployment]) -> Sequence[Message]:
+        """Return the messages for the first order of `ready`, with what fits of the attachments."""
+        request = run.request
+        if not request.attachments:
+            return request.messages
+        first = [each for each in ready if each.order == ready[0].order]
+        sizes = [self.pool.excerpt(each, request.requirements) * run.shrunk.get(each.id, 1) for each in first]
+        context = first[0].context_length
+        fitted = await apart(attachments.fit, request.messages, request.attachments, int(min(sizes)), context)
+        run.fits |= dict.fromkeys((each.id for each in first), fitted)
+        return fitted.messages
 
     def _answered(self, run: Run, inflight: InFlight, parsed: Any = None, before: str = "") -> Completion:
         assert inflight.answer  # noqa: S101
@@ -318,9 +331,13 @@ class Waterfall:
 
     def _sending(self, run: Run, inflight: InFlight, ident: str, reservation: int) -> None:
         inflight.reservation, inflight.at, inflight.started = reservation, time.time(), time.perf_counter()
-        if run.request.on_send:
+        fitted, request = run.fits.get(ident), run.request
+        calls = [(request.on_note, note) for note in fitted.notes] if fitted else []
+        for callback, about in [*calls, (request.on_send, ident)]:
+            if not callback:
+                continue
             try:
-                called(run.request.on_send, ident)
+                called(callback, about)
             except Exception as error:
                 inflight.callback_error = error
                 raise

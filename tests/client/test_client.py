@@ -179,12 +179,12 @@ IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' 
 @pytest.mark.parametrize(
     ("content", "status"),
     [
-        ("x" * 5004, "ready"),
-        ("x" * 5005, "unfit"),
-        ([text(3000), text(2004)], "ready"),
-        ([text(3000), text(2005)], "unfit"),
-        ([text(5004), IMAGE], "ready"),
-        ([text(5005), IMAGE], "unfit"),
+        ("x" * 10672, "ready"),
+        ("x" * 10680, "unfit"),
+        ([text(3000), text(7672)], "ready"),
+        ([text(3000), text(7680)], "unfit"),
+        ([text(10672), IMAGE], "ready"),
+        ([text(10680), IMAGE], "unfit"),
         ([{"type": "text", "text": None}], "ready"),
         (None, "ready"),
     ],

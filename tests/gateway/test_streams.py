@@ -302,7 +302,7 @@ def test_a_prompt_that_is_too_long_for_all_is_the_callers_error(
         "context_length_exceeded",
         "invalid_request_error",
     )
-    assert error["biollm"]["class"] == "ContextLengthError"
+    assert error["biollm"]["class"] == "PromptTooLongError"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ Write = Callable[..., Path]
 CHEAPEST: dict[str, Any] = {"routing": {"policy": "cheapest"}}
 # USD per million tokens of prompt and answer: gpt-4.1 2 and 8, gpt-5.1 1.25 and 10, gpt-4o-mini 0.15 and 0.6.
 # With an answer of 500 tokens, gpt-5.1 is the cheaper one from 1334 tokens of prompt, of 5 characters each.
-LONG = "word " * 1334
+LONG = "word " * 1161  # 1.15 tokens each
 
 
 def paid(model: str, priority: int = 1, **more: Any) -> dict[str, Any]:
@@ -159,20 +159,20 @@ def test_explain_shows_the_arithmetic(waterfall: Write, biollm: Callable[..., An
     waterfall(CHEAPEST, **rungs)
     lines = biollm("explain", "word " * 1200, "--max-tokens", "300").out.splitlines()
     assert [" ".join(line.split()) for line in lines[1:]] == [
-        "→ 1 free/odd ready 1200 x 0 + 300 x 0 USD/M = 0.000000 USD",
-        "2 mapped/gpt-4o-mini ready 1200 x 0.15 + 300 x 0.6 USD/M = 0.000360 USD",
-        "3 keyless/gpt-4.1 keyless no key: set NOT_SET; 1200 x 2 + 300 x 8 USD/M = 0.004800 USD",
+        "→ 1 free/odd ready 1380 x 0 + 300 x 0 USD/M = 0.000000 USD",
+        "2 mapped/gpt-4o-mini ready 1380 x 0.15 + 300 x 0.6 USD/M = 0.000387 USD",
+        "3 keyless/gpt-4.1 keyless no key: set NOT_SET; 1380 x 2 + 300 x 8 USD/M = 0.005160 USD",
         "4 odd/odd ready price unknown",
         "",
         "free/odd would answer.",
     ]
     facts = [fact["cost"] for fact in biollm("explain", "word " * 1200, "--json").json]
     assert facts[1] == {
-        "prompt_tokens": 1200,
+        "prompt_tokens": 1380,
         "answer_tokens": 500,
         "prompt_usd_per_million": pytest.approx(0.15),
         "answer_usd_per_million": pytest.approx(0.6),
-        "usd": pytest.approx(0.00048),
+        "usd": pytest.approx(0.000507),
     }
     assert (facts[3]["usd"], facts[3]["prompt_usd_per_million"]) == (None, None)
     waterfall(**rungs)
