@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +15,7 @@ from typer import Argument, Option
 
 from biollm.cli import output
 from biollm.cli.output import Json, Progress
+from biollm.cli.prompt import needs, read
 from biollm.cli.slurm import state_line
 from biollm.errors import CompletionError, UsageError
 
@@ -49,6 +48,9 @@ def complete(
     ] = None,
     as_json: Json = False,
     schema: Annotated[Path | None, Option(metavar="FILE", help="JSON Schema that the answer must follow.")] = None,
+    no_condense: Annotated[
+        bool, Option("--no-condense", help="Fail if files and piped input do not fit, instead of condensing them.")
+    ] = False,
     max_tokens: MaxTokens = None,
     temperature: Annotated[float | None, Option(min=0, max=2, metavar="T", help="Sampling temperature (0-2).")] = None,
     max_retries: Annotated[int, Option(min=0, metavar="N", help="Further passes after temporary failures.")] = 0,
@@ -67,17 +69,20 @@ def complete(
     quiet: Annotated[bool, Option("-q", "--quiet", help="Print nothing but the answer.")] = False,
 ) -> None:
     """Answer a prompt with the first available model."""
-    text, response_schema = _prompt(prompt, file or []), _schema(schema) if schema else None
+    question, found = read(prompt, file or [])
+    needs(question, found)
+    response_schema = _schema(schema) if schema else None
     live = not (schema or as_json) and (sys.stdout.isatty() if stream is None else stream)
     options: Options = {
         "system": system, "provider": provider, "model": model, "max_tokens": max_tokens, "temperature": temperature,
         "max_retries": max_retries, "fallback": not no_fallback, "local_only": local_only, "timeout": timeout,
         "deadline": deadline, "start_local": start, "wait": wait, "tags": _tags(tag or []),
         "response_model": response_schema, "allow_degraded": schema is None,
+        "attachments": found, "condense": not no_condense,
     }  # fmt: skip
     progress = Progress(quiet=quiet)
     try:
-        answer = _ask(text, options, progress, live=live)
+        answer = _ask(question, options, progress, live=live)
     except CompletionError as error:
         progress.clear()
         if as_json:
@@ -105,39 +110,18 @@ def _ask(text: str, options: Options, progress: Progress, *, live: bool) -> Comp
         progress.say("asking the gateway")
     else:
         options = {**options, "on_send": sending, "on_state": lambda job: progress.say(state_line(job))}
+        options["on_note"] = progress.note
     if live:
         options["on_interrupt"] = "restart"
         answer = _stream(client.stream(text, **options), progress)
     else:
         answer = client.complete(text, **options)
+    if "on_note" not in options:
+        for note in answer.notes:
+            progress.note(note)
     if started > _SLOW and sys.stderr.isatty() and "BIOLLM_GATEWAY" not in os.environ:
         progress.hint = f"Starting biollm took {started:.0f} s; `biollm serve --detach` keeps it running."
     return answer
-
-
-def _prompt(prompt: str | None, files: list[Path]) -> str:
-    """Return the files, the piped input, and last the question, where models follow it best; `-` is stdin."""
-    named = prompt == "-" or Path("-") in files
-    mode = 0
-    with suppress(OSError):  # it may be closed; terminals, sockets and /dev/null are read only for -
-        mode = os.fstat(0).st_mode
-    parts: list[str] = []
-    for file in files:
-        if file != Path("-"):
-            try:
-                parts.append(f"--- {file.name} ---\n{file.read_text('utf-8', 'surrogateescape')}")
-            except OSError as error:
-                raise UsageError(f"{file}: {error.strerror}.") from None
-    if named or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
-        with open(0, encoding="utf-8", errors="surrogateescape", closefd=False) as piped:
-            parts.append(piped.read())
-    question = "" if prompt in (None, "-") else prompt
-    text = "\n\n".join(part for part in (*parts, question) if part and part.strip())
-    if not text.strip():
-        raise UsageError(
-            "The prompt is empty.", hint='Pass one, as in biollm complete "Why?", add -f FILE, or pipe text in.'
-        )
-    return text
 
 
 def _tags(pairs: list[str]) -> dict[str, str]:

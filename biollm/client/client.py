@@ -266,7 +266,7 @@ class Client:
         return self._dir is None and (bool(remote.named()) or remote.nearby(self._identity) is not None)
 
     def _request(self, prompt: Prompt | None, options: Options, *, may_be_empty: bool = False) -> Request:
-        if isinstance(prompt, str) and not prompt.strip() and not may_be_empty:
+        if isinstance(prompt, str) and not (prompt.strip() or options.get("attachments") or may_be_empty):
             raise UsageError("The prompt is empty.")
         request = make_request(prompt, self._defaults, options, self.policy)
         if self._local:  # else the gateway checks them

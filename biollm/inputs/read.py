@@ -37,5 +37,5 @@ def read_input(path: Path | int) -> Input:
     try:
         digest = scan(blocks(), name)
     except OSError as error:
-        raise UsageError(f"{name} could not be read: {error.strerror}.") from error
+        raise UsageError(f"{path if isinstance(path, Path) else name}: {error.strerror}.") from error
     return Input(name, digest, (f"{name} is empty.",) if not seen else (), not seen)

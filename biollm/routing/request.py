@@ -131,6 +131,7 @@ class Run:
         repeat: The deployment to try once more at once.
         repeated: Ids of those that were.
         fits: Deployment id -> the messages with its excerpt of the attachments.
+        noted: What `on_note` was called with.
         shrunk: Deployment id -> the share of the room for attachments that is used after it found them too long.
         caps: Deployment id -> the most tokens of answer that its account can pay for.
         spare: An answer that was cut at an output limit, to be returned if no deployment has a longer one.
@@ -148,6 +149,7 @@ class Run:
     repeat: Deployment | None = None
     repeated: set[str] = field(default_factory=set[str])
     fits: dict[str, Fitted] = field(default_factory=dict[str, "Fitted"])
+    noted: set[str] = field(default_factory=set[str])
     shrunk: dict[str, float] = field(default_factory=dict[str, float])
     caps: dict[str, int] = field(default_factory=dict[str, int])
     spare: InFlight | None = None

@@ -332,7 +332,9 @@ class Waterfall:
     def _sending(self, run: Run, inflight: InFlight, ident: str, reservation: int) -> None:
         inflight.reservation, inflight.at, inflight.started = reservation, time.time(), time.perf_counter()
         fitted, request = run.fits.get(ident), run.request
-        calls = [(request.on_note, note) for note in fitted.notes] if fitted else []
+        new = [note for note in fitted.notes if note not in run.noted] if fitted else []
+        run.noted.update(new)
+        calls = [(request.on_note, note) for note in new]
         for callback, about in [*calls, (request.on_send, ident)]:
             if not callback:
                 continue

@@ -159,6 +159,7 @@ def test_json_holds_the_whole_story(net: Loopback, waterfall: Waterfall, biollm:
         "cost_usd": 0.0,
         "degraded": False,
         "reasoning": "",
+        "notes": [],
         "parsed": None,
         "tool_calls": [],
         "finish_reason": "stop",

@@ -162,11 +162,11 @@ def test_an_argument_that_cannot_be_sent_is_named_by_its_path(given: dict[str, A
 @pytest.mark.parametrize(
     ("prompt", "tokens", "rest", "media"),
     [
-        ("hello, world", 3, 0, set[str]()),
-        ("häß", 4, 0, set[str]()),
-        (user([{"type": "text", "text": "hello"}, image({"url": PNG * 1000})]), 1, 3000, {"images"}),
-        (user([{"type": "input_audio", "input_audio": {"data": "A", "format": "wav"}}]), 0, 3000, {"audio"}),
-        (user([{"type": "file", "file": {"file_id": "f"}}]), 0, 3000, {"files"}),
+        ("hello, world", 3, 4, set[str]()),
+        ("häß", 4, 4, set[str]()),
+        (user([{"type": "text", "text": "hello"}, image({"url": PNG * 1000})]), 1, 3008, {"images"}),
+        (user([{"type": "input_audio", "input_audio": {"data": "A", "format": "wav"}}]), 0, 3004, {"audio"}),
+        (user([{"type": "file", "file": {"file_id": "f"}}]), 0, 3004, {"files"}),
     ],
 )
 def test_the_pass_measures_what_it_reads(prompt: Any, tokens: int, rest: int, media: set[str]) -> None:
