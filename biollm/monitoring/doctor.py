@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from shlex import quote
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ from biollm.config.paths import own_dir, run_dir, state_dir
 from biollm.errors import BiollmError
 from biollm.ledger.sqlite import on_network
 from biollm.providers import credentials
-from biollm.slurm import commands, weights
+from biollm.slurm import commands, vllm_flags, weights
 
 _COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
 _Result = tuple[bool, str, str]  # whether it is ok, what was found, how to fix it
@@ -119,9 +120,22 @@ def _environment(config: Config) -> _Result:
         return False, str(problem), problem.hint or ""
     site = config.cluster.environment
     where = site.container or site.venv or site.conda or (site.modules and f"modules {', '.join(site.modules)}")
-    if where or shutil.which("vllm"):
-        return True, f"vLLM comes from {where or 'PATH'}", ""
-    return False, "nothing provides vLLM", "Set `environment` in cluster.yaml: venv, ..."
+    on_path = shutil.which("vllm")
+    if not (where or on_path):
+        return False, "nothing provides vLLM", "Set `environment` in cluster.yaml: venv, ..."
+    prefix = site.venv or site.conda or (Path(on_path or "").resolve().parents[1] if not where else None)
+    version = _vllm(Path(prefix)) if prefix else ""
+    detail = f"vLLM {version} comes from {where or prefix}" if version else f"vLLM comes from {where or 'PATH'}"
+    if version and vllm_flags.minor(version) != (checked := vllm_flags.minor(vllm_flags.snapshot()["vllm"])):
+        detail += f", and vllm_args are checked against the flags of {checked}"
+        return False, detail, f"{quote(f'{prefix}/bin/pip')} install {quote(vllm_flags.requirement())}"
+    return True, detail, ""
+
+
+def _vllm(prefix: Path) -> str:
+    """Return the version of vLLM in an environment, without importing it; "" where that is not known."""
+    folders = prefix.glob("lib/python3*/site-packages") if prefix.is_absolute() else ()  # else a name of conda's
+    return next((each.version for each in distributions(name="vllm", path=[str(each) for each in folders])), "")
 
 
 def _run_dir(config: Config) -> _Result:

@@ -24,7 +24,7 @@ from biollm._ownership import uids
 from biollm.config import Cluster, Model
 from biollm.config.paths import biollm_dir, log_dir, run_dir
 from biollm.errors import SlurmError, UnavailableError, UsageError
-from biollm.slurm import commands, submissions, weights
+from biollm.slurm import commands, submissions, vllm_flags, weights
 from biollm.slurm.commands import Queue
 from biollm.slurm.endpoints import Endpoint, Records, Watch, ask, load
 from biollm.slurm.script import LaunchScript, Options, header, node_files, render, request
@@ -195,7 +195,7 @@ def missing(models: Sequence[Model], cluster: Cluster) -> Iterator[UnavailableEr
             yield UnavailableError(found)
     venv, image = cluster.environment.venv, cluster.environment.container or ""
     if venv and not (venv / "bin" / "vllm").exists():
-        fix = f"python3 -m venv {venv} && {venv}/bin/pip install vllm"
+        fix = f"python3 -m venv {venv} && {venv}/bin/pip install '{vllm_flags.requirement()}'"
         yield UnavailableError(f"There is no vLLM in {venv}.", hint=fix)
     if image.startswith("/") and not Path(image).exists():
         fix = f"{cluster.environment.container_command} pull {image} docker://vllm/vllm-openai:latest"

@@ -35,6 +35,16 @@ def snapshot() -> dict[str, Any]:
     return json.loads((data_dir("slurm_templates") / "vllm-flags.json").read_text())
 
 
+def requirement() -> str:
+    """Return the versions that have the flags of the snapshot, as pip takes them: vllm==0.32.*"""
+    return f"vllm=={minor(snapshot()['vllm'])}.*"
+
+
+def minor(version: str) -> str:
+    """Return the part of a version that changes with the flags: 0.32 of 0.32.1."""
+    return ".".join(version.split(".")[:2])
+
+
 def problems(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield (key, one sentence) for everything in `args` that vLLM would refuse, or accept and then fail."""
     known = snapshot()["flags"]

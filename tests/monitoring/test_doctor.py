@@ -95,10 +95,32 @@ def site(folder: Path, text: str) -> None:
 def test_the_serving_environment(waterfall: Waterfall, tmp_path: Path, bare: Path) -> None:
     folder = waterfall()
     site(folder, f"environment: {{venv: {tmp_path}/venv}}")
-    assert "pip install vllm" in found("serving environment").fix
+    assert "pip install 'vllm==0.32.*'" in found("serving environment").fix
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     command(tmp_path / "venv" / "bin", "vllm", "exit 0")
-    assert found("serving environment").ok
+    assert (found("serving environment").ok, found("serving environment").detail) == (
+        True,
+        f"vLLM comes from {tmp_path}/venv",
+    )
+
+
+@pytest.mark.parametrize("where", ["venv", "conda", "PATH"])
+@pytest.mark.parametrize(("version", "ok"), [("0.32.1", True), ("0.29.0", False)])
+def test_the_version_of_vllm_is_compared_with_its_flags(
+    waterfall: Waterfall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, version: str, ok: bool
+) -> None:
+    folder, prefix = waterfall(), tmp_path / "env"
+    facts = prefix / "lib" / "python3.12" / "site-packages" / f"vllm-{version}.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    (prefix / "bin").mkdir()
+    command(prefix / "bin", "vllm", "exit 1")
+    if where == "PATH":
+        monkeypatch.setenv("PATH", str(prefix / "bin"))
+    site(folder, f"environment: {{{'venv: null' if where == 'PATH' else f'{where}: {prefix}'}}}")
+    check = found("serving environment")
+    assert (check.ok, check.detail.startswith(f"vLLM {version} comes from {prefix}")) == (ok, True)
+    assert check.fix == ("" if ok else f"{prefix}/bin/pip install 'vllm==0.32.*'")
 
 
 def test_a_machine_without_slurm_is_told_where_to_run_and_is_asked_nothing_more(waterfall: Waterfall) -> None:

@@ -179,7 +179,7 @@ def test_up_refuses_before_queueing_when_weights_or_environment_are_missing(site
     bare = site.model_copy(update={"environment": Environment(venv=Path("/no/venv"))})
     with pytest.raises(UnavailableError, match="no vLLM in /no/venv") as caught:
         slurm.up([model], bare)
-    assert "pip install vllm" in str(caught.value.hint)
+    assert "pip install 'vllm==0.32.*'" in str(caught.value.hint)
 
 
 def job(gpus: int, phase: str = "ready") -> Job:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from biollm.config import Config, load_config
-from biollm.slurm.vllm_flags import flags, problems, snapshot
+from biollm.slurm.vllm_flags import flags, problems, requirement, snapshot
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,13 @@ def config() -> Config:
 def test_the_snapshot_is_of_a_known_vllm() -> None:
     assert snapshot()["vllm"] == "0.32.0"
     assert len(snapshot()["flags"]) > 300
+
+
+def test_the_extra_installs_the_version_of_the_snapshot() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    (wanted,) = project["project"]["optional-dependencies"]["vllm"]
+    assert Requirement(wanted).specifier.contains(snapshot()["vllm"])
+    assert not Requirement(wanted).specifier.contains("0.33.0") and requirement() == "vllm==0.32.*"
 
 
 def test_the_shipped_models_have_good_flags(config: Config) -> None:
