@@ -43,7 +43,7 @@ _EXIT = 2.0  # seconds that closing waits for a file
 _ORIGINS = 900  # looked up at once: SQLite takes 999 parameters
 _MOST_ORIGINS = 10_000  # in memory
 _ANSWER = 1000  # tokens of an answer, before one is known
-_RATIOS = (0.5, 2.0)  # least and greatest of a model's tokens beside the estimate
+_RATIOS = (0.7, 1.6)  # least and greatest of a model's tokens beside the estimate
 _NEWS = 0.05  # a ratio that changes by less is not written
 
 _Write = Callable[[sqlite3.Connection], object]

@@ -55,14 +55,16 @@ def whole_text(attachments: Sequence[Digest]) -> str:
     return "\n\n".join(texts)
 
 
-def fit(messages: Sequence[Message], attachments: Sequence[Digest], tokens: int, context: int | None) -> Fitted:
+def fit(
+    messages: Sequence[Message], attachments: Sequence[Digest], tokens: int, context: int | None, ratio: float
+) -> Fitted:
     """Return the messages with the attachments, cut to about `tokens` together, before the last question.
 
     Args:
         messages: The request's messages; they are not changed.
         attachments: What the question is about. Short ones leave their room to long ones.
         tokens: Estimated tokens for all attachments.
-        context: The deployment's context, for the notes.
+        context: The deployment's context, and `ratio`: how many tokens it counts for an estimated one; for the notes.
     """
     excerpts: dict[int, Excerpt] = {}
     left, sizes = tokens, [size([each]) for each in attachments]
@@ -71,7 +73,7 @@ def fit(messages: Sequence[Message], attachments: Sequence[Digest], tokens: int,
         left = max(0, left - excerpts[at].tokens)
     ordered = [excerpts[at] for at in range(len(attachments))]
     notes = [
-        _note(each.name, excerpt, context)
+        _note(each.name, excerpt, context, ratio)
         for each, excerpt in zip(attachments, ordered, strict=True)
         if not excerpt.whole
     ]
@@ -97,6 +99,7 @@ def _headed(name: str, text: str) -> str:
     return text if name == STDIN else f"--- {name} ---\n{text}"
 
 
-def _note(name: str, excerpt: Excerpt, context: int | None) -> str:
+def _note(name: str, excerpt: Excerpt, context: int | None, ratio: float) -> str:
+    tokens = short(excerpt.tokens * ratio)
     of = f" of {short(context)}" if context else ""
-    return f"{name}: {excerpt.lines:,} lines condensed to {excerpt.kept:,} (about {short(excerpt.tokens)}{of} tokens)"
+    return f"{name}: {excerpt.lines:,} lines condensed to {excerpt.kept:,} (about {tokens}{of} tokens)"

@@ -214,8 +214,8 @@ class Waterfall:
             return request.messages
         first = [each for each in ready if each.order == ready[0].order]
         sizes = [self.pool.excerpt(each, request.requirements) * run.shrunk.get(each.id, 1) for each in first]
-        context = first[0].context_length
-        fitted = await apart(attachments.fit, request.messages, request.attachments, int(min(sizes)), context)
+        context, ratio = first[0].context_length, self.pool.ledger.token_ratio(first[0].model)
+        fitted = await apart(attachments.fit, request.messages, request.attachments, int(min(sizes)), context, ratio)
         run.fits |= dict.fromkeys((each.id for each in first), fitted)
         return fitted.messages
 
