@@ -22,7 +22,7 @@ SHAPES = 100  # finds of one weight that are kept: the first, and as many of the
 PER_WINDOW = 16  # finds of a window that are considered, from its beginning, and a quarter of it from its end
 
 _ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_]|[()][0-9A-B])")
-_NOT_UTF8 = {0xDC00 + byte: byte for byte in range(128, 256)}  # as surrogateescape decodes them: Latin-1
+_NOT_UTF8 = {0xDC00 + byte: byte if byte >= 0xA0 else 0xFFFD for byte in range(0x80, 0x100)}  # to Latin-1
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,12 @@ def read_input(path: Path | int) -> Input:
 
 
 def _unreadable(path: Path | int, error: OSError) -> UsageError:
-    if isinstance(path, Path) and isinstance(error, FileNotFoundError):
-        beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        return UsageError(f"There is no file {path}.", hint=nearest(path.name, beside) or None)
-    reason = (error.strerror or str(error)).lower()
-    return UsageError(f"{path if isinstance(path, Path) else _name(path)} cannot be read: {reason}.")
+    hint = ""
+    if isinstance(path, Path) and isinstance(error, FileNotFoundError) and path.parent.is_dir():
+        hint = nearest(path.name, [each.name for each in path.parent.iterdir()])
+    return UsageError(
+        f"{path if isinstance(path, Path) else _name(path)}: {error.strerror or error}.", hint=hint or None
+    )
 
 
 class _Source:
@@ -105,10 +106,10 @@ class _Source:
             yield from self._work(self.path)
         else:
             logs = sorted(each for pattern in (".nextflow.log", "*.log", "*.out") for each in self.path.glob(pattern))
-            hint = f"Did you mean {logs[0]}?" if logs else "Name a file, or a task's folder such as work/ab/12cd34...."
-            raise UsageError(
-                f"{self.path} is a folder, but no work folder of Nextflow: it has no .command.sh.", hint=hint
+            hint = (
+                f"Did you mean {logs[0]}?" if logs else "Name a file, or a Nextflow task's folder: work/ab/12cd34...."
             )
+            raise UsageError(f"{self.path}: Is a directory.", hint=hint)
 
     def _work(self, folder: Path) -> Iterator[bytes]:
         for name, heading in _WORK.items():

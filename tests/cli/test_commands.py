@@ -243,8 +243,12 @@ def test_what_is_not_utf8_is_read_all_the_same_and_in_one_way(
     command = [PROGRAM, "complete", *options.get(place, []), *(["why?"] * (place != "argument"))]
     run = subprocess.run(command, input=odd if place == "stdin" else b"", capture_output=True, check=False)
     assert (run.returncode, run.stdout) == (0, b"All is well.\n"), run.stderr.decode()
+    assert (b"was read as Latin-1" in run.stderr) == (place in ("file", "stdin"))
     if place != "tag":
-        assert "caf\ufffd \ufffd\ufffd!" in json.dumps(server.completions[0].body["messages"], ensure_ascii=False)
+        latin1 = place in ("file", "stdin")
+        assert ("café â\ufffd!" if latin1 else "caf\ufffd \ufffd\ufffd!") in json.dumps(
+            server.completions[0].body["messages"], ensure_ascii=False
+        )
 
 
 # --- Exit codes --------------------------------------------------------------------------------------------------

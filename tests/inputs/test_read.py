@@ -128,22 +128,22 @@ def test_an_empty_file_is_noted_and_the_null_device_is_not(tmp_path: Path) -> No
 
 def test_what_cannot_be_read_gets_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "run.log").touch()
-    with pytest.raises(UsageError, match=r"There is no file .*/run\.lgo\.") as caught:
+    with pytest.raises(UsageError, match=r"/run\.lgo: No such file or directory\.$") as caught:
         read_input(tmp_path / "run.lgo")
     assert caught.value.hint == "Did you mean run.log?"
-    with pytest.raises(UsageError, match=r"no work folder of Nextflow") as caught:
+    with pytest.raises(UsageError, match=r": Is a directory\.$") as caught:
         read_input(tmp_path)
     assert caught.value.hint == f"Did you mean {tmp_path}/run.log?"
-    with pytest.raises(UsageError, match="cannot be read: bad file descriptor"):
+    with pytest.raises(UsageError, match=r"^file descriptor 999: Bad file descriptor"):
         read_input(999)
-    with pytest.raises(UsageError, match="cannot be read: file name too long"):
+    with pytest.raises(UsageError, match="xxx: File name too long"):
         read_input(tmp_path / ("x" * 300))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
 def test_a_file_of_another_gets_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "x.log").touch(mode=0)
-    with pytest.raises(UsageError, match="cannot be read: permission denied"):
+    with pytest.raises(UsageError, match=r"x\.log: Permission denied"):
         read_input(tmp_path / "x.log")
 
 
