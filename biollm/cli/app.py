@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -17,6 +18,13 @@ from biollm.routing import litellm_private
 _EPILOG = (
     "Exit codes: 0 success, 2 usage error, 69 no answer, 75 rate limited (retry later), 77 no valid key, "
     "78 invalid configuration, 130 interrupted."
+)
+
+_HINTS = (  # what Typer's message of a wrong command line lacks
+    ("unexpected extra argument", "Put quotes around a text of several words."),
+    (r"No such option: \S+ ", 'Put -- before a text that begins with a dash: biollm complete -- "-x ...".'),
+    ("is not a valid int", "It must be a whole number."),
+    ("is not a valid float", "It must be a number."),
 )
 
 app = typer.Typer(
@@ -81,6 +89,9 @@ def _run() -> int:
     except SystemExit as end:  # Typer has said what is wrong with the command line
         if end.code == 130:
             typer.echo("biollm: interrupted", err=True)
+        message = str(getattr(end.__context__, "message", ""))  # of the error that ended it
+        for hint in (hint for pattern, hint in _HINTS if re.search(pattern, message)):
+            typer.echo(hint, err=True)
         return int(end.code or 0)
     except BiollmError as error:
         typer.echo(f"biollm: {error}", err=True)

@@ -9,6 +9,7 @@ from typer import Option
 
 from biollm.cli import output
 from biollm.cli.output import Json
+from biollm.errors import UsageError
 
 
 def serve(
@@ -17,7 +18,9 @@ def serve(
         int | None,
         Option(min=0, max=65535, metavar="N", help="Also listen on this TCP port, with a key. 0: any free port."),
     ] = None,
-    host: Annotated[str, Option(metavar="NAME", help="Address to bind (with --port).")] = "127.0.0.1",
+    host: Annotated[
+        str | None, Option(metavar="NAME", help="Address to bind (with --port). Default: 127.0.0.1.")
+    ] = None,
     detach: Annotated[bool, Option("--detach", help="Run in the background; exit after 2 idle hours.")] = False,
     workers: Annotated[
         int, Option(min=1, max=64, metavar="N", help="Processes that share the sockets and the limits.")
@@ -34,6 +37,9 @@ def serve(
         return
     from biollm.gateway import server
 
+    if host and port is None:
+        raise UsageError("--host needs --port.", hint="Add --port N; 0 is any free one.")
+    host = host or "127.0.0.1"
     if not detach:
         server.serve(
             host=host, port=port, idle=idle_timeout, workers=workers, say=lambda line: typer.echo(line, err=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 from biollm.client import attachments, remote
 from biollm.client.options import Defaults, Options, Prompt, TypedOptions, check, make_request
 from biollm.config.paths import wants_local_only
-from biollm.errors import CompletionError, UsageError
+from biollm.errors import CompletionError, UnknownNameError, UsageError
 from biollm.routing.normalize import at_least, checked, text
 from biollm.types import DATA_POLICIES, Completion, DataPolicy, Piece
 
@@ -282,6 +282,8 @@ class Client:
         return request
 
     def _gap(self, prefix: str, suffix: str | None, options: Options) -> Request:
+        given = {"prefix": prefix, "suffix": suffix or ""}
+        checked(given, dict.fromkeys(given, ("a string", lambda text: isinstance(text, str))))
         request = self._request(prefix + (suffix or ""), options, may_be_empty=True)
         if request.schema or request.requirements.tools:
             raise UsageError("Filling in code takes no response_model and no tools.")
@@ -300,6 +302,15 @@ class Client:
             request = make()  # again: the configuration has names to check, and a data policy
         return self._load().call(request)
 
+    def _numbered(self, at: int, prompt: Prompt, options: Options) -> Request:
+        """Return the request of one of many prompts; a wrong one is named by its place."""
+        try:
+            return self._request(prompt, options)
+        except UnknownNameError:
+            raise
+        except UsageError as error:
+            raise UsageError(f"prompts[{at}]: {error}", hint=error.hint) from None
+
     async def _many(
         self,
         prompts: Iterable[Prompt],
@@ -309,12 +320,12 @@ class Client:
     ) -> list[Completion | CompletionError]:
         from biollm.client.local import gather
 
-        if isinstance(prompts, str | bytes | Mapping):
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):  # pyright: ignore
             raise UsageError("prompts must be a list of prompts, not a single one.", hint="Use complete() for one.")
         checked({"concurrency": concurrency}, {"concurrency": at_least(1)})
         self._load()
-        options = await _aloaded(options)
-        requests = [self._request(prompt, options) for prompt in prompts]
+        options = await _aloaded(check(options))
+        requests = [self._numbered(at, prompt, options) for at, prompt in enumerate(prompts)]
 
         async def one(request: Request) -> Completion:
             request = replace(request, asked=time.monotonic())

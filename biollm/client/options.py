@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
-from biollm.client import attachments
+from biollm.client import attachments, remote
 from biollm.config.paths import environment_tags, wanted_sender
 from biollm.errors import UsageError, nearest
 from biollm.routing.attachments import add_text, size, whole_text
@@ -46,11 +46,12 @@ _RULES: dict[str, Rule] = {
     ),
     **_or_none("patience", "a number of seconds, 0 or more", lambda given: is_number(given, 0)),
     **_or_none("system provider model capability", "a string", lambda given: isinstance(given, str)),
+    **_or_none("tool_choice", "a string or a mapping", lambda given: isinstance(given, str | Mapping)),
     **_or_none("on_send on_state on_note", "a function", callable),
     **_or_none(
         "response_model",
         "a pydantic class or a JSON Schema (a mapping)",
-        lambda given: isinstance(given, Mapping) or hasattr(given, "model_json_schema"),
+        lambda given: isinstance(given, Mapping) or (isinstance(given, type) and hasattr(given, "model_json_schema")),
     ),
     **dict.fromkeys(
         ("fallback", "local_only", "allow_degraded", "start_local", "condense"),
@@ -165,7 +166,8 @@ def check(options: Options, known: Set[str] = Options.__optional_keys__) -> Opti
         UsageError: An option does not exist, or its value does not fit.
     """
     for name in options.keys() - known:
-        hint = nearest(name, known) or "Pass further arguments of the API as extra={...}."
+        hint = "" if name in remote.PARAMETERS else nearest(name, known)
+        hint = hint or f"Pass a further argument of the API as extra={{{name!r}: ...}}."
         raise UsageError(f"There is no option {name!r}.", hint=hint)
     return cast("Options", {**options, **checked(options, _RULES)})
 

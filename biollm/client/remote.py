@@ -50,7 +50,7 @@ _LOOK, _PATIENCE = 10.0, 10.0  # seconds between two health checks while a gatew
 _GRACE = 0.5  # seconds past the deadline in which the gateway may still report itself what was tried
 _OFF = "BIOLLM_GATEWAY=off runs without a gateway."
 SOCKET, RECORD = "gateway.sock", "gateway.json"
-_PARAMS = {
+PARAMETERS = {  # of OpenAI's API, which a gateway takes as they are
     "frequency_penalty", "logit_bias", "max_tokens", "parallel_tool_calls", "presence_penalty", "reasoning_effort",
     "seed", "stop", "temperature", "tool_choice", "tools", "top_p", "user", "verbosity",
 }  # fmt: skip
@@ -215,7 +215,7 @@ def body_of(request: Request) -> Json | None:
     schema, requirements = request.schema, request.requirements
     # A class may check more than its schema says, and must see the answer while it can still be asked for again.
     stays = schema and (not isinstance(schema.wanted, Mapping) or requirements.tools)
-    if stays or request.on_send or request.on_note or request.on_state or request.params.keys() - _PARAMS:
+    if stays or request.on_send or request.on_note or request.on_state or request.params.keys() - PARAMETERS:
         return None
     ours = {
         "provider": requirements.provider, "data_policy": requirements.policy, "capability": requirements.capability,

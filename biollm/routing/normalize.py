@@ -110,7 +110,8 @@ class Reader:
         given: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
             message = f"The prompt is {_kind(prompt)}; it must be a string or a list of messages."
-            raise UsageError(message, hint=_how_to_read(prompt))
+            hint = "Pass a list of messages: [message]." if isinstance(given, Mapping) else _how_to_read(prompt)
+            raise UsageError(message, hint=hint)
         if system is not None and not isinstance(system, str):
             raise UsageError(f"system is {_kind(system)}; it must be a string.")
         found = [self._message(each, f"messages[{at}]") for at, each in enumerate(cast("Iterable[Any]", given))]

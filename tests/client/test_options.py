@@ -55,6 +55,9 @@ class Diagnosis(BaseModel):
         ({"on_send": "print"}, "on_send is 'print'; it must be a function."),
         ({"system": b"Be brief"}, "system is b'Be brief'; it must be a string."),
         ({"model": 4}, "model is 4; it must be a string."),
+        ({"response_model": Diagnosis(cause="x")}, "response_model is Diagnosis(cause='x'); it must be a pydantic class or a JSON Schema (a mapping)."),
+        ({"tool_choice": 3}, "tool_choice is 3; it must be a string or a mapping."),
+        ({"seed": 3}, "There is no option 'seed'. Pass a further argument of the API as extra={'seed': ...}."),
         ({"temprature": 0.2}, "There is no option 'temprature'. Did you mean temperature?"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "A prompt and messages are given. Pass one of them."),
     ],
@@ -81,6 +84,7 @@ def test_a_wrong_option_is_named_with_its_value_and_nothing_is_sent(
         ([], "There are no messages."),
         (Path("/data/a.log"), "Pass its text, path.read_text(), or the file beside a question: attachments=[path]."),
         (b"log", "Pass text: data.decode()."),
+        ({"role": "user", "content": "hi"}, "Pass a list of messages: [message]."),
         ([{"role": "user", "content": Path("a.log")}], "messages[0].content is a PosixPath"),
         ([{"role": "User", "content": "hi"}], "messages[0].role is 'User'. Did you mean 'user'?"),
     ],
@@ -100,8 +104,13 @@ def test_what_is_no_prompt_is_refused(waterfall: Write, prompt: Any, message: st
 
 def test_one_text_is_no_list_of_prompts(waterfall: Write) -> None:
     waterfall(first="https://first.invalid/v1")
-    with pytest.raises(UsageError, match="prompts must be a list of prompts"):
-        get_model_client().complete_many("abc")
+    for wrong in ("abc", b"abc", None, {"role": "user", "content": "abc"}):
+        with pytest.raises(UsageError, match="prompts must be a list of prompts"):
+            get_model_client().complete_many(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"prompts\[1\]: The prompt is empty\."):
+        get_model_client().complete_many(["a", ""])
+    with pytest.raises(UsageError, match=r"^suffix is 3; it must be a string\."):
+        get_model_client().fill_in_middle("a", 3)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"concurrency is 'many'; it must be a whole number of at least 1\."):
         get_model_client().complete_many(["abc"], concurrency="many")  # type: ignore[arg-type]
 
