@@ -38,7 +38,7 @@ def _or_none(names: str, needs: str, fits: Callable[[Any], bool]) -> dict[str, R
 
 
 # What each option must be; `normalize` checks what is inside messages, tools and extra.
-_RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     **_or_none("temperature", *PARAMETERS["temperature"]),
     **_or_none("max_tokens", *PARAMETERS["max_tokens"]),
     **_or_none(
@@ -169,7 +169,7 @@ def check(options: Options, known: Set[str] = Options.__optional_keys__) -> Opti
         hint = "" if name in remote.PARAMETERS else nearest(name, known)
         hint = hint or f"Pass a further argument of the API as extra={{{name!r}: ...}}."
         raise UsageError(f"There is no option {name!r}.", hint=hint)
-    return cast("Options", {**options, **checked(options, _RULES)})
+    return cast("Options", {**options, **checked(options, RULES)})
 
 
 def make_request(

@@ -356,7 +356,11 @@ def _refused(
 
 
 async def _not_found(request: Request, error: HTTPException) -> Response:
-    message = f"{error.detail}: {request.method} {request.url.path}"
+    path: str = request.url.path
+    message = f"{error.detail}: {request.method} {path}"
+    for right, base in ((f"/v1{path}", "ends in /v1"), (path.removeprefix("/v1"), "does not end in /v1")):
+        if right != path and right in {getattr(route, "path", "") for route in request.app.routes}:
+            message += f". The path is {right}: the base URL of this client {base}."
     body = openai_api.problem(message, "invalid_request_error", "not_found")
     return _json(Dialect(request.url.path).problem(error.status_code, body), error.status_code, error.headers)
 

@@ -18,8 +18,10 @@ from random import getrandbits
 from typing import TYPE_CHECKING, Any, cast
 
 from biollm import errors
+from biollm.client.options import RULES
 from biollm.config.paths import tags_of
 from biollm.routing.deployments import models_of
+from biollm.routing.normalize import PARAMETERS, checked
 from biollm.routing.router_config import GROUP, LOCAL_GROUP
 from biollm.routing.structured import ResponseSchema
 from biollm.types import DATA_POLICIES, Attempt, Completion, Json, part
@@ -113,10 +115,12 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
     for name in body.keys() - _BODY.keys() - {"models"}:  # OpenRouter's
         _check_spelling(name)
     ours = _checked(body.get("biollm", {}), _EXTENSION, "biollm.", closed=True)
+    checked(body, PARAMETERS)
+    checked(ours, RULES, "biollm.")
     stream, prompt, schema = body.get("stream", False), _prompt(body, chat=chat), _schema(body)
     options: Json = {**address(config, body.get("model", GROUP)), **ours, "extra": _extra(body, schema)}
     options |= {name: body[name] for name in ("temperature", "tools", "tool_choice") if name in body}
-    if tokens := body.get("max_completion_tokens", body.get("max_tokens")):
+    if (tokens := body.get("max_completion_tokens", body.get("max_tokens"))) is not None:
         options["max_tokens"] = tokens
     if schema is not None:
         options["response_model"] = schema
@@ -125,9 +129,10 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
     by_header = tags_of(headers.get("x-biollm-tags", ""), "x-biollm-tags")
     options["tags"] = {**body.get("metadata", {}), **by_header, **ours.get("tags", {}), **tags}
     if (patience := headers.get("x-biollm-patience")) is not None:
+        with suppress(ValueError):
+            patience = float(patience)
+        checked({"x-biollm-patience": patience}, {"x-biollm-patience": RULES["patience"]})
         options["patience"] = patience
-        with suppress(ValueError):  # the client says what is wrong with it
-            options["patience"] = float(patience)
     whole = not stream or schema is not None or bool(body.get("logprobs")) or not chat
     splice = bool(body.get("tools")) and "response_format" not in body
     delivery, options["on_interrupt"] = _delivery(headers, ours, whole=whole, splice=splice)

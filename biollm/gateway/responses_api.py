@@ -31,6 +31,7 @@ from biollm.gateway.conversation import (
     tool,
     tool_call,
 )
+from biollm.routing.normalize import at_least, checked
 from biollm.types import Json, part
 
 PING = ": keep-alive\n\n"
@@ -72,7 +73,8 @@ def request(body: Json) -> Json:
     chat: Json = {**kept(body, *_COPIED), "messages": messages}
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True}
-    if most := body.get("max_output_tokens"):
+    if (most := body.get("max_output_tokens")) is not None:
+        checked(body, {"max_output_tokens": at_least(1)})
         chat["max_tokens"] = most
     if effort := mapping(body, "reasoning").get("effort"):
         chat["reasoning_effort"] = effort

@@ -169,6 +169,21 @@ def test_who_gets_no_answer_gets_openais_error(net: Loopback, serve: Any, case: 
         (CHAT, {**HI, "max_tokens": "many"}, 400, "max_tokens has the wrong type: str; it must be a whole number."),
         (CHAT, {**HI, "maxtokens": 5}, 400, "There is no field 'maxtokens'.\nDid you mean max_tokens?"),
         (CHAT, {**HI, "tempreature": 0}, 400, "Did you mean temperature?"),
+        (
+            CHAT,
+            {**HI, "max_completion_tokens": 0},
+            400,
+            "max_completion_tokens is 0; it must be a whole number of at least 1.",
+        ),
+        (CHAT, {**HI, "biollm": {"deadline": -5}}, 400, "biollm.deadline is -5; it must be a finite number"),
+        (
+            "/v1/responses",
+            {"input": "hi", "max_output_tokens": "a"},
+            400,
+            "max_output_tokens is 'a'; it must be a whole",
+        ),
+        ("/chat/completions", HI, 404, "The path is /v1/chat/completions: the base URL of this client ends in /v1."),
+        ("/v1/v1/messages", HI, 404, "The path is /v1/messages: the base URL of this client does not end in /v1."),
         (CHAT, {**HI, "temperature": 99}, 400, "temperature is 99; it must be a number from 0 to 2."),
         (
             CHAT,
