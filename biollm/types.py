@@ -31,6 +31,12 @@ def part(given: Json, name: str) -> Json:
     return given.get(name) or {}
 
 
+def short(amount: float, digits: int = 3) -> str:
+    """Return a number as people write it: 12, 1.5k, 30M."""
+    size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if amount >= n), (1, ""))
+    return f"{amount / size:.{digits}g}{letter}"
+
+
 class Fields(Json):
     """A JSON object whose fields are attributes as well: `raw.choices[0].message.content`."""
 

@@ -58,7 +58,7 @@ def providers(as_json: Json = False) -> None:
     Sends nothing.
     """
     from biollm.client import Client
-    from biollm.config.values import short
+    from biollm.types import short
 
     seen: dict[str, dict[str, Any]] = {}
     client = Client(allow_degraded=True, sender="direct")

@@ -94,7 +94,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _show(report: Report) -> None:
-    from biollm.config.values import short
+    from biollm.types import short
 
     total, precision = report.total, "exact" if report.exact else "within 2%"
     print(f"{_minute(report.since)} to {_minute(report.until)} UTC; percentiles are {precision}.\n")
@@ -125,8 +125,8 @@ def _show(report: Report) -> None:
 
 
 def _cells(row: Row) -> Sequence[object]:
-    from biollm.config.values import short
     from biollm.monitoring.dashboard import seconds
+    from biollm.types import short
 
     times = [
         "-" if value is None else seconds(value) for value in (row.p50_ms, row.p95_ms, row.p99_ms, row.ttft_p50_ms)

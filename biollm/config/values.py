@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from biollm.errors import UsageError
+from biollm.types import short
 
 Kind = Literal["requests", "tokens", "usd"]
 Unit = Literal["s", "min", "hour", "day", "month"]
@@ -66,12 +67,6 @@ _RANDOM = re.compile(r"(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{20,}|[0-9a-fA-F-]{24,
 ROUTE = "/chat/completions"  # of a request's URL; a base URL ends before it
 _TOKENS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # as vLLM reads them
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-def short(amount: float, digits: int = 3) -> str:
-    """Return a number as people write it: 12, 1.5k, 30M."""
-    size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if amount >= n), (1, ""))
-    return f"{amount / size:.{digits}g}{letter}"
 
 
 def masked(text: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from biollm.config.values import short
 from biollm.monitoring.snapshot import CandidateView, JobView, LimitUse, Minute, Snapshot
+from biollm.types import short
 
 _LOOK = {"ready": ("●", 32), "failing": ("✖", 31), "refused": ("✖", 31), "cooling": ("◐", 33), "limited": ("◐", 33)}
 _SPANS = ((172800, 86400, "d"), (7200, 3600, "h"), (120, 60, "m"))  # from so many seconds on, in these

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from biollm.config.values import short
 from biollm.errors import PromptTooLongError
 from biollm.inputs.digest import Digest, Excerpt
 from biollm.inputs.tokens import estimate
 from biollm.routing.structured import Message
+from biollm.types import short
 
 STDIN = "stdin"  # the name of piped text, which gets no heading
 _WHOLE = 50_000_000  # tokens: more than any digest keeps

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from random import getrandbits
 from typing import TYPE_CHECKING, Any, Literal
 
-from biollm.config.values import short
 from biollm.errors import (
     AllLimitedError,
     CompletionError,
@@ -22,7 +21,7 @@ from biollm.errors import (
 from biollm.routing.deployments import Deployment, Requirements, allowance, central
 from biollm.routing.failures import CUT_SHORT
 from biollm.routing.structured import Message, ResponseSchema
-from biollm.types import Attempt, Outcome
+from biollm.types import Attempt, Outcome, short
 
 if TYPE_CHECKING:
     import asyncio
