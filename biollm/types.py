@@ -160,12 +160,14 @@ class StreamChunk(_Printed):
         kind: "text", "reasoning", "tool_call" (one whole call) or "usage" (the end: tokens, and the completion).
         chunk: OpenAI's `chat.completion.chunk`, with every field that the provider sent.
         completion: The whole answer; with the last piece only.
+        degraded: Whether the embedded model gives it.
     """
 
     text: str = ""
     completion: Completion | None = None
     kind: ChunkKind = "text"
     chunk: Json = field(default_factory=dict[str, Any], repr=False)
+    degraded: bool = False
 
     def __str__(self) -> str:
         return self.text

@@ -11,12 +11,12 @@ import typer
 from typer import Option
 
 from biollm import __version__
-from biollm.cli import complete, config, drill, monitoring, run, serve, setup, slurm
+from biollm.cli import complete, config, drill, explain, monitoring, run, serve, setup, slurm
 from biollm.errors import BiollmError
 from biollm.routing import litellm_private
 
 _EPILOG = (
-    "Exit codes: 0 success, 2 usage error, 69 no answer, 75 rate limited (retry later), 77 no valid key, "
+    "Exit codes: 0 success, 2 usage error, 65 prompt too long, 69 no answer, 75 rate limited (retry later), 77 no valid key, "
     "78 invalid configuration, 130 interrupted."
 )
 
@@ -51,7 +51,7 @@ def _root(  # pyright: ignore[reportUnusedFunction] # Typer calls it
 
 
 _COMMANDS = (
-    complete.complete, complete.explain, setup.login, config.providers, config.health, config.config, config.init, slurm.render_slurm,
+    complete.complete, explain.explain, setup.login, config.providers, config.health, config.config, config.init, slurm.render_slurm,
     slurm.fit, slurm.pull, slurm.up, slurm.status, slurm.logs, slurm.down, slurm.doctor, monitoring.top,
     monitoring.usage, drill.drill, monitoring.alerts, run.run,
 )  # fmt: skip

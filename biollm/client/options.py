@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from biollm.client import attachments, remote
-from biollm.config.paths import environment_tags, wanted_sender
+from biollm.config.paths import environment_tags, refuses_degraded, wanted_sender
 from biollm.errors import UsageError, nearest
 from biollm.routing.attachments import add_text, size, whole_text
 from biollm.routing.deployments import LOWER, UPPER, Requirements
@@ -116,8 +116,8 @@ class Defaults(_Common, total=False):
             tightens the configuration's policy and never loosens it.
         response_model: A pydantic class, or a JSON Schema; the answer is in `Completion.parsed`.
         capability: Only models that list it, such as "reasoning".
-        allow_degraded: Whether the small embedded model may answer; False by default, and always False
-            unless set in this call where `response_model` is given.
+        allow_degraded: Whether the small embedded model may answer. By default it may if its provider or model is
+            named; where `response_model` is given, only this call's own value counts. BIOLLM_NO_DEGRADED=1 forbids it.
         tags: Stored with the usage record, such as {"agent": "ErrorDiagnosisAgent"}.
         on_interrupt: What a stream does that breaks after some text: "raise"; "restart" on the next deployment, which takes
             the text back; "splice" the next one's answer on, after a marked line.
@@ -209,7 +209,9 @@ def make_request(
         attached=size(digests),
         answer=min((params[name] for name in ANSWER_SIZES & params.keys()), default=None),
         media=frozenset(read.media),
-        allow_degraded=options.get("allow_degraded", False if wanted else chosen.get("allow_degraded", False)),
+        allow_degraded=False
+        if refuses_degraded()
+        else options.get("allow_degraded", None if wanted else chosen.get("allow_degraded")),
     )
     return Request(
         messages=messages,

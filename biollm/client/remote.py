@@ -276,7 +276,9 @@ class Connection:
         text, end, why, fold = "", cast("Json", {}), "before its end", Fold()
         try:
             more = {"stream": True, "stream_options": {"include_usage": True}}
-            for told in _events(self._ask(more)):
+            response = self._ask(more)
+            degraded = response.headers.get("x-biollm-degraded") == "true"
+            for told in _events(response):
                 if told is None:
                     completion = self._completion({**fold.whole(), "biollm": end["biollm"]}, text)
                     yield StreamChunk("", completion, "usage", last_chunk(completion))
@@ -290,7 +292,7 @@ class Connection:
                 if (adds := kind(told)) != "usage":
                     new = delta_of(told).get("content") or ""
                     text += new
-                    yield StreamChunk(new, None, adds, told)
+                    yield StreamChunk(new, None, adds, told, degraded)
                 if told.get("usage"):
                     end = told
         except (OSError, HTTPException, ValueError) as error:

@@ -66,6 +66,15 @@ def wants_local_only() -> bool:
     return _variable("BIOLLM_LOCAL_ONLY", (*TRUE, *FALSE), "1 or 0") in TRUE
 
 
+def refuses_degraded() -> bool:
+    """Return whether BIOLLM_NO_DEGRADED is set: the embedded model may not answer.
+
+    Raises:
+        UsageError: It is neither yes nor no.
+    """
+    return _variable("BIOLLM_NO_DEGRADED", (*TRUE, *FALSE), "1 or 0") in TRUE
+
+
 def wanted_sender() -> Literal["litellm", "direct"] | None:
     """Return the sender that BIOLLM_SENDER names, or None.
 

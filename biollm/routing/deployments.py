@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LEAST_ANSWER = 2048  # tokens; where fewer can be had, and more were wanted, the next deployment is asked
 LEAST_EXCERPT = 200  # tokens of attachments without which a deployment is not asked
-_EMBEDDED_EXCERPT = 300  # tokens of attachments for the embedded model, which reads about 100 a second
+EMBEDDED_EXCERPT = 300  # tokens of attachments for the embedded model, which reads about 100 a second
 _UNKNOWN_CONTEXT = 32_768  # tokens, where the configuration says nothing
 LOWER, UPPER = 0.75, 1.3  # bounds of a prompt's tokens beside their estimate
 _SHARE = 0.75  # of the room for attachments that is used: their tokens are an estimate
@@ -96,6 +96,7 @@ class Requirements:
         prompt: The prompt's tokens, a lower bound; `prompt_most`: an upper one.
         answer: The most tokens that the answer may have; None where the request does not say.
         attached: Estimated tokens of the attachments before they are condensed; they are not part of `prompt`.
+        allow_degraded: Whether the embedded model may answer; None if its provider or model is named.
         media: What the prompt holds besides text: "images", "audio", "files", "videos".
     """
 
@@ -110,7 +111,7 @@ class Requirements:
     answer: int | None = None
     attached: int = 0
     media: frozenset[str] = frozenset()
-    allow_degraded: bool = True
+    allow_degraded: bool | None = True
     fim: bool = False
     raw: bool = False
 
@@ -214,7 +215,8 @@ def ineligible_reason(deployment: Deployment, requirements: Requirements) -> str
         return "the data policy is local_only and this deployment is not local"
     if requirements.policy == "no_training" and deployment.trains:
         return "the provider may train on prompts and the data policy is no_training"
-    if deployment.embedded and not requirements.allow_degraded:
+    named = requirements.allow_degraded is None and (requirements.provider or requirements.model)
+    if deployment.embedded and not (requirements.allow_degraded or named):
         return (
             "the embedded model gives degraded answers, which this request does not allow (allow_degraded=True would)"
         )
@@ -257,7 +259,7 @@ def excerpt_size(deployment: Deployment, requirements: Requirements) -> int:
     They fit its context beside the question and an answer, and any limit of tokens that its account has.
     """
     if deployment.embedded or not requirements.attached:
-        return min(requirements.attached, _EMBEDDED_EXCERPT)
+        return min(requirements.attached, EMBEDDED_EXCERPT)
     context = deployment.context_length or _UNKNOWN_CONTEXT
     answer = min(LEAST_ANSWER if requirements.answer is None else requirements.answer, context // 2)
     limits = [limit.amount for limit in deployment.limits if limit.kind == "tokens"]

@@ -396,7 +396,7 @@ class Waterfall:
         try:
             chunk: Json | None = answer.head[-1]  # the first with content
             while chunk is not None:
-                if piece := _piece(chunk):
+                if piece := _piece(chunk, degraded=inflight.deployment.embedded):
                     yield piece
                 async with asyncio.timeout(inflight.limit):
                     chunk = await answer.read()
@@ -421,7 +421,7 @@ class Waterfall:
             yield StreamChunk(kind="tool_call", chunk={**answer.fold.frame, "choices": [choice]})
 
 
-def _piece(chunk: Json) -> StreamChunk | None:
+def _piece(chunk: Json, *, degraded: bool) -> StreamChunk | None:
     """Return what a chunk adds besides tool calls and the end; None for nothing."""
     delta = {name: value for name, value in answers.delta_of(chunk).items() if name != "tool_calls"}
     if not any(value for name, value in delta.items() if name != "role"):
@@ -429,7 +429,7 @@ def _piece(chunk: Json) -> StreamChunk | None:
     text = answers.content_text(delta.get("content") or "")
     choice = {**chunk["choices"][0], "delta": delta, "finish_reason": None}
     kind = "text" if text or not delta.get("reasoning_content") else "reasoning"
-    return StreamChunk(text, kind=kind, chunk={**chunk, "choices": [choice]})
+    return StreamChunk(text, kind=kind, chunk={**chunk, "choices": [choice]}, degraded=degraded)
 
 
 def _classify(inflight: InFlight, error: Exception, *, translated: bool = True) -> Failure:

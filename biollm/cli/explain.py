@@ -1,0 +1,77 @@
+"""The command `explain`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from biollm.cli import output
+from biollm.cli.complete import LocalOnly, MaxTokens, Model, Provider
+from biollm.cli.output import Json
+
+if TYPE_CHECKING:
+    from biollm.routing.candidates import Candidate
+    from biollm.routing.pricing import Cost
+
+
+def explain(
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="A prompt, to check whether it fits.")] = "",
+    provider: Provider = None,
+    model: Model = None,
+    local_only: LocalOnly = False,
+    capability: Annotated[
+        str | None, Option(metavar="NAME", help="Assume the request needs this, such as reasoning.")
+    ] = None,
+    tools: Annotated[bool, Option("--tools", help="Assume the request uses tools.")] = False,
+    max_tokens: MaxTokens = None,
+    as_json: Json = False,
+) -> None:
+    """Show which deployment would answer, and why not others.
+
+    Sends no prompt; replicas of a model are asked for their load.
+    """
+    from biollm.client import Client
+
+    client = Client(provider, model, local_only=local_only, allow_degraded=True, sender="direct")
+    found = client.explain(prompt, capability=capability, tools=[{}] if tools else None, max_tokens=max_tokens)
+    if as_json:
+        output.as_json([_facts(each) for each in found])
+        return
+    ready = [each for each in found if each.status == "ready"]
+    first = min(ready, key=lambda each: (each.deployment.order, each.load.rank if each.load else ()), default=None)
+    rows = [
+        ("→" if each is first else " ", each.deployment.order, each.deployment.id, each.status, _reason(each))
+        for each in found
+    ]
+    output.table(("", "#", "deployment", "status", "reason"), rows)
+    print(f"\n{first.deployment.id} would answer." if first else "\nNo deployment is available.")
+
+
+def _facts(candidate: Candidate) -> dict[str, Any]:
+    deployment, cost, load = candidate.deployment, candidate.cost, candidate.load
+    return {
+        "deployment": deployment.id,
+        "order": deployment.order,
+        "provider": deployment.provider.name,
+        "account": deployment.account.name,
+        "model": deployment.model,
+        "standing": candidate.status,
+        "reason": candidate.reason,
+        "until": output.moment(candidate.until),
+        "cost": cost and _cost(cost),
+        "load": load and {"own": load.own, "others": load.others, "metrics": load.told},
+    }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    sent, received = (1e6 * each for each in cost.per_token) if cost.per_token else (None, None)
+    million = {"prompt_usd_per_million": sent, "answer_usd_per_million": received}
+    return {"prompt_tokens": cost.prompt_tokens, "answer_tokens": cost.answer_tokens, **million, "usd": cost.usd}
+
+
+def _reason(candidate: Candidate) -> str:
+    left = candidate.until - time.time()
+    reason = f"{candidate.reason} ({left:.0f} s left)" if 0 < left < 86400 else candidate.reason
+    return "; ".join(str(each) for each in (reason, candidate.cost, candidate.load) if each)
