@@ -15,13 +15,13 @@ from biollm.inputs.finds import CAUSE, FAILURE, LONG, MENTION, STATUS, finds, ha
 from biollm.inputs.tokens import estimate
 
 HEAD, TAIL = 1_500_000, 4_500_000  # characters that are kept of the beginning and the end
-WINDOW = 1 << 15  # bytes that are searched at once
+WINDOW = 1 << 14  # bytes that are searched at once
 LONGEST = 8_000_000  # bytes after which a line is broken
 BEFORE, AFTER, SURROUNDINGS = 8, 40, 8_000  # lines around a find that are kept, and at most so many characters
 SHAPES = 100  # finds of one weight that are kept: the first, and as many of the last; each once more at its last place
-PER_WINDOW = 16  # finds of a window that are considered, from its beginning, and a quarter of it from its end
+PER_WINDOW = 12  # finds of a window that are considered, causes and others, and a quarter of it from its end
 
-_ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_]|[()][0-9A-B])")
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_]|[()][0-9A-B])")
 _NOT_UTF8 = {0xDC00 + byte: byte if byte >= 0xA0 else 0xFFFD for byte in range(0x80, 0x100)}  # to Latin-1
 
 
@@ -44,9 +44,8 @@ class Digest:
             text = self.head + self.tail
             if (size := estimate(text)) <= tokens:
                 return Excerpt(text, self.lines, self.lines, size, whole=True)
-        reach = max(1 << 16, 8 * tokens)
-        head = self.head[: self.head.find("\n", reach) + 1 or None]
-        tail = self.tail[self.tail.rfind("\n", 0, max(0, len(self.tail) - reach)) + 1 :]
+        head = self.head[: self.head.find("\n", max(1 << 16, 3 * tokens)) + 1 or None]
+        tail = self.tail[self.tail.rfind("\n", 0, max(0, len(self.tail) - max(1 << 16, 5 * tokens))) + 1 :]
         start = self.tail_start + self.tail.count("\n", 0, len(self.tail) - len(tail))
         ends = (Kept(0, tuple(_lines(head))), Kept(start, tuple(_lines(tail))))
         return excerpt(ends, self.found, self.lines, tokens)
@@ -64,6 +63,11 @@ def _lines(text: str) -> list[str]:
     """Return the lines of `text` without their line feeds; no other character ends a line."""
     lines = text.split("\n")
     return lines if lines[-1] else lines[:-1]
+
+
+def _plain(text: str) -> str:
+    """Return `text` without the escape sequences of a terminal."""
+    return _ANSI.sub("", text) if "\x1b" in text else text
 
 
 def _windows(chunks: Iterable[bytes]) -> Iterator[bytearray]:
@@ -123,9 +127,7 @@ class _Scanner:
         self._lines += window.count("\n")
 
     def _text(self, data: bytearray) -> str:
-        """Return the text without escape sequences; a carriage return ends a line."""
-        if b"\x1b" in data:
-            data = bytearray(_ANSI.sub(b"", data))
+        """Return the text; a carriage return ends a line."""
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if b"\0" in data:  # a log that was emptied while it was written begins with many
@@ -139,31 +141,31 @@ class _Scanner:
     def _search(self, following: str) -> None:
         if not has_finds(self._window):
             return
-        before = _lines(self._preceding[-SURROUNDINGS:])[-BEFORE:]
-        lines = _lines(self._window)
-        around = [*before, *lines, *_lines(following[:SURROUNDINGS])[:AFTER]]
-        found = finds(lines)
-        for weight, kept in self._found.items():
-            hits = [index for index, each in found if each == weight]
-            if len(hits) > PER_WINDOW:
-                hits = hits[:PER_WINDOW] + hits[-PER_WINDOW // 4 :]
-            for index in hits:
+        before = _lines(_plain(self._preceding[-SURROUNDINGS:]))[-BEFORE:]
+        lines = _lines(_plain(self._window))
+        around = [*before, *lines, *_lines(_plain(following[:SURROUNDINGS]))[:AFTER]]
+        places: dict[tuple[int, bytes], tuple[int, int]] = {}
+        for index, weight in finds(lines, PER_WINDOW):
+            key = weight, shape(lines[index])
+            places[key] = places.get(key, (index, index))[0], index
+        for (weight, key), (one, other) in places.items():
+            for index in (one, other)[: 1 + (other > one)]:
                 at = index + len(before)
                 first, last = max(0, at - BEFORE), at + AFTER
                 if sum(map(len, around[first:last])) > SURROUNDINGS:
                     first, last = max(0, at - 1), at + 4
                 texts = tuple(shorten(line, LONG) for line in around[first:last])
-                kept.add(Kept(self._start + first - len(before), texts, at - first, weight))
+                self._found[weight].add(key, Kept(self._start + first - len(before), texts, at - first, weight))
 
     def digest(self, name: str) -> Digest:
         """Return what was kept, at the end of the stream."""
         self._search("")
-        tail = "".join(window for _, window in self._tail)
+        tail = _plain("".join(window for _, window in self._tail))
         last = self._tail[-1][1] if self._tail else "".join(self._head[-1:])
         return Digest(
             name,
             self._lines + (bool(last) and not last.endswith("\n")),
-            "".join(self._head),
+            _plain("".join(self._head)),
             tail,
             tuple(sorted(kept for found in self._found.values() for kept in found.all())),
             self._tail[0][0] if self._tail else self._lines,
@@ -179,8 +181,7 @@ class _Found:
         self._first: dict[bytes, list[Kept]] = {}
         self._last: OrderedDict[bytes, list[Kept]] = OrderedDict()
 
-    def add(self, kept: Kept) -> None:
-        key = shape(kept.line)
+    def add(self, key: bytes, kept: Kept) -> None:
         places = self._first if key in self._first or len(self._first) < SHAPES else self._last
         places[key] = [*places.get(key, ())[:1], kept]
         if places is self._last:

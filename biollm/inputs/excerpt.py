@@ -41,11 +41,6 @@ class Kept:
     find: int = 0
     weight: int = 0
 
-    @property
-    def line(self) -> str:
-        """The find itself."""
-        return self.texts[self.find]
-
 
 @dataclass(slots=True)
 class _Entry:
@@ -76,7 +71,7 @@ def excerpt(ends: Iterable[Kept], found: Sequence[Kept], lines: int, tokens: int
         middle = (few + many + 1) // 2
         few, many = (middle, many) if fits(ranked[:middle]) else (few, middle - 1)
     chosen = ranked[:few]
-    for at in ranked[few + 1 : few + 20]:  # shorter ones, in the room that the next one did not fit into
+    for at in ranked[few + 1 : few + 20] if tokens < 2000 else ():  # shorter ones, where the next one did not fit
         if fits([*chosen, at]):
             chosen.append(at)
     text = _render(entries, chosen, total) if fits(chosen) else ""  # not even the mark fits

@@ -19,7 +19,7 @@ _NEAR, _MARK = 80, 40  # characters that hold any phrase; a gap that its mark wo
 # What a line of any weight has, in stems that cover both cases of the first letter. The engine is three times as fast
 # with forty stems as with eighty.
 _STEMS = (
-    r"rror(?m:[ ,.;!\])>'A-Z]|s\b|: ?[^-0\s]|:?$|=[A-Z])|RROR|xception|raceback|aused by|aile|ailure|FAIL|atal|FATAL|illed|"
+    r"rror(?m:[ ,.;!\])>'\x1b]|s\b|: ?[^-0\s]|:?$|=[A-Z])|RROR|xception|raceback|aused by|aile|ailure|FAIL|atal|FATAL|illed|"
     r"oom_kill|oom-kill|OOM|of memory|bad_alloc|annot|an't |ould not|nable to|ot found|o such|o space|enied|quota|LIMIT|"
     r"TIMEOUT|imed out|CANCELLED|egmentation|segfault|SIG|ore dumped|Aborted|on-zero|exit: [^0\s-]|xit stat|xit code|xceed",
     r"fail to|KILLED|llegal|nbound|ndefined|nvalid|issing|orrupt|runcated|efused|ot exist|n't exist|EXITING|xited with|"
@@ -50,6 +50,7 @@ _CAUSE = (
     r"double free|stack smashing|panicked|assertion .*failed|AssertionError|is not defined|uninitialized|out of bounds"
 )
 _STATUS = r"(?i)\bexit.*[ :=(]+(?:1\d\d|255)\b"
+_STRONG = f"{_CAUSE}|{_STATUS}"
 _FAILURE = (
     r"(?i)(?:^|[^-\w.])errors?(?:[^-\w=]|$)|\[error\]|errors?:|exception|traceback|caused by|fail|fatal|cannot|could not|"
     r"unable to|not found|denied|abort|exit(?:ed)?(?: with)?(?: exit)? ?(?:status|code)|exit: [1-9]|non-zero|"
@@ -66,7 +67,7 @@ _VARYING = (string.digits + string.punctuation + string.whitespace + "abcdef").e
 
 
 @cache
-def matcher(pattern: str) -> Callable[[str], bool]:
+def _matcher(pattern: str) -> Callable[[str], bool]:
     """Return a function that searches a text for a pattern of Rust's regex engine."""
     from pydantic_core import SchemaValidator, core_schema
 
@@ -75,21 +76,28 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 def has_finds(text: str) -> bool:
     """Return whether some line of `text` may be a find."""
-    return any(matcher(stems)(text) for stems in _STEMS)
+    return _matcher(_STEMS[0])(text) or _matcher(_STEMS[1])(text)
+
+
+def finds(lines: list[str], most: int) -> list[tuple[int, int]]:
+    """Return the index and weight of each line that is a find; of those that name no cause, `most` and the last few."""
+    hits = sorted({at for stems in _STEMS for at in compress(range(len(lines)), map(_matcher(stems), lines))})
+    strong = [at for at in hits if _matcher(_STRONG)(lines[at])]
+    rest = [at for at in hits if at not in strong] if len(hits) > len(strong) else []
+    return [(at, weigh(lines[at])) for at in (*_outer(strong, most), *_outer(rest, most))]
+
+
+def _outer(numbers: list[int], most: int) -> list[int]:
+    return numbers[:most] + numbers[most:][-(most // 4) :]
 
 
 def weigh(line: str) -> int:
     """Return the weight of a line for which `has_finds` is true."""
-    if matcher(_CAUSE)(line):
+    if _matcher(_CAUSE)(line):
         return CAUSE
-    if matcher(_STATUS)(line):
+    if _matcher(_STATUS)(line):
         return STATUS
-    return FAILURE if matcher(_FAILURE)(line) and not matcher(_HARMLESS)(line) else MENTION
-
-
-def finds(lines: list[str]) -> list[tuple[int, int]]:
-    """Return the index and weight of each line that is a find."""
-    return [(index, weigh(lines[index])) for index in compress(range(len(lines)), map(has_finds, lines))]
+    return FAILURE if _matcher(_FAILURE)(line) and not _matcher(_HARMLESS)(line) else MENTION
 
 
 def shape(line: str) -> bytes:

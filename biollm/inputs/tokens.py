@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import string
 
-SAMPLES, SIZE = 64, 4096  # of a long text, this many slices of this many bytes (characters of a str)
+SAMPLES, SIZE = 32, 4096  # of a long text, this many slices of this many bytes (characters of a str)
 
 _WORDS = bytes.maketrans(bytes(range(256)), bytes(n if chr(n) in string.ascii_letters else 32 for n in range(256)))
 _WEIGHTS = {
