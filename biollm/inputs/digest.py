@@ -151,11 +151,11 @@ class _Scanner:
         for (weight, key), (one, other) in places.items():
             for index in (one, other)[: 1 + (other > one)]:
                 at = index + len(before)
-                first, last = max(0, at - BEFORE), at + AFTER
-                if sum(map(len, around[first:last])) > SURROUNDINGS:
-                    first, last = max(0, at - 1), at + 4
-                texts = tuple(shorten(line, LONG) for line in around[first:last])
-                self._found[weight].add(key, Kept(self._start + first - len(before), texts, at - first, weight))
+                first, texts = max(0, at - BEFORE), around[max(0, at - BEFORE) : at + AFTER]
+                if sum(map(len, texts)) > SURROUNDINGS:
+                    first, texts = max(0, at - 1), [shorten(line, LONG) for line in around[max(0, at - 1) : at + 4]]
+                kept = Kept(self._start + first - len(before), tuple(texts), at - first, weight)
+                self._found[weight].add(key, kept)
 
     def digest(self, name: str) -> Digest:
         """Return what was kept, at the end of the stream."""

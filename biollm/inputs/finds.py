@@ -82,8 +82,8 @@ def has_finds(text: str) -> bool:
 def finds(lines: list[str], most: int) -> list[tuple[int, int]]:
     """Return the index and weight of each line that is a find; of those that name no cause, `most` and the last few."""
     hits = sorted({at for stems in _STEMS for at in compress(range(len(lines)), map(_matcher(stems), lines))})
-    strong = [at for at in hits if _matcher(_STRONG)(lines[at])]
-    rest = [at for at in hits if at not in strong] if len(hits) > len(strong) else []
+    strong = list(compress(hits, map(_matcher(_STRONG), map(lines.__getitem__, hits))))
+    rest = sorted(set(hits).difference(strong))
     return [(at, weigh(lines[at])) for at in (*_outer(strong, most), *_outer(rest, most))]
 
 
