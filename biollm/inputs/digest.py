@@ -22,7 +22,7 @@ SHAPES = 100  # finds of one weight that are kept: the first, and as many of the
 PER_WINDOW = 12  # finds of a window that are considered, causes and others, and a quarter of it from its end
 
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_]|[()][0-9A-B])")
-_NOT_UTF8 = {0xDC00 + byte: byte if byte >= 0xA0 else 0xFFFD for byte in range(0x80, 0x100)}  # to Latin-1
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes as surrogateescape decodes them
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ def _lines(text: str) -> list[str]:
 def _plain(text: str) -> str:
     """Return `text` without the escape sequences of a terminal."""
     return _ANSI.sub("", text) if "\x1b" in text else text
+
+
+def _latin1(found: re.Match[str]) -> str:
+    byte = ord(found[0]) - 0xDC00
+    return chr(byte) if byte >= 0xA0 else "\ufffd"
 
 
 def _windows(chunks: Iterable[bytes]) -> Iterator[bytearray]:
@@ -136,7 +141,7 @@ class _Scanner:
             return data.decode()
         except UnicodeDecodeError:
             self._latin1 = True
-            return data.decode(errors="surrogateescape").translate(_NOT_UTF8)
+            return _NOT_UTF8.sub(_latin1, data.decode(errors="surrogateescape"))
 
     def _search(self, following: str) -> None:
         if not has_finds(self._window):

@@ -88,6 +88,7 @@ def finds(lines: list[str], most: int) -> list[tuple[int, int]]:
 
 
 def _outer(numbers: list[int], most: int) -> list[int]:
+    """Return the first `most` numbers, and a quarter as many of the last."""
     return numbers[:most] + numbers[most:][-(most // 4) :]
 
 
@@ -127,10 +128,10 @@ def shorten(line: str, width: int) -> str:
 def _places(line: str) -> list[int]:
     """Return where the first and the last window of `_NEAR` characters begin that have a find of the highest weight."""
     best: dict[int, list[int]] = {}
-    for block in range(0, len(line), 4096):
-        if has_finds(line[block : block + 4096 + _NEAR]):
-            for at in range(block, min(block + 4096, len(line)), _NEAR // 2):
-                if has_finds(near := line[at : at + _NEAR]):
-                    best.setdefault(weigh(near), []).append(at)
+    blocks = [at for at in range(0, len(line), 4096) if has_finds(line[at : at + 4096 + _NEAR])]
+    for block in _outer(blocks, 40):
+        for at in range(block, min(block + 4096, len(line)), _NEAR // 2):
+            if has_finds(near := line[at : at + _NEAR]):
+                best.setdefault(weigh(near), []).append(at)
     places = best[max(best)] if best else []
     return places[:1] + [at for at in places[-1:] if at > places[0] + _NEAR]

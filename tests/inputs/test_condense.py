@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,8 @@ from biollm.client import condense
 from biollm.inputs.condense import scan
 from biollm.inputs.read import read_input
 from biollm.inputs.tokens import estimate
+
+MARK = re.compile(r"\[\.\.\. ([\d,]+) (?:lines? left out|more lines like the one above) \.\.\.\]")
 
 
 def test_a_text_that_fits_stays_as_it_is() -> None:
@@ -37,3 +43,167 @@ def test_the_line_that_names_the_cause_is_kept(log: Log) -> None:
         cut = digest.cut(tokens)
         assert cut.tokens == estimate(cut.text) <= tokens
         assert log.names_cause in cut.text, tokens
+
+
+SEEDS = range(60)
+WORDS = (
+    "Killed",
+    "error: x",
+    "WARN slow",
+    "ok",
+    "",
+    "  indented",
+    "exit status 137",
+    "0 errors",
+    "日本語 ✓",
+    "x" * 3000,
+    "step 12",
+    "step 13",
+)
+
+
+def random_log(seed: int) -> str:
+    r = random.Random(seed)
+    lines = [r.choice(WORDS) + r.choice(("", f" {r.randrange(50)}", "\t")) for _ in range(r.randrange(2000))]
+    return "\n".join(lines) + r.choice(("", "\n"))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_excerpt_fits_its_budget_and_is_whole_lines_in_order(seed: int) -> None:
+    text = random_log(seed)
+    source = text.split("\n")
+    digest = scan([text.encode()], "x")
+    for tokens in (0, 5, 20, 100, 300, 2_000, 20_000, 200_000):
+        cut = digest.cut(tokens)
+        assert estimate(cut.text) == cut.tokens <= tokens
+        assert cut.lines == len(text.splitlines() if text.isascii() else text.split("\n")) - (
+            not text.isascii() and text.endswith("\n")
+        )
+        if cut.whole:
+            assert cut.text == text
+            continue
+        at = kept = marked = 0
+        for line in cut.text.split("\n")[:-1]:
+            if mark := MARK.fullmatch(line):
+                marked += int(mark[1].replace(",", ""))
+                at += int(mark[1].replace(",", ""))
+            elif " characters left out ...] " in line:
+                assert source[at].startswith(line[:20])
+                at, kept = at + 1, kept + 1
+            else:
+                assert line == source[at]
+                at, kept = at + 1, kept + 1
+        assert kept == cut.kept
+        assert not cut.text or kept + marked == cut.lines
+
+
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_the_chunks_of_a_stream_do_not_matter(seed: int) -> None:
+    data = random_log(seed).replace("\n", "\r\n" if seed % 2 else "\r").encode()
+    chunks = [data[at : at + seed + 1] for at in range(0, len(data), seed + 1)]
+    assert scan(chunks, "x") == scan([data], "x")
+
+
+def test_more_tokens_show_more() -> None:
+    digest = scan(LOGS[0].chunks(), "x")
+    kept = [digest.cut(tokens).kept for tokens in (300, 3_000, 30_000, 300_000)]
+    assert kept == sorted(kept)
+    assert digest.cut(3_000) == scan(LOGS[0].chunks(), "x").cut(3_000)
+
+
+def test_repeated_lines_are_folded_with_their_number_to_the_first_and_the_last() -> None:
+    text = "start\n" + "".join(f"10:00:{n % 60:02d} read {n} of 900\n" for n in range(900)) + "Killed\n"
+    assert condense(text, tokens=100) == (
+        "start\n10:00:00 read 0 of 900\n[... 898 more lines like the one above ...]\n10:00:59 read 899 of 900\nKilled\n"
+    )
+
+
+def test_what_was_condensed_already_is_counted_as_what_it_was() -> None:
+    text = "".join(f"line {'abcxyz'[n * 7 % 6]}{'uvwxyz'[n * 5 % 6]} {n}\n" for n in range(50_000)) + "Killed\n"
+    once = scan([text.encode()], "x").cut(2_000)
+    twice = scan([once.text.encode()], "x").cut(200)
+    assert (once.lines, twice.lines) == (50_001, 50_001)
+    marks = [int(mark.replace(",", "")) for mark in re.findall(MARK, twice.text)]
+    assert sum(marks) + twice.kept == 50_001
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_a_carriage_return_ends_a_line(end: str) -> None:
+    cut = scan([f"one{end}two{end}three".encode()], "x").cut(100)
+    assert (cut.text, cut.lines) == ("one\ntwo\nthree", 3)
+
+
+def test_escape_sequences_go() -> None:
+    coloured = "\x1b[1;31mERROR\x1b[0m \x1b]8;;http://x\x1b\\link\x1b]8;;\x07\x1b[K\x1b[?25l done\n"
+    assert condense(coloured) == "ERROR link done\n"
+
+
+def test_a_long_line_is_cut_around_its_find() -> None:
+    line = "a " * 50_000 + "No space left on device" + " b" * 50_000
+    cut = scan([f"first\n{line}\n".encode()], "x").cut(1_000)
+    assert "No space left on device" in cut.text
+    assert len(cut.text) < 1_200
+    assert "characters left out" in cut.text
+
+
+@pytest.mark.parametrize(
+    "decoy",
+    [
+        "error_rate=0.01",
+        "0 errors",
+        "--errorStrategy retry",
+        "exit: 0; error: -;",
+        "no failures",
+        "failed=0",
+        "exit code: 0",
+    ],
+)
+def test_a_line_that_only_looks_like_a_failure_does_not_push_one_out(decoy: str) -> None:
+    lines = [f"{n} {decoy} {'pqrstu'[n % 6]}" for n in range(4000)]
+    lines[1234] = "ERROR: no reads were mapped"
+    assert "no reads were mapped" in condense("\n".join(lines), tokens=300)
+
+
+def test_the_first_failure_and_the_last_come_before_those_between() -> None:
+    names = [f"{one}{two}" for one in "ghijklmnop" for two in "ghijklmnop"]
+    text = "".join(f"ERROR: step {name} failed\n" + "fine\nwell\n" * 20 for name in names)
+    kept = re.findall(r"step (\w+) failed", condense(text, tokens=300))
+    assert {"gg", "pp"} <= set(kept)
+
+
+def test_a_context_larger_than_what_is_kept_gets_all_of_it() -> None:
+    cut = scan(LOGS[0].chunks(), "x").cut(100_000_000)
+    assert not cut.whole
+    assert len(cut.text) > 4_000_000
+
+
+MEMORY = """
+import resource, sys
+from biollm.inputs.condense import scan
+from biollm.inputs.finds import has_finds
+has_finds("")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+chunk = (sys.argv[1].encode().decode("unicode_escape").encode("latin-1") * 100_000)[:1_000_000]
+digest = scan((chunk for _ in range(int(sys.argv[2]))), "x")
+assert digest.cut(128_000).text
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "megabytes"),
+    [
+        (r"10:00 step 12 of 900 is done\n", 1000),
+        (r"mapping 12%%\r", 1000),
+        ("one line", 1000),
+        (r"ERROR 12 failed\n", 100),
+        (r"caf\xe9 Killed ", 100),
+        (r"caf\xe9\n", 100),
+    ],
+)
+def test_a_gigabyte_takes_less_than_a_hundred_megabytes(line: str, megabytes: int) -> None:
+    command = [sys.executable, "-c", MEMORY, line, str(megabytes)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 100
