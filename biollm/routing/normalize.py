@@ -238,9 +238,10 @@ def _dumped(given: Any) -> Any:
 
 def _scalar(given: Any) -> Any:
     """Return a scalar of numpy's as one of Python's; anything else as it is."""
-    found: object = None
-    with suppress(UsageError):
-        found = Reader().value(given, "")
+    found: object = given
+    if not isinstance(found, str | Mapping | list | tuple):  # which may be long
+        with suppress(UsageError):
+            found = Reader().value(given, "")
     return found if isinstance(found, int | float) else given
 
 
