@@ -239,9 +239,11 @@ class Outcomes:
 
     def _reason(self, deployment: Deployment, failure: Failure) -> str:
         """Return why it failed, with where the key is that was refused, or the host that was not reached."""
-        found = {"key": origin(deployment.account), "unreachable": deployment.host}.get(failure.kind)
-        what = "key: " if failure.kind == "key" else ""
-        return self.redact(failure.reason) + (f" ({what}{found})" if found else "")
+        reason = self.redact(failure.reason)
+        if failure.kind == "unreachable" and deployment.host:
+            return f"{deployment.host}: {reason}"
+        key = origin(deployment.account) if failure.kind == "key" else ""
+        return f"{reason} (key: {key})" if key else reason
 
     def redact(self, text: str) -> str:
         """Return `text` without any key that this process knows, as the ledger can store it."""

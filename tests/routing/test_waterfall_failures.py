@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from behaviours import EMPTY, HTTP_400, HTTP_500, HTTP_503, OK, Behaviour, gemini_limited, limited
+from behaviours import EMPTY, HTTP_400, HTTP_401, HTTP_500, HTTP_503, OK, Behaviour, gemini_limited, limited
 from conftest import until
 from failures import CASES, Case
 from provider import Json, Loopback, Request, Server
 
+from biollm._files import write_private
 from biollm._runtime import ledger
 from biollm.client import (
     AllLimitedError,
@@ -314,6 +315,24 @@ def test_a_key_that_gemini_refuses_with_400_is_a_refused_key(net: Loopback, wate
     waterfall(only={"base_url": net.serve(then=case.behaviour).url, "litellm_provider": "gemini"})
     with pytest.raises(KeysRefusedError):
         get_model_client().complete("hi")
+
+
+def test_a_refused_key_is_named_by_its_variable_or_file_and_a_host_by_its_name(
+    net: Loopback, waterfall: Write, tmp_path: Path
+) -> None:
+    file = tmp_path / "key"
+    write_private(file, "sk-planted-0123456789")
+    waterfall(
+        first=net.serve(then=HTTP_401),
+        filed={"base_url": net.serve(then=HTTP_401).url, "key_file": str(file)},
+        away="https://away.invalid/v1",
+    )
+    with pytest.raises(CompletionError) as caught:
+        get_model_client().complete("hi")
+    first, filed, away = (attempt.reason for attempt in caught.value.attempts)
+    assert first.endswith(" (key: FIRST_KEY)") and filed.endswith(f" (key: {file})")
+    assert away == "away.invalid: the host name does not resolve"
+    assert "sk-planted" not in f"{first} {filed}"
 
 
 # --- patience, and what is merely late ------------------------------------------------------------------------------
