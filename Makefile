@@ -42,7 +42,7 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright
 
 bench: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python tests/benchmarks/run.py
+	PYTHONPATH=tests:tests/inputs $(BIN)/python tests/benchmarks/run.py
 
 clean:
 	rm -rf .venv .venv-litellm-* dist build

@@ -16,7 +16,7 @@ from biollm.inputs.tokens import estimate
 
 HEAD, TAIL = 1_500_000, 4_500_000  # characters that are kept of the beginning and the end
 WINDOW = 1 << 14  # bytes that are searched at once
-LONGEST = 8_000_000  # bytes after which a line is broken
+LONGEST = 3_000_000  # bytes after which a line is broken
 BEFORE, AFTER, SURROUNDINGS = 8, 40, 8_000  # lines around a find that are kept, and at most so many characters
 SHAPES = 100  # finds of one weight that are kept: the first, and as many of the last; each once more at its last place
 PER_WINDOW = 12  # finds of a window that are considered, causes and others, and a quarter of it from its end
@@ -34,20 +34,20 @@ class Digest:
     head: str
     tail: str
     found: tuple[Kept, ...] = ()
-    tail_start: int = 0
     complete: bool = True
     latin1: bool = False
 
     def cut(self, tokens: int) -> Excerpt:
         """Return the excerpt that fits into about `tokens`: the whole text where it does."""
+        first, last = self.head, self.tail
         if self.complete:
-            text = self.head + self.tail
-            if (size := estimate(text)) <= tokens:
-                return Excerpt(text, self.lines, self.lines, size, whole=True)
-        head = self.head[: self.head.find("\n", max(1 << 16, 3 * tokens)) + 1 or None]
-        tail = self.tail[self.tail.rfind("\n", 0, max(0, len(self.tail) - max(1 << 16, 5 * tokens))) + 1 :]
-        start = self.tail_start + self.tail.count("\n", 0, len(self.tail) - len(tail))
-        ends = (Kept(0, tuple(_lines(head))), Kept(start, tuple(_lines(tail))))
+            first = last = self.head + self.tail
+            if (size := estimate(first)) <= tokens:
+                return Excerpt(first, self.lines, self.lines, size, whole=True)
+        most = max(2_000, tokens // 3)  # lines: each is a few tokens
+        head = _lines(first[: first.find("\n", max(1 << 16, 3 * tokens)) + 1 or None])[:most]
+        tail = _lines(last[last.rfind("\n", 0, max(0, len(last) - max(1 << 16, 5 * tokens))) + 1 :])[-most:]
+        ends = Kept(0, tuple(head)), Kept(self.lines - len(tail), tuple(tail))
         return excerpt(ends, self.found, self.lines, tokens)
 
 
@@ -110,7 +110,7 @@ class _Scanner:
         self._latin1 = False
         self._complete = True
         self._head: list[str] = []
-        self._tail: deque[tuple[int, str]] = deque()
+        self._tail: deque[str] = deque()
         self._head_size = self._tail_size = self._lines = self._start = 0
         self._found = {weight: _Found() for weight in (CAUSE, STATUS, FAILURE, MENTION)}
         self._preceding = self._window = ""
@@ -123,10 +123,10 @@ class _Scanner:
             self._head.append(window)
             self._head_size += len(window)
         else:
-            self._tail.append((self._lines, window))
+            self._tail.append(window)
             self._tail_size += len(window)
-            while self._tail_size - len(self._tail[0][1]) >= TAIL:
-                self._tail_size -= len(self._tail.popleft()[1])
+            while self._tail_size - len(self._tail[0]) >= TAIL:
+                self._tail_size -= len(self._tail.popleft())
                 self._complete = False
         self._preceding, self._window, self._start = self._window, window, self._lines
         self._lines += window.count("\n")
@@ -165,15 +165,14 @@ class _Scanner:
     def digest(self, name: str) -> Digest:
         """Return what was kept, at the end of the stream."""
         self._search("")
-        tail = _plain("".join(window for _, window in self._tail))
-        last = self._tail[-1][1] if self._tail else "".join(self._head[-1:])
+        tail = _plain("".join(self._tail))
+        last = (self._tail or self._head or [""])[-1]
         return Digest(
             name,
             self._lines + (bool(last) and not last.endswith("\n")),
             _plain("".join(self._head)),
             tail,
             tuple(sorted(kept for found in self._found.values() for kept in found.all())),
-            self._tail[0][0] if self._tail else self._lines,
             self._complete,
             self._latin1,
         )

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import commands
+import condensing
 import gateway
 import loopback
 import overhead
@@ -152,6 +153,7 @@ def main() -> None:
         add("Quotas", promises.quota(address, scratch))
         add("`biollm top`", top.measure(address, scratch))
         add("Usage", [*usage.million(scratch, env), *usage.writes()])
+        add("Condensing", condensing.measure(scratch))
         add("The ledger", [], ledger())
     text = report(bars, sections, time.monotonic() - began)
     RESULTS.write_text(text)

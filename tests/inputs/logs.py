@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -148,3 +150,25 @@ LOGS = (
     Log("download.log", "Connection reset by peer, errno 104", 700 * KB, bar, 1.0),
     Log("samtools_disk.log", "No space left on device", 31 * MB, one_line, 0.5),
 )
+
+_PEAK = """
+import re, sys
+from pathlib import Path
+from biollm.inputs.condense import scan
+from biollm.inputs.finds import has_finds
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000
+
+has_finds("")
+before = peak()
+chunk = (sys.argv[1].encode("latin-1") * 100_000)[:1_000_000]
+assert scan((chunk for _ in range(int(sys.argv[2]))), "x").cut(128_000).text
+print(peak() - before)
+"""
+
+
+def memory(line: str, megabytes: int) -> float:
+    """Return the megabytes of memory that it takes to condense this line over and over, in a process of its own."""
+    command = [sys.executable, "-c", _PEAK, line, str(megabytes)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
