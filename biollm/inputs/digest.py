@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
-from biollm.inputs.excerpt import Excerpt, Kept, excerpt
+from biollm.inputs.excerpt import Excerpt, Kept, excerpt, marks
 from biollm.inputs.finds import CAUSE, FAILURE, LONG, MENTION, STATUS, finds, has_finds, shape, shorten
 from biollm.inputs.tokens import estimate
 
@@ -34,6 +34,7 @@ class Digest:
     head: str
     tail: str
     found: tuple[Kept, ...] = ()
+    marked: Mapping[int, int] = field(default_factory=dict[int, int])
     complete: bool = True
     latin1: bool = False
 
@@ -43,12 +44,12 @@ class Digest:
         if self.complete:
             first = last = self.head + self.tail
             if (size := estimate(first)) <= tokens:
-                return Excerpt(first, self.lines, self.lines, size, whole=True)
+                return Excerpt(first, self.lines + sum(self.marked.values()), self.lines, size, whole=True)
         most = max(2_000, tokens // 3)  # lines: each is a few tokens
         head = _lines(first[: first.find("\n", max(1 << 16, 3 * tokens)) + 1 or None])[:most]
         tail = _lines(last[last.rfind("\n", 0, max(0, len(last) - max(1 << 16, 5 * tokens))) + 1 :])[-most:]
         ends = Kept(0, tuple(head)), Kept(self.lines - len(tail), tuple(tail))
-        return excerpt(ends, self.found, self.lines, tokens)
+        return excerpt(ends, self.found, self.lines, self.marked, tokens)
 
 
 def scan(chunks: Iterable[bytes], name: str) -> Digest:
@@ -113,6 +114,7 @@ class _Scanner:
         self._tail: deque[str] = deque()
         self._head_size = self._tail_size = self._lines = self._start = 0
         self._found = {weight: _Found() for weight in (CAUSE, STATUS, FAILURE, MENTION)}
+        self._marked: dict[int, int] = {}
         self._preceding = self._window = ""
 
     def add(self, data: bytearray) -> None:
@@ -129,6 +131,7 @@ class _Scanner:
                 self._tail_size -= len(self._tail.popleft())
                 self._complete = False
         self._preceding, self._window, self._start = self._window, window, self._lines
+        self._marked |= marks(window, self._lines)
         self._lines += window.count("\n")
 
     def _text(self, data: bytearray) -> str:
@@ -173,6 +176,7 @@ class _Scanner:
             _plain("".join(self._head)),
             tail,
             tuple(sorted(kept for found in self._found.values() for kept in found.all())),
+            self._marked,
             self._complete,
             self._latin1,
         )

@@ -8,14 +8,17 @@ lines of the highest scores are shown in the order of the text, as many as fit.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from biollm.inputs.finds import CAUSE, FAILURE, LONG, MENTION, STATUS, shape, shorten
 from biollm.inputs.tokens import estimate
 
-_LEFT_OUT = re.compile(r"\[\.\.\. ([\d,]+) lines? left out \.\.\.\]")
-_REPEATED = re.compile(r"\[\.\.\. ([\d,]+) more lines like the one above \.\.\.\]")
+_MARKS = re.compile(
+    r"^\[\.\.\. ([\d,]{1,20}) (?:lines? left out|more lines like the one above) \.\.\.\]$", re.MULTILINE
+)
+_REPEATED = " more lines like the one above ...]"
 _SCORE = {CAUSE: 1000.0, STATUS: 450.0, FAILURE: 330.0, MENTION: 60.0}
 _END, _BEGINNING = 400.0, 150.0
 _FOLDED = 4  # lines in a row that differ only in numbers, from which on they are folded
@@ -54,12 +57,26 @@ class _Entry:
     score: float = 0.0
 
 
-def excerpt(ends: Iterable[Kept], found: Sequence[Kept], lines: int, tokens: int) -> Excerpt:
-    """Return what fits of a text of `lines` lines: `ends` are its beginning and end, `found` its finds."""
+def marks(text: str, start: int) -> Iterator[tuple[int, int]]:
+    """Yield the marks of an earlier condensing: the number of the line, and how many more than itself it stands for."""
+    for mark in _MARKS.finditer(text) if "[... " in text else ():
+        yield start + text.count("\n", 0, mark.start()), int(mark[1].replace(",", "") or 1) - 1
+
+
+def excerpt(ends: Iterable[Kept], found: Sequence[Kept], lines: int, marked: Mapping[int, int], tokens: int) -> Excerpt:
+    """Return what fits of a text.
+
+    Args:
+        ends: Its beginning and its end.
+        found: Its finds.
+        lines: How many lines it has.
+        marked: Its marks of an earlier condensing.
+        tokens: What fits.
+    """
     texts = {each.start + index: text for each in (*found, *ends) for index, text in enumerate(each.texts)}
     weights = {each.start + each.find: each.weight for each in found}
-    entries, total = _entries(texts, weights, lines, max(240, min(LONG, tokens // 2)))
-    entries = _folded(entries)
+    entries = _folded(list(_entries(texts, weights, marked, max(240, min(LONG, tokens // 2)))))
+    total = lines + sum(marked.values())
     _score(entries)
     ranked = sorted((at for at, entry in enumerate(entries) if entry.score), key=lambda at: (-entries[at].score, at))
 
@@ -79,18 +96,17 @@ def excerpt(ends: Iterable[Kept], found: Sequence[Kept], lines: int, tokens: int
     return Excerpt(text, total, shown, estimate(text), whole=False)
 
 
-def _entries(texts: dict[int, str], weights: dict[int, int], lines: int, width: int) -> tuple[list[_Entry], int]:
-    """Return the lines in order, and how many the text has; marks of an earlier condensing count what they stand for."""
-    entries: list[_Entry] = []
-    more = 0
+def _entries(
+    texts: Mapping[int, str], weights: Mapping[int, int], marked: Mapping[int, int], width: int
+) -> Iterator[_Entry]:
+    """Yield the lines in order, with their places in the text as it was before an earlier condensing."""
+    more, waiting = 0, deque(sorted(marked))
     for number in sorted(texts):
-        text = texts[number]
-        start = number + more
-        mark = text.startswith("[... ") and (_LEFT_OUT.fullmatch(text) or _REPEATED.fullmatch(text))
-        if mark:
-            more += int(mark[1].replace(",", "")) - 1
-        entries.append(_Entry(shorten(text, width), start, number + 1 + more, weights.get(number, 0), bool(mark)))
-    return entries, lines + more
+        while waiting and waiting[0] < number:
+            more += marked[waiting.popleft()]
+        text, start = shorten(texts[number], width), number + more
+        end = start + 1 + marked.get(number, 0)
+        yield _Entry(text, start, end, weights.get(number, 0), mark=number in marked)
 
 
 def _folded(entries: list[_Entry]) -> list[_Entry]:
@@ -117,14 +133,14 @@ def _alike(entries: list[_Entry], shapes: list[bytes], first: int, other: int) -
     if entries[other - 1].end != two.start or one.mark:
         return False
     if two.mark:
-        return bool(_REPEATED.fullmatch(two.text))
+        return two.text.endswith(_REPEATED)
     return one.text == two.text or (
         shapes[first] == shapes[other] and max(one.weight, two.weight) < STATUS and bool(one.text) == bool(two.text)
     )
 
 
 def _repeated(start: int, end: int) -> _Entry:
-    return _Entry(f"[... {end - start:,} more lines like the one above ...]", start, end, mark=True)
+    return _Entry(f"[... {end - start:,}{_REPEATED}", start, end, mark=True)
 
 
 def _score(entries: list[_Entry]) -> None:
@@ -146,7 +162,7 @@ def _score(entries: list[_Entry]) -> None:
         _raise(entries, at, _SCORE[STATUS] * 1.1)
     for at, entry in enumerate(entries):
         if entry.mark:
-            entry.score = entries[at - 1].score * 0.99 if at and _REPEATED.fullmatch(entry.text) else 0.0
+            entry.score = entries[at - 1].score * 0.99 if at and entry.text.endswith(_REPEATED) else 0.0
 
 
 def _raise(entries: list[_Entry], at: int, score: float) -> None:

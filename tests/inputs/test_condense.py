@@ -118,11 +118,13 @@ def test_repeated_lines_are_folded_with_their_number_to_the_first_and_the_last()
 
 def test_what_was_condensed_already_is_counted_as_what_it_was() -> None:
     text = "".join(f"line {'abcxyz'[n * 7 % 6]}{'uvwxyz'[n * 5 % 6]} {n}\n" for n in range(50_000)) + "Killed\n"
-    once = scan([text.encode()], "x").cut(2_000)
-    twice = scan([once.text.encode()], "x").cut(200)
-    assert (once.lines, twice.lines) == (50_001, 50_001)
-    marks = [int(mark.replace(",", "")) for mark in re.findall(MARK, twice.text)]
-    assert sum(marks) + twice.kept == 50_001
+    digest = scan([text.encode()], "x")
+    for tokens in (2_000, 90_000):
+        once = digest.cut(tokens)
+        twice = scan([once.text.encode()], "x").cut(200)
+        assert (once.lines, twice.lines) == (50_001, 50_001)
+        marks = [int(mark.replace(",", "")) for mark in re.findall(MARK, twice.text)]
+        assert sum(marks) + twice.kept == 50_001
 
 
 @pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
