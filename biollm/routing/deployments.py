@@ -137,18 +137,25 @@ def build_deployments(
 def models_of(config: Config, provider: Provider) -> list[str]:
     """Return the provider's models in their order: by `priority` of their own, then by place in the list.
 
-    Local models that no provider lists belong to the first local provider without a fixed address, after its own.
+    Local models that no provider lists belong to the first local provider without a fixed address, after its own;
+    embedded ones to the first embedded provider, before its own: they were added for being better.
     """
     names = list(provider.models)
+    if provider == next((p for p in config.providers if p.type == "embedded"), None):
+        names = [*_unlisted(config, "embedded"), *names]
     if provider == next((p for p in config.providers if p.type == "local" and not p.base_url), None):
-        listed = {name for each in config.providers for name in each.models}
-        names += [key for key, model in config.models.items() if model.type == "local" and key not in listed]
+        names += _unlisted(config, "local")
 
     def rank(name: str) -> float:
         own = config.models[name].priority if name in config.models else None
         return float("inf") if own is None else own
 
     return sorted(names, key=rank)
+
+
+def _unlisted(config: Config, kind: str) -> list[str]:
+    listed = {name for each in config.providers for name in each.models}
+    return [key for key, model in config.models.items() if model.type == kind and key not in listed]
 
 
 def _of_model(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from biollm._files import write_for_user
-from biollm.config import Architecture, Cluster, Model
+from biollm.config import Architecture, Cluster, Model, edit
 from biollm.config.loader import sentence
 from biollm.errors import UsageError
 from biollm.slurm.architecture import architecture_from_config
@@ -61,43 +60,15 @@ def add(
         name: The key; None makes one of `hf_id`.
     """
     model = entry(hf_id, published_config(hf_id, config), cluster, name)
-    _append(model, folder / "models.yaml")
+    edit.add_model(folder / "models.yaml", model.key, _text(model))
     return model.key, folder / "models.yaml"
 
 
-def _append(model: Model, file: Path) -> None:
-    file = file.resolve()  # a link into a folder of dotfiles stays one
-    old = file.read_text() if file.exists() else ""
-    try:
-        root: Any = cast("Any", yaml).compose(old, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} cannot be read: {error}") from None
-    sections: dict[str, Any] = {}
-    entries: list[Any] = []
-    if root is not None and root.id == "mapping":
-        sections = {key.value: (key, value) for key, value in root.value}
-    section, node = sections.get("models", (None, None))
-    if node is not None and node.id == "mapping" and not node.flow_style:
-        entries = node.value
-    elif (root is not None and not sections) or (node is not None and node.value != ""):
-        raise UsageError(f"{file} is not written as `models:` and entries below it, line by line: add it by hand.")
-    if model.key in [key.value for key, _ in entries]:
-        raise UsageError(f"{file} has a model named {model.key!r} already.", hint="Give it another name.")
-    indent = entries[0][0].start_mark.column if entries else 2
-    lines = [line if line.endswith("\n") else f"{line}\n" for line in old.splitlines(keepends=True)]
-    starts = [key.start_mark.line for key, _ in sections.values()]
-    after = len(lines) if section is None else section.start_mark.line  # the next section begins below it
-    at = min([line for line in starts if line > after], default=len(lines))
-    new = [] if section else ["models:\n"]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_for_user(file, "".join([*lines[:at], *new, _text(model, " " * indent), *lines[at:]]))
-
-
-def _text(model: Model, indent: str) -> str:
+def _text(model: Model) -> str:
     """Write one entry as the shipped ones are: a key a line, the architecture in braces."""
     keys = {"name", "hf_id", "type", "size_gb", "gpus_required", "context_length", "vllm_args"}
     values = model.model_dump(mode="json", include=keys, exclude_none=True)
     text = yaml.safe_dump({model.key: values}, sort_keys=False)
     known = {key: value for key, value in asdict(model.architecture or Architecture(0, 0, 0, 0)).items() if value}
     numbers = yaml.safe_dump(known, sort_keys=False, default_flow_style=True, width=1000)
-    return re.sub("^", indent, f"{text}  architecture: {numbers}".rstrip(), flags=re.MULTILINE) + "\n"
+    return f"{text}  architecture: {numbers}".rstrip() + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 import stat
 import subprocess
@@ -333,3 +334,66 @@ def test_importing_and_asking_loads_neither_litellm_nor_httpx() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+# --- another model ---------------------------------------------------------------------------------------------------
+
+TREE = "/api/models/org/repo/tree/main?recursive=true&expand=false"
+
+
+def listing(*names: str) -> bytes:
+    return json.dumps([{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]).encode()
+
+
+@pytest.mark.parametrize(
+    ("names", "argv"),
+    [
+        (["folder/tiny.gguf", "README.md"], []),
+        (["folder/tiny-Q4_K_M.gguf", "folder/tiny-Q8_0.gguf"], ["folder/tiny.gguf"]),
+    ],
+)
+def test_a_better_model_is_one_command(
+    host: Host,
+    state: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    biollm: Any,
+    names: list[str],
+    argv: list[str],
+) -> None:
+    monkeypatch.setenv("BIOLLM_CONFIG_DIR", str(tmp_path / "mine"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "models.yaml").write_text("models:\n  own: {type: local, hf_id: org/own}  # a comment\n")
+    host.files[TREE] = listing(*names)
+    ran = biollm("embedded", "pull", "org/repo", *argv)
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith(f"tiny: added to {tmp_path}/mine/models.yaml.\ntiny: 3 MB in {state}/weights/")
+    assert "# a comment" in (tmp_path / "mine" / "models.yaml").read_text()
+    listed = [each["deployment"] for each in biollm("explain", "--json").json]
+    assert listed[-2:] == ["embedded/tiny", "embedded/smollm2-135m"]
+    again = biollm("embedded", "pull", "org/repo", *argv)
+    assert (again.code, again.out) == (2, "")
+    assert "has a model named 'tiny' already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (
+            ["a-Q8_0.gguf", "a-Q5_K_M.gguf"],
+            "Which file of org/repo to take is not clear. It has a-Q8_0.gguf, a-Q5_K_M.gguf.",
+        ),
+        (["README.md"], "It has no .gguf file."),
+        (None, "Could not read org/repo: "),
+    ],
+)
+def test_a_repository_without_one_choice_is_a_sentence(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, biollm: Any, names: list[str] | None, problem: str
+) -> None:
+    monkeypatch.setenv("BIOLLM_CONFIG_DIR", str(tmp_path / "mine"))
+    if names:
+        host.files[TREE] = listing(*names)
+    ran = biollm("embedded", "pull", "org/repo")
+    assert (ran.code, ran.out) == (69, "")
+    assert problem in ran.err
+    assert not (tmp_path / "mine").exists()
