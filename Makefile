@@ -22,7 +22,7 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 
 demo: $(VENV)/.demo
 	$(BIN)/biollm embedded pull
-	$(BIN)/biollm complete "Why did this Nextflow run fail? Answer in two sentences." -f examples/nextflow_oom.log
+	$(BIN)/python examples/demo.py
 
 test: $(if $(LITELLM),$(VENV)/.dev,lint)
 	$(BIN)/python -m pytest

@@ -22,16 +22,16 @@ class Diagnosis(BaseModel):
 
 
 def main() -> None:
-    log = Path(sys.argv[1]).read_text(errors="replace")[-30_000:]  # characters; the error stands at the end
     try:
         answer = get_model_client().complete(
-            f"Diagnose why this Nextflow run failed.\n\n{log}",
+            "Diagnose why this Nextflow run failed.",
+            attachments=[Path(sys.argv[1])],
             response_model=Diagnosis,
             tags={"agent": "ErrorDiagnosis"},
         )
     except CompletionError as error:
-        sys.exit(str(error))  # says of every provider why it could not answer
-    found: Diagnosis = answer.parsed
+        sys.exit(str(error))  # names each provider and why it could not answer
+    found = answer.parsed
     print(f"category    {found.category}\ncause       {found.cause}\nfix         {found.fix}")
     print(f"confidence  {found.confidence:.0%}, says {answer.deployment}")
 

@@ -48,6 +48,8 @@ def main(prompt: str) -> None:
             openai.OpenAI(api_key="guessed", **here).models.list()
         except openai.AuthenticationError as error:
             print("no key  HTTP", error.status_code)
+    except openai.APIStatusError as error:
+        sys.exit(f"no answer: {error.message.splitlines()[0]}")
     finally:
         biollm("serve", "stop")
 

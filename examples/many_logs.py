@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from biollm.client import Completion, get_model_client
+from biollm.client import Completion, condense, get_model_client
 
 
 def main() -> None:
     logs = sorted(Path(sys.argv[1]).glob("*.log"))
-    prompts = [f"Why did this job fail? One sentence.\n\n{log.read_text(errors='replace')[-20_000:]}" for log in logs]
+    prompts = [f"Why did this job fail? One sentence.\n\n{condense(log)}" for log in logs]
     client = get_model_client(allow_degraded=True)
     with Progress() as bar:
         task = bar.add_task("asking", total=len(logs))
@@ -23,8 +23,11 @@ def main() -> None:
             prompts, concurrency=4, max_retries=2, progress=lambda done, _: bar.update(task, completed=done)
         )
     for log, answer in zip(logs, answers, strict=True):
-        text = answer.text if isinstance(answer, Completion) else f"no answer: {answer}"
-        print(f"{log.name}: {text.strip().splitlines()[0]}")
+        if isinstance(answer, Completion):
+            mark = "[degraded, no diagnosis] " if answer.degraded else ""
+            print(f"{log.name}: {mark}{answer.text.strip().splitlines()[0]}")
+        else:
+            print(f"{log.name}: no answer: {str(answer).splitlines()[0]}")
     if not all(isinstance(answer, Completion) for answer in answers):
         sys.exit(1)
 

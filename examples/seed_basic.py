@@ -8,3 +8,5 @@ response = client.complete("Fix this Python error...")
 
 # Force specific provider
 client = get_model_client(provider="vllm", model="qwen-coder-32b")
+
+print(response)

@@ -11,3 +11,4 @@ response = router.complete(
     fallback=True,
     max_retries=3
 )
+print(response)

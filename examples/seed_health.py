@@ -8,3 +8,4 @@ status = check_all_providers()
 #   "gemini": {"available": True, "latency_ms": 85},
 #   "vllm": {"available": False, "error": "Server not running"},
 # }
+print(status)

@@ -215,7 +215,7 @@ def test_an_answer_longer_than_fits_is_asked_for_shorter(
     extra, client = {"extra": {name: 32_000}}, get_model_client()
     with pytest.raises(CompletionError) as caught:
         _ = list(client.stream("x" * 300, **extra)) if stream else client.complete("x" * 300, **extra)
-    assert caught.value.attempts[0].reason == "needs about 2108 tokens, its context is 1000"
+    assert caught.value.attempts[0].reason == "needs about 2076 tokens, its context is 1000"
     assert tight.requests == []
     fits, *rest = (each.requests[0].body[name] for each in (small, listed, roomy))
     assert 7500 < fits < 8100
