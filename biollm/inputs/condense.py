@@ -13,7 +13,14 @@ DEFAULT_TOKENS = 8_000
 
 
 def condense(source: str | bytes | Path, tokens: int = DEFAULT_TOKENS) -> str:
-    """Return `source`, a text or the path of a file or Nextflow work folder, condensed to about `tokens`."""
+    """Return `source`, a text or the path of a file or Nextflow work folder, condensed to about `tokens`.
+
+    What fits stays as it is, but for escape sequences and carriage returns. No model is asked.
+
+    Raises:
+        UsageError: The path cannot be read, or is not text.
+    """
     if isinstance(source, Path):
         return read_input(source).digest.cut(tokens).text
-    return scan([source.encode() if isinstance(source, str) else source], "text").cut(tokens).text
+    data = source.encode(errors="replace") if isinstance(source, str) else source
+    return scan([data], "text").cut(tokens).text
