@@ -228,6 +228,7 @@ def test_a_key_may_be_given_as_anthropics_client_gives_it(guarded: auth.Admissio
         "biollm-agent.",
         ".",
     ],
+    ids=["secret", "agent", "policy", "cut", "unsigned", "letter", "empty", "dot"],  # the keys hold the time
 )
 def test_a_derived_key_that_was_changed_opens_nothing(guarded: auth.Admission, wrong: str) -> None:
     refused = ask(guarded, *MODELS, headers=[(b"authorization", f"Bearer {wrong}".encode())])
