@@ -46,7 +46,7 @@ def embedded_pull(
         str | None, Argument(metavar="[FILE]", help="Its .gguf file. Default: the 4-bit one (Q4_K_M).")
     ] = None,
 ) -> None:
-    """Download the weights of the embedded model, or add a better one from Hugging Face."""
+    """Download the embedded model, or add another from Hugging Face."""
     from biollm.config import load_config
     from biollm.config.paths import config_dirs, state_dir
     from biollm.providers import embedded
