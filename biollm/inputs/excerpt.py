@@ -151,12 +151,9 @@ def _score(entries: list[_Entry]) -> None:
     for weight in _SCORE:
         of_weight = [at for at in finds if entries[at].weight == weight]
         first = {shape(entries[at].text): at for at in reversed(of_weight)}
-        last = {shape(entries[at].text): at for at in of_weight}
         new = sorted(first.values())
         for place, at in enumerate(new):
             _raise(entries, at, _SCORE[weight] / (1 + 0.15 * min(place, len(new) - 1 - place)))
-        for at in last.values():
-            _raise(entries, at, _SCORE[weight] / 4)
     failures = [at for at in finds if entries[at].weight >= FAILURE]
     for at in failures[:1] + failures[-1:]:
         _raise(entries, at, _SCORE[STATUS] * 1.1)

@@ -11,6 +11,7 @@ from logs import LOGS, Log, memory
 
 from biollm.client import condense
 from biollm.inputs.condense import scan
+from biollm.inputs.digest import WINDOW
 from biollm.inputs.read import read_input
 from biollm.inputs.tokens import estimate
 
@@ -123,14 +124,34 @@ def test_what_was_condensed_already_is_counted_as_what_it_was() -> None:
         once = digest.cut(tokens)
         twice = scan([once.text.encode()], "x").cut(200)
         assert (once.lines, twice.lines) == (50_001, 50_001)
-        marks = [int(mark.replace(",", "")) for mark in re.findall(MARK, twice.text)]
-        assert sum(marks) + twice.kept == 50_001
+        at = 0
+        for line in twice.text.splitlines():
+            if mark := MARK.fullmatch(line):
+                at += int(mark[1].replace(",", ""))
+            else:
+                assert line == text.split("\n")[at]
+                at += 1
+        assert at == 50_001
 
 
 @pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
 def test_a_carriage_return_ends_a_line(end: str) -> None:
     cut = scan([f"one{end}two{end}three".encode()], "x").cut(100)
     assert (cut.text, cut.lines) == ("one\ntwo\nthree", 3)
+
+
+def test_a_window_does_not_end_inside_a_line_end() -> None:
+    text = "x" * (WINDOW - 1) + "\r\n" + "y\n" * 20_000
+    assert scan([text.encode()], "x").lines == 20_001
+
+
+def test_the_first_failure_and_the_last_are_kept_before_many_causes() -> None:
+    causes = [f"{one}{two}{three}: No such file" for one in "ghij" for two in "klmn" for three in "opqrstuv"]
+    fine = "fine\nwell\n" * 500
+    text = f"{fine}ERROR: the first\n{fine}" + "\n".join(causes) + f"\n{fine}ERROR: the last\n{fine}"
+    kept = condense(text, tokens=200)
+    assert "ERROR: the first\n" in kept
+    assert "ERROR: the last\n" in kept
 
 
 def test_escape_sequences_go() -> None:
