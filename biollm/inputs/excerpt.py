@@ -154,9 +154,6 @@ def _score(entries: list[_Entry]) -> None:
         new = sorted(first.values())
         for place, at in enumerate(new):
             _raise(entries, at, _SCORE[weight] / (1 + 0.15 * min(place, len(new) - 1 - place)))
-    failures = [at for at in finds if entries[at].weight >= FAILURE]
-    for at in failures[:1] + failures[-1:]:
-        _raise(entries, at, _SCORE[STATUS] * 1.1)
     for at, entry in enumerate(entries):
         if entry.mark:
             entry.score = entries[at - 1].score * 0.99 if at and entry.text.endswith(_REPEATED) else 0.0
