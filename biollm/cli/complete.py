@@ -48,6 +48,16 @@ def complete(
     no_condense: Annotated[
         bool, Option("--no-condense", help="Fail if files and piped input do not fit, instead of condensing them.")
     ] = False,
+    redact: Annotated[
+        bool | None,
+        Option(
+            "--redact/--no-redact",
+            help="Replace keys, user names and the like by placeholders (default: for providers that train on prompts).",
+        ),
+    ] = None,
+    redact_name: Annotated[
+        list[str] | None, Option(metavar="NAME", help="Replace this name, too, such as a sample's; repeatable.")
+    ] = None,
     max_tokens: MaxTokens = None,
     temperature: Annotated[float | None, Option(min=0, max=2, metavar="T", help="Sampling temperature (0-2).")] = None,
     max_retries: Annotated[int, Option(min=0, metavar="N", help="Further passes after temporary failures.")] = 0,
@@ -78,7 +88,7 @@ def complete(
         "max_retries": max_retries, "fallback": not no_fallback, "local_only": local_only, "timeout": timeout,
         "deadline": deadline, "start_local": start, "wait": wait, "tags": _tags(tag or []),
         "response_model": response_schema, "allow_degraded": schema is None and not no_degraded,
-        "condense": not no_condense,
+        "condense": not no_condense, "redact": redact, "redact_names": redact_name or [],
     }  # fmt: skip
     progress = Progress(quiet=quiet)
     try:

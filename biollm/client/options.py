@@ -11,7 +11,7 @@ from biollm.config.paths import environment_tags, refuses_degraded, wanted_sende
 from biollm.errors import UsageError, nearest
 from biollm.routing.attachments import add_text, size, whole_text
 from biollm.routing.deployments import LOWER, UPPER, Requirements
-from biollm.routing.normalize import ANSWER_SIZES, PARAMETERS, Reader, Rule, at_least, checked, is_number, texts
+from biollm.routing.normalize import ANSWER_SIZES, PARAMETERS, Reader, Rule, at_least, checked, is_number, text, texts
 from biollm.routing.request import Request
 from biollm.routing.structured import ResponseSchema
 from biollm.types import DATA_POLICIES, DataPolicy
@@ -62,6 +62,8 @@ RULES: dict[str, Rule] = {
         "a list of paths, texts, or inputs that were read",
         lambda given: isinstance(given, Sequence) and not isinstance(given, str | bytes),
     ),
+    **_or_none("redact", "True, False or None", lambda given: isinstance(given, bool)),
+    "redact_names": ("a list of strings", lambda given: isinstance(given, list | tuple)),
     "max_retries": at_least(0),
     "data_policy": _one_of(*DATA_POLICIES),
     "on_interrupt": _one_of("raise", "restart", "splice"),
@@ -89,6 +91,8 @@ class _Common(TypedDict, total=False):
     tags: Mapping[str, str]
     on_interrupt: Literal["raise", "restart", "splice"]
     condense: bool
+    redact: bool | None
+    redact_names: Sequence[str]
     on_note: Callable[[str], None] | None
     on_send: Callable[[str], None] | None
     start_local: bool
@@ -122,6 +126,10 @@ class Defaults(_Common, total=False):
         on_interrupt: What a stream does that breaks after some text: "raise"; "restart" on the next deployment, which takes
             the text back; "splice" the next one's answer on, after a marked line.
         condense: False sends attachments whole, or fails if they fit no deployment.
+        redact: Whether keys, passwords, e-mail addresses, user names and home folders are replaced by placeholders before
+            the request leaves, and put back into the answer. None does so for providers that train on prompts, where the
+            request has no tools. Models on the cluster or this machine get the text as it is.
+        redact_names: Further texts to replace, such as sample names; they turn `redact` on.
         on_note: Called with a sentence on what was done to the attachments, such as how many lines were condensed.
         on_send: Called with a deployment's id just before a request is sent to it.
         start_local: Whether to start a server on the cluster when no deployment can answer; the embedded model is
@@ -225,6 +233,8 @@ def make_request(
         tags=texts({**environment_tags(), **chosen.get("tags", {})}),
         on_interrupt=chosen.get("on_interrupt", "raise"),
         attachments=digests,
+        redact=True if chosen.get("redact") is None and chosen.get("redact_names") else chosen.get("redact"),
+        redact_names=tuple(text(str(name)) for name in chosen.get("redact_names", ())),
         on_note=chosen.get("on_note"),
         on_send=chosen.get("on_send"),
         start=chosen.get("start_local", False),

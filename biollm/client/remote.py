@@ -222,7 +222,7 @@ def body_of(request: Request) -> Json | None:
         "allow_degraded": requirements.allow_degraded, "timeout": request.timeout, "deadline": request.deadline,
         "fallback": request.fallback, "max_retries": request.max_retries, "tags": dict(request.tags),
         "on_interrupt": request.on_interrupt, "start_local": request.start, "wait": request.wait,
-        "patience": request.patience,
+        "patience": request.patience, "redact": request.redact, "redact_names": list(request.redact_names) or None,
         "attachments": [{"name": each.name, "text": each.cut(_MOST).text} for each in request.attachments] or None,
     }  # fmt: skip
     body: Json = {**request.params, "model": requirements.model or "biollm"}

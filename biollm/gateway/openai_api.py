@@ -54,7 +54,7 @@ _BODY: Types = {**_READ, **_OPTIONS, **_PASSED}
 _EXTENSION: Types = {
     "allow_degraded": bool, "attachments": list, "capability": str, "condense": bool, "data_policy": str, "deadline": _NUMBER, "fallback": bool,
     "local_only": bool, "max_retries": int, "on_interrupt": str, "patience": _NUMBER, "provider": str,
-    "start_local": bool, "tags": dict, "timeout": _NUMBER, "wait": _NUMBER,
+    "redact": bool, "redact_names": list, "start_local": bool, "tags": dict, "timeout": _NUMBER, "wait": _NUMBER,
 }  # fmt: skip
 # Error class -> status, OpenAI's type and code; the first that fits.
 _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (

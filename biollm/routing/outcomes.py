@@ -187,6 +187,7 @@ class Outcomes:
         """
         deployment, usage = inflight.deployment, self._usage(run, inflight)
         whole = answer.fold.whole() if answer.whole is None else answer.whole
+        whole = run.restored(deployment, whole)
         choice: Json = whole["choices"][0]
         message: Json = choice.get("message") or {}
         attempt = Attempt(deployment.id, "ok", ms=inflight.ms)
@@ -209,7 +210,7 @@ class Outcomes:
             tool_calls=tuple(tool_calls(choice)),
             finish_reason=choice.get("finish_reason") or "",
             reasoning=message.get("reasoning_content") or "",
-            notes=run.fits[deployment.id].notes if deployment.id in run.fits else (),
+            notes=run.notes(deployment),
             raw=Fields(whole),
         )
         self._record(run, inflight, attempt, usage, completion.cost_usd)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from biollm.config import Config
     from biollm.inputs.digest import Digest
+    from biollm.inputs.redact import Redaction
     from biollm.routing.answers import Answer
     from biollm.routing.attachments import Fitted
     from biollm.routing.candidates import Candidate
@@ -49,7 +50,9 @@ class Request:
         params: Further arguments of LiteLLM's `acompletion`: temperature, max_tokens, tools...
         on_send: Called with a deployment's id just before a request goes to it.
         attachments: What the question is about; each deployment gets what fits it.
-        on_note: Called with a sentence on what was done to the attachments, before they are sent.
+        redact: Whether to replace what is private by placeholders; None does so where the provider may train on it.
+        redact_names: Further texts to replace.
+        on_note: Called with a sentence on what was done to the prompt or the attachments, before they are sent.
         middle: (prefix, suffix) of code to fill in between, instead of messages; without a suffix, a text to continue.
         start: Start a server on the cluster if no deployment answers; then wait `wait` seconds for it.
         on_state: Called with the job of that server whenever it has changed.
@@ -70,6 +73,8 @@ class Request:
     on_interrupt: Literal["raise", "restart", "splice"] = "raise"
     on_send: Callable[[str], None] | None = None
     attachments: tuple[Digest, ...] = ()
+    redact: bool | None = False
+    redact_names: tuple[str, ...] = ()
     on_note: Callable[[str], None] | None = None
     middle: tuple[str, str | None] | None = None
     start: bool = False
@@ -130,6 +135,7 @@ class Run:
         repeat: The deployment to try once more at once.
         repeated: Ids of those that were.
         fits: Deployment id -> the messages with its excerpt of the attachments.
+        redactions: Deployment id -> the placeholders in what it was sent; one for all.
         noted: What `on_note` was called with.
         shrunk: Deployment id -> the share of the room for attachments that is used after it found them too long.
         caps: Deployment id -> the most tokens of answer that its account can pay for.
@@ -148,6 +154,7 @@ class Run:
     repeat: Deployment | None = None
     repeated: set[str] = field(default_factory=set[str])
     fits: dict[str, Fitted] = field(default_factory=dict[str, "Fitted"])
+    redactions: dict[str, Redaction] = field(default_factory=dict[str, "Redaction"])
     noted: set[str] = field(default_factory=set[str])
     shrunk: dict[str, float] = field(default_factory=dict[str, float])
     caps: dict[str, int] = field(default_factory=dict[str, int])
@@ -179,6 +186,24 @@ class Run:
         """Return the tokens of answer to request: what the deployment has room for and its account can pay."""
         sizes = (allowance(deployment, self.request.requirements), self.caps.get(deployment.id))
         return min((size for size in sizes if size), default=None)
+
+    def restored(self, deployment: Deployment, value: Any) -> Any:
+        """Return a JSON value of the deployment's answer with what the placeholders stand for."""
+        redaction = self.redactions.get(deployment.id)
+        return redaction.restored(value) if redaction else value
+
+    def notes(self, deployment: Deployment) -> tuple[str, ...]:
+        """Return what was done to the prompt and the attachments for a deployment, a sentence each."""
+        fitted, redaction = self.fits.get(deployment.id), self.redactions.get(deployment.id)
+        redacted = redaction.note() if redaction else ""
+        return (*(fitted.notes if fitted else ()), *([redacted] if redacted else []))
+
+    def redacts(self, deployment: Deployment) -> bool:
+        """Return whether the deployment is sent placeholders for what is private."""
+        if deployment.provider.type != "api" or self.request.middle:
+            return False
+        wanted = self.request.redact
+        return (deployment.trains and not self.request.requirements.tools) if wanted is None else wanted
 
     def skip(self, candidate: Candidate) -> None:
         """Note a deployment that is not tried in this pass."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from biollm._runtime import apart, called
 from biollm.errors import DeadlineError, InterruptedStreamError
+from biollm.inputs.redact import Redaction, Restorer
 from biollm.ledger import Claim
 from biollm.routing import answers, attachments, deployments, host_check, load_balancing
 from biollm.routing.answers import content
@@ -208,11 +209,17 @@ class Waterfall:
         return self._answered(run, inflight)
 
     async def _messages(self, run: Run, ready: Sequence[Deployment]) -> Sequence[Message]:
-        """Return the messages for the first order of `ready`, with what fits of the attachments."""
-        request = run.request
-        if not request.attachments:
-            return request.messages
+        """Return the messages for the first order of `ready`: with what fits of the attachments, and redacted."""
         first = [each for each in ready if each.order == ready[0].order]
+        messages = await self._fitted(run, first) if run.request.attachments else run.request.messages
+        if not any(run.redacts(each) for each in first):
+            return messages
+        redaction = next(iter(run.redactions.values()), None) or Redaction(run.request.redact_names)
+        run.redactions |= dict.fromkeys((each.id for each in first), redaction)
+        return await apart(redaction.hidden, messages)
+
+    async def _fitted(self, run: Run, first: Sequence[Deployment]) -> Sequence[Message]:
+        request = run.request
         sizes = [self.pool.excerpt(each, request.requirements) * run.shrunk.get(each.id, 1) for each in first]
         context, ratio = first[0].context_length, self.pool.ledger.token_ratio(first[0].model)
         fitted = await apart(attachments.fit, request.messages, request.attachments, int(min(sizes)), context, ratio)
@@ -238,13 +245,15 @@ class Waterfall:
         """Return the answer if it matches the schema; else ask the same deployment once more, showing the problem."""
         answer = content(inflight.answer.first) if inflight.answer else ""
         try:
-            parsed = schema.parse(answer)
+            parsed = schema.parse(run.restored(inflight.deployment, answer))
         except ValueError as error:
             problem = " ".join(str(error).split())[:500]
         else:
             self._drop_spare(run)
             return self._answered(run, inflight, parsed)
         self._outcomes.fail(run, inflight, Failure("schema", f"the answer does not match the schema: {problem}"))
+        if redaction := run.redactions.get(inflight.deployment.id):
+            problem = redaction.mask(problem)
         again = await self._send(run, [inflight.deployment], repair(messages, answer, problem)) if retry else None
         return await self._parsed(run, again, schema, messages, retry=False) if again else None
 
@@ -331,8 +340,8 @@ class Waterfall:
 
     def _sending(self, run: Run, inflight: InFlight, ident: str, reservation: int) -> None:
         inflight.reservation, inflight.at, inflight.started = reservation, time.time(), time.perf_counter()
-        fitted, request = run.fits.get(ident), run.request
-        new = [note for note in fitted.notes if note not in run.noted] if fitted else []
+        request = run.request
+        new = [note for note in run.notes(inflight.deployment) if note not in run.noted]
         run.noted.update(new)
         calls = [(request.on_note, note) for note in new]
         for callback, about in [*calls, (request.on_send, ident)]:
@@ -391,12 +400,12 @@ class Waterfall:
 
         So no call leaves of an answer that breaks, and no tool runs twice.
         """
-        answer = inflight.answer
+        answer, restore = inflight.answer, _Restored(run.redactions.get(inflight.deployment.id))
         assert answer  # noqa: S101
         try:
             chunk: Json | None = answer.head[-1]  # the first with content
             while chunk is not None:
-                if piece := _piece(chunk, degraded=inflight.deployment.embedded):
+                if (piece := _piece(chunk, degraded=inflight.deployment.embedded)) and (piece := restore(piece)):
                     yield piece
                 async with asyncio.timeout(inflight.limit):
                     chunk = await answer.read()
@@ -415,10 +424,38 @@ class Waterfall:
         if failure := answer.ended():
             yield failure
             return
+        for piece in restore.end(answer.fold.frame):
+            yield piece
         calls: Sequence[Json] = answers.tool_calls(answer.fold.whole()["choices"][0]) if answer.fold.tool_calls else ()
         for index, call in enumerate(calls):
-            choice = {"index": 0, "delta": {"tool_calls": [{"index": index, **call}]}, "finish_reason": None}
+            call = run.restored(inflight.deployment, {"index": index, **call})
+            choice = {"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": None}
             yield StreamChunk(kind="tool_call", chunk={**answer.fold.frame, "choices": [choice]})
+
+
+class _Restored:
+    """Puts what is private back into the pieces of one stream; text and reasoning each have their own rest."""
+
+    def __init__(self, redaction: Redaction | None) -> None:
+        names = ("content", "reasoning_content") if redaction else ()
+        self._restorers = {name: Restorer(redaction) for name in names if redaction}
+
+    def __call__(self, piece: StreamChunk) -> StreamChunk | None:
+        """Return a piece, or None where all of it is kept back."""
+        delta = answers.delta_of(piece.chunk)
+        changed = {name: each.feed(delta[name]) for name, each in self._restorers.items() if delta.get(name)}
+        if not changed:
+            return piece
+        return _piece(
+            {**piece.chunk, "choices": [{**piece.chunk["choices"][0], "delta": delta | changed}]},
+            degraded=piece.degraded,
+        )
+
+    def end(self, frame: Json) -> list[StreamChunk]:
+        """Return what was kept back."""
+        rests = ({name: rest} for name, each in self._restorers.items() if (rest := each.end()))
+        chunks = ({**frame, "choices": [{"index": 0, "delta": rest}]} for rest in rests)
+        return [piece for chunk in chunks if (piece := _piece(chunk, degraded=False))]
 
 
 def _piece(chunk: Json, *, degraded: bool) -> StreamChunk | None:
