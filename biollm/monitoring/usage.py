@@ -11,7 +11,7 @@ import re
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -124,7 +124,8 @@ def report(
     since = until - WEEK if since is None else since
     cells, kept = history.cells(ledger, since, until, exact, _GRAIN.get(by, 1 << 30))
     price = _price(config.costs.reference_model)
-    rows, total = _rows(cells, by, price, exact=kept)
+    embedded = {each.name for each in config.providers if each.type == "embedded"}
+    rows, total = _rows(cells, by, price, embedded, exact=kept)
     limits = tuple(quotas(config, ledger))
     return Report(
         since=since,
@@ -151,7 +152,7 @@ def moment(written: str, now: float) -> float:
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
-def _rows(cells: Cells, by: By, price: Price, *, exact: bool) -> tuple[tuple[Row, ...], Row]:
+def _rows(cells: Cells, by: By, price: Price, embedded: Set[str], *, exact: bool) -> tuple[tuple[Row, ...], Row]:
     groups: defaultdict[str, list[tuple[Key, Cell]]] = defaultdict(list)
     for key, cell in cells:
         for name in _names(key, by):
@@ -161,9 +162,11 @@ def _rows(cells: Cells, by: By, price: Price, *, exact: bool) -> tuple[tuple[Row
         whole = _latencies(cells, exact)
     else:
         whole = [sum(counts, Counter[float]()) for counts in zip(*counted.values(), strict=True)]
-    rows = [_row(name, group, counted[name], price, attempts=by in _ATTEMPTS) for name, group in groups.items()]
+    rows = [
+        _row(name, group, counted[name], price, embedded, attempts=by in _ATTEMPTS) for name, group in groups.items()
+    ]
     rows.sort(key=(lambda row: row.name) if by in ("day", "hour") else (lambda row: -row.requests))
-    return tuple(rows), _row("total", cells, whole, price, attempts=False)
+    return tuple(rows), _row("total", cells, whole, price, embedded, attempts=False)
 
 
 def _latencies(group: Cells, exact: bool) -> Sequence[Counter[float]]:
@@ -180,19 +183,29 @@ def _names(key: Key, by: By) -> Sequence[str]:
     return (f"{key.provider}/{key.account}" if by == "account" else getattr(key, by),)
 
 
-def _row(name: str, group: Cells, latencies: Sequence[Counter[float]], price: Price, *, attempts: bool) -> Row:
+def _row(
+    name: str,
+    group: Cells,
+    latencies: Sequence[Counter[float]],
+    price: Price,
+    embedded: Set[str],
+    *,
+    attempts: bool,
+) -> Row:
     outcomes, fallbacks, failures = Counter[str](), Counter[str](), Counter[str]()
     for key, cell in group:
         outcomes[key.outcome] += cell.attempts
         if key.why and key.outcome in ("ok", "failed"):
             (fallbacks if key.outcome == "ok" else failures)[key.why] += cell.attempts
     total = history.total(cell for _, cell in group)
+    degraded = history.total(cell for key, cell in group if key.provider in embedded)  # which avoids no cost
     requests = outcomes.total() if attempts else total.requests
     unanswered = max(0, total.requests - outcomes["ok"] - outcomes["cancelled"])
     errors = outcomes["failed"] if attempts else unanswered
     p50, p95, p99 = quantiles(latencies[0], (0.5, 0.95, 0.99))
     sent, got = total.prompt - total.unpriced_prompt, total.completion - total.unpriced_completion
     known = bool(sent or got or not total.unpriced)
+    replaced = (sent - degraded.prompt, got - degraded.completion)
     return Row(
         name=name,
         requests=requests,
@@ -208,7 +221,7 @@ def _row(name: str, group: Cells, latencies: Sequence[Counter[float]], price: Pr
         fallbacks=dict(fallbacks.most_common()),
         failures=dict(failures.most_common()),
         cost_usd=total.cost if known else None,
-        cost_avoided_usd=sent * price[0] + got * price[1] - total.cost if price and known else None,
+        cost_avoided_usd=replaced[0] * price[0] + replaced[1] * price[1] - total.cost if price and known else None,
         unpriced=total.unpriced,
         estimated=total.estimated,
     )

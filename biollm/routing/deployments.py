@@ -187,7 +187,7 @@ def _of_model(
             scope=f"{scope}:{name}" if provider.limits_per == "model" else scope,
             limits=account.limits,
             local=local,
-            free=provider.free_tier or local,
+            free=provider.free_tier or (local and provider.type != "api"),  # which may pass it on
             trains=provider.trains_on_prompts,
             json_schema=_first(model and model.json_schema, provider.json_schema, _takes_schema(provider)),
             tools=_first(model and model.tools, provider.tools, _takes_tools(provider, model)),

@@ -1,7 +1,7 @@
 """Computes the price of an answer, and sorts deployments of one priority by it.
 
 A price is the user's own (`costs.per_million_tokens`), 0 where tokens are free, else the one in LiteLLM's map of models.
-A local server is free unless it has a price of its own: its GPU hours are spent whether it answers or idles. LiteLLM's
+A local model is free unless it has a price of its own: its GPU hours are spent whether it answers or idles. LiteLLM's
 `completion_cost` takes no such price, counts an unknown price as 0 and needs a 3 s import; its cost-based routing
 ignores how many tokens a request has. Not covered: discounts by the hour, and what is not priced per token of text
 (images, audio, searches, the storage of a cache).
@@ -116,8 +116,11 @@ def prices(found: Sequence[Deployment], config: Config) -> dict[str, Price | Non
     """Return the price of each deployment by its id; None where it is unknown."""
     own = {each.id: config.costs.per_million_tokens.get(each.provider.name) for each in found}
     free = {each.id for each in found if each.free}
-    in_map = _entries([each for each in found if own[each.id] is None and each.id not in free])
-    return {ident: in_map[ident].price if ident in in_map else _flat(usd or 0.0) for ident, usd in own.items()}
+    open_ = [each for each in found if own[each.id] is None and each.id not in free]
+    in_map = _entries([each for each in open_ if not each.local])  # what a local address passes on has another price
+    unknown = {each.id: None for each in open_}
+    known = {ident: _flat(usd or 0.0) for ident, usd in own.items() if ident not in unknown}
+    return {**unknown, **{ident: entry.price for ident, entry in in_map.items()}, **known}
 
 
 def with_facts(found: Sequence[Deployment]) -> list[Deployment]:

@@ -156,7 +156,7 @@ def test_json_holds_the_whole_story(net: Loopback, waterfall: Waterfall, biollm:
         "deployment": "second/small",
         "usage": {"prompt_tokens": 1, "completion_tokens": 3, "cached_tokens": 0, "cache_write_tokens": 0,
                   "reasoning_tokens": 0, "estimated": False},
-        "cost_usd": 0.0,
+        "cost_usd": None,
         "degraded": False,
         "reasoning": "",
         "notes": [],

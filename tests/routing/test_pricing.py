@@ -31,6 +31,14 @@ CHEAPEST: dict[str, Any] = {"routing": {"policy": "cheapest"}}
 LONG = "word " * 1161  # 1.15 tokens each
 
 
+NEAR: dict[str, Any] = {
+    "type": "local",
+    "base_url": "http://127.0.0.1:9/v1",
+    "models": ["codellama-34b"],
+    "priority": 1,
+}
+
+
 def paid(model: str, priority: int = 1, **more: Any) -> dict[str, Any]:
     """Return a provider in the cloud, whose tokens have a price."""
     return {
@@ -56,14 +64,15 @@ def test_free_is_first_and_unknown_last_and_priorities_are_kept(waterfall: Write
         "cheap": paid("gpt-4o-mini"),
         "free": paid("gpt-4.1", free_tier=True),
         "unknown2": paid("odder"),
-        "near": {"base_url": "http://127.0.0.1:9/v1", "priority": 1},
+        "near": NEAR,
+        "passes_on": {"base_url": "http://127.0.0.1:9/v1", "priority": 1},
         "later": paid("gpt-4o-mini", priority=2),
         "sooner": paid("odd", priority=0),
     }
     waterfall(**rungs)
-    assert order() == ["sooner", "unknown", "dear", "cheap", "free", "unknown2", "near", "later"]
+    assert order() == ["sooner", "unknown", "dear", "cheap", "free", "unknown2", "near", "passes_on", "later"]
     waterfall(CHEAPEST, **rungs)
-    assert order() == ["sooner", "free", "near", "cheap", "dear", "unknown", "unknown2", "later"]
+    assert order() == ["sooner", "free", "near", "cheap", "dear", "unknown", "unknown2", "passes_on", "later"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +110,7 @@ def test_prices_of_ones_own_are_believed(waterfall: Write, own: dict[str, float]
         odd=paid("odd"),
         odd2=paid("odd"),
         mapped=paid("gpt-4o-mini"),
-        near={"base_url": "http://127.0.0.1:9/v1", "priority": 1},
+        near=NEAR,
     )
     assert order() == expected
 
@@ -314,12 +323,12 @@ TWELVE = "one two three four five six seven eight nine ten eleven twelve"
         (Behaviour(text="", usage=STATED), {"stream": True}, [("failed", 40, 7, False)]),
         (Behaviour(choices=False, usage=STATED), {}, [("failed", 40, 7, False)]),
         # Not stated: 400 characters are sent, and 4 are taken for a token.
-        (Behaviour(text=TWELVE, usage={}), {}, [("ok", 100, 15, True)]),
-        (Behaviour(text=TWELVE, usage={}), {"stream": True}, [("ok", 100, 15, True)]),
-        (Behaviour(text="no JSON", usage={}), {"response_model": JSON_WANTED}, [("failed", 100, 1, True)] * 2),
-        (Behaviour(text=TWELVE, cut=9), {"stream": True}, [("failed", 100, 8, True)]),
-        (Behaviour(text=TWELVE, fail=9), {"stream": True}, [("failed", 100, 8, True)]),
-        (Behaviour(text=TWELVE, hang=9), {"stream": True, "timeout": 3}, [("failed", 100, 8, True)]),
+        (Behaviour(text=TWELVE, usage={}), {}, [("ok", 49, 15, True)]),
+        (Behaviour(text=TWELVE, usage={}), {"stream": True}, [("ok", 49, 15, True)]),
+        (Behaviour(text="no JSON", usage={}), {"response_model": JSON_WANTED}, [("failed", 49, 1, True)] * 2),
+        (Behaviour(text=TWELVE, cut=9), {"stream": True}, [("failed", 49, 8, True)]),
+        (Behaviour(text=TWELVE, fail=9), {"stream": True}, [("failed", 49, 8, True)]),
+        (Behaviour(text=TWELVE, hang=9), {"stream": True, "timeout": 3}, [("failed", 49, 8, True)]),
         (Behaviour(text=TWELVE, hang=9), {"stream": True, "leave": 7}, [("cancelled", 100, 8, True)]),
         # Nothing came, so nothing was paid.
         (HTTP_500, {}, [("failed", 0, 0, False)] * 2),
