@@ -16,7 +16,7 @@ else:
 Kind = TypeVar("Kind")
 Json = dict[str, Any]
 ChunkKind = Literal["text", "reasoning", "tool_call", "usage"]
-Outcome = Literal["ok", "skipped", "limited", "failed", "cancelled"]
+Outcome = Literal["ok", "skipped", "limited", "cooling", "refused", "failed", "cancelled"]
 DataPolicy = Literal["any", "no_training", "local_only"]
 DATA_POLICIES: tuple[DataPolicy, ...] = get_args(DataPolicy)  # from loose to strict
 
@@ -59,8 +59,8 @@ class Attempt:
 
     Attributes:
         deployment: Its id, "provider/model" or "provider.account/model".
-        outcome: "ok"; "skipped" (may not serve: key missing, capability, policy), "limited" (a quota or a
-            cooldown), both with nothing sent; "failed" (sent, no answer); "cancelled" (by the caller).
+        outcome: "ok"; "skipped" (may not serve: key missing, capability, policy), "limited" (at a
+            limit), "cooling" (on cooldown after a failure), "refused" (its key was), all with nothing sent; "failed" (sent, no answer); "cancelled" (by the caller).
         reason: One sentence; empty when ok. Never holds a key or a prompt.
         status: The HTTP status, if one came.
         ms: Milliseconds from sending to the end of the attempt.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +16,7 @@ from biollm.cli.output import Json
 from biollm.errors import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from biollm.config import Config, Limit
     from biollm.routing.candidates import Candidate
@@ -65,16 +68,30 @@ def providers(as_json: Json = False) -> None:
     for candidate in client.explain():
         fact = _account(candidate, client.used(candidate.deployment))
         name = f"{fact['provider']}/{fact['account']}"
-        if name not in seen or (seen[name]["standing"] != "ok" and fact["standing"] == "ok"):
+        if name not in seen or (seen[name]["standing"] != "ready" and fact["standing"] == "ready"):
             seen[name] = fact
     if as_json:
         output.as_json(list(seen.values()))
         return
     rows: list[tuple[Any, ...]] = []
+    keyless = [name for name, fact in seen.items() if fact["standing"] == "keyless"]
     for name, f in seen.items():
+        if name in keyless and sys.stdout.isatty():
+            continue
         limits = ", ".join(f"{short(each['used'])} of {each['limit']}" for each in f["limits"]) or "-"
         rows.append((f["priority"], name, f["type"], f["standing"], limits, f["reason"]))
-    output.table(("priority", "provider/account", "type", "standing", "limits", "why not"), rows)
+    output.table(("priority", "provider/account", "type", "status", "limits", "reason"), rows)
+    _sum_up(keyless, {name: fact["reason"] for name, fact in seen.items()})
+
+
+def _sum_up(keyless: Sequence[str], reasons: Mapping[str, str]) -> None:
+    """Print one line for the accounts without a key, which would fill a terminal."""
+    if keyless and sys.stdout.isatty():
+        wanted = [f"{name.removesuffix('/default')} ({reasons[name].removeprefix('no key: set ')})" for name in keyless]
+        text = f"Without a key: {', '.join(wanted)}."
+        print(
+            f"\n{textwrap.fill(text, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)}"
+        )
 
 
 def _account(candidate: Candidate, used: Sequence[tuple[Limit, float, float | None]]) -> dict[str, Any]:
@@ -84,7 +101,7 @@ def _account(candidate: Candidate, used: Sequence[tuple[Limit, float, float | No
         "provider": deployment.provider.name,
         "account": deployment.account.name,
         "type": deployment.provider.type,
-        "standing": "ok" if candidate.status in ("ready", "limited") else candidate.status,
+        "standing": candidate.status,
         "free": deployment.free,
         "limits": [_limit(*each) for each in used],
         "reason": candidate.reason,
@@ -114,10 +131,20 @@ def health(
     if as_json:
         output.as_json(found)
     else:
+        keyless = [each.who for each in found if each.error.startswith(("no key", "not logged in"))]
         said = {True: "up", False: "down", None: "unknown"}
-        ms = ["-" if each.latency_ms is None else f"{each.latency_ms:.0f}" for each in found]
-        rows = [(each.who, said[each.available], took, _why(each)) for each, took in zip(found, ms, strict=True)]
-        output.table(("provider", "state", "ms", "remarks"), rows)
+        rows = [
+            (
+                each.who,
+                "keyless" if each.who in keyless else said[each.available],
+                "-" if each.latency_ms is None else f"{each.latency_ms:.0f}",
+                _why(each),
+            )
+            for each in found
+            if each.who not in keyless or not sys.stdout.isatty()
+        ]
+        output.table(("provider", "status", "ms", "remarks"), rows)
+        _sum_up(keyless, {each.who: each.error for each in found})
     if not any(each.available is not False for each in found):  # one that could not be asked may be there
         raise typer.Exit(69)
 
@@ -167,7 +194,10 @@ def config(
     elif as_json:
         output.as_json({"values": settings, "sources": settings.sources})
     else:
-        output.table(("key", "value", "from"), configuration.describe(settings))
+        output.table(
+            ("key", "value", "from"),
+            [(key, value, output.short_path(at)) for key, value, at in configuration.describe(settings)],
+        )
 
 
 def _registry(settings: Config) -> list[Problem]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -41,12 +43,27 @@ def explain(
         return
     ready = [each for each in found if each.status == "ready"]
     first = min(ready, key=lambda each: (each.deployment.order, each.load.rank if each.load else ()), default=None)
-    rows = [
-        ("→" if each is first else " ", each.deployment.order, each.deployment.id, each.status, _reason(each))
-        for each in found
-    ]
-    output.table(("", "#", "deployment", "status", "reason"), rows)
+    output.table(("", "#", "deployment", "status", "reason"), _rows(found, first))
     print(f"\n{first.deployment.id} would answer." if first else "\nNo deployment is available.")
+
+
+def _rows(found: Sequence[Candidate], first: Candidate | None) -> list[tuple[object, ...]]:
+    """Return a row for each deployment; at a terminal one for an account's models that are skipped for one reason."""
+    groups: dict[tuple[str, ...], list[Candidate]] = {}
+    for each in found:
+        alone = each.status == "ready" or not sys.stdout.isatty()
+        key = (each.deployment.id,) if alone else (each.deployment.id.split("/")[0], each.status, _reason(each))
+        if not alone and each.status == "absent":
+            key = (*key[:2], _reason(each).replace(each.deployment.model, "MODEL"))
+        groups.setdefault(key, []).append(each)
+    rows: list[tuple[object, ...]] = []
+    for key, group in groups.items():
+        each, last = group[0], group[-1].deployment.order
+        order = str(each.deployment.order) if last == each.deployment.order else f"{each.deployment.order}-{last}"
+        name = each.deployment.id if len(group) == 1 else f"{key[0]} ({len(group)} models)"
+        reason = _reason(each) if len(group) == 1 else key[2]
+        rows.append(("→" if each is first else " ", order, name, each.status, reason))
+    return rows
 
 
 def _facts(candidate: Candidate) -> dict[str, Any]:

@@ -115,8 +115,10 @@ def _show(report: Report) -> None:
     _section(
         ("account", "limit", "used", "left", "resets (UTC)", "projected exhaustion"),
         [(q.scope, q.limit, short(round(q.used, 2)), short(round(q.left, 2)), _minute(q.resets_at),
-          _minute(q.exhausted_at)[:10]) for q in report.quotas],
+          _minute(q.exhausted_at)[:10]) for q in report.quotas if q.used],
     )  # fmt: skip
+    if unused := sum(not q.used for q in report.quotas):
+        print(f"\nUnused limits: {unused} (`biollm providers` and --json list them).")
     _section(
         ("own GPUs", "GPU hours", "tokens", "USD", "USD per million tokens", report.reference_model or "reference model"),
         [(each.model, f"{each.gpu_hours:.1f}", each.tokens, _usd(each.cost_usd), _usd(each.per_million_usd),

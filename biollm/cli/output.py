@@ -5,23 +5,82 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
+from biollm.config.paths import data_dir
+
+_LAST, _LEAST = 18, 10  # columns of a terminal that the last column, and each of the others, keeps
+# Green for what may be used, yellow for what will be, red for what needs a hand, faint for what is not set up.
+STATES = {
+    **dict.fromkeys(("ready", "up", "ok", "answered"), 32),
+    **dict.fromkeys(("limited", "cooling", "pending", "starting", "unknown"), 33),
+    **dict.fromkeys(("refused", "down", "failed", "FAILED", "FAIL"), 31),
+    **dict.fromkeys(("keyless", "absent", "unfit", "skipped"), 2),
+}
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print aligned columns; the last one is not padded. Plain text, so that grep and awk can use it."""
+    """Print aligned columns: at a terminal within its width and with colours, else plain lines for grep and awk.
+
+    Where the columns are wider than the terminal, the last one is wrapped between words, and others are cut in their middle.
+    """
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # no-color.org
+    wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    if wide:
+        widths = _narrowed(widths, wide)
+    color = bool(wide) and "NO_COLOR" not in os.environ  # no-color.org
     for number, row in enumerate(cells):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        print(f"\033[1m{line}\033[0m" if bold and number == 0 else line)
+        padded = [cut(cell, width).ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
+        lines = _wrapped(row[-1], widths[-1]) if wide else [row[-1]]
+        if color:
+            padded = [cell if number == 0 else painted(cell) for cell in padded]
+        line = "  ".join([*padded, lines[0]]).rstrip()
+        print(f"\033[1m{line}\033[0m" if color and number == 0 else line)
+        for line in lines[1:]:
+            print(" " * (sum(widths[:-1]) + 2 * len(padded)) + line)
+
+
+def _narrowed(widths: Sequence[int], wide: int) -> list[int]:
+    """Return widths that fit together into `wide` columns: the last one gives first, then the widest of the others."""
+    found, gaps = list(widths), 2 * (len(widths) - 1)
+    found[-1] = min(found[-1], max(_LAST, wide - gaps - sum(found[:-1])))
+    while sum(found) + gaps > wide and max(found[:-1], default=0) > _LEAST:
+        found[found.index(max(found[:-1]))] -= 1
+    return found
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return [cut(line, width) for line in lines] or [""]
+
+
+def cut(text: str, width: int) -> str:
+    """Return a text of at most `width` letters, cut in its middle."""
+    if len(text) <= width:
+        return text
+    left = (width - 1) // 2
+    return f"{text[:left]}…{text[len(text) - (width - 1 - left) :]}"
+
+
+def short_path(text: str) -> str:
+    """Return a text with ~ for the home folder, and without the folder of the shipped configuration."""
+    home, shipped = str(Path.home()), str(data_dir("router_config"))
+    return text.replace(f"{shipped}/", "shipped ").replace(f"{home}/", "~/")
+
+
+def painted(cell: str) -> str:
+    """Return the name of a state in its colour; anything else as it is."""
+    hue = STATES.get(cell.strip())
+    return f"\033[{hue}m{cell}\033[0m" if hue else cell
 
 
 def as_json(value: Any) -> None:

@@ -168,7 +168,9 @@ def models(config: Config, candidates: Iterable[Candidate]) -> list[Json]:
             owners.setdefault(name, []).append(provider.name)
     contexts = dict.fromkeys(owners, 0)
     for each in candidates:
-        groups = [GROUP, LOCAL_GROUP][: 1 + each.deployment.local] if each.status in ("ready", "limited") else ()
+        groups = (
+            [GROUP, LOCAL_GROUP][: 1 + each.deployment.local] if each.status in ("ready", "limited", "cooling") else ()
+        )
         for name in (each.deployment.model, *groups):
             contexts[name] = max(contexts[name], each.deployment.context_length or 0)
     return [_model(name, by, contexts[name]) for name, by in owners.items()]

@@ -9,25 +9,30 @@ from biollm.monitoring.snapshot import CandidateView, JobView, LimitUse, Minute,
 from biollm.types import short
 
 _LOOK = {"ready": ("●", 32), "failing": ("✖", 31), "refused": ("✖", 31), "cooling": ("◐", 33), "limited": ("◐", 33)}
+_UNUSABLE = ("keyless", "absent", "unfit")  # shown last, where there is no room for all
 _SPANS = ((172800, 86400, "d"), (7200, 3600, "h"), (120, 60, "m"))  # from so many seconds on, in these
 _PHASES = {"ready": 32, "failed": 31, "unknown": 31}
 
 
 def render(snapshot: Snapshot, width: int = 80, height: int | None = None, *, color: bool = False) -> str:
     """Return the snapshot as text of at most `width` columns and `height` lines; of any height when None."""
-    head = time.strftime("biollm top  %H:%M:%S UTC", time.gmtime(snapshot.at))
+    head = time.strftime("biollm top  %Y-%m-%d %H:%M:%S UTC", time.gmtime(snapshot.at))
+    if height is not None:
+        head = _cut(f"{head}{'q quits':>{max(9, width - len(head))}}", width)
     series = [_cut(line, width) for line in _series_lines(snapshot.minutes)]
     alerts = [_cut(f"ALERT  {alert}", width) for alert in snapshot.alerts]
-    jobs = [_job(job, width, color) for job in snapshot.jobs] or ["    none"]
-    candidates = [_candidate(each, width, color) for each in snapshot.candidates]
+    names = _names(snapshot.candidates, width)
+    first = next((each for each in snapshot.candidates if each.state in ("ready", "failing")), None)
+    candidates = [_candidate(each, width, color, names, first=each is first) for each in snapshot.candidates]
+    jobs = [_job(job, width, color, names) for job in snapshot.jobs] or ["      none"]
     if height is not None:
         alerts = _fit(alerts, 3)
         room = max(2, height - 6 - len(alerts) - len(series))  # head, two titles, blank lines between the parts
         jobs = _fit(jobs, max(1, room - len(candidates), room // 3))
-        candidates = _fit(candidates, room - len(jobs))
+        candidates = _fit_usable(snapshot.candidates, candidates, room - len(jobs))
     titles = [
-        f" #  {'candidate':27} {'state':13} last  limits, or why not",
-        f"    {'job':8} {'model':18} {'state':13} left  node",
+        f"   #  {'deployment':{names}} {'status':13} last  limits, or reason",
+        f"      {'job':8} {'model':{names - 9}} {'phase':13} left  node",
     ]
     titles = [f"\033[1m{_cut(title, width)}\033[0m" if color else _cut(title, width) for title in titles]
     alerts = [f"\033[31m{alert}\033[0m" if color else alert for alert in alerts]
@@ -35,17 +40,32 @@ def render(snapshot: Snapshot, width: int = 80, height: int | None = None, *, co
     return "\n".join(line.rstrip() for line in lines[:height])
 
 
-def _line(text: str, width: int, hue: int | None = None) -> str:
+def _line(text: str, width: int, names: int, hue: int | None = None) -> str:
     """Return a row that fits, its column of states in a colour."""
-    text = _cut(text, width)
-    return text if hue is None else f"{text[:32]}\033[{hue}m{text[32:45]}\033[0m{text[45:]}"
+    text, at = _cut(text, width), 7 + names
+    return text if hue is None else f"{text[:at]}\033[{hue}m{text[at : at + 13]}\033[0m{text[at + 13 :]}"
+
+
+def _names(candidates: Sequence[CandidateView], width: int) -> int:
+    """Return the width of the column of names: what they need, as far as the terminal has it."""
+    return max(27, min(max((len(each.deployment) for each in candidates), default=0), width - 65))
+
+
+def _fit_usable(candidates: Sequence[CandidateView], lines: list[str], room: int) -> list[str]:
+    """Return the lines that there is room for; what cannot be used goes first, and is counted in the last line."""
+    if len(lines) <= room:
+        return lines
+    usable = [at for at, each in enumerate(candidates) if each.state not in _UNUSABLE]
+    rest = [at for at, each in enumerate(candidates) if each.state in _UNUSABLE]
+    kept = sorted([*usable, *rest][: room - 1])
+    return [*(lines[at] for at in kept), f"      ... {len(lines) - len(kept)} more"]
 
 
 def _fit(lines: list[str], room: int) -> list[str]:
     return lines if len(lines) <= room else [*lines[: room - 1], f"    ... {len(lines) - room + 1} more"]
 
 
-def _candidate(candidate: CandidateView, width: int, color: bool) -> str:
+def _candidate(candidate: CandidateView, width: int, color: bool, names: int, *, first: bool) -> str:
     glyph, hue = _LOOK.get(candidate.state, ("○", 90))
     state = f"{glyph} {candidate.state} {'' if candidate.frees_s is None else span(candidate.frees_s)}"
     said = candidate.why
@@ -53,14 +73,16 @@ def _candidate(candidate: CandidateView, width: int, color: bool) -> str:
         tightest = max(candidate.quotas, key=_share)
         full = int(6 * min(1.0, _share(tightest)))
         said = f"{'█' * full}{'░' * (6 - full)} {short(tightest.used)} of {tightest.limit}"
-    text = f"{candidate.place:2}  {_cut(candidate.deployment, 27):27} {state:13} {span(candidate.last_s):>4}  {said}"
-    return _line(text, width, hue if color else None)
+    mark, name = "→" if first else " ", f"{_cut(candidate.deployment, names):{names}}"
+    text = f"{mark} {candidate.place:2}  {name} {state:13} {span(candidate.last_s):>4}  {said}"
+    return _line(text, width, names, hue if color else None)
 
 
-def _job(job: JobView, width: int, color: bool) -> str:
+def _job(job: JobView, width: int, color: bool, names: int) -> str:
     said = "  ".join(filter(None, (job.node, job.reason)))
-    text = f"    {_cut(job.job, 8):8} {_cut(job.models, 18):18} {job.phase:13} {span(job.left_s):>4}  {said}"
-    return _line(text, width, _PHASES.get(job.phase, 33) if color else None)
+    models = f"{_cut(job.models, names - 9):{names - 9}}"
+    text = f"      {_cut(job.job, 8):8} {models} {job.phase:13} {span(job.left_s):>4}  {said}"
+    return _line(text, width, names, _PHASES.get(job.phase, 33) if color else None)
 
 
 def _series_lines(minutes: Sequence[Minute]) -> list[str]:

@@ -21,8 +21,7 @@ from biollm._runtime import ledger, watch
 from biollm.config import Config, Limit
 from biollm.config.paths import state_dir
 from biollm.errors import BiollmError
-from biollm.ledger import Claim, Ledger
-from biollm.ledger.quotas import excess
+from biollm.ledger import Ledger
 from biollm.ledger.sqlite import read
 from biollm.routing.candidates import Candidate, DeploymentPool, Status, explain
 from biollm.routing.deployments import Requirements
@@ -35,7 +34,9 @@ _NEW = 'SELECT id, at, request, deployment, outcome, ms, "order", reason FROM at
 _LAST = (  # SQLite takes the other columns from the row of the maximum
     "SELECT max(id), max(at + ms / 1000), '', deployment, outcome, 0, 0, reason FROM attempt WHERE at >= ? GROUP BY 4, 5"
 )
-State = Status | Literal["cooling", "failing"]
+
+
+State = Status | Literal["failing"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ class CandidateView:
 
     place: int  # from 1; accounts and replicas share one
     deployment: str
-    # its status, but "cooling" on cooldown after a failure, and "failing" if it may be used though its last attempt,
-    # in the last half hour, failed
-    state: State
+    state: State  # its status, but "failing" if it may be used though its last attempt, in the last half hour, failed
     why: str  # one sentence; empty when ready
     quotas: tuple[LimitUse, ...]
     frees_s: float | None  # seconds until it may be used again, or None
@@ -140,27 +139,20 @@ class Collector:
             self._follow(now)
             servers, policy = tuple(self._discover()), self._config.data_policy
             pool = DeploymentPool(self._config, self._ledger, self._state, policy, lambda: servers)
-            found = explain(pool, requirements := Requirements(policy=policy))
+            found = explain(pool, Requirements(policy=policy))
             scopes = {each.deployment.scope: each.deployment.limits for each in found}
             used = {scope: self._ledger.used(scope, limits) for scope, limits in scopes.items()}
-            views: list[CandidateView] = []
-            for each in found:
-                claim = pool.claim(each.deployment, requirements) if each.status == "limited" else None
-                views.append(self._view(each, claim, used[each.deployment.scope], now))
+            views = [self._view(each, used[each.deployment.scope], now) for each in found]
             self._update_jobs()
             jobs, alerts = _job_views(self._jobs, servers), tuple(map(str, self._alerts()))
             return Snapshot(now, tuple(views), jobs, self._series(now), alerts)
 
-    def _view(
-        self, candidate: Candidate, claim: Claim | None, used: Sequence[tuple[Limit, float, object]], now: float
-    ) -> CandidateView:
+    def _view(self, candidate: Candidate, used: Sequence[tuple[Limit, float, object]], now: float) -> CandidateView:
         name, why = candidate.deployment.id, candidate.reason
         state: State = candidate.status
         answered = self._answered.get(name)
         failed, reason = self._failed.get(name, (0.0, ""))
-        if state == "limited" and not any(excess(limit, count, claim) > 0 for limit, count, _ in used):
-            state = "cooling"
-        elif state == "ready" and failed > max(answered or 0.0, now - 60 * MINUTES):
+        if state == "ready" and failed > max(answered or 0.0, now - 60 * MINUTES):
             state, why = "failing", reason
         return CandidateView(
             place=candidate.deployment.order,

@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 _REMEMBERED = 3600.0  # seconds that this process remembers a model's refusal of images
 _refused: dict[tuple[str, str, frozenset[str]], float] = {}
 
-Status = Literal["ready", "limited", "refused", "keyless", "unfit", "absent"]
+Status = Literal["ready", "limited", "cooling", "refused", "keyless", "unfit", "absent"]
+_LIMITS = ("limited", "credit")  # failures that are limits of the provider's
+BLOCKED = ("limited", "cooling")  # until a time
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Candidate:
     """A deployment and its status.
 
     Attributes:
-        status: "ready"; "limited" (a quota or a cooldown, until `until`); "refused" (its key was refused);
+        status: "ready"; "limited" (at a limit, the configured or the provider's) or "cooling" (on cooldown after a failure), both until
+            `until`; "refused" (its key was refused);
             "keyless" (no key); "unfit" (not eligible for this request); "absent" (no server, no weights).
         reason: One sentence; empty when ready.
         until: Epoch seconds at which a limited deployment is available again.
@@ -301,9 +304,17 @@ class DeploymentPool:
                 if cooldown and cooldown.until > now:
                     source = "given by the provider" if cooldown.stated else "estimated"
                     reason = cooldown.reason + ("" if key.startswith("scope:") else f" (time {source})")
-                    status = "refused" if key.startswith("key:") else "limited"
-                    return Candidate(deployment, status, reason, cooldown.until, stated=cooldown.stated)
+                    return Candidate(
+                        deployment, blocked_status(key, cooldown), reason, cooldown.until, stated=cooldown.stated
+                    )
         return Candidate(deployment, "ready")
+
+
+def blocked_status(key: str, cooldown: Cooldown | None) -> Status:
+    """Return the status of a deployment that a key of the ledger blocks."""
+    if key.startswith("key:"):
+        return "refused"
+    return "limited" if key.startswith("scope:") or (cooldown and cooldown.kind in _LIMITS) else "cooling"
 
 
 def _starts(servers: Iterable[Endpoint]) -> list[str]:

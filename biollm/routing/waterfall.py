@@ -22,7 +22,7 @@ from biollm.ledger import Claim
 from biollm.routing import answers, attachments, deployments, host_check, load_balancing
 from biollm.routing.answers import content
 from biollm.routing.calls import Call, RefusedError
-from biollm.routing.candidates import Candidate, DeploymentPool
+from biollm.routing.candidates import BLOCKED, Candidate, DeploymentPool, blocked_status
 from biollm.routing.classify import classify
 from biollm.routing.deployments import Deployment
 from biollm.routing.failures import CUT_SHORT, STRANGER, Failure, timed_out, unreachable
@@ -182,7 +182,7 @@ class Waterfall:
         waits = [
             wait
             for each in candidates
-            if each.status == "limited" and each.stated and (not ready or each.deployment.order < ready[0].order)
+            if each.status in BLOCKED and each.stated and (not ready or each.deployment.order < ready[0].order)
             if (wait := max(0.0, each.until - time.time()) + 0.01) <= run.patience(each.deployment, self.pool.config)
         ]
         return min(waits, default=None)
@@ -277,7 +277,9 @@ class Waterfall:
         except RefusedError as error:
             self._balance.under_way.discard(inflight)
             run.tried.add(inflight.deployment.id)
-            run.skip(Candidate(inflight.deployment, "limited", error.refused.reason, error.refused.until))
+            refused = error.refused
+            status = blocked_status(refused.key, self.pool.ledger.blocked().get(refused.key))
+            run.skip(Candidate(inflight.deployment, status, refused.reason, refused.until))
             return None
         except asyncio.CancelledError:
             self._outcomes.cancel(run, inflight)

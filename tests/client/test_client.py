@@ -563,7 +563,7 @@ def test_a_refused_key_rests_until_it_changes(net: Loopback, waterfall: Write, m
     server = net.serve(HTTP_401)
     waterfall(first=server, last=net.serve())
     assert trail(get_model_client().complete("hi")) == [("first", "failed"), ("last", "ok")]
-    assert trail(get_model_client().complete("hi")) == [("first", "limited"), ("last", "ok")]
+    assert trail(get_model_client().complete("hi")) == [("first", "refused"), ("last", "ok")]
     monkeypatch.setenv("FIRST_KEY", "sk-planted-first-new-key")
     assert get_model_client().complete("hi").provider == "first"
 

@@ -19,6 +19,14 @@ from biollm.monitoring.usage import report
 
 __all__ = ["job", "lab"]
 Paid = Callable[..., dict[str, Any]]
+
+
+def free(server: Any) -> dict[str, Any]:
+    """Return a provider whose tokens cost nothing."""
+    url = server if isinstance(server, str) else server.url
+    return {"base_url": url, "free_tier": True, "trains_on_prompts": False}
+
+
 MOST = PROMPT_TOKENS * 0.15e-6 + MAX_TOKENS * 0.6e-6  # USD; what an answer of gpt-4o-mini may cost
 
 
@@ -30,7 +38,7 @@ def test_each_deployment_is_called_once_and_recorded(
     net: Loopback, paid: Paid, waterfall: Callable[..., Path], biollm: Callable[..., Any]
 ) -> None:
     servers = [net.serve(), net.serve(text="one two"), net.serve()]
-    waterfall(first=servers[0], second=paid(servers[1], "second"), third=servers[2])
+    waterfall(first=free(servers[0]), second=paid(servers[1], "second"), third=free(servers[2]))
     ran = biollm("drill", "--live", "--json")
     assert ran.code == 0, ran.out + ran.err
     assert [len(server.completions) for server in servers] == [1, 1, 1]
@@ -55,7 +63,7 @@ def test_each_deployment_is_called_once_and_recorded(
 def test_a_server_of_ones_own_with_a_price_is_not_called_free(
     net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any]
 ) -> None:
-    waterfall({"costs": {"per_million_tokens": {"priced": 2}}}, priced=net.serve(), unpriced=net.serve())
+    waterfall({"costs": {"per_million_tokens": {"priced": 2}}}, priced=net.serve(), unpriced=free(net.serve()))
     said = biollm("drill", "--live").err
     assert "  priced/default: 1\n" in said and "  unpriced/default: 1, free\n" in said
 
@@ -63,7 +71,8 @@ def test_a_server_of_ones_own_with_a_price_is_not_called_free(
 def test_a_deployment_that_fails_is_reported_and_cools_down(
     net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waterfall(good=net.serve(), bad=net.serve(then=HTTP_500), away=net.refusing(), keyless=net.serve())
+    rungs = {"good": net.serve(), "bad": net.serve(then=HTTP_500), "away": net.refusing(), "keyless": net.serve()}
+    waterfall(**{name: free(server) for name, server in rungs.items()})
     monkeypatch.delenv("KEYLESS_KEY")
     ran = biollm("drill", "--live")
     assert ran.code == 1
@@ -92,7 +101,7 @@ def test_the_spend_limit_is_never_exceeded(
     expected: dict[str, str],
 ) -> None:
     cloud = net.serve(text="one two")
-    waterfall(one=paid(cloud, "one"), two=paid(cloud, "two"), free=net.serve())
+    waterfall(one=paid(cloud, "one"), two=paid(cloud, "two"), free=free(net.serve()))
     ran = biollm("drill", "--live", "--spend-limit", str(limit), "--json")
     assert states(ran) == expected
     asked = [request.headers["authorization"].split("-")[2] for request in cloud.completions]
@@ -118,7 +127,7 @@ def test_limits_and_cooldowns_of_the_user_hold(
 ) -> None:
     one, two = net.serve(), net.serve(then=HTTP_429)
     tier = {"base_url": one.url, "models": ["a", "b"], "free_tier": True, "rate_limit": "1/day"}
-    waterfall(tier=tier, limited=two, last=net.serve())
+    waterfall(tier=tier, limited=free(two), last=free(net.serve()))
     ran = biollm("drill", "--live", "--json")
     assert [a["state"] for a in ran.json["answers"]] == ["answered", "not asked", "failed", "answered"]
     assert "1/day" in ran.json["answers"][1]["why"]
@@ -134,7 +143,7 @@ def test_limits_and_cooldowns_of_the_user_hold(
 def test_discovered_servers_and_the_embedded_model_answer(
     lab: Callable[..., list[str]], net: Loopback, weights: Path, biollm: Callable[..., Any]
 ) -> None:
-    deployments = lab(weights, first=net.serve())
+    deployments = lab(weights, first=free(net.serve()))
     ran = biollm("drill", "--live", "--json")
     assert ran.code == 0, json.dumps(ran.json, indent=1)
     assert [(a["rung"], a["state"], a["degraded"]) for a in ran.json["answers"]] == [

@@ -329,7 +329,7 @@ TWELVE = "one two three four five six seven eight nine ten eleven twelve"
         (Behaviour(text=TWELVE, cut=9), {"stream": True}, [("failed", 49, 8, True)]),
         (Behaviour(text=TWELVE, fail=9), {"stream": True}, [("failed", 49, 8, True)]),
         (Behaviour(text=TWELVE, hang=9), {"stream": True, "timeout": 3}, [("failed", 49, 8, True)]),
-        (Behaviour(text=TWELVE, hang=9), {"stream": True, "leave": 7}, [("cancelled", 100, 8, True)]),
+        (Behaviour(text=TWELVE, hang=9), {"stream": True, "leave": 7}, [("cancelled", 49, 8, True)]),
         # Nothing came, so nothing was paid.
         (HTTP_500, {}, [("failed", 0, 0, False)] * 2),
         (Behaviour(hang=1), {"stream": True, "timeout": 3}, [("failed", 0, 0, False)]),
