@@ -86,6 +86,16 @@ def degraded_mark(found: Sequence[Digest]) -> str:
     return "\n".join([*lines, "", "What the model says:"] if found else lines)
 
 
+def took(answer: Completion) -> str:
+    """Return who answered in how many seconds, and what the attempts before took, "a 0.5 s without an answer, then b 2.1 s"."""
+    failed = [each for each in answer.attempts if each.outcome == "failed"]
+    if not failed:
+        return f"{answer.deployment}, {answer.latency_ms / 1000:.1f} s"
+    own = next((each.ms for each in answer.attempts if each.outcome == "ok"), answer.latency_ms)
+    before = ", ".join(f"{each.deployment} {each.ms / 1000:.1f} s without an answer" for each in failed)
+    return f"{before}, then {answer.deployment} {own / 1000:.1f} s"
+
+
 def show_failure(error: CompletionError) -> None:
     """Print a failure as JSON."""
     facts = {"error": str(error).split("\n")[0], "hint": error.hint, "exit_code": error.exit_code}
@@ -96,11 +106,12 @@ def report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
     """Print the line under an answer."""
     if verbose:
         for attempt in answer.attempts:
-            progress.note(f"  {attempt.outcome:9} {attempt.deployment}  {attempt.reason}")
+            seconds = f"{attempt.ms / 1000:.1f} s  " if attempt.ms else ""
+            progress.note(f"  {attempt.outcome:9} {attempt.deployment}  {seconds}{attempt.reason}")
     price = "free" if answer.cost_usd == 0 else f"{answer.cost_usd:.6f} USD" if answer.cost_usd else "price unknown"
     about = "about " if answer.usage.estimated else ""
     tokens = f"{about}{answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"
-    progress.note(f"— {answer.deployment}, {answer.latency_ms / 1000:.1f} s, {tokens}, {price}")
+    progress.note(f"— {took(answer)}, {tokens}, {price}")
     if progress.hint:
         progress.note(progress.hint)
     if answer.degraded:

@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from biollm import __version__
-from biollm.cli import complete, config, drill, explain, monitoring, run, serve, setup, slurm
+from biollm.cli import complete, config, drill, explain, monitoring, output, run, serve, setup, slurm
 from biollm.errors import BiollmError
 from biollm.routing import litellm_private
 
@@ -74,11 +74,16 @@ for group in (_EMBEDDED, _MODELS, _SERVE):
 def main() -> None:
     """Run the command line and exit; errors are one sentence on stderr."""
     litellm_private.use_own_handler()
+    if not output.open_streams():
+        print("biollm: stdout is closed: there is nowhere to print to.", file=sys.stderr)
+        sys.exit(1)
     code = _run()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:  # the reader has left
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):  # the reader has left
+                code = _failed(error, "stdout")
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
@@ -99,6 +104,18 @@ def _run() -> int:
             typer.echo(error.hint, err=True)
         return error.exit_code
     except OSError as error:
-        typer.echo(f"biollm: {error.filename or ''}: {error.strerror or error}", err=True)
-        return 1
+        return _failed(error, str(error.filename or ("" if _takes_more(1) else "stdout")))
     return 0
+
+
+def _failed(error: OSError, what: str) -> int:
+    typer.echo(f"biollm: {what}{': ' if what else ''}{error.strerror or error}", err=True)
+    return 1
+
+
+def _takes_more(descriptor: int) -> bool:
+    try:
+        os.write(descriptor, b"\n")
+    except OSError:
+        return False
+    return True

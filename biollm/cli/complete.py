@@ -26,6 +26,12 @@ Provider = Annotated[str | None, Option(metavar="NAME", help="Use only this prov
 Model = Annotated[str | None, Option(metavar="NAME", help="Use only this model.")]
 LocalOnly = Annotated[bool, Option("--local-only", help="Keep the prompt on this machine and the cluster.")]
 MaxTokens = Annotated[int | None, Option(min=1, metavar="N", help="Maximum completion tokens.")]
+NoDegraded = Annotated[
+    bool, Option("--no-degraded", help="Fail if only the small embedded model can answer (BIOLLM_NO_DEGRADED=1).")
+]
+NoCondense = Annotated[
+    bool, Option("--no-condense", help="Fail if files and piped input do not fit, instead of condensing them.")
+]
 
 _SLOW = 2.0  # seconds of a start that a person notices
 
@@ -45,9 +51,7 @@ def complete(
     ] = None,
     as_json: Json = False,
     schema: Annotated[Path | None, Option(metavar="FILE", help="JSON Schema that the answer must follow.")] = None,
-    no_condense: Annotated[
-        bool, Option("--no-condense", help="Fail if files and piped input do not fit, instead of condensing them.")
-    ] = False,
+    no_condense: NoCondense = False,
     redact: Annotated[
         bool | None,
         Option(
@@ -62,9 +66,7 @@ def complete(
     temperature: Annotated[float | None, Option(min=0, max=2, metavar="T", help="Sampling temperature (0-2).")] = None,
     max_retries: Annotated[int, Option(min=0, metavar="N", help="Further passes after temporary failures.")] = 0,
     no_fallback: Annotated[bool, Option("--no-fallback", help="Try only the first deployment.")] = False,
-    no_degraded: Annotated[
-        bool, Option("--no-degraded", help="Fail if only the small embedded model can answer (BIOLLM_NO_DEGRADED=1).")
-    ] = False,
+    no_degraded: NoDegraded = False,
     local_only: LocalOnly = False,
     timeout: Annotated[float | None, Option(metavar="SECONDS", help="Timeout per attempt.")] = None,
     deadline: Annotated[float | None, Option(metavar="SECONDS", help="Timeout for the whole call.")] = None,
@@ -79,6 +81,8 @@ def complete(
     quiet: Annotated[bool, Option("-q", "--quiet", help="Print nothing but the answer.")] = False,
 ) -> None:
     """Answer a prompt with the first available model."""
+    if wait is not None and not start:
+        print("--wait has no effect without --start.", file=sys.stderr)
     question, found = read(prompt, file or [])
     needs(question, found)
     response_schema = _schema(schema) if schema else None

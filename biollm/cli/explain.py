@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from biollm.cli import output
-from biollm.cli.complete import LocalOnly, MaxTokens, Model, Provider
+from biollm.cli.complete import LocalOnly, MaxTokens, Model, NoCondense, NoDegraded, Provider
 from biollm.cli.output import Json
+from biollm.cli.prompt import read
 
 if TYPE_CHECKING:
     from biollm.routing.candidates import Candidate
@@ -19,7 +21,13 @@ if TYPE_CHECKING:
 
 
 def explain(
-    prompt: Annotated[str, Argument(metavar="PROMPT", help="A prompt, to check whether it fits.")] = "",
+    prompt: Annotated[
+        str | None, Argument(metavar="PROMPT", help="A prompt, to check whether it fits; - reads stdin.")
+    ] = None,
+    file: Annotated[
+        list[Path] | None, Option("-f", "--file", metavar="FILE", help="Add a file; repeatable; - is stdin.")
+    ] = None,
+    system: Annotated[str | None, Option(metavar="TEXT", help="System message.")] = None,
     provider: Provider = None,
     model: Model = None,
     local_only: LocalOnly = False,
@@ -27,6 +35,8 @@ def explain(
         str | None, Option(metavar="NAME", help="Assume the request needs this, such as reasoning.")
     ] = None,
     tools: Annotated[bool, Option("--tools", help="Assume the request uses tools.")] = False,
+    no_degraded: NoDegraded = False,
+    no_condense: NoCondense = False,
     max_tokens: MaxTokens = None,
     as_json: Json = False,
 ) -> None:
@@ -36,14 +46,25 @@ def explain(
     """
     from biollm.client import Client
 
-    client = Client(provider, model, local_only=local_only, allow_degraded=True, sender="direct")
-    found = client.explain(prompt, capability=capability, tools=[{}] if tools else None, max_tokens=max_tokens)
+    question, attached = read(prompt, file or [])
+    client = Client(provider, model, local_only=local_only, allow_degraded=not no_degraded, sender="direct")
+    found = client.explain(
+        question,
+        attachments=attached,
+        condense=not no_condense,
+        system=system,
+        capability=capability,
+        tools=[{}] if tools else None,
+        max_tokens=max_tokens,
+    )
     if as_json:
         output.as_json([_facts(each) for each in found])
         return
     ready = [each for each in found if each.status == "ready"]
     first = min(ready, key=lambda each: (each.deployment.order, each.load.rank if each.load else ()), default=None)
     output.table(("", "#", "deployment", "status", "reason"), _rows(found, first))
+    if not found:
+        print("No deployment fits the provider, the model and the data policy together.")
     print(f"\n{first.deployment.id} would answer." if first else "\nNo deployment is available.")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,37 @@ STATES = {
     **dict.fromkeys(("keyless", "absent", "unfit", "skipped"), 2),
 }
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
+
+
+class _Tolerant(io.TextIOWrapper):
+    """A stderr whose failures are no failures of the command: it may be full, or its reader have left."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return super().write(text)
+        return 0
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def open_streams() -> bool:
+    """Open /dev/null for each standard stream that is closed, so that no file takes its place.
+
+    Returns:
+        Whether stdout is open.
+    """
+    closed: list[int] = []
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            closed.append(os.open(os.devnull, os.O_RDWR))
+    if isinstance(sys.stderr, io.TextIOWrapper) or sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raw = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115 # for the rest of the process
+        sys.stderr = _Tolerant(raw, "utf-8", "backslashreplace", write_through=True)
+    return 1 not in closed
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_the_answer_alone_is_on_stdout(net: Loopback, waterfall: Waterfall, biol
     assert (ran.code, ran.out) == (0, "Out of memory.\n")
     said = ran.err.splitlines()
     assert said[:3] == ["· looking for a provider", "· asking first/small", "· asking second/small"]
-    assert said[3].startswith("— second/small, ")
+    assert re.match(r"— first/small \d\.\d s without an answer, then second/small \d\.\d s, ", said[3])
 
 
 def test_quiet_says_nothing_on_stderr(net: Loopback, waterfall: Waterfall, biollm: Biollm) -> None:
@@ -56,7 +57,9 @@ def test_verbose_names_every_attempt(net: Loopback, waterfall: Waterfall, biollm
         keyless={"base_url": net.refusing(), "env_key": "NOT_SET"}, broken=net.serve(then=HTTP_500), third=net.serve()
     )
     ran = biollm("complete", "why?", "-v")
-    skipped, failed, again, ok = (line.split(maxsplit=2) for line in ran.err.splitlines()[-5:-1])
+    skipped, failed, again, ok = (
+        re.sub(r"\d+\.\d s\b ?", "", line).split(maxsplit=2) for line in ran.err.splitlines()[-5:-1]
+    )
     assert skipped == ["skipped", "keyless/small", "no key: set NOT_SET"]
     assert failed == again == ["failed", "broken/small", "HTTP 500: Internal server error."]
     assert ok == ["ok", "third/small"]
@@ -719,3 +722,51 @@ def _records(state: Path) -> list[Any]:
     with get_model_client():
         pass
     return list(Ledger(state).history())
+
+
+def test_explain_takes_what_complete_takes(net: Loopback, waterfall: Waterfall, tmp_path: Path) -> None:
+    small = {"base_url": net.serve().url, "models": ["tight"]}
+    waterfall({"models": {"tight": {"type": "api", "context_length": 4_000}}}, first=small)
+    (tmp_path / "big.log").write_text("one two three four five six seven\n" * 10_000)
+    command = [Path(sys.executable).with_name("biollm"), "explain", "why?"]
+
+    def explain(*options: str, stdin: str = "") -> str:
+        return subprocess.run([*command, *options], input=stdin, capture_output=True, text=True, timeout=60).stdout
+
+    file = ["-f", str(tmp_path / "big.log")]
+    assert "first/tight would answer." in explain(*file)
+    assert "its context is 4000" in explain(*file, "--no-condense")
+    assert "its context is 4000" in explain("--no-condense", stdin=(tmp_path / "big.log").read_text())
+
+
+def test_the_line_under_an_answer_gives_each_attempt_its_time(
+    net: Loopback, waterfall: Waterfall, biollm: Biollm
+) -> None:
+    waterfall(first=net.serve(then=HANG), second=net.serve())
+    line = biollm("complete", "why?", "--timeout", "1").err.splitlines()[-1]
+    assert re.match(r"— first/small 1\.\d s without an answer, then second/small 0\.\d s, ", line)
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "out", "err"),
+    [
+        ("2>&-", 0, "All is well.\n", ""),
+        ("2>/dev/full", 0, "All is well.\n", ""),
+        (">&-", 1, "", "biollm: stdout is closed: there is nowhere to print to.\n"),
+        (">/dev/full", 1, "", "biollm: stdout: No space left on device\n"),
+        ("<&-", 0, "All is well.\n", None),
+    ],
+)
+def test_a_closed_or_full_stream_is_a_sentence(
+    net: Loopback, waterfall: Waterfall, streams: str, code: int, out: str, err: str | None
+) -> None:
+    waterfall(first=net.serve())
+    command = f"{Path(sys.executable).with_name('biollm')} complete hi -q {streams}"
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert (ran.returncode, ran.stdout) == (code, out)
+    assert err is None or ran.stderr == err
+
+
+def test_an_option_without_effect_is_said(net: Loopback, waterfall: Waterfall, biollm: Biollm) -> None:
+    waterfall(first=net.serve())
+    assert "--wait has no effect without --start.\n" in biollm("complete", "hi", "--wait", "3").err
