@@ -133,7 +133,13 @@ def test_a_file_needs_no_server_and_fits_a_desk_a_phone_and_the_night(
 
     async def visit(tab: Tab) -> None:
         await tab.open(file.as_uri())
-        for name, width, scheme in (("desk", 1200, "light"), ("night", 1200, "dark"), ("phone", 390, "light")):
+        looks = (
+            ("desk", 1280, "light"),
+            ("night", 1280, "dark"),
+            ("phone", 390, "light"),
+            ("phone-night", 390, "dark"),
+        )
+        for name, width, scheme in looks:
             size = {"width": width, "height": 960, "deviceScaleFactor": 1, "mobile": width < 500}
             await tab.send("Emulation.setDeviceMetricsOverride", **size)
             await tab.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
