@@ -61,8 +61,10 @@ def providers(as_json: Json = False) -> None:
     Sends nothing.
     """
     from biollm.client import Client
+    from biollm.config.paths import state_dir
     from biollm.types import short
 
+    output.warn_unwritable(state_dir())
     seen: dict[str, dict[str, Any]] = {}
     client = Client(allow_degraded=True, sender="direct")
     for candidate in client.explain():

@@ -23,6 +23,7 @@ def drill(
     spend_limit: Annotated[
         float | None, Option(min=0, metavar="USD", help="Most that --live may cost.  [default: 0.05]")
     ] = None,
+    every: Annotated[bool, Option("--all", help="List every failover, not only those that failed.")] = False,
     as_json: Json = False,
 ) -> None:
     """Break each deployment and show which one answers instead.
@@ -45,7 +46,7 @@ def drill(
     if as_json:
         output.as_json({"ok": found.ok, **asdict(found, dict_factory=_named)})
     else:
-        _print_live(found) if isinstance(found, lives.LiveDrill) else _print(found)
+        _print_live(found) if isinstance(found, lives.LiveDrill) else _print(found, every=every)
         for name, reason in found.absent.items():
             print(f"{name} is not available: {reason}")
     raise typer.Exit(not found.ok)
@@ -56,20 +57,27 @@ def _named(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {old.get(name, name): value for name, value in fields}
 
 
-def _print(found: Drill) -> None:
+def _print(found: Drill, *, every: bool) -> None:
+    from biollm.drill import drill as drills
+
+    if found.cells:
+        failed, alone = sum(not c.ok for c in found.cells), sum(c.ok and not c.expected for c in found.cells)
+        good = len(found.cells) - failed - alone
+        print(f"{good} failovers succeeded, {failed} failed; {alone} had no fallback left.")
+        print(f"Silent servers had {drills.TIMEOUT:g} s here; your own timeouts are longer (`biollm config`).")
+        if not every and good + alone:
+            print("--all lists every failover.")
+    for sentence in found.odd:
+        print(sentence)
     rows = [
         (c.deployment, c.fault, _result(c), c.answered or "-", f"{c.ms:.0f} ms", c.asked, c.next or "-", c.seen)
         for c in found.cells
+        if every or not c.ok
     ]
     if rows:
+        print()
         output.table(("broken", "fault", "failover", "answered", "after", "asked", "next call", "the user sees"), rows)
         print()
-    for sentence in found.odd:
-        print(sentence)
-    if rows:
-        failed, alone = sum(not c.ok for c in found.cells), sum(c.ok and not c.expected for c in found.cells)
-        good = len(rows) - failed - alone
-        print(f"{good} failovers succeeded, {failed} failed; {alone} had no fallback left.")
 
 
 def _result(cell: Cell) -> str:

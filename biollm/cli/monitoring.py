@@ -49,6 +49,7 @@ def usage(
     from biollm.monitoring import metrics
     from biollm.monitoring import usage as reports
 
+    output.warn_unwritable(state_dir())
     ledger, now = Ledger(state_dir()), time.time()
     for file in merge or ():
         print(f"{file}: {history.merge(ledger, file)} records added.")
@@ -173,10 +174,12 @@ def top(
     from functools import partial
 
     from biollm.config import load_config
+    from biollm.config.paths import state_dir
     from biollm.monitoring.alerts import firing
     from biollm.monitoring.dashboard import render
     from biollm.monitoring.snapshot import Collector
 
+    output.warn_unwritable(state_dir())
     config = load_config()
     collector = Collector.of_process(config, partial(firing, config))
     if html:

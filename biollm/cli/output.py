@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import shutil
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -110,6 +113,17 @@ def short_path(text: str) -> str:
     return text.replace(f"{shipped}/", "shipped ").replace(f"{home}/", "~/")
 
 
+def warn_unwritable(state: Path) -> None:
+    """Say on stderr that what is shown is not all, where the ledger in the state folder cannot be written."""
+    if not state.exists():
+        return
+    files = [state, *(file for name in ("quotas.db", "history.db") if (file := state / name).exists())]
+    full = os.statvfs(state).f_bavail == 0
+    if full or not all(os.access(file, os.W_OK) for file in files):
+        why = "is on a full disk" if full else "cannot be written"
+        print(f"{short_path(str(state))} {why}: requests since then are missing here.", file=sys.stderr)
+
+
 def painted(cell: str) -> str:
     """Return the name of a state in its colour; anything else as it is."""
     hue = STATES.get(cell.strip())
@@ -140,22 +154,38 @@ class Progress:
     """Progress on stderr: one line that is replaced on a terminal, else a line each. `hint` is printed at the end."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet, self._live, self._shown, self.hint = quiet, sys.stderr.isatty(), False, ""
+        self._quiet, self._live, self._shown, self.hint = quiet, sys.stderr.isatty(), "", ""
+        self._began, self._lock, self._ticking = 0.0, threading.Lock(), False
 
     def say(self, text: str) -> None:
-        """Show the current step."""
+        """Show the current step; on a terminal with the seconds that it takes."""
         if self._quiet:
             return
-        sys.stderr.write(f"\r\033[K· {text}" if self._live else f"· {text}\n")
-        sys.stderr.flush()
-        self._shown = True
+        with self._lock:
+            self._shown, self._began = text, time.monotonic()
+            self._write(f"\r\033[K· {text}" if self._live else f"· {text}\n")
+        if self._live and not self._ticking:
+            self._ticking = True
+            threading.Thread(target=self._tick, daemon=True).start()
 
     def clear(self) -> None:
         """Remove the line."""
-        if self._live and self._shown:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
-            self._shown = False
+        with self._lock:
+            if self._live and self._shown:
+                self._write("\r\033[K")
+            self._shown = ""
+
+    def _tick(self) -> None:
+        for spoke in itertools.cycle("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"):
+            time.sleep(0.2)
+            with self._lock:
+                if self._shown and (seconds := time.monotonic() - self._began) >= 1:
+                    self._write(f"\r\033[K{spoke} {self._shown}  {seconds:.0f} s")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
     def note(self, text: str) -> None:
         """Print a line that stays, unless quiet."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -770,3 +771,20 @@ def test_a_closed_or_full_stream_is_a_sentence(
 def test_an_option_without_effect_is_said(net: Loopback, waterfall: Waterfall, biollm: Biollm) -> None:
     waterfall(first=net.serve())
     assert "--wait has no effect without --start.\n" in biollm("complete", "hi", "--wait", "3").err
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not Path("/dev/full").exists(), reason="mounts a small file system")
+@pytest.mark.parametrize("command", ["usage", "providers", "top"])
+def test_a_full_state_folder_is_said(
+    waterfall: Waterfall, net: Loopback, biollm: Biollm, state: Path, command: str
+) -> None:
+    waterfall(first=net.serve())
+    state.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", state]).returncode:
+        pytest.skip("may not mount here")
+    try:
+        with suppress(OSError):
+            (state / "filler").write_bytes(bytes(1 << 20))
+        assert f"{state} is on a full disk: requests since then are missing here.\n" in biollm(command).err
+    finally:
+        subprocess.run(["umount", "-l", state], check=True)

@@ -140,9 +140,11 @@ def test_a_likely_mistake_in_the_order_is_reported(
     paid, gift = "https://paid.invalid/v1", {"base_url": "https://gift.invalid/v1", "free_tier": True}
     waterfall(paid=paid, gift=gift, last={"base_url": net.serve().url, "priority": 2, "models": ["gemini-3.8-flash"]})
     with caplog.at_level(logging.WARNING):
-        ran = biollm("drill")
+        ran = biollm("drill", "--all")
     assert ran.code == 0
-    *_, odd, same, caught = ran.out.splitlines()
+    caught, timeouts, odd, same, *_ = ran.out.splitlines()
+    assert timeouts == "Silent servers had 3 s here; your own timeouts are longer (`biollm config`)."
+    assert "no fallback left" not in biollm("drill").out.partition("--all lists every failover.")[2]
     assert odd == "paid/small may cost money (its price is unknown), and comes before gift/small, which is free"
     assert same == "gift and last have the same priority, 2: the order in the file decides"
     assert caught == "40 failovers succeeded, 0 failed; 17 had no fallback left."
