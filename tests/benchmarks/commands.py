@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
+import logs
 from setting import KEY, PROMPT, Bar, interleaved, ratio
 
 PYTHON, BIOLLM = sys.executable, str(Path(sys.executable).with_name("biollm"))
@@ -86,13 +88,16 @@ def plain(scratch: Path, env: Mapping[str, str], llm: Path) -> tuple[list[Bar], 
     return bars, measured
 
 
-def answers(env: Mapping[str, str], address: str, llm: Path) -> tuple[list[Bar], dict[str, list[float]]]:
+def answers(env: Mapping[str, str], address: str, llm: Path, scratch: Path) -> tuple[list[Bar], dict[str, list[float]]]:
     """Measure fresh processes that answer once; `env` names the waterfall whose first rung is at `address`."""
-    arguments = (f"{address}/ok/v1", KEY, PROMPT)
+    arguments, log = (f"{address}/ok/v1", KEY, PROMPT), scratch / "long.log"
+    with log.open("wb") as file:
+        file.writelines(logs.Log("nextflow_oom.log", "", 31 * logs.MB, logs.nextflow, 0.5).chunks())
     measured = interleaved(
         {
             "a bare Router": timed(_python(BARE, *arguments), env),
             "biollm complete": timed([BIOLLM, "complete", PROMPT], env),
+            "biollm complete, a log of 31 MB": timed([BIOLLM, "complete", PROMPT, "-f", str(log)], env),
             "biollm.client": timed(_python(CLIENT, *arguments), env),
             "httpx": timed(_python(HTTPX, *arguments), env),
             "openai": timed(_python(SDK, *arguments), env),
@@ -101,6 +106,12 @@ def answers(env: Mapping[str, str], address: str, llm: Path) -> tuple[list[Bar],
     )
     mine = measured["biollm complete"]
     bars = [
+        Bar(
+            "`biollm complete` with a log of 31 MB, beyond a short prompt",
+            (median(measured["biollm complete, a log of 31 MB"]) - median(mine)) / 1000,
+            2,
+            "s",
+        ),
         Bar("`biollm complete` without a gateway, beside llm", ratio(mine, measured["llm"]), 0.7),
         Bar(
             "`biollm complete`, beside the least that a bare Router needs", ratio(mine, measured["a bare Router"]), 1.15

@@ -130,7 +130,7 @@ def main() -> None:
         shipped = {name: value for name, value in env.items() if name != "BIOLLM_CONFIG_DIR"}
         found, figures = commands.plain(scratch, shipped, llm)
         add("Commands", found, peer_table(figures, "Typer hello-world --help", "ms"))
-        found, figures = commands.answers(env, address, llm)
+        found, figures = commands.answers(env, address, llm, scratch)
         add("One answer by a fresh process", found, peer_table(figures, "a bare Router", "ms"))
 
         found, table = gateway.beside_proxies(address, scratch, env)
