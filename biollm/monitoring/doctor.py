@@ -18,7 +18,7 @@ from biollm import slurm
 from biollm._files import is_shared
 from biollm._ownership import address, is_this_host
 from biollm.config import Config
-from biollm.config.paths import own_dir, run_dir, state_dir
+from biollm.config.paths import data_dir, own_dir, run_dir, state_dir
 from biollm.errors import BiollmError
 from biollm.ledger.sqlite import on_network
 from biollm.providers import credentials
@@ -44,13 +44,22 @@ def check(config: Config) -> list[Check]:
         "state folder": _state,
         "keys": _keys,
         "proxy": _proxy,
-        "weights": _weights,
-        "serving environment": _environment,
-        "run directory": _run_dir,
-        "slurm": _commands,
     }
+    if not _wants_cluster(config):
+        left_out = "no Slurm and no site of yours: the checks for local models on a cluster are left out"
+        return [*(Check(name, *run(config)) for name, run in checks.items()), Check("cluster", True, left_out)]
+    checks |= {"weights": _weights, "serving environment": _environment, "run directory": _run_dir, "slurm": _commands}
     found = [Check(name, *run(config)) for name, run in checks.items()]
     return [*found, Check("submission", *_submission(config))] if found[-1].ok else found
+
+
+def _wants_cluster(config: Config) -> bool:
+    """Return whether this is a cluster, or the user describes one or a model for one."""
+    shipped = str(data_dir("router_config"))
+    own = [key.split(".") for key, at in config.sources.items() if not at.startswith(shipped)]
+    local = {key for key, model in config.models.items() if model.type == "local"}
+    described = any(kind == "cluster" or (kind == "models" and rest[0] in local) for kind, *rest in own)
+    return described or any(map(shutil.which, _COMMANDS))
 
 
 def _state(config: Config) -> _Result:

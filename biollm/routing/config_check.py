@@ -55,7 +55,19 @@ def check(config: Config, today: date, prices: Mapping[str, Facts], source: str)
             ("costs.reference_model", f"{reference} is not", "Without it `biollm usage` shows no cost avoided.")
         )
     in_map = [(key, f"{said} in {source}.", fix) for key, said, fix in found]
-    return [config.problem(*each) for each in (*in_map, *_training(config), *_capabilities(config), *_flags(config))]
+    return [
+        config.problem(*each)
+        for each in (*in_map, *_shares(config), *_training(config), *_capabilities(config), *_flags(config))
+    ]
+
+
+def _shares(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Yield providers whose accounts all have a share of the limits, and more than all of it together."""
+    for provider in config.providers:
+        shares = [account.share for account in provider.accounts]
+        if len(shares) > 1 and max(shares) < 1 and sum(shares) > 1.001:
+            said = f"the shares of the limits add up to {sum(shares):.4g}."
+            yield f"providers.{provider.name}.accounts", said, "Lower them to 1 together, or leave `share` out."
 
 
 def _ends(offers: Iterable[_Offer], today: date) -> Iterator[tuple[str, str, str]]:

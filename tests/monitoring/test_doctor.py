@@ -124,10 +124,17 @@ def test_the_version_of_vllm_is_compared_with_its_flags(
 
 
 def test_a_machine_without_slurm_is_told_where_to_run_and_is_asked_nothing_more(waterfall: Waterfall) -> None:
-    waterfall()
+    site(waterfall(), "partition: gpu")
     last = check(load_config())[-1]
     assert (last.name, last.ok) == ("slurm", False)
     assert "login node" in last.fix
+
+
+def test_a_laptop_is_not_checked_for_what_it_does_not_want(waterfall: Waterfall) -> None:
+    waterfall()
+    *_, last = check(load_config())
+    assert (last.name, last.ok) == ("cluster", True)
+    assert {each.name for each in check(load_config())} == {"state folder", "keys", "proxy", "cluster"}
 
 
 def test_a_submission_that_slurm_would_refuse(waterfall: Waterfall, bare: Path, tmp_path: Path) -> None:

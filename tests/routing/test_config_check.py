@@ -172,3 +172,13 @@ def test_a_capability_that_looks_like_a_common_one_is_named(warn: Check) -> None
     assert [each.partition(": ")[2] for each in found] == [
         "models.c.capabilities: no other model has 'reasonning'. Did you mean reasoning?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("shares", "total"),
+    [([0.75, 0.5], "1.25"), ([0.5, 0.5], ""), ([1, 0.2], ""), ([0.5], ""), ([0.5, 0.4, 0.3], "1.2")],
+)
+def test_shares_that_are_more_than_the_whole_are_named(warn: Check, shares: list[float], total: str) -> None:
+    accounts = [{"name": f"a{at}", "env_key": f"KEY_{at}", "share": share} for at, share in enumerate(shares)]
+    found = warn({"openai": {"models": ["gpt-odd"], "accounts": accounts}})
+    assert [f"the shares of the limits add up to {total}." in said for said in found] == ([True] if total else [])
