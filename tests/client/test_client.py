@@ -626,7 +626,7 @@ def test_a_host_that_drops_packets_costs_three_seconds_once(net: Loopback, water
     first = client.complete("hi")
     assert first.attempts[0].reason == "127.0.0.1: no connection within 3 s (a firewall?)"
     assert 2900 < first.attempts[0].ms < 10_000
-    assert client.complete("hi").attempts[0].outcome == "limited"
+    assert client.complete("hi").attempts[0].outcome == "cooling"
 
 
 # --- data, degraded, capabilities ----------------------------------------------------------------------------------

@@ -135,8 +135,10 @@ def test_what_cannot_be_read_gets_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r": Is a directory\.$") as caught:
         read_input(tmp_path)
     assert caught.value.hint == f"Did you mean {tmp_path}/run.log?"
-    with pytest.raises(UsageError, match=r"^file descriptor 999: Bad file descriptor"):
-        read_input(999)
+    closed = os.open(tmp_path, os.O_RDONLY)
+    os.close(closed)
+    with pytest.raises(UsageError, match=rf"^file descriptor {closed}: Bad file descriptor"):
+        read_input(closed)
     with pytest.raises(UsageError, match="xxx: File name too long"):
         read_input(tmp_path / ("x" * 300))
 

@@ -119,7 +119,7 @@ PLACES = {
     "replica": ["faulty failed", "good ok"],
     "account": ["lab failed", "core ok"],
 }
-ADDRESS = ["failed", "limited", "spare ok"]  # the fault concerns the address, which both accounts share
+ADDRESS = ["failed", "cooling", "spare ok"]  # the fault concerns the address, which both accounts share
 SILENT = ["failed", "failed", "spare ok"]  # so it does here, but a silence shows that only when it repeats
 
 
@@ -395,7 +395,7 @@ def check(told: Told, draws: int, net: Net, place: str, fault: str, face: str) -
         assert all(attempt.reason in str(told.error) for attempt in told.attempts)
     else:
         assert told.text == f"from {name(told.attempts[-1])}"
-    count = Counter(each.split()[0] for each in became if not each.endswith("limited"))
+    count = Counter(each.split()[0] for each in became if not each.endswith(("limited", "cooling", "refused")))
     count["poor"] += count.pop("poorer", 0)
     count["core" if place == "account" else "good"] += draws - 1
     if isinstance(how, str) or unsent:

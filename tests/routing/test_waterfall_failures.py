@@ -138,7 +138,7 @@ def test_the_address_rests_once_a_second_model_of_it_fails_alike(net: Loopback, 
     server = net.serve(then=HTTP_503)
     waterfall(one={"base_url": server.url, "models": ["a", "b", "c"]}, last=net.serve())
     client = get_model_client()
-    assert trail(client.complete("hi"))[-2:] == [("one/c", "limited"), ("last/small", "ok")]
+    assert trail(client.complete("hi"))[-2:] == [("one/c", "cooling"), ("last/small", "ok")]
     assert [asked(server, name) for name in "abc"] == [2, 2, 0]
     assert resting() == {"deployment", "endpoint"}
 
