@@ -188,10 +188,11 @@ class Progress:
         sys.stderr.flush()
 
     def note(self, text: str) -> None:
-        """Print a line that stays, unless quiet."""
-        self.clear()
+        """Print a line that stays, unless quiet; the current step goes on below it."""
         if not self._quiet:
-            print(text, file=sys.stderr)
+            with self._lock:
+                live = self._live and self._shown
+                self._write(f"\r\033[K{text}\n· {self._shown}" if live else f"{text}\n")
 
     def bytes(self, done: int, total: int) -> None:
         """Show the progress of a download."""

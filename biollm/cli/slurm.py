@@ -159,6 +159,7 @@ def pull(models: Models) -> None:
     settings, progress = config.load_config(), Progress()
     for model in _local_models(settings, models):
         path = weights.pull(model, settings.cluster, progress.bytes)
+        progress.clear()
         progress.note(f"{model.key}: ready")
         print(path)
 

@@ -130,7 +130,8 @@ class Defaults(_Common, total=False):
             the request leaves, and put back into the answer. None does so for providers that train on prompts, where the
             request has no tools. Models on the cluster or this machine get the text as it is.
         redact_names: Further texts to replace, such as sample names; they turn `redact` on.
-        on_note: Called with a sentence on what was done to the attachments, such as how many lines were condensed.
+        on_note: Called with a sentence on what was done to the attachments, such as how many lines were condensed, and
+            on a wait for an earlier deployment (`patience`).
         on_send: Called with a deployment's id just before a request is sent to it.
         start_local: Whether to start a server on the cluster when no deployment can answer; the embedded model is
             then tried only if that fails.

@@ -53,7 +53,8 @@ class Request:
         attachments: What the question is about; each deployment gets what fits it.
         redact: Whether to replace what is private by placeholders; None does so where the provider may train on it.
         redact_names: Further texts to replace.
-        on_note: Called with a sentence on what was done to the prompt or the attachments, before they are sent.
+        on_note: Called with a sentence on what was done to the prompt or the attachments, before they are sent, and
+            on a wait for an earlier deployment.
         middle: (prefix, suffix) of code to fill in between, instead of messages; without a suffix, a text to continue.
         start: Start a server on the cluster if no deployment answers; then wait `wait` seconds for it.
         on_state: Called with the job of that server whenever it has changed.

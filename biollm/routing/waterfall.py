@@ -152,9 +152,11 @@ class Waterfall:
                 return [deployment for deployment in self.pool.deployments if deployment.id == run.pinned]
             candidates = await self._candidates(run)
             ready = [candidate.deployment for candidate in candidates if candidate.status == "ready"]
-            wait = self._wait(run, candidates, ready)
-            if wait is not None:
+            if first := self._awaited(run, candidates, ready):
                 run.start_waiting()
+                wait = _seconds_until(first)
+                if run.request.on_note:
+                    called(run.request.on_note, f"waiting {wait:.1f} s for {first.deployment.id}: {first.reason}")
                 await asyncio.sleep(wait)
             elif ready or not await self._servers_appear(candidates):
                 break
@@ -177,15 +179,15 @@ class Waterfall:
         absent = any(each.status == "absent" and each.deployment.local for each in candidates)
         return absent and not self.pool.settle(0) and await apart(self.pool.settle, _SETTLE_S)
 
-    def _wait(self, run: Run, candidates: Sequence[Candidate], ready: Sequence[Deployment]) -> float | None:
-        """Return the seconds until an earlier deployment than the first of `ready` frees; None for no wait."""
-        waits = [
-            wait
+    def _awaited(self, run: Run, candidates: Sequence[Candidate], ready: Sequence[Deployment]) -> Candidate | None:
+        """Return the earlier deployment than the first of `ready` that frees soonest; None for no wait."""
+        worth = [
+            each
             for each in candidates
             if each.status in BLOCKED and each.stated and (not ready or each.deployment.order < ready[0].order)
-            if (wait := max(0.0, each.until - time.time()) + 0.01) <= run.patience(each.deployment, self.pool.config)
+            if _seconds_until(each) <= run.patience(each.deployment, self.pool.config)
         ]
-        return min(waits, default=None)
+        return min(worth, key=_seconds_until, default=None)
 
     async def _ask(self, run: Run, ready: Sequence[Deployment]) -> Completion | None:
         """Return the answer of one deployment; None after a failure, or where others have room for a longer one."""
@@ -458,6 +460,10 @@ class _Restored:
         rests = ({name: rest} for name, each in self._restorers.items() if (rest := each.end()))
         chunks = ({**frame, "choices": [{"index": 0, "delta": rest}]} for rest in rests)
         return [piece for chunk in chunks if (piece := _piece(chunk, degraded=False))]
+
+
+def _seconds_until(candidate: Candidate) -> float:
+    return max(0.0, candidate.until - time.time()) + 0.01
 
 
 def _piece(chunk: Json, *, degraded: bool) -> StreamChunk | None:

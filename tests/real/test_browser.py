@@ -149,7 +149,15 @@ def test_a_file_needs_no_server_and_fits_a_desk_a_phone_and_the_night(
             assert await tab.js("window.innerWidth") == width
             shots[name] = base64.b64decode((await tab.send("Page.captureScreenshot", format="png"))["data"])
         text = await tab.js("document.body.innerText")
-        for part in ("lightning/gpt-oss-20b", "cooling 42 s", "15 of 15/min", "budget: openai", "job 4711"):
+        for part in (
+            "not live",
+            "2100-01-01",
+            "lightning/gpt-oss-20b",
+            "cooling 42 s",
+            "15 of 15/min",
+            "budget: openai",
+            "job 4711",
+        ):
             assert part in text
         asked = {request["request"]["url"] for request in tab.of("Network.requestWillBeSent")}
         assert asked <= {file.as_uri(), "data:,"}

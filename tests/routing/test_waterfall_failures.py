@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -344,7 +345,10 @@ def test_patience_waits_for_an_earlier_deployment(net: Loopback, waterfall: Writ
     first, last = net.serve(limited("1")), net.serve()
     own = {"patience": 3} if how == "provider" else {}
     waterfall({"routing": {"patience": 3}} if how == "routing" else {}, first={"base_url": first.url, **own}, last=last)
-    answer = ask(get_model_client(), stream=stream, **({"patience": 3} if how == "call" else {}))
+    notes: list[str] = []
+    own = {"patience": 3} if how == "call" else {}
+    answer = ask(get_model_client(), stream=stream, on_note=notes.append, **own)
+    assert [re.fullmatch(r"waiting (0\.\d|1\.0) s for first/small: .+", note) is not None for note in notes] == [True]
     assert trail(answer) == [("first/small", "failed"), ("first/small", "ok")]
     assert (len(first.completions), last.completions) == (2, [])
 
