@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from biollm._files import locked, write_private
@@ -39,6 +39,7 @@ from biollm.errors import ConfigError, Problem, nearest
 from biollm.gateway.dialects import Dialect
 from biollm.gateway.openai_api import problem
 from biollm.ledger import Claim, Refused
+from biollm.monitoring.page import key_needed
 from biollm.providers import gateway_key
 from biollm.providers.gateway_key import KEYS, SHORTEST
 from biollm.types import DATA_POLICIES
@@ -168,7 +169,10 @@ class Admission:
         if key is None:
             challenge = 'Basic realm="biollm: any user name, the gateway key as password"' if page else "Bearer"
             message = f"{'This is not a key' if given else 'Send a key'} of this gateway. {_WHERE}"
-            return _refusal(path, 401, message, "invalid_api_key", {"www-authenticate": challenge})
+            headers = {"www-authenticate": challenge}
+            if page and "text/html" in request.headers.get("accept", ""):
+                return HTMLResponse(key_needed(message), 401, headers)
+            return _refusal(path, 401, message, "invalid_api_key", headers)
         if key.expires < time.time():
             message = f"This key has expired. Start the agent again: biollm run {key.tags['agent']}."
             return _refusal(path, 401, message, "invalid_api_key", {"www-authenticate": "Bearer"})

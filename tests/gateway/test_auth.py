@@ -108,6 +108,13 @@ def test_a_browser_sees_the_pages_by_http_basic_and_no_more(url: str) -> None:
         asked = client.get("/")
         assert (asked.status_code, asked.headers["www-authenticate"].split()[0]) == (401, "Basic")
         assert client.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        cancelled = client.get("/", headers={"accept": "text/html,*/*"})
+        assert (cancelled.status_code, cancelled.headers["www-authenticate"]) == (
+            401,
+            asked.headers["www-authenticate"],
+        )
+        assert cancelled.headers["content-type"].startswith("text/html")
+        assert "`biollm serve status` shows where" in cancelled.text
         for user, password in (("", ""), ("ann", ""), ("ann", ANN[:-1]), (ANN, "x"), ("ann", f"{ANN}:")):
             assert client.get("/", auth=(user, password)).status_code == 401, (user, password)
         for broken in ("Basic", "Basic x", "Basic ä", f"Basic {ANN}", "Basic gICA"):

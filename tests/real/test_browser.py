@@ -129,6 +129,8 @@ def test_a_file_needs_no_server_and_fits_a_desk_a_phone_and_the_night(
 ) -> None:
     file = tmp_path / "now.html"
     file.write_text(page.html(group(waterfall, tmp_path).snapshot()))
+    refusal = tmp_path / "key.html"
+    refusal.write_text(page.key_needed("Send a key of this gateway."))
     shots: dict[str, bytes] = {}
 
     async def visit(tab: Tab) -> None:
@@ -161,6 +163,9 @@ def test_a_file_needs_no_server_and_fits_a_desk_a_phone_and_the_night(
             assert part in text
         asked = {request["request"]["url"] for request in tab.of("Network.requestWillBeSent")}
         assert asked <= {file.as_uri(), "data:,"}
+        await tab.open(refusal.as_uri(), "!!document.querySelector('.alert')")
+        assert "system-ui" in await tab.js("getComputedStyle(document.body).fontFamily")
+        shots["key"] = base64.b64decode((await tab.send("Page.captureScreenshot", format="png"))["data"])
         assert tab.complaints() == []
 
     browse(chromium, tmp_path / "profile", visit)
