@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from biollm.cli import output
 from biollm.cli.output import Progress
-from biollm.errors import CompletionError
+from biollm.errors import BiollmError
 from biollm.routing.deployments import EMBEDDED_EXCERPT
 
 if TYPE_CHECKING:
@@ -96,10 +96,12 @@ def took(answer: Completion) -> str:
     return f"{before}, then {answer.deployment} {own / 1000:.1f} s"
 
 
-def show_failure(error: CompletionError) -> None:
+def show_failure(error: BiollmError) -> None:
     """Print a failure as JSON."""
     facts = {"error": str(error).split("\n")[0], "hint": error.hint, "exit_code": error.exit_code}
-    output.as_json({**facts, "retry_after": getattr(error, "retry_after", None), "attempts": error.attempts})
+    output.as_json(
+        {**facts, "retry_after": getattr(error, "retry_after", None), "attempts": getattr(error, "attempts", ())}
+    )
 
 
 def report(answer: Completion, progress: Progress, *, verbose: bool) -> None:

@@ -16,7 +16,7 @@ from biollm.errors import BiollmError
 from biollm.routing import litellm_private
 
 _EPILOG = (
-    "Exit codes: 0 success, 2 usage error, 65 prompt too long, 69 no answer, 75 rate limited (retry later), 77 no valid key, "
+    "Exit codes: 0 success, 1 other errors, 2 usage error, 65 prompt too long, 69 no answer, 75 rate limited (retry later), 77 no valid key, "
     "78 invalid configuration, 130 interrupted."
 )
 

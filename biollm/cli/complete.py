@@ -15,7 +15,7 @@ from biollm.cli import answers, output
 from biollm.cli.output import Json, Progress
 from biollm.cli.prompt import needs, read
 from biollm.cli.slurm import state_line
-from biollm.errors import CompletionError, UsageError
+from biollm.errors import BiollmError, UsageError
 
 if TYPE_CHECKING:
     from biollm.client import Options
@@ -97,7 +97,7 @@ def complete(
     progress = Progress(quiet=quiet)
     try:
         answer = _ask(question, found, options, progress, live=live)
-    except CompletionError as error:
+    except BiollmError as error:
         progress.clear()
         if as_json:
             answers.show_failure(error)

@@ -67,7 +67,8 @@ def status(as_json: Json = False) -> None:
     facts = {"pid": told["pid"], "started": started, "socket": told["socket"], "url": told.get("url")}
     facts["keys"] = told.get("keys")
     if as_json:
-        output.as_json({"running": True, **facts, "same_configuration": same, **mine})
+        files = [each[0] for each in mine.get("files", ())]
+        output.as_json({"running": True, **facts, "same_configuration": same, **mine, "files": files})
         return
     facts["url"] = told.get("url") and f"{told['url']}/v1"
     for name, value in facts.items():

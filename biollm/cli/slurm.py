@@ -12,7 +12,7 @@ from typer import Argument, Option
 from biollm import config, slurm
 from biollm.cli import output
 from biollm.cli.output import Json, Progress
-from biollm.errors import SlurmError, UnknownNameError, UsageError
+from biollm.errors import SlurmError, UnavailableError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from biollm.config import Config, Model
@@ -305,5 +305,9 @@ def models_add(
     from biollm.slurm import add_model
 
     folder, cluster = config_dirs()[-1][1], config.load_config().cluster
-    key, file = add_model.add(hf_id, folder, cluster, config=config_json, name=name)
+    try:
+        key, file = add_model.add(hf_id, folder, cluster, config=config_json, name=name)
+    except UnavailableError as error:
+        hint = "Where Hugging Face cannot be reached, name the model's config.json: --config FILE."
+        raise UnavailableError(str(error), hint=hint) from None
     print(f"{key}: added to {file}. Next: `biollm fit {key}`, `biollm pull {key}`, `biollm up {key}`.")

@@ -788,3 +788,10 @@ def test_a_full_state_folder_is_said(
         assert f"{state} is on a full disk: requests since then are missing here.\n" in biollm(command).err
     finally:
         subprocess.run(["umount", "-l", state], check=True)
+
+
+def test_a_usage_error_is_json_too(net: Loopback, waterfall: Waterfall, biollm: Biollm) -> None:
+    waterfall(first=net.serve())
+    ran = biollm("complete", "hi", "--provider", "nope", "--json")
+    assert (ran.code, ran.json["exit_code"], ran.json["attempts"]) == (2, 2, [])
+    assert ran.json["error"] == "There is no provider named 'nope'."
