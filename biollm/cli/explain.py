@@ -62,8 +62,9 @@ def explain(
         return
     ready = [each for each in found if each.status == "ready"]
     first = min(ready, key=lambda each: (each.deployment.order, each.load.rank if each.load else ()), default=None)
-    output.table(("", "#", "deployment", "status", "reason"), _rows(found, first))
-    if not found:
+    if found:
+        output.table(("", "#", "deployment", "status", "reason"), _rows(found, first))
+    else:
         print("No deployment fits the provider, the model and the data policy together.")
     print(f"\n{first.deployment.id} would answer." if first else "\nNo deployment is available.")
 

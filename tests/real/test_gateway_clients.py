@@ -221,7 +221,7 @@ def script(python: Path, program: str, tmp_path: Path) -> Any:
 def test_openai(served: Server, python_clients: Path, tmp_path: Path) -> None:
     assert script(python_clients, OPENAI, tmp_path) == {
         "sync": [WELL, "stop", True],
-        "headers": ["second/small", "first/small=limited, second/small=ok"],  # the first rung rests by then
+        "headers": ["second/small", "first/small=cooling, second/small=ok"],  # the first rung rests by then
         "stream": [WELL, []],
         "usage": True,
         "helper": WELL,
