@@ -117,3 +117,19 @@ def test_the_command_counts_on_stderr(asked: Callable[..., Server], biollm: Any,
     ran = biollm("complete", "Why?", "-f", tmp_path / "a.log", "--redact-name", "a.bam")
     assert ran.out == "ERROR: /home/annika/run/a.bam: Permission denied\n"
     assert "redacted: 1 name, 1 key, 1 e-mail address, 1 home folder\n" in ran.err
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools_have_it_again(net: Loopback, waterfall: Write, stream: bool) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "ls", "arguments": '{"path": "<home-1>/run"}'}}
+    server = net.serve(answer=lambda _: {"role": "assistant", "content": None, "tool_calls": [call]})
+    waterfall(first={"base_url": server.url})
+    options: Any = {"tools": [{"type": "function", "function": {"name": "ls"}}], "redact": True}
+    client = get_model_client()
+    if stream:
+        pieces = [piece for piece in client.stream(LOG, **options) if isinstance(piece, StreamChunk)]
+        called = next(p for p in pieces if p.kind == "tool_call").chunk["choices"][0]["delta"]["tool_calls"][0]
+    else:
+        called = client.complete(LOG, **options).tool_calls[0]
+    assert json.loads(called["function"]["arguments"]) == {"path": "/home/annika/run"}
+    assert not any(secret in sent(server) for secret in SECRETS)
