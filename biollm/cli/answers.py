@@ -96,6 +96,12 @@ def took(answer: Completion) -> str:
     return f"{before}, then {answer.deployment} {own / 1000:.1f} s"
 
 
+def failures(answer: Completion) -> dict[str, str]:
+    """Return why each account that is set up did not answer, the last reason of each."""
+    tried = ("failed", "refused", "cooling", "limited")
+    return {each.deployment.split("/")[0]: each.reason for each in answer.attempts if each.outcome in tried}
+
+
 def show_failure(error: BiollmError) -> None:
     """Print a failure as JSON."""
     facts = {"error": str(error).split("\n")[0], "hint": error.hint, "exit_code": error.exit_code}
@@ -117,4 +123,6 @@ def report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
     if progress.hint:
         progress.note(progress.hint)
     if answer.degraded:
+        for account, reason in failures(answer).items():
+            progress.note(f"{account}: {reason}")
         print("degraded: the small embedded model answered; it is often wrong. See `biollm explain`.", file=sys.stderr)

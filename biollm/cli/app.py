@@ -22,7 +22,7 @@ _EPILOG = (
 
 _HINTS = (  # what Typer's message of a wrong command line lacks
     ("unexpected extra argument", "Put quotes around a text of several words."),
-    (r"No such option: \S+ ", 'Put -- before a text that begins with a dash: biollm complete -- "-x ...".'),
+    (r"No such option: (\S+ |-\w$)", 'Put -- before a text that begins with a dash: biollm complete -- "-x ...".'),
     ("is not a valid int", "It must be a whole number."),
     ("is not a valid float", "It must be a number."),
 )

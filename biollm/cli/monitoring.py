@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from biollm.monitoring.usage import Report, Row
 
 _BAR = 40  # columns
+_WIDE, _ROOMY = 100, ("p95", "first token", "avoided")  # columns of a terminal, and what a narrower one leaves out
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _TIMES = ("since", "until", "resets_at", "exhausted_at")
 
@@ -100,7 +101,10 @@ def _show(report: Report) -> None:
     total, precision = report.total, "exact" if report.exact else "within 2%"
     print(f"{_minute(report.since)} to {_minute(report.until)} UTC; percentiles are {precision}.\n")
     head = (report.by, "requests", "errors", "tokens in", "out", "p50", "p95", "p99", "first token", "fallback", "USD")
-    output.table((*head, "avoided"), [_cells(row) for row in (*report.rows, total)])
+    rows = [(*head, "avoided"), *(_cells(row) for row in (*report.rows, total))]
+    if output.width() < _WIDE:
+        rows = [[cell for name, cell in zip(rows[0], row, strict=True) if name not in _ROOMY] for row in rows]
+    output.table([str(cell) for cell in rows[0]], rows[1:])
     if report.by in ("day", "hour"):
         _plot(report.rows)
     for said in (

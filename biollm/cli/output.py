@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -70,7 +71,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    wide = int(width()) if sys.stdout.isatty() else 0
     if wide:
         widths = _narrowed(widths, wide)
     color = bool(wide) and "NO_COLOR" not in os.environ  # no-color.org
@@ -83,6 +84,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         print(f"\033[1m{line}\033[0m" if color and number == 0 else line)
         for line in lines[1:]:
             print(" " * (sum(widths[:-1]) + 2 * len(padded)) + line)
+
+
+def width() -> float:
+    """Return the columns of the terminal; without one there is no limit."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
 
 
 def _narrowed(widths: Sequence[int], wide: int) -> list[int]:

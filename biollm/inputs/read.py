@@ -107,7 +107,9 @@ class _Source:
         else:
             logs = sorted(each for pattern in (".nextflow.log", "*.log", "*.out") for each in self.path.glob(pattern))
             hint = (
-                f"Did you mean {logs[0]}?" if logs else "Name a file, or a Nextflow task's folder: work/ab/12cd34...."
+                f"Did you mean {logs[0]}?"
+                if len(logs) == 1
+                else "Name a file, or a Nextflow task's folder: work/ab/12cd34...."
             )
             raise UsageError(f"{self.path}: Is a directory.", hint=hint)
 

@@ -27,15 +27,17 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "key",
         re.compile(
-            r"(?i)((?:passwd|password|secret|(?:api[_-]?key|access[_-]?key|token|credential)(?=[\w-]*[\"']?\s*[=:]\S*\d))"
+            r"(?i)((?:passwd|password|secret|(?:api[_-]?key|access[_-]?key|token|credential)(?=[\w-]*[\"']?\s*[=:]\s*\S*\d))"
             r"[\w-]*[\"']?\s*[=:]\s*[\"']?)([^\s\"'\\<>,;&]{8,})"
         ),
     ),
+    ("password", re.compile(r"(?i)(\s--?(?:password|passwd|token|secret|api-key)[ =][\"']?)([^\s\"'\\]{4,})")),
+    ("password", re.compile(r"(\blogin \S+ password )(\S+)")),
     ("email", re.compile(r"()(\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b)")),
 )
-_HOME = re.compile(r"(?:/home(?:/[a-z]\d?)?|/Users|/users|/u)/([A-Za-z_][\w.-]*)")
+_HOME = re.compile(r"(?:/home(?:/[a-z]\d?)?|/Users|(?:/\w+)?/users?|/u)/([A-Za-z_][\w.-]*)")
 _USERS = re.compile(
-    r"(?:\b(?:user(?:name)?|login|owner|LOGNAME|USER)\s*[=:]\s*[\"']?|\buid=\d+\()([A-Za-z_][\w.-]{2,})"
+    r"(?:\b(?:(?i:user-?_?(?:name|id))|user|login|owner|LOGNAME|USER)\s*[=:]\s*[\"']?|\b(?:uid=\d+\(|login ))([A-Za-z_][\w.-]{2,})"
 )
 _COMMON = {"data", "group", "groups", "home", "lab", "nobody", "public", "root", "runner", "scratch", "share", "shared",
            "true", "false", "none", "null", "user", "username", "users", "work"}  # fmt: skip
@@ -46,10 +48,11 @@ _SINGULARS = {"email": "e-mail address", "user": "user name", "home": "home fold
 
 
 class Redaction:
-    """The placeholders of one request. `names`: further texts to replace, such as sample names."""
+    """The placeholders of one request. `names`: further texts to replace, such as sample names; `secrets`: known keys."""
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
+    def __init__(self, names: Iterable[str] = (), secrets: Iterable[str] = ()) -> None:
         self._names = sorted({name for name in names if name.strip()}, key=len, reverse=True)
+        self._secrets = sorted({secret for secret in secrets if len(secret) >= 8}, key=len, reverse=True)
         self._found: dict[tuple[str, str], str] = {}  # (kind, text) -> placeholder
         self._texts: dict[str, str] = {}  # placeholder -> text
         self._taken: set[str] = set()
@@ -96,11 +99,14 @@ class Redaction:
         for name in self._names:
             if name in text:
                 text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", lambda at: self._placeholder("name", at[0]), text)
+        for secret in self._secrets:
+            if secret in text:
+                text = text.replace(secret, self._placeholder("key", secret))
         text = _KEYS.sub(lambda at: self._placeholder("key", at[0]), text)
         for kind, pattern in _PATTERNS:
             text = pattern.sub(partial(self._second, kind), text)
         text = _HOME.sub(lambda at: self._placeholder("home", at[0]) if at[1] not in _COMMON else at[0], text)
-        for user in sorted(users, key=len, reverse=True):
+        for user in sorted(users, key=lambda name: (-len(name), name)):
             if user in text:
                 text = re.sub(
                     rf"(?<![\w<-]){re.escape(user)}(?![\w>])", lambda at: self._placeholder("user", at[0]), text

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from biollm.errors import PromptTooLongError
 from biollm.inputs.digest import Digest, Excerpt
 from biollm.inputs.tokens import estimate
+from biollm.routing.deployments import WHOLE
 from biollm.routing.structured import Message
 from biollm.types import short
 
 STDIN = "stdin"  # the name of piped text, which gets no heading
-_WHOLE = 50_000_000  # tokens: more than any digest keeps
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def whole_text(attachments: Sequence[Digest]) -> str:
     """
     texts: list[str] = []
     for each in attachments:
-        excerpt = each.cut(_WHOLE)
+        excerpt = each.cut(WHOLE)
         if not excerpt.whole:
             message = f"{each.name} is too long: {excerpt.lines:,} lines fit no context."
             raise PromptTooLongError(message, hint="Let it be condensed: leave out --no-condense, condense=False.")

@@ -20,6 +20,7 @@ from biollm.providers import credentials, embedded
 from biollm.providers.credentials import Credential
 from biollm.routing.deployments import (
     LEAST_ANSWER,
+    WHOLE,
     Deployment,
     Requirements,
     allowance,
@@ -260,7 +261,10 @@ class DeploymentPool:
 
     def excerpt(self, deployment: Deployment, requirements: Requirements) -> int:
         """Return the tokens of attachments that fit the deployment, as they are estimated without a ratio."""
-        sent = excerpt_size(deployment, self.sized(deployment, requirements))
+        sized = self.sized(deployment, requirements)
+        sent = excerpt_size(deployment, sized)
+        if sent == sized.attached:  # all of them; no rounding may cut a line
+            return WHOLE
         return int(sent / self.ledger.token_ratio(deployment.model))
 
     def missing(self, deployment: Deployment) -> str:
@@ -336,8 +340,9 @@ def refuses(deployment: Deployment, media: frozenset[str]) -> bool:
 def cooling_keys(deployment: Deployment, credential: Credential) -> tuple[str, ...]:
     """Return the ledger's keys that put the deployment on cooldown."""
     keys = [f"account:{deployment.scope}", f"endpoint:{deployment.endpoint}", f"deployment:{deployment.id}"]
-    if credential.fingerprint:  # of this account: the same key may be valid elsewhere
-        keys.append(f"key:{deployment.provider.name}/{deployment.account.name}:{credential.fingerprint}")
+    if credential.fingerprint:  # of this account at this address: the same key may be valid elsewhere
+        place = f"{deployment.provider.name}/{deployment.account.name}@{deployment.endpoint}"
+        keys.append(f"key:{place}:{credential.fingerprint}")
     return tuple(keys)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LEAST_ANSWER = 2048  # tokens; where fewer can be had, and more were wanted, the next deployment is asked
 LEAST_EXCERPT = 200  # tokens of attachments without which a deployment is not asked
+WHOLE = 50_000_000  # tokens: more than any attachment keeps
 EMBEDDED_EXCERPT = 300  # tokens of attachments for the embedded model, which reads about 100 a second
 _UNKNOWN_CONTEXT = 32_768  # tokens, where the configuration says nothing
 LOWER, UPPER = 0.75, 1.3  # bounds of a prompt's tokens beside their estimate
@@ -224,9 +225,7 @@ def ineligible_reason(deployment: Deployment, requirements: Requirements) -> str
         return "the provider may train on prompts and the data policy is no_training"
     named = requirements.allow_degraded is None and (requirements.provider or requirements.model)
     if deployment.embedded and not (requirements.allow_degraded or named):
-        return (
-            "the embedded model gives degraded answers, which this request does not allow (allow_degraded=True would)"
-        )
+        return "the embedded model gives degraded answers, which this request does not allow (allow_degraded)"
     if requirements.tools and not deployment.tools:
         return "does not support tools"
     if "images" in requirements.media and deployment.vision is False:

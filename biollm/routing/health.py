@@ -71,6 +71,7 @@ def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
     """Return the health of each account and each running server, in waterfall order. `timeout` is in seconds, for all."""
     pool = DeploymentPool(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
     pool.refresh()
+    pool.ledger.refresh()
     groups: dict[str, list[Deployment]] = {}
     for candidate in pool.candidates(Requirements(policy=config.data_policy)):
         deployment = candidate.deployment

@@ -216,9 +216,12 @@ class Waterfall:
         messages = await self._fitted(run, first) if run.request.attachments else run.request.messages
         if not any(run.redacts(each) for each in first):
             return messages
-        redaction = next(iter(run.redactions.values()), None) or Redaction(run.request.redact_names)
+        redaction = next(iter(run.redactions.values()), None) or self._redaction(run.request)
         run.redactions |= dict.fromkeys((each.id for each in first), redaction)
         return await apart(redaction.hidden, messages)
+
+    def _redaction(self, request: Request) -> Redaction:
+        return Redaction(request.redact_names, (each.secret for each in self.pool.credentials.values()))
 
     async def _fitted(self, run: Run, first: Sequence[Deployment]) -> Sequence[Message]:
         request = run.request

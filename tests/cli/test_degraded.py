@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from behaviours import HTTP_401
+from provider import Loopback
 
 from biollm.client import Completion, CompletionError, get_model_client
 
@@ -83,3 +86,12 @@ def test_a_stream_through_a_pipe_is_marked_by_the_gateway_too(gateway: Run, log:
     out = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True).stdout
     assert out.startswith(f"{MARK}\n\nWhat nextflow.log says:\n")
     assert CAUSE in out
+
+
+def test_what_failed_before_is_named(biollm: Run, waterfall: Any, net: Loopback, weights: Path) -> None:
+    model = {"type": "embedded", "gguf": str(weights), "context_length": 2048}
+    rungs = {"first": net.serve(then=HTTP_401), "local": {"type": "embedded", "models": ["tiny"]}}
+    waterfall({"models": {"tiny": model}}, **rungs)
+    for _ in range(2):  # the second time the key is on cooldown
+        err = biollm("complete", "hi", "--max-tokens", "4").err
+        assert re.search(r"^first: HTTP 401: .* \(key: FIRST_KEY\)", err, re.MULTILINE)

@@ -228,3 +228,15 @@ def test_attachments_go_through_the_gateway(
     assert [CAUSE in sent(server) for server in (small, large)] == [True, True]
     assert len(sent(large)) > 5 * len(sent(small))
     assert answer.notes[0].startswith("nextflow.log: 100,001 lines condensed to ")
+
+
+@pytest.mark.parametrize("words", range(1, 40, 3))
+def test_no_rounding_cuts_a_short_text(net: Loopback, waterfall: Write, words: int) -> None:
+    server = net.serve()
+    waterfall(models(small=32_768), first=server)
+    client = get_model_client()
+    ledger().learn_tokens("small", 1000, 700)
+    text = "".join(f"line {n} of the file\n" for n in range(words))
+    answer = client.complete("Why?", attachments=[text])
+    assert (answer.notes, text in sent(server)) == ((), True)
+    ledger().close()

@@ -568,6 +568,25 @@ def test_a_refused_key_rests_until_it_changes(net: Loopback, waterfall: Write, m
     assert get_model_client().complete("hi").provider == "first"
 
 
+def test_a_key_that_one_address_refused_is_sent_to_another(net: Loopback, waterfall: Write) -> None:
+    waterfall(first=net.serve(then=HTTP_401))
+    with pytest.raises(KeysRefusedError):
+        get_model_client().complete("hi")
+    waterfall(first=net.serve())
+    assert get_model_client().complete("hi").provider == "first"
+
+
+def test_health_ends_the_cooldown_of_a_key_that_is_accepted_again(
+    net: Loopback, waterfall: Write, biollm: Callable[..., Any]
+) -> None:
+    waterfall(first=net.serve(HTTP_401))
+    with pytest.raises(KeysRefusedError):
+        get_model_client().complete("hi")
+    assert biollm("health").code == 0
+    ledger().flush()
+    assert get_model_client().complete("hi").provider == "first"
+
+
 def test_a_key_file_is_read_again_after_a_401(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("old-key-0123456789")

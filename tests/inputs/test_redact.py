@@ -28,6 +28,12 @@ def hide(text: str, *names: str) -> tuple[str, Redaction]:
         ("password: correcthorse", "password: <key-1>"),
         ("AKIAABCDEFGHIJKLMNOP and ghp_" + "a1" * 18, "<key-1> and <key-2>"),
         ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----", "<key-1>"),
+        ("tower.accessToken = 'eyJ0aWQi12345'", "tower.accessToken = '<key-1>'"),
+        ('{"api_key": "jsonkey-0123456789abcdef"}', '{"api_key": "<key-1>"}'),
+        ("mysql --password clipassw0rd -u x", "mysql --password <password-1> -u x"),
+        ("machine h login netrcuser password netrcpass", "machine h login <user-1> password <password-1>"),
+        ("UserId=jdoe(1000) userName: nfuser", "UserId=<user-2>(1000) userName: <user-1>"),
+        ("/scratch/users/jdoe/run", "<home-1>/run"),
         ("SyntaxError: unexpected token: identifier", "SyntaxError: unexpected token: identifier"),
         (
             "Process STAR (7e/1b09c4) exit: 137; d41d8cd98f00b204",
