@@ -252,6 +252,7 @@ def test_another_users_listener_on_loopback_gets_no_byte_whatever_the_type(
         "base_url": f"{others.url}/v1",
         "models": ["small"],
         **({"env_key": "THEIR_KEY"} if key else {}),
+        **({"free_tier": True, "trains_on_prompts": False} if kind == "api" else {}),  # else its price is unknown
     }
     models = {"models": {"small": {"type": "local", "hf_id": "lab/small"}}} if kind == "local" else {}
     folder = waterfall(models, theirs=entry, fine=net.serve(text="from fine"))
