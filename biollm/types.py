@@ -16,6 +16,7 @@ else:
 Kind = TypeVar("Kind")
 Json = dict[str, Any]
 ChunkKind = Literal["text", "reasoning", "tool_call", "usage"]
+BLOCKED = ("limited", "cooling")  # what a deployment is until a time
 Outcome = Literal["ok", "skipped", "limited", "cooling", "refused", "failed", "cancelled"]
 DataPolicy = Literal["any", "no_training", "local_only"]
 DATA_POLICIES: tuple[DataPolicy, ...] = get_args(DataPolicy)  # from loose to strict

@@ -20,7 +20,7 @@ from biollm.routing.deployments import Deployment, Requirements
 from biollm.routing.pricing import price
 from biollm.routing.request import Request
 from biollm.routing.waterfall import Waterfall
-from biollm.types import Usage
+from biollm.types import BLOCKED, Usage
 
 LIMIT = 0.05  # USD
 PROMPT = "Reply with the one word: ok"
@@ -60,7 +60,7 @@ def live_drill(config: Config, limit_usd: float, report: Callable[[str], None]) 
     """Call every deployment once, for at most `limit_usd` together; `report` gets first what will be sent."""
     pool = DeploymentPool(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
     found = explain(pool, Requirements(policy=config.data_policy))
-    present = [each for each in found if each.status in ("ready", "limited", "cooling", "refused")]
+    present = [each for each in found if each.status in ("ready", *BLOCKED, "refused")]
     absent = {each.deployment.id: each.reason for each in found if each.status in ("keyless", "unfit", "absent")}
     spending = _Spending(config, limit_usd)
     for line in _plan(present, spending):

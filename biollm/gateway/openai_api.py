@@ -24,7 +24,7 @@ from biollm.routing.deployments import models_of
 from biollm.routing.normalize import PARAMETERS, checked
 from biollm.routing.router_config import GROUP, LOCAL_GROUP
 from biollm.routing.structured import ResponseSchema
-from biollm.types import DATA_POLICIES, Attempt, Completion, Json, part
+from biollm.types import BLOCKED, DATA_POLICIES, Attempt, Completion, Json, part
 
 if TYPE_CHECKING:
     from biollm.client import Options
@@ -168,9 +168,7 @@ def models(config: Config, candidates: Iterable[Candidate]) -> list[Json]:
             owners.setdefault(name, []).append(provider.name)
     contexts = dict.fromkeys(owners, 0)
     for each in candidates:
-        groups = (
-            [GROUP, LOCAL_GROUP][: 1 + each.deployment.local] if each.status in ("ready", "limited", "cooling") else ()
-        )
+        groups = [GROUP, LOCAL_GROUP][: 1 + each.deployment.local] if each.status in ("ready", *BLOCKED) else ()
         for name in (each.deployment.model, *groups):
             contexts[name] = max(contexts[name], each.deployment.context_length or 0)
     return [_model(name, by, contexts[name]) for name, by in owners.items()]

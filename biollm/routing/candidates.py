@@ -45,7 +45,6 @@ _refused: dict[tuple[str, str, frozenset[str]], float] = {}
 
 Status = Literal["ready", "limited", "cooling", "refused", "keyless", "unfit", "absent"]
 _LIMITS = ("limited", "credit")  # failures that are limits of the provider's
-BLOCKED = ("limited", "cooling")  # until a time
 
 
 @dataclass(frozen=True)

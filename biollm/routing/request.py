@@ -21,7 +21,7 @@ from biollm.errors import (
 from biollm.routing.deployments import Deployment, Requirements, allowance, central
 from biollm.routing.failures import CUT_SHORT
 from biollm.routing.structured import Message, ResponseSchema
-from biollm.types import Attempt, Outcome, short
+from biollm.types import BLOCKED, Attempt, Outcome, short
 
 if TYPE_CHECKING:
     import asyncio
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 MIN_RETRY_S = 0.5  # before another pass, after a failure that put nothing on cooldown
 MAX_RETRY_WAIT_S = 300.0  # there is no other pass if the first deployment frees later than that
 
-_BLOCKED = {"limited", "cooling"}
 _UNFIT = {"too_long", "modality", "unsupported", "malformed"}  # failures that this request has at that model each time
 _OUTCOMES: dict[str, Outcome] = {"limited": "limited", "cooling": "cooling", "refused": "refused"}
 
@@ -212,7 +211,7 @@ class Run:
         skipped = self._passes[-1].skipped
         if candidate.deployment.id not in skipped:
             skipped[candidate.deployment.id] = candidate
-            if candidate.status in _BLOCKED:
+            if candidate.status in BLOCKED:
                 self.frees.append(candidate.until)
 
     def note(self, deployment: Deployment, attempt: Attempt) -> None:
@@ -248,7 +247,7 @@ class Run:
         reasons = _reasons(attempts)
         kinds = {failure.kind for _, failure in self.failures}
         skipped = {candidate.status for candidate in self._passes[-1].skipped.values()}
-        never = kinds <= _UNFIT and not _BLOCKED & skipped and not self.request.start  # a server may take more
+        never = kinds <= _UNFIT and skipped.isdisjoint(BLOCKED) and not self.request.start  # a server may take more
         if never and (long := self._too_long()):
             need = central(self.request.requirements)
             longest = max((each.context_length or 0 for each in long), default=0)
@@ -262,13 +261,13 @@ class Run:
             return RequestRejectedError(f"The request was rejected.\n{reasons}", attempts, hint=hint)
         if never and skipped <= {"unfit"} and attempts:
             return RequestRejectedError(f"No deployment can serve this request.\n{reasons}", attempts, hint=hint)
-        if kinds <= {"key"} and not _BLOCKED & skipped and (kinds or skipped & {"keyless", "refused"}):
+        if kinds <= {"key"} and skipped.isdisjoint(BLOCKED) and (kinds or skipped & {"keyless", "refused"}):
             if kinds or "refused" in skipped:
                 hint = "`biollm providers` shows which keys are missing; `biollm health` tries them."
                 return KeysRefusedError(f"No provider has a working key.\n{reasons}", attempts, hint=hint)
             hint = "Set one of these keys; `biollm providers` then shows that it is found."
             return KeysRefusedError(f"No provider has a key.\n{reasons}", attempts, hint=hint)
-        if kinds <= {"limited", *_UNFIT} and {"limited", "cooling"} & (kinds | skipped) and self.frees:
+        if kinds <= {"limited", *_UNFIT} and not (kinds | skipped).isdisjoint(BLOCKED) and self.frees:
             wait = max(0.0, min(self.frees) - time.time())
             message = f"All deployments are at a limit or cooling down.\n{reasons}"
             return AllLimitedError(message, attempts, retry_after=wait)

@@ -22,7 +22,7 @@ from biollm.ledger import Claim
 from biollm.routing import answers, attachments, deployments, host_check, load_balancing
 from biollm.routing.answers import content
 from biollm.routing.calls import Call, RefusedError
-from biollm.routing.candidates import BLOCKED, Candidate, DeploymentPool, blocked_status
+from biollm.routing.candidates import Candidate, DeploymentPool, blocked_status
 from biollm.routing.classify import classify
 from biollm.routing.deployments import Deployment
 from biollm.routing.failures import CUT_SHORT, STRANGER, Failure, timed_out, unreachable
@@ -32,7 +32,7 @@ from biollm.routing.request import InFlight, Request, Run
 from biollm.routing.senders import Sender, Senders
 from biollm.routing.structured import Message, ResponseSchema, repair
 from biollm.slurm.endpoints import START
-from biollm.types import Attempt, Completion, Json, StreamChunk, StreamRestarted, part
+from biollm.types import BLOCKED, Attempt, Completion, Json, StreamChunk, StreamRestarted, part
 
 CONNECT_S = 3.0  # that a host has to accept a connection
 _TOKEN_MARGIN_S = 120.0  # that a short-lived token must still be good for
