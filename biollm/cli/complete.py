@@ -26,6 +26,8 @@ Provider = Annotated[str | None, Option(metavar="NAME", help="Use only this prov
 Model = Annotated[str | None, Option(metavar="NAME", help="Use only this model.")]
 LocalOnly = Annotated[bool, Option("--local-only", help="Keep the prompt on this machine and the cluster.")]
 MaxTokens = Annotated[int | None, Option(min=1, metavar="N", help="Maximum completion tokens.")]
+File = Annotated[list[Path] | None, Option("-f", "--file", metavar="FILE", help="Add a file; repeatable; - is stdin.")]
+System = Annotated[str | None, Option(metavar="TEXT", help="System message.")]
 NoDegraded = Annotated[
     bool, Option("--no-degraded", help="Fail if only the small embedded model can answer (BIOLLM_NO_DEGRADED=1).")
 ]
@@ -40,10 +42,8 @@ def complete(
     prompt: Annotated[
         str | None, Argument(metavar="PROMPT", help="The prompt; - reads stdin. Piped input is put before it.")
     ] = None,
-    file: Annotated[
-        list[Path] | None, Option("-f", "--file", metavar="FILE", help="Add a file; repeatable; - is stdin.")
-    ] = None,
-    system: Annotated[str | None, Option(metavar="TEXT", help="System message.")] = None,
+    file: File = None,
+    system: System = None,
     provider: Provider = None,
     model: Model = None,
     stream: Annotated[

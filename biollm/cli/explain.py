@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from biollm.cli import output
-from biollm.cli.complete import LocalOnly, MaxTokens, Model, NoCondense, NoDegraded, Provider
+from biollm.cli.complete import File, LocalOnly, MaxTokens, Model, NoCondense, NoDegraded, Provider, System
 from biollm.cli.output import Json
 from biollm.cli.prompt import read
 
@@ -24,10 +23,8 @@ def explain(
     prompt: Annotated[
         str | None, Argument(metavar="PROMPT", help="A prompt, to check whether it fits; - reads stdin.")
     ] = None,
-    file: Annotated[
-        list[Path] | None, Option("-f", "--file", metavar="FILE", help="Add a file; repeatable; - is stdin.")
-    ] = None,
-    system: Annotated[str | None, Option(metavar="TEXT", help="System message.")] = None,
+    file: File = None,
+    system: System = None,
     provider: Provider = None,
     model: Model = None,
     local_only: LocalOnly = False,

@@ -71,13 +71,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    wide = int(width()) if sys.stdout.isatty() else 0
-    if wide:
+    wide = width()
+    live = wide < math.inf
+    if live:
         widths = _narrowed(widths, wide)
-    color = bool(wide) and "NO_COLOR" not in os.environ  # no-color.org
+    color = live and "NO_COLOR" not in os.environ  # no-color.org
     for number, row in enumerate(cells):
         padded = [cut(cell, width).ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
-        lines = _wrapped(row[-1], widths[-1]) if wide else [row[-1]]
+        lines = _wrapped(row[-1], widths[-1]) if live else [row[-1]]
         if color:
             padded = [cell if number == 0 else painted(cell) for cell in padded]
         line = "  ".join([*padded, lines[0]]).rstrip()
@@ -91,10 +92,10 @@ def width() -> float:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
 
 
-def _narrowed(widths: Sequence[int], wide: int) -> list[int]:
+def _narrowed(widths: Sequence[int], wide: float) -> list[int]:
     """Return widths that fit together into `wide` columns: the last one gives first, then the widest of the others."""
     found, gaps = list(widths), 2 * (len(widths) - 1)
-    found[-1] = min(found[-1], max(_LAST, wide - gaps - sum(found[:-1])))
+    found[-1] = min(found[-1], max(_LAST, int(wide) - gaps - sum(found[:-1])))
     while sum(found) + gaps > wide and max(found[:-1], default=0) > _LEAST:
         found[found.index(max(found[:-1]))] -= 1
     return found

@@ -35,7 +35,7 @@ def read(prompt: str | None, files: Sequence[Path]) -> tuple[str, list[Digest]]:
     for each in map(read_input, places):
         for note in each.notes:
             print(note, file=sys.stderr)
-        if not each.empty and (each.digest.head + each.digest.tail).strip():
+        if not each.empty:
             found.append(each.digest)
     if not question.strip() and len(found) == 1 and not files and (short := found[0].cut(_PROMPT)).whole:
         return short.text, []
