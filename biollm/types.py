@@ -128,6 +128,7 @@ class Completion(_Printed, Generic[Parsed]):
         tool_calls: OpenAI-shaped tool calls.
         finish_reason: The provider's own.
         notes: What was done to the attachments before they were sent, a sentence each.
+        id: The request's id in the usage records, which `Client.rate` takes.
         reasoning: What the model thought before its answer, where the provider sends that.
         raw: OpenAI's JSON with every field that the provider sent: a dict whose fields are attributes as well.
     """
@@ -147,6 +148,7 @@ class Completion(_Printed, Generic[Parsed]):
     finish_reason: str = ""
     reasoning: str = ""
     notes: tuple[str, ...] = ()
+    id: str = ""
     raw: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:

@@ -74,7 +74,8 @@ def show(answer: Completion, found: Sequence[Digest]) -> None:
 
 def show_json(answer: Completion) -> None:
     """Print every fact of an answer as JSON."""
-    output.as_json({name: value for name, value in vars(answer).items() if name != "raw"})
+    panel: dict[str, Any] = getattr(answer, "panel", dict)()  # of an ensemble
+    output.as_json({**{name: value for name, value in vars(answer).items() if name != "raw"}, **panel})
 
 
 def degraded_mark(found: Sequence[Digest]) -> str:

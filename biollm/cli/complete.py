@@ -67,6 +67,10 @@ def complete(
     max_retries: Annotated[int, Option(min=0, metavar="N", help="Further passes after temporary failures.")] = 0,
     no_fallback: Annotated[bool, Option("--no-fallback", help="Try only the first deployment.")] = False,
     no_degraded: NoDegraded = False,
+    ensemble: Annotated[
+        str | None,
+        Option(metavar="N|MODELS", help="Ask N deployments, or these models (a,b,c), at once and combine the answers."),
+    ] = None,
     local_only: LocalOnly = False,
     timeout: Annotated[float | None, Option(metavar="SECONDS", help="Timeout per attempt.")] = None,
     deadline: Annotated[float | None, Option(metavar="SECONDS", help="Timeout for the whole call.")] = None,
@@ -86,7 +90,7 @@ def complete(
     question, found = read(prompt, file or [])
     needs(question, found)
     response_schema = _schema(schema) if schema else None
-    live = not (schema or as_json) and (sys.stdout.isatty() if stream is None else stream)
+    live = not (schema or as_json or ensemble) and (sys.stdout.isatty() if stream is None else stream)
     options: Options = {
         "system": system, "provider": provider, "model": model, "max_tokens": max_tokens, "temperature": temperature,
         "max_retries": max_retries, "fallback": not no_fallback, "local_only": local_only, "timeout": timeout,
@@ -96,7 +100,7 @@ def complete(
     }  # fmt: skip
     progress = Progress(quiet=quiet)
     try:
-        answer = _ask(question, found, options, progress, live=live)
+        answer = _ask(question, found, options, progress, live=live, members=_members(ensemble))
     except BiollmError as error:
         progress.clear()
         if as_json:
@@ -112,7 +116,22 @@ def complete(
     answers.report(answer, progress, verbose=verbose)
 
 
-def _ask(text: str, found: list[Digest], options: Options, progress: Progress, *, live: bool) -> Completion:
+def _members(given: str | None) -> int | list[str] | None:
+    """Return how many members an ensemble has, or which; None asks one deployment."""
+    if given is None:
+        return None
+    return int(given) if given.isdecimal() else [name.strip() for name in given.split(",")]
+
+
+def _ask(
+    text: str,
+    found: list[Digest],
+    options: Options,
+    progress: Progress,
+    *,
+    live: bool,
+    members: int | list[str] | None,
+) -> Completion:
     """Return the answer; with `live` it has been printed."""
     from biollm.client import Client
 
@@ -131,7 +150,10 @@ def _ask(text: str, found: list[Digest], options: Options, progress: Progress, *
     else:
         options = {**options, "on_send": sending, "on_state": lambda job: progress.say(state_line(job))}
         options["on_note"] = progress.note
-    if live:
+    if members is not None:
+        answer = client.ensemble(text, members=members, **options)
+        progress.note(f"ensemble: {answer.reason}")
+    elif live:
         options["on_interrupt"] = "restart"
         answer = answers.stream(client.stream(text, **options), found, progress)
     else:

@@ -65,16 +65,15 @@ def _link(agent: str, model: str, policy: str, *, start: bool) -> Link:
     from biollm.client import remote
     from biollm.config import load_config
     from biollm.config.paths import own_dir, state_dir
-    from biollm.gateway import openai_api
     from biollm.providers.gateway_key import Grant, derive
-    from biollm.routing.candidates import check_names
+    from biollm.routing.candidates import address, check_names
 
     config = load_config()
     policy = max(policy, config.data_policy, key=DATA_POLICIES.index)  # this process may have BIOLLM_LOCAL_ONLY
     url, secret = _gateway(start=start)
     key = derive(secret, Grant(agent, policy, int(time.time()) + LIFETIME))
     if not url:
-        check_names(config, *map(openai_api.address(config, model).get, ("provider", "model")))
+        check_names(config, *map(address(config, model).get, ("provider", "model")))
     facts = remote.model(url, key, model, policy, config.cluster) if url else {}
     folder = own_dir(state_dir()) / "agents"
     return Link(url or "http://127.0.0.1:PORT", key, model, facts.get("context_length") or _UNKNOWN, folder)

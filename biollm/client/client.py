@@ -23,6 +23,7 @@ from biollm.types import DATA_POLICIES, Completion, DataPolicy, Piece
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from biollm.client.ensemble import EnsembleCompletion, Method
     from biollm.client.local import Local, LocalCall
     from biollm.config import Config, Limit
     from biollm.routing.candidates import Candidate
@@ -216,6 +217,59 @@ class Client:
         from biollm._runtime import background
 
         return await background().arun(self._many(prompts, concurrency, progress, options))
+
+    def ensemble(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        members: int | Sequence[str] = 3,
+        method: Method | None = None,
+        quorum: int | None = None,
+        judge: str | None = None,
+        **options: Unpack[Options],
+    ) -> EnsembleCompletion:
+        """Return one answer of several models that are asked at once.
+
+        Args:
+            prompt: As in `complete`.
+            members: How many deployments that are ready now, one per account first; or models, "provider/model" too.
+                The embedded model is none, unless it is named.
+            method: "vote" takes the value of the majority, in each field of a structured answer; "judge" has a model
+                choose one. By default structured answers are voted on, and texts judged.
+            quorum: How many members must answer; by default more than half.
+            judge: The model that judges; by default the first that can answer.
+            options: As in `complete`; `deadline` is for all together, members that are late are left out.
+
+        Raises:
+            CompletionError: Fewer members than the quorum answered.
+            UsageError: An option does not exist, or does not fit.
+        """
+        from biollm._runtime import background
+
+        self._load()
+        return background().run(
+            self.aensemble(prompt, members=members, method=method, quorum=quorum, judge=judge, **options)
+        )
+
+    async def aensemble(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        members: int | Sequence[str] = 3,
+        method: Method | None = None,
+        quorum: int | None = None,
+        judge: str | None = None,
+        **options: Unpack[Options],
+    ) -> EnsembleCompletion:
+        """Like `ensemble`."""
+        from biollm._runtime import apart
+        from biollm.client import ensemble
+
+        whole: Options = await _aloaded({**self._defaults, **check(options)})
+        found = await apart(partial(self.explain, prompt or "", **whole)) if isinstance(members, int) else ()
+        return await ensemble.ask(
+            self, prompt, whole, found, members=members, method=method, quorum=quorum, judge=judge
+        )
 
     def explain(self, prompt: Prompt = "", **options: Unpack[Options]) -> Sequence[Candidate]:
         """Return each deployment with its status and, if it would not be used, the reason.

@@ -33,7 +33,7 @@ from biollm.gateway.request_id import RequestId
 from biollm.monitoring import metrics, page
 from biollm.monitoring.alerts import firing
 from biollm.monitoring.snapshot import Collector
-from biollm.routing.candidates import check_names
+from biollm.routing.candidates import address, check_names
 from biollm.types import Completion, Json, StreamChunk, StreamRestarted
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class _Gateway:
         if name in known:
             found = known[name]
             return _json(messages_api.model(found) if "anthropic-version" in request.headers else found)
-        where = openai_api.address(config, name)
+        where = address(config, name)
         try:
             check_names(config, where.get("provider"), where["model"])
         except BiollmError as error:
@@ -162,6 +162,8 @@ class _Gateway:
     async def _complete(self, asked: openai_api.Asked) -> Completion:
         if isinstance(asked.prompt, str):
             return await self._client.afill_in_middle(asked.prompt, asked.suffix, **asked.options)
+        if asked.ensemble is not None:
+            return await self._client.aensemble(asked.prompt, **asked.ensemble, **asked.options)
         if asked.delivery is Delivery.WHOLE:
             return await self._client.acomplete(asked.prompt, **asked.options)
         completion: Completion | None = None

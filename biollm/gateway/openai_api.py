@@ -18,8 +18,10 @@ from random import getrandbits
 from typing import TYPE_CHECKING, Any, cast
 
 from biollm import errors
+from biollm.client.ensemble import EnsembleCompletion
 from biollm.client.options import RULES
 from biollm.config.paths import tags_of
+from biollm.routing.candidates import address
 from biollm.routing.deployments import models_of
 from biollm.routing.normalize import PARAMETERS, checked
 from biollm.routing.router_config import GROUP, LOCAL_GROUP
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 Types = Mapping[str, type | tuple[type, ...]]
 RESTARTS = "x-biollm-restarts"
 _INTERRUPTED = ("", "raise", "restart", "splice")
-_NUMBER, _TEXTS = (int, float), (str, list)
+_NUMBER, _TEXTS, _ENSEMBLE = (int, float), (str, list), (int, list, dict)
 # The fields of a body: those read here, those that become options, and those passed on to the provider.
 _READ: Types = {
     "biollm": dict, "echo": object, "messages": list, "metadata": dict, "model": str, "prompt": _TEXTS, "store": object,
@@ -52,10 +54,11 @@ _PASSED: Types = {
 }  # fmt: skip
 _BODY: Types = {**_READ, **_OPTIONS, **_PASSED}
 _EXTENSION: Types = {
-    "allow_degraded": bool, "attachments": list, "capability": str, "condense": bool, "data_policy": str, "deadline": _NUMBER, "fallback": bool,
+    "allow_degraded": bool, "attachments": list, "capability": str, "condense": bool, "data_policy": str, "deadline": _NUMBER, "ensemble": _ENSEMBLE, "fallback": bool,
     "local_only": bool, "max_retries": int, "on_interrupt": str, "patience": _NUMBER, "provider": str,
     "redact": bool, "redact_names": list, "start_local": bool, "tags": dict, "timeout": _NUMBER, "wait": _NUMBER,
 }  # fmt: skip
+_MEMBERS: Types = {"judge": str, "members": (int, list), "method": str, "quorum": int}
 # Error class -> status, OpenAI's type and code; the first that fits.
 _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (errors.UnknownNameError, 404, "invalid_request_error", "model_not_found"),
@@ -71,7 +74,7 @@ _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
 )
 _TYPES: dict[type | tuple[type, ...], str] = {
     bool: "true or false", dict: "an object", int: "a whole number", list: "a list", str: "a string", _NUMBER: "a number",
-    _TEXTS: "a string or a list", (str, dict): "a string or an object",
+    (int, list): "a number or a list of models", _ENSEMBLE: "a number, a list of models or an object", _TEXTS: "a string or a list", (str, dict): "a string or an object",
 }  # fmt: skip
 _RETRIED = (429, 503, 504)  # of these, another try may help
 
@@ -95,6 +98,7 @@ class Asked:
         suffix: The code after the gap to fill in.
         stream: Whether the caller reads server-sent events.
         usage: Whether a stream ends with a chunk of its tokens.
+        ensemble: The arguments of `Client.ensemble`; None asks one deployment.
     """
 
     prompt: Any
@@ -103,6 +107,7 @@ class Asked:
     suffix: str | None = None
     stream: bool = False
     usage: bool = False
+    ensemble: Json | None = None
 
 
 def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[str, str], *, chat: bool) -> Asked:
@@ -117,6 +122,7 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
     ours = _checked(body.get("biollm", {}), _EXTENSION, "biollm.", closed=True)
     checked(body, PARAMETERS)
     checked(ours, RULES, "biollm.")
+    ensemble = _ensemble(ours.pop("ensemble", None), chat=chat)
     stream, prompt, schema = body.get("stream", False), _prompt(body, chat=chat), _schema(body)
     options: Json = {**address(config, body.get("model", GROUP)), **ours, "extra": _extra(body, schema)}
     options |= {name: body[name] for name in ("temperature", "tools", "tool_choice") if name in body}
@@ -133,7 +139,7 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
             patience = float(patience)
         checked({"x-biollm-patience": patience}, {"x-biollm-patience": RULES["patience"]})
         options["patience"] = patience
-    whole = not stream or schema is not None or bool(body.get("logprobs")) or not chat
+    whole = not stream or schema is not None or bool(body.get("logprobs")) or not chat or ensemble is not None
     splice = bool(body.get("tools")) and "response_format" not in body
     delivery, options["on_interrupt"] = _delivery(headers, ours, whole=whole, splice=splice)
     return Asked(
@@ -143,18 +149,19 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
         suffix=body.get("suffix"),
         stream=stream,
         usage=bool(body.get("stream_options", {}).get("include_usage")),
+        ensemble=ensemble,
     )
 
 
-def address(config: Config, name: str) -> Json:
-    """Return the options that `model` stands for: the waterfall, its local part, "provider/model", or a model."""
-    if name in (GROUP, LOCAL_GROUP):
-        return {"local_only": True} if name == LOCAL_GROUP else {}
-    provider, _, model = name.partition("/")
-    whole = any(name in models_of(config, each) for each in config.providers)
-    if model and not whole and any(each.name == provider for each in config.providers):
-        return {"provider": provider, "model": model}
-    return {"model": name}
+def _ensemble(given: Any, *, chat: bool) -> Json | None:
+    """Return the arguments of an ensemble: a number of members, a list of them, or an object."""
+    if given is None:
+        return None
+    if not chat:
+        raise errors.UsageError("An ensemble answers chats only.", hint="Use /v1/chat/completions.")
+    if isinstance(given, dict):
+        return _checked(cast("Json", given), _MEMBERS, "biollm.ensemble.", closed=True)
+    return {"members": given}
 
 
 def models(config: Config, candidates: Iterable[Candidate]) -> list[Json]:
@@ -194,8 +201,9 @@ def answer(completion: Completion, *, chat: bool = True) -> Json:
 
 def story(completion: Completion) -> Json:
     """Return what OpenAI's JSON has no field for."""
-    names = ("provider", "account", "model", "deployment", "cost_usd", "latency_ms", "degraded", "notes")
-    return {**{name: getattr(completion, name) for name in names}, "attempts": _attempts(completion.attempts)}
+    names = ("id", "provider", "account", "model", "deployment", "cost_usd", "latency_ms", "degraded", "notes")
+    more = completion.panel() if isinstance(completion, EnsembleCompletion) else {}
+    return {**{name: getattr(completion, name) for name in names}, **more, "attempts": _attempts(completion.attempts)}
 
 
 def refusal(error: Exception, *, streamed: bool = False) -> tuple[int, Json, dict[str, str]]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from biollm._ownership import in_the_clear
 from biollm.config import Config
@@ -32,6 +32,7 @@ from biollm.routing.deployments import (
     most_sent,
     too_long,
 )
+from biollm.routing.router_config import GROUP, LOCAL_GROUP
 from biollm.slurm import endpoints
 from biollm.types import DataPolicy, Usage
 
@@ -343,6 +344,17 @@ def cooling_keys(deployment: Deployment, credential: Credential) -> tuple[str, .
         place = f"{deployment.provider.name}/{deployment.account.name}@{deployment.endpoint}"
         keys.append(f"key:{place}:{credential.fingerprint}")
     return tuple(keys)
+
+
+def address(config: Config, name: str) -> dict[str, Any]:
+    """Return the options that `model` stands for: the waterfall, its local part, "provider/model", or a model."""
+    if name in (GROUP, LOCAL_GROUP):
+        return {"local_only": True} if name == LOCAL_GROUP else {}
+    provider, _, model = name.partition("/")
+    whole = any(name in models_of(config, each) for each in config.providers)
+    if model and not whole and any(each.name == provider for each in config.providers):
+        return {"provider": provider, "model": model}
+    return {"model": name}
 
 
 def check_names(config: Config, provider: str | None, model: str | None) -> None:

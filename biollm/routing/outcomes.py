@@ -211,6 +211,7 @@ class Outcomes:
             finish_reason=choice.get("finish_reason") or "",
             reasoning=message.get("reasoning_content") or "",
             notes=run.notes(deployment),
+            id=run.id,
             raw=Fields(whole),
         )
         self._record(run, inflight, attempt, usage, completion.cost_usd)

@@ -489,3 +489,33 @@ def test_it_runs_on_the_loop_that_asks_too(net: Loopback, waterfall: Callable[..
             return [whole.json()["choices"][0]["message"]["content"], said(stream)]
 
     assert asyncio.run_coroutine_threadsafe(ask(), background().loop).result(60) == ["same loop"] * 2
+
+
+ENSEMBLES = [
+    # biollm.ensemble, who answered, status, what the error names
+    pytest.param(2, ["first/small", "second/small"], 200, "", id="number"),
+    pytest.param(["second/small"], ["second/small"], 200, "", id="list"),
+    pytest.param({"members": 2, "method": "vote", "quorum": 1}, ["first/small", "second/small"], 200, "", id="object"),
+    pytest.param("3", [], 400, "biollm.ensemble has the wrong type: str; it must be a number", id="text"),
+    pytest.param({"member": 2}, [], 400, "There is no option biollm.ensemble.member", id="misspelt"),
+    pytest.param({"members": True}, [], 400, "biollm.ensemble.members has the wrong type", id="boolean"),
+    pytest.param(["nothing"], [], 404, "nothing", id="unknown"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("given", "names", "status", "problem"), ENSEMBLES)
+def test_an_ensemble_answers_where_the_body_asks_for_one(
+    net: Loopback, serve: Any, given: Any, names: list[str], status: int, problem: str, stream: bool
+) -> None:
+    client = serve(first=net.serve(text="yes"), second=net.serve(text="Yes"))
+    answer = client.post(CHAT, json={**HI, "stream": stream, "biollm": {"ensemble": given}})
+    assert answer.status_code == status
+    if status != 200:
+        assert problem in answer.json()["error"]["message"]
+    elif stream:
+        assert said(answer).lower() == "yes"
+        assert [each["name"] for each in events(answer)[-2]["biollm"]["members"]] == names
+    else:
+        assert [each["name"] for each in answer.json()["biollm"]["members"]] == names
+        assert answer.json()["biollm"]["agreement"] == 1
