@@ -62,6 +62,7 @@ def test_the_exported_names_are_these() -> None:
         "check_all_providers",
         "condense",
         "get_model_client",
+        "normalize_log",
     ]
     assert all(hasattr(client, name) for name in client.__all__)
 

@@ -30,6 +30,7 @@ from biollm.types import Attempt, Completion, StreamChunk, StreamRestarted, Usag
 if TYPE_CHECKING:
     from biollm.client.client import Client, Defaults, ModelRouter, Options, get_model_client
     from biollm.inputs.condense import condense
+    from biollm.inputs.normalize_log import normalize_log
     from biollm.routing.health import check_all_providers
 
 __all__ = [
@@ -57,12 +58,18 @@ __all__ = [
     "check_all_providers",
     "condense",
     "get_model_client",
+    "normalize_log",
 ]
+
+_HOMES = {
+    "check_all_providers": "biollm.routing.health",
+    "condense": "biollm.inputs.condense",
+    "normalize_log": "biollm.inputs.normalize_log",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: `biollm.client.remote` does without the configuration."""
     if name in __all__:
-        home = {"check_all_providers": "biollm.routing.health", "condense": "biollm.inputs.condense"}
-        return getattr(import_module(home.get(name, "biollm.client.client")), name)
+        return getattr(import_module(_HOMES.get(name, "biollm.client.client")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
