@@ -92,11 +92,11 @@ def _local_models(settings: Config, names: list[str], changes: list[str] | None 
     for name in names:
         if name not in local:
             raise UnknownNameError("local model", name, local)
-        model = local[name]
+        model = local[local[name].base or name]
         for change in changes or []:
             model = override(model, change)
         chosen.append(model)
-    return chosen
+    return list({model.key: model for model in chosen}.values())  # an adapter and its base have one server
 
 
 def fit(

@@ -32,6 +32,7 @@ _SECTIONS: dict[str, Any] = {
     "models": Model, "providers": Provider, "cluster": Cluster, "routing": Routing, "costs": Costs,
     "alerts": Alerts, "accounts": schema.Account, "environment": Environment, "architecture": schema.Architecture,
 }  # fmt: skip
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Config:
         if name not in by_name:
             raise UnknownNameError("provider", name, by_name)
         return by_name[name]
+
+    def server_of(self, name: str) -> Model | None:
+        """Return the model by which a server for `name` is started: the base of a LoRA adapter; None if there is none."""
+        model = self.models.get(name)
+        return self.models[model.base] if model and model.base else model
 
     def problem(self, key: str, message: str, hint: str | None = None) -> Problem:
         """Return a problem at the line of a key, or of the first key beside it."""
@@ -96,14 +102,33 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         providers = [p if p.timeout or p.type == "api" else p.model_copy(update={"timeout": slow}) for p in providers]
     _warn(layers, providers, tree.cluster)
     written = layers.values()
-    parts = {name: getattr(tree, name) for name in ("models", "cluster", "data_policy", "costs", "alerts", "routing")}
+    parts = {name: getattr(tree, name) for name in ("cluster", "data_policy", "costs", "alerts", "routing")}
     return Config(
         **parts,
+        models=_with_adapters(tree.models),
         providers=tuple(providers),
         warnings=tuple(layers.warnings),
         sources={dotted(path): layers.where(path) for path in written},
         written={dotted(path): value for path, value in written.items()},
     )
+
+
+def _with_adapters(models: dict[str, Model]) -> dict[str, Model]:
+    """Return the models with each LoRA adapter added to its base's server, and with what it inherits from its base."""
+    found = dict(models)
+    for base in models.values():
+        if not (adapters := [each for each in models.values() if each.base == base.key]):
+            continue
+        rank = max(adapter.lora_rank for adapter in adapters)
+        args = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": min(r for r in _RANKS if r >= rank)}
+        modules = [f"{adapter.key}={adapter.lora}" for adapter in adapters]
+        args |= base.vllm_args | {"lora_modules": [*as_list(base.vllm_args.get("lora_modules") or []), *modules]}
+        found[base.key] = base.model_copy(update={"vllm_args": args})
+        own = {"name": "", "description": "", "priority": None}
+        for adapter in adapters:
+            own_values = own | {name: getattr(adapter, name) for name in adapter.model_fields_set}
+            found[adapter.key] = found[base.key].model_copy(update=own_values)
+    return found
 
 
 def _hint(missing: KeyPath, data: Mapping[str, Any]) -> str | None:
@@ -122,7 +147,12 @@ def _check_between(layers: Layers) -> None:
     for name, model in models.items():
         kind = model.get("type", "local")
         need = {"local": "an hf_id or a path", "embedded": "a gguf"}.get(str(kind))
-        if need and not (model.get("path") or model.get("hf_id" if kind == "local" else "gguf")):
+        if base := model.get("base"):
+            other = models.get(str(base))
+            if other is None or other.get("type", "local") != "local" or other.get("base"):
+                message = f"{base} is not a local model with weights of its own."
+                layers.report(("models", name, "base"), message, nearest(str(base), models.keys() - {name}) or None)
+        elif need and not (model.get("path") or model.get("hf_id" if kind == "local" else "gguf")):
             near = nearest(name, models.keys() - {name}) if "type" not in model else ""
             layers.report(("models", name), f"needs {need}, being of type {kind}.", near or None)
     titles: dict[str, str] = {}

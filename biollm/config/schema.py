@@ -24,6 +24,7 @@ LITELLM_PROVIDERS = (
     "perplexity", "sambanova", "together_ai", "vertex_ai", "xai",
 )  # fmt: skip
 
+_OF_SERVER = {"hf_id", "revision", "path", "gguf", "gpus_required", "vllm_args", "architecture"}
 ENTRY_NAME = {"models": "key", "providers": "name"}  # the field that an entry's name in the file gives
 
 
@@ -148,6 +149,9 @@ class Model(_Value):
     hf_id: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     revision: str | None = Field(default=None, pattern=r"^\w[\w./-]*$")
     path: values.FullPath | None = None  # Folder of the weights, instead of models_dir.
+    base: values.ModelName | None = None  # The model that a LoRA adapter belongs to: one server serves both.
+    lora: values.FullPath | None = None  # Folder of the adapter.
+    lora_rank: int = Field(default=16, ge=1, le=512)  # Rank of the adapter, `r` in its adapter_config.json.
     gguf: values.SingleLine | None = None  # A file, org/repo/file.gguf or pypi:wheel==version; #sha256= may follow.
     size_gb: values.Amount | None = None
     gpus_required: values.Count = 1
@@ -168,6 +172,18 @@ class Model(_Value):
     def _heads_have_a_width(self) -> Self:
         if (size := self.architecture) and not size.head_dim and not size.kv_lora_rank and size.hidden < size.heads:
             raise ValueError(f"architecture.hidden is {size.hidden}, less than its {size.heads} heads: correct one.")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_no_server(self) -> Self:
+        if bool(self.base) != bool(self.lora):
+            raise ValueError("needs both `base`, a model, and `lora`, the folder of its adapter.")
+        if set("=, ") & set(str(self.lora)):
+            raise ValueError(f"lora: vLLM accepts no blank, comma or = in the path of an adapter: {self.lora}.")
+        if self.base and (keys := self.model_fields_set & _OF_SERVER):
+            raise ValueError(
+                f"{' and '.join(sorted(keys))} cannot be set for an adapter: its base {self.base} is served."
+            )
         return self
 
     @property

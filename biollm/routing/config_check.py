@@ -137,7 +137,7 @@ def _flags(config: Config) -> Iterator[tuple[str, str]]:
     for model in config.models.values():
         block = f"models.{model.key}.vllm_args."
         spelt = {flag_name(at.removeprefix(block)): at for at in config.sources if at.startswith(block)}
-        for key, problem in vllm_flags.problems(model.vllm_args):
+        for key, problem in vllm_flags.problems({} if model.base else model.vllm_args):
             yield spelt.get(key, block + key), problem
 
 

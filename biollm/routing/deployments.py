@@ -129,7 +129,9 @@ def build_deployments(
     found = [
         deployment
         for order, (provider, name) in enumerate(models, 1)
-        for deployment in _of_model(config, provider, name, order, [each for each in running if each.model == name])
+        for deployment in _of_model(
+            config, provider, name, order, [each for each in running if name in (each.model, *each.adapters)]
+        )
     ]
     local_only = (policy or config.data_policy) == "local_only"
     return [deployment for deployment in found if deployment.local or not local_only]

@@ -19,7 +19,7 @@ def startable(config: Config, requirements: Requirements) -> Model:
     for deployment in build_deployments(config):
         if deployment.provider.type != "local" or not asked_for(deployment, requirements):
             continue
-        if (model := config.models.get(deployment.model)) is None:
+        if (model := config.server_of(deployment.model)) is None:
             continue
         reason = ineligible_reason(deployment, requirements) or _cannot_start(config, model)
         if reason is None:

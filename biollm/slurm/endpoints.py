@@ -58,6 +58,7 @@ class Endpoint:
     owner: int  # user id of the record's owner
     left_s: float  # walltime left when it was read
     link: int  # place in the chain, from 1
+    adapters: tuple[str, ...] = ()  # models that it serves beside its own
 
 
 class Records:
@@ -120,6 +121,7 @@ class Records:
             start=name, job=str(record["job"]), submission=str(record["submission"]), model=str(record["model"]), host=host,
             base_url=f"http://{address}:{int(record['port'])}/v1", key_file=path.parent.with_name("starts") / name / "key",
             owner=owner, left_s=left, link=int(record["link"]),
+            adapters=tuple(filter(None, str(record.get("adapters", "")).split(","))),
         )  # fmt: skip
 
     def _nodes(self) -> dict[str, str]:

@@ -42,6 +42,8 @@ class Setup:
     expert_parallel: bool = False
     stretched: bool = False
     offload_gib: float = 0.0
+    adapters: int = 0  # that the GPUs hold at a time
+    adapter_rank: int = 16
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def fit(
         expert_parallel=args.get("enable_expert_parallel", False),
         stretched="hf_overrides" in args,
         offload_gib=args.get("cpu_offload_gb", 0.0),
+        adapters=int(args.get("max_loras", 1)) if args.get("enable_lora") else 0,
+        adapter_rank=int(args.get("max_lora_rank", 16)),
     )
     if setup.tp < 1 or setup.pp < 1 or not 0 < setup.utilization <= 1:
         raise UsageError(f"{model.key}: GPUs must be at least 1, gpu_memory_utilization above 0 and at most 1.")
@@ -110,6 +114,7 @@ def compute(arch: Architecture, setup: Setup) -> FitReport:
     """Return the report of one setup, without suggestions."""
     weights = weight_bytes(arch, setup) / GIB
     share = max(0.0, weights / (setup.tp * setup.pp) - setup.offload_gib)
+    share += setup.adapters * 2 * adapter_parameters(arch, setup.adapter_rank) / setup.pp / GIB  # 16 bits
     budget = setup.gpu_gib * setup.utilization
     room = max(0.0, budget - OVERHEAD_GIB - share)
     if arch.kv_lora_rank:
@@ -139,6 +144,17 @@ def weight_bytes(arch: Architecture, setup: Setup) -> float:
         kept = 2 * arch.vocab * arch.hidden  # embeddings and head stay at 16 bits
         return min(published, (arch.parameters - kept) * bits / 8 + kept * 2)
     return arch.parameters * 4 if setup.float32 else published
+
+
+def adapter_parameters(arch: Architecture, rank: int) -> int:
+    """Return the parameters of a LoRA adapter of all linear layers; an upper bound, for experts share their own.
+
+    vLLM reserves room for them when it starts. Tensor parallelism divides only half of each, which is not counted.
+    """
+    queries = arch.heads * (arch.head_dim or arch.hidden // arch.heads)
+    keys = arch.kv_lora_rank or arch.kv_heads * (arch.head_dim or arch.hidden // arch.heads)
+    feed_forward = 3 * (arch.hidden + arch.intermediate) * max(1, arch.experts)
+    return rank * arch.layers * (2 * (arch.hidden + queries) + 2 * (arch.hidden + keys) + feed_forward)
 
 
 def _reasons(arch: Architecture, setup: Setup, share: float, budget: float, tokens: int, length: int) -> Iterator[str]:

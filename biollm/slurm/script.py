@@ -100,7 +100,9 @@ def render(models: Sequence[Model], cluster: Cluster, options: Options | None = 
     spread = {"nnodes": job.nodes, "distributed_executor_backend": "mp"} if job.nodes > 1 else {}
     for number, model in enumerate(models):
         gpus = model.gpus_required // job.nodes
-        block = f"--model {model.key} --gpus {gpus} --start-timeout {model.start_timeout} --"
+        adapters = ",".join(name for name, _ in vllm_flags.adapters(model.vllm_args))
+        block = f"--model {model.key} --gpus {gpus} --start-timeout {model.start_timeout}"
+        block += f" --adapters {shlex.quote(adapters)} --" if adapters else " --"
         command += [f"--and {block}" if number else block, *_vllm_serve(model, cluster, {**spread, **model.vllm_args})]
     return replace(script, text=_text(models, cluster, job, command))
 

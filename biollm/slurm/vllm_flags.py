@@ -61,6 +61,12 @@ def problems(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
         yield "enable_auto_tool_choice", "needs tool_call_parser, too."
 
 
+def adapters(args: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Return (name, folder) of each LoRA adapter in `lora_modules`."""
+    pairs = (str(each).partition("=") for each in as_list(args.get("lora_modules") or []))
+    return [(name, folder) for name, _, folder in pairs]
+
+
 def _wrong(name: str, kind: Any, value: Any, *, free: bool) -> str | None:
     """Return what is wrong with one value, or None; `free` accepts any choice."""
     if value is None or value == "" or "\0" in str(value):

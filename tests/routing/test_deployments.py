@@ -44,7 +44,7 @@ def _config(folder: Path, *, shipped: bool = False) -> Config:
 
 def server(start: str, model: str = "mine") -> Any:
     """Stand for the record of a running server."""
-    return SimpleNamespace(start=start, model=model, base_url=f"http://n1:80{start}/v1", key_file="/k")
+    return SimpleNamespace(start=start, model=model, base_url=f"http://n1:80{start}/v1", key_file="/k", adapters=())
 
 
 def test_the_shipped_waterfall_is_the_recorded_one() -> None:

@@ -293,7 +293,8 @@ class Server:
         job, options = self.job, self.job.options
         record = {"start": self._start, "cluster": options.cluster, "job": job.id, "submission": job.submission,
                   "model": self.name, "host": job.host, "address": job.address, "port": self._port,
-                  "left_s": int(job.left_s()), "chain": options.chain, "link": options.link}  # fmt: skip
+                  "left_s": int(job.left_s()), "chain": options.chain, "link": options.link,
+                  "adapters": self.model.adapters}  # fmt: skip
         new = self._record.with_suffix(".new")
         _write(new, json.dumps(record))
         job.share(new, 0o640)
@@ -407,7 +408,7 @@ def assign_devices(gpus: list[int], granted: str | None) -> list[str | None]:
 def parse(words: list[str]) -> list[argparse.Namespace]:
     """Read `[OPTIONS] --model NAME -- COMMAND... [--and ...]`: one namespace for each model, the first with the options."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for name in ("--submission", "--chain", "--share", "--cluster", "--log-dir", "--model"):
+    for name in ("--submission", "--chain", "--share", "--cluster", "--log-dir", "--model", "--adapters"):
         parser.add_argument(name, default="")
     for name, default in (("--link", 1), ("--links", 1), ("--nodes", 1), ("--gpus", 0), ("--start-timeout", 1800)):
         parser.add_argument(name, type=int, default=default)
