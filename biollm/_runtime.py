@@ -21,6 +21,7 @@ from biollm.config import Cluster
 from biollm.config.paths import run_dir, state_dir
 from biollm.errors import UsageError
 from biollm.ledger import Ledger
+from biollm.ledger.ratings import Ratings
 from biollm.slurm.endpoints import Watch
 
 T = TypeVar("T")
@@ -210,6 +211,15 @@ def ledger() -> Ledger:
     if key not in here.kept:
         here.kept[key] = Ledger(state_dir())
         here.stop_first()  # what is cancelled at exit is then still written
+    return here.kept[key]
+
+
+def ratings() -> Ratings:
+    """Return the process's ratings of the state folder."""
+    here, key = background(), ("ratings", state_dir())
+    if key not in here.kept:
+        here.kept[key] = Ratings(state_dir())
+        here.stop_first()
     return here.kept[key]
 
 

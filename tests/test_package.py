@@ -67,7 +67,7 @@ def test_the_exported_names_are_these() -> None:
     assert all(hasattr(client, name) for name in client.__all__)
 
 
-@pytest.mark.parametrize("name", ["complete", "stream", "complete_many", "fill_in_middle"])
+@pytest.mark.parametrize("name", ["complete", "stream", "complete_many", "fill_in_middle", "ensemble"])
 def test_sync_and_async_take_the_same(name: str) -> None:
     def parameters(function: Any) -> Any:
         return inspect.signature(function).parameters
@@ -120,7 +120,7 @@ def test_the_wheel_works_far_from_its_source(wheel: Path, tmp_path: Path) -> Non
 
 def test_every_async_method_is_a_pair() -> None:
     methods = {name for name, _ in inspect.getmembers(client.Client, inspect.iscoroutinefunction) if name[0] != "_"}
-    assert methods == {"acomplete", "acomplete_many", "afill_in_middle"}
+    assert methods == {"acomplete", "acomplete_many", "aensemble", "afill_in_middle"}
 
 
 def test_the_picture_of_the_layers_is_the_contract() -> None:

@@ -117,6 +117,7 @@ def report(answer: Completion, progress: Progress, *, verbose: bool) -> None:
         for attempt in answer.attempts:
             seconds = f"{attempt.ms / 1000:.1f} s  " if attempt.ms else ""
             progress.note(f"  {attempt.outcome:9} {attempt.deployment}  {seconds}{attempt.reason}")
+        progress.note(f"  id {answer.id}")
     price = "free" if answer.cost_usd == 0 else f"{answer.cost_usd:.6f} USD" if answer.cost_usd else "price unknown"
     about = "about " if answer.usage.estimated else ""
     tokens = f"{about}{answer.usage.prompt_tokens} + {answer.usage.completion_tokens} tokens"

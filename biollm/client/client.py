@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from biollm.client import attachments, remote
-from biollm.client.options import Defaults, Options, Prompt, TypedOptions, check, make_request
+from biollm.client.options import RATINGS, Defaults, Options, Prompt, TypedOptions, check, make_request
 from biollm.config.paths import wants_local_only
 from biollm.errors import CompletionError, UnknownNameError, UsageError
 from biollm.routing.normalize import at_least, checked, text
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from biollm.client.ensemble import EnsembleCompletion, Method
     from biollm.client.local import Local, LocalCall
     from biollm.config import Config, Limit
+    from biollm.ledger.ratings import Rating
     from biollm.routing.candidates import Candidate
     from biollm.routing.deployments import Deployment
     from biollm.routing.request import Request
@@ -285,6 +286,25 @@ class Client:
         from biollm._runtime import ledger
 
         return ledger().used(deployment.scope, deployment.limits)
+
+    def rate(self, answer: Completion | str, rating: Rating, *, correction: str | None = None) -> bool:
+        """Mark an answer, for `usage --by rating` and for fine-tuning; return whether its prompt and text are kept.
+
+        They are where `store_rated` is set in providers.yaml; only then is a correction kept, too.
+
+        Args:
+            answer: The answer, or its id: 6 letters or more, or "last".
+            rating: "up" or "down".
+            correction: What the answer should have been.
+
+        Raises:
+            UsageError: This user's history has no such answer, or several.
+        """
+        from biollm._runtime import ledger, ratings
+
+        checked({"rating": rating}, RATINGS)
+        ledger().flush()
+        return ratings().rate(answer if isinstance(answer, str) else answer.id, rating, correction)[1]
 
     def __enter__(self) -> Client:
         return self

@@ -70,6 +70,8 @@ RULES: dict[str, Rule] = {
     "sender": _one_of("litellm", "direct"),
 }
 
+RATINGS: dict[str, Rule] = {"rating": _one_of("up", "down")}
+
 
 class _Common(TypedDict, total=False):
     """Options of `get_model_client` and of every call but `response_model`; see `Defaults`."""

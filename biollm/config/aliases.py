@@ -19,7 +19,8 @@ from biollm.errors import nearest
 Tree = dict[str, Any]
 ENTRIES = ("models", "providers")  # sections that hold entries by name
 BLOCKS = (*ENTRIES, "cluster", "routing", "costs", "alerts", "locked")
-TOP = (*BLOCKS, "data_policy", "lenient", "inherit")
+SCALARS = ("data_policy", "store_rated", "store_rated_local")
+TOP = (*BLOCKS, *SCALARS, "lenient", "inherit")
 NO_MAPPING = "must be a mapping, its keys indented below it."
 _NESTED = {("", block) for block in BLOCKS} | {("cluster", "environment"), ("models", "architecture")}
 _RENAMED = {

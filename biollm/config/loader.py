@@ -19,7 +19,7 @@ from pydantic import ValidationError, create_model
 
 from biollm._ownership import in_the_clear
 from biollm.config import schema, values
-from biollm.config.aliases import TOP, aliases
+from biollm.config.aliases import SCALARS, TOP, aliases
 from biollm.config.merge import FILES, Layers
 from biollm.config.paths import config_dirs, wants_local_only
 from biollm.config.schema import ENTRY_NAME, Alerts, Cluster, Costs, Environment, Model, Provider, Routing, Tree
@@ -46,6 +46,8 @@ class Config:
     costs: Costs = field(default_factory=Costs)
     alerts: Alerts = field(default_factory=Alerts)
     routing: Routing = field(default_factory=Routing)
+    store_rated: float | None = None
+    store_rated_local: bool = False
     warnings: tuple[Problem, ...] = ()
     sources: dict[str, str] = field(default_factory=dict[str, str], repr=False)  # "providers.x.priority" -> "file:line"
     written: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)  # the same key -> the value there
@@ -102,7 +104,8 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         providers = [p if p.timeout or p.type == "api" else p.model_copy(update={"timeout": slow}) for p in providers]
     _warn(layers, providers, tree.cluster)
     written = layers.values()
-    parts = {name: getattr(tree, name) for name in ("cluster", "data_policy", "costs", "alerts", "routing")}
+    names = ("cluster", "costs", "alerts", "routing", *SCALARS)
+    parts = {name: getattr(tree, name) for name in names}
     return Config(
         **parts,
         models=_with_adapters(tree.models),
@@ -224,7 +227,7 @@ def json_schema(kind: Literal["models", "providers", "cluster"]) -> dict[str, An
 
     A comment beside a field in `schema.py` is the description that an editor shows for the key.
     """
-    names = (kind, "routing", "costs", "alerts", "data_policy")
+    names = (kind, "routing", "costs", "alerts", *SCALARS)
     create: Any = create_model  # whose types know no computed field names
     part_of_tree = create(kind, **{name: (Tree.model_fields[name].annotation, ...) for name in names})
     schema: dict[str, Any] = part_of_tree.model_json_schema()

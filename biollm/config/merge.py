@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from biollm.config.aliases import ENTRIES, NO_MAPPING, Translator, Tree, is_off
+from biollm.config.aliases import ENTRIES, NO_MAPPING, SCALARS, Translator, Tree, is_off
 from biollm.config.yaml import Document, KeyPath, dotted, read
 from biollm.errors import Problem, nearest
 from biollm.types import DATA_POLICIES
@@ -61,7 +61,7 @@ class Layers:
 
     def _forget(self, sections: Iterable[str]) -> None:
         """Drop what earlier layers wrote in these sections, except what they locked."""
-        for section in {*sections} - {"data_policy"}:
+        for section in {*sections} - {*SCALARS}:
             self.data.pop(section, None)
         for path, value in self.locked.items():
             node = self.data

@@ -301,6 +301,8 @@ class Tree(_Value):
     costs: Costs = Costs()
     alerts: Alerts = Alerts()
     data_policy: DataPolicy = "any"
+    store_rated: values.Duration | None = None  # How long prompts and answers are kept, so that they can be rated.
+    store_rated_local: bool = False  # Whether those under the data policy local_only are kept, too.
 
     @model_validator(mode="before")
     @classmethod

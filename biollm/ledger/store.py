@@ -111,7 +111,7 @@ class Ledger:
     """
 
     def __init__(self, directory: Path, *, clock: Callable[[], float] = time.time, network: bool | None = None) -> None:
-        self._directory, self._clock, self._network = directory, clock, network
+        self.directory, self._clock, self._network = directory, clock, network
         self._quotas, self._history = directory / "quotas.db", directory / "history.db"
         self._processes: dict[int, _Process] = {}  # by process id; closing a parent's files after a fork would harm it
         self._blocked: dict[str, Cooldown] = {}
@@ -305,7 +305,7 @@ class Ledger:
         return Database(self._history, schema, self._on_network(), "NORMAL", patience=_EXIT, migrate=attempts.migrate)
 
     def _on_network(self) -> bool:
-        return on_network(self._directory) if self._network is None else self._network
+        return on_network(self.directory) if self._network is None else self._network
 
     def _count(self, change: _Write) -> None:
         process = self._process()
@@ -413,7 +413,7 @@ class Ledger:
                 "The ledger in %s cannot be used (%s): limits hold within this process and records wait in memory "
                 "until it can. Make the folder writable, or set BIOLLM_STATE_DIR to another."
             )
-            _log.warning(text, self._directory, error)
+            _log.warning(text, self.directory, error)
 
 
 def _resolve(pending: Sequence[_Pending]) -> None:

@@ -23,8 +23,9 @@ from biollm.errors import UsageError
 from biollm.ledger import Ledger, history
 from biollm.ledger.history import Cell, Key
 from biollm.ledger.quotas import period
+from biollm.ledger.ratings import marks
 
-By = Literal["provider", "account", "model", "day", "hour", "tag"]
+By = Literal["provider", "account", "model", "day", "hour", "tag", "rating"]
 Cells = Sequence[tuple[Key, Cell]]
 Price = tuple[float, float] | None  # USD per token of prompt and of answer
 WEEK = 7 * 86400.0  # seconds: a report's default length, and how long Slurm's jobs are remembered
@@ -124,8 +125,9 @@ def report(
     since = until - WEEK if since is None else since
     cells, kept = history.cells(ledger, since, until, exact, _GRAIN.get(by, 1 << 30))
     price = _price(config.costs.reference_model)
+    groups = cells if by != "rating" else history.marked(ledger, since, until, marks(ledger.directory, since, until))
     embedded = {each.name for each in config.providers if each.type == "embedded"}
-    rows, total = _rows(cells, by, price, embedded, exact=kept)
+    rows, total = _rows(cells, groups, by, price, embedded, exact=kept)
     limits = tuple(quotas(config, ledger))
     return Report(
         since=since,
@@ -152,13 +154,15 @@ def moment(written: str, now: float) -> float:
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
-def _rows(cells: Cells, by: By, price: Price, embedded: Set[str], *, exact: bool) -> tuple[tuple[Row, ...], Row]:
+def _rows(
+    cells: Cells, grouped: Cells, by: By, price: Price, embedded: Set[str], *, exact: bool
+) -> tuple[tuple[Row, ...], Row]:
     groups: defaultdict[str, list[tuple[Key, Cell]]] = defaultdict(list)
-    for key, cell in cells:
+    for key, cell in grouped:
         for name in _names(key, by):
             groups[name].append((key, cell))
     counted = {name: _latencies(group, exact) for name, group in groups.items()}
-    if by == "tag" or not counted:  # a request may have several tags
+    if by in ("tag", "rating") or not counted:  # a request may have several tags, and not all are rated
         whole = _latencies(cells, exact)
     else:
         whole = [sum(counts, Counter[float]()) for counts in zip(*counted.values(), strict=True)]
@@ -177,6 +181,8 @@ def _latencies(group: Cells, exact: bool) -> Sequence[Counter[float]]:
 def _names(key: Key, by: By) -> Sequence[str]:
     if by == "tag":
         return [f"{name}={value}" for name, value in json.loads(key.tags).items()] or ["(none)"]
+    if by == "rating":
+        return (key.tags,)
     if by in ("day", "hour"):
         at = datetime.fromtimestamp(key.hour * 3600, UTC)
         return (at.strftime("%Y-%m-%d" if by == "day" else "%Y-%m-%d %H:00"),)

@@ -224,8 +224,8 @@ def test_what_no_window_sees_is_removed_even_from_a_clock_that_ran_ahead(ledger:
     reserve(ledger, per(5, "hour"), per(5, "day"))
     clock.now += 2 * 86400
     reserve(ledger, per(5, "hour"))
-    assert len(rows(ledger._directory, "SELECT * FROM sent")) == 1
-    assert rows(ledger._directory, "SELECT * FROM total") == []
+    assert len(rows(ledger.directory, "SELECT * FROM sent")) == 1
+    assert rows(ledger.directory, "SELECT * FROM total") == []
 
 
 # Processes
@@ -424,7 +424,7 @@ def test_of_two_blocks_the_longer_holds(ledger: Ledger, clock: Clock) -> None:
         ledger.cool("account:a", seconds, reason)
     assert ledger.blocked() == {"account:a": Cooldown(NOON + 7200, "day", stated=True)}
     ledger.flush()
-    assert rows(ledger._directory, "SELECT key, until, reason FROM cooldown") == [("account:a", NOON + 7200, "day")]
+    assert rows(ledger.directory, "SELECT key, until, reason FROM cooldown") == [("account:a", NOON + 7200, "day")]
     assert reserve(ledger, cooling=("account:a",)).reason == "day, frees in 2 h"
 
 

@@ -1,0 +1,158 @@
+"""Ratings of answers, and the rated prompts and answers themselves where `store_rated` keeps them.
+
+history.db has neither prompts nor answers, and its attempts may be pruned; so this is a file of its own, ratings.db.
+A prompt that nobody rates is deleted after the time that is configured.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from biollm.errors import UsageError
+from biollm.ledger.sqlite import Database, on_network, read, reading
+from biollm.ledger.writer import Writer
+
+Rating = Literal["up", "down"]
+FILE = "ratings.db"
+_log = logging.getLogger("biollm")
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS rating (request TEXT PRIMARY KEY, at REAL, rating TEXT, correction TEXT);
+CREATE TABLE IF NOT EXISTS kept (request TEXT PRIMARY KEY, at REAL, messages TEXT, answer TEXT, model TEXT, tags TEXT,
+    local_only INTEGER, until REAL);
+CREATE INDEX IF NOT EXISTS kept_until ON kept (until);
+"""
+_EXPIRE = "DELETE FROM kept WHERE until < ? AND request NOT IN (SELECT request FROM rating)"
+_RATED = (
+    "SELECT request, kept.at, messages, answer, rating, correction, model, tags, local_only FROM rating JOIN kept"
+    " USING (request) ORDER BY kept.at"
+)
+_FIND = (
+    "SELECT request, at FROM attempt WHERE outcome = 'ok' AND substr(request, 1, ?) = ? ORDER BY at DESC LIMIT 2",
+    "SELECT request, at FROM attempt WHERE outcome = 'ok' ORDER BY at DESC LIMIT 1",
+)
+_WAIT = 2.0  # seconds for a file that others write to
+_LEAST = 6  # letters of an id that may stand for it
+
+
+@dataclass(frozen=True)
+class RatedAnswer:
+    """A rated answer with its prompt.
+
+    Attributes:
+        id: Of the request.
+        at: When it was asked, in seconds since the epoch.
+        messages: OpenAI-shaped, with the excerpts of attachments as they were sent.
+        correction: What the answer should have been.
+        local_only: Whether the request's data policy was that.
+    """
+
+    id: str
+    at: float
+    messages: list[dict[str, Any]]
+    answer: str
+    rating: Rating
+    correction: str | None
+    model: str
+    tags: Mapping[str, str]
+    local_only: bool
+
+
+def marks(directory: Path, since: float, until: float) -> dict[str, Rating]:
+    """Return request id -> rating of the answers of `since` <= at < `until`."""
+    query = "SELECT request, rating FROM rating WHERE at >= ? AND at < ?"
+    return dict(read(directory / FILE, query, (since, until), patience=_WAIT))
+
+
+class Ratings:
+    """The ratings of one state folder. Files are 0600."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path, self._history = directory / FILE, directory / "history.db"
+        self._writer: Writer[tuple[Any, ...]] = Writer(self._database(), _keep, self._warn)
+        self._warned = False
+        atexit.register(self.close)
+        if self._path.exists():
+            self._writer.put(())  # what has expired is deleted, also once nothing is kept any more
+
+    def keep(
+        self,
+        request: str,
+        at: float,
+        messages: Sequence[Mapping[str, Any]],
+        answer: str,
+        *,
+        model: str,
+        tags: Mapping[str, str],
+        local_only: bool,
+        seconds: float,
+    ) -> None:
+        """Keep a prompt and its answer for so many seconds, or for good once it is rated."""
+        texts = (json.dumps(messages, ensure_ascii=False), answer, model, json.dumps(dict(tags)))
+        self._writer.put((request, at, *texts, int(local_only), at + seconds))
+
+    def close(self) -> None:
+        """Write what waits, in at most 2 s; also done at interpreter exit."""
+        self._writer.flush(_WAIT)
+
+    def rate(self, request: str, rating: Rating, correction: str | None = None) -> tuple[str, bool]:
+        """Mark an answer; return its full id, and whether its prompt is kept. A correction needs that.
+
+        Args:
+            request: The request's id, its first 6 letters or more, or "last".
+            rating: "up" or "down"; it replaces an earlier one.
+            correction: What the answer should have been.
+
+        Raises:
+            UsageError: There is no such answer in the history, or several.
+        """
+        self.close()
+        ident, at = self._find(request)
+        kept = bool(read(self._path, "SELECT 1 FROM kept WHERE request = ?", (ident,), patience=_WAIT))
+        row = (ident, at, rating, correction if kept else None)
+        file = self._database()
+        file.write(lambda db: db.execute("INSERT OR REPLACE INTO rating VALUES (?, ?, ?, ?)", row) and None)
+        file.close()
+        return ident, kept
+
+    def rated(self) -> Iterator[RatedAnswer]:
+        """Yield the rated answers whose prompts were kept, oldest first."""
+        for ident, at, messages, answer, rating, correction, model, tags, local in read(
+            self._path, _RATED, patience=_WAIT
+        ):
+            yield RatedAnswer(
+                ident, at, json.loads(messages), answer, rating, correction, model, json.loads(tags), bool(local)
+            )
+
+    def _find(self, request: str) -> tuple[str, float]:
+        newest = request == "last"
+        if not newest and len(request) < _LEAST:
+            raise UsageError(f"{request!r} is too short for an id.", hint=f"Give {_LEAST} letters of it, or `last`.")
+        found: list[tuple[str, float]] = []
+        if self._history.exists():
+            with reading(self._history, _WAIT) as db:
+                found = db.execute(_FIND[newest], () if newest else (len(request), request)).fetchall()
+        if len({ident for ident, _ in found}) == 1:
+            return found[0]
+        hint = "The id of an answer is in --json, and under it with -v; `last` is the newest."
+        raise UsageError(f"{'Several answers have' if found else 'No answer has'} the id {request}.", hint=hint)
+
+    def _warn(self, _: object, error: Exception | None) -> None:
+        if error and not self._warned:
+            self._warned = True
+            _log.warning("%s cannot be written (%s): prompts are not kept for rating.", self._path, error)
+
+    def _database(self) -> Database:
+        return Database(self._path, _SCHEMA, on_network(self._path.parent), "NORMAL", patience=_WAIT)
+
+
+def _keep(db: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> None:
+    db.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [row for row in rows if row])
+    db.execute(_EXPIRE, (time.time(),))

@@ -1,0 +1,150 @@
+"""Answers are rated; their prompts are kept only where the configuration says so, and no longer."""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from behaviours import HTTP_500
+from conftest import until
+from provider import Json, Loopback
+
+from biollm._runtime import ledger, ratings
+from biollm.client import Client, UsageError, get_model_client
+from biollm.ledger.ratings import FILE, Ratings
+
+Write = Callable[..., Path]
+KEEP = {"store_rated": "7d"}
+
+
+def client(net: Loopback, waterfall: Write, top: Json) -> Client:
+    waterfall(top, first=net.serve(text="out of memory"))
+    return get_model_client(sender="direct")
+
+
+def kept(state: Path) -> list[Any]:
+    ratings().close()
+    return list(Ratings(state).rated())
+
+
+def test_a_rated_answer_is_kept_with_its_prompt_and_correction(net: Loopback, waterfall: Write, state: Path) -> None:
+    asking = client(net, waterfall, KEEP)
+    answer = asking.complete("Why?", system="Be brief.", attachments=["exit 137"], tags={"agent": "a"})
+    assert asking.rate(answer, "down", correction="disk full") is True
+    (found,) = kept(state)
+    assert [each["role"] for each in found.messages] == ["system", "user"]
+    assert "exit 137" in found.messages[1]["content"] and "Why?" in found.messages[1]["content"]
+    assert (found.id, found.answer, found.rating, found.correction) == (answer.id, "out of memory", "down", "disk full")
+    assert (found.model, found.tags, found.local_only) == ("small", {"agent": "a"}, False)
+    assert stat.S_IMODE((state / FILE).stat().st_mode) == 0o600
+
+
+def test_a_rating_replaces_the_one_before(net: Loopback, waterfall: Write, state: Path) -> None:
+    asking = client(net, waterfall, KEEP)
+    answer = asking.complete("Why?")
+    asking.rate(answer, "down", correction="no")
+    asking.rate("last", "up")
+    assert [(each.rating, each.correction) for each in kept(state)] == [("up", None)]
+
+
+POLICIES = [
+    # top of providers.yaml, options of the call, whether prompt and answer are kept
+    ({}, {}, False),
+    (KEEP, {}, True),
+    (KEEP, {"local_only": True}, False),
+    (KEEP | {"store_rated_local": True}, {"local_only": True}, True),
+    (KEEP | {"data_policy": "local_only"}, {}, False),
+    ({"store_rated_local": True}, {"local_only": True}, False),
+]
+
+
+@pytest.mark.parametrize(("top", "options", "stored"), POLICIES)
+def test_nothing_is_kept_unless_the_configuration_says_so(
+    net: Loopback, waterfall: Write, state: Path, top: Json, options: Json, stored: bool
+) -> None:
+    asking = client(net, waterfall, top)
+    answer = asking.complete("a secret prompt", **options)
+    assert asking.rate(answer, "up", correction="a secret correction") is stored
+    assert len(kept(state)) == stored
+    ledger().flush()
+    found = b"".join(path.read_bytes() for path in state.rglob("*") if path.is_file())
+    assert (b"a secret" in found) is stored
+
+
+def test_what_is_not_rated_is_deleted_after_its_time(net: Loopback, waterfall: Write, state: Path) -> None:
+    asking = client(net, waterfall, {"store_rated": "1s"})
+    first, _ = asking.complete("one"), asking.complete("two")
+    asking.rate(first, "up")
+    time.sleep(1.1)
+    asking.complete("three")
+    assert [each.messages[-1]["content"] for each in kept(state)] == ["one"]
+    until(lambda: b"three" in everything(state))
+    assert b'"two"' not in everything(state)
+
+
+def test_it_is_deleted_also_after_keeping_was_turned_off(net: Loopback, waterfall: Write, state: Path) -> None:
+    client(net, waterfall, {"store_rated": "1s"}).complete("two")
+    ratings().close()
+    time.sleep(1.1)
+    Ratings(state).close()
+    assert b'"two"' not in everything(state)
+
+
+def everything(state: Path) -> bytes:
+    import sqlite3
+
+    with sqlite3.connect(state / FILE) as db:
+        return "\n".join(db.iterdump()).encode()
+
+
+def test_usage_reports_by_rating(net: Loopback, waterfall: Write, biollm: Any) -> None:
+    asking = client(net, waterfall, {})
+    for rating in ("up", "up", "down", None):
+        answer = asking.complete("Why?")
+        if rating:
+            asking.rate(answer, rating)  # type: ignore[arg-type]
+    report = biollm("usage", "--by", "rating", "--json").json
+    assert {row["name"]: row["requests"] for row in report["rows"]} == {"up": 2, "down": 1}
+    assert report["total"]["requests"] == 4
+
+
+def test_the_command_line_rates_by_id(net: Loopback, waterfall: Write, biollm: Any, tmp_path: Path) -> None:
+    client(net, waterfall, KEEP)
+    (right := tmp_path / "right.txt").write_text("disk full")
+    ident = biollm("complete", "hi", "--json").json["id"]
+    ran = biollm("rate", ident[:8], "down", "--correction", right)
+    assert (ran.code, ran.out) == (0, f"{ident}: rated down.\n")
+    assert biollm("rate", "last", "up").code == 0
+
+
+def test_without_keeping_it_says_what_is_lost(net: Loopback, waterfall: Write, biollm: Any, tmp_path: Path) -> None:
+    client(net, waterfall, {}).complete("hi")
+    (right := tmp_path / "right.txt").write_text("disk full")
+    ledger().flush()
+    out = biollm("rate", "last", "down", "--correction", right).out
+    assert "Its prompt was not kept" in out and "The correction is not kept either." in out
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["last", "up"], "No answer has the id last."),
+        (["abcdef12", "up"], "No answer has the id abcdef12."),
+        (["abc", "up"], "'abc' is too short for an id."),
+        (["last", "sideways"], "The rating is 'sideways'; it must be up or down."),
+        (["last", "up", "--correction", "/nothing"], "/nothing cannot be read"),
+    ],
+)
+def test_what_cannot_be_rated_is_one_sentence(
+    net: Loopback, waterfall: Write, biollm: Any, words: list[str], problem: str
+) -> None:
+    waterfall(first=net.serve(then=HTTP_500))
+    ran = biollm("rate", *words)
+    assert ran.code == 2
+    assert problem in ran.err
+    with pytest.raises(UsageError):
+        get_model_client(sender="direct").rate("last", "sideways")  # type: ignore[arg-type]
