@@ -17,7 +17,11 @@ from biollm.types import DATA_POLICIES
 
 FILES = ("models", "providers", "cluster")
 _READ = (*FILES, "gateway_keys")
-_ALTERNATIVES = (("env_key", "key_file", "accounts"), ("venv", "conda", "container"))  # a later one replaces the others
+_ALTERNATIVES = (
+    ("env_key", "key_file", "accounts"),
+    ("venv", "conda", "container"),
+    ("password_env", "password_file"),
+)  # a later one replaces the others
 
 
 class Layers:

@@ -291,6 +291,14 @@ class Routing(_Value):
     local_timeout: values.Amount | None = None  # Per attempt at a local server.
 
 
+class LedgerServer(_Value):
+    """The Redis or Valkey server on which several hosts count; without a URL, a user's processes do in a file."""
+
+    url: values.RedisUrl = None  # redis://host:6379/0, rediss://host:6380/0 (TLS) or unix:///path?db=0
+    password_env: values.EnvKey = None  # Holds the server's password.
+    password_file: values.FullPath | None = None  # A file (0600) with the server's password.
+
+
 class Tree(_Value):
     """All of the configuration, as merged from the files."""
 
@@ -300,6 +308,7 @@ class Tree(_Value):
     routing: Routing = Routing()
     costs: Costs = Costs()
     alerts: Alerts = Alerts()
+    ledger: LedgerServer = LedgerServer()
     data_policy: DataPolicy = "any"
     store_rated: values.Duration | None = None  # How long prompts and answers are kept, so that they can be rated.
     store_rated_local: bool = False  # Whether those under the data policy local_only are kept, too.

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -64,6 +65,7 @@ _NUMBER_UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z%]*)", re.I)
 _THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _KEY = re.compile(r"(?:sk-|pk-|rk-|gsk_|gh[opsu]_|github_pat_|hf_|xai-|AIza|nvapi-|r8_|pplx-)[\w-]{12,}")
 _RANDOM = re.compile(r"(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{20,}|[0-9a-fA-F-]{24,}")
+_REDIS_OPTIONS = {"db", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
 ROUTE = "/chat/completions"  # of a request's URL; a base URL ends before it
 _TOKENS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # as vLLM reads them
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -165,6 +167,22 @@ def _url(value: object) -> object:
     return text.rstrip("/").removesuffix(ROUTE)
 
 
+def _redis_url(value: object) -> object:
+    url, query = None, dict[str, str]()
+    with suppress(ValueError):
+        url = urlsplit(str(value))
+        query = dict(parse_qsl(url.query, keep_blank_values=True))
+        place = {"redis": url.hostname, "rediss": url.hostname, "unix": url.path}.get(url.scheme)
+        good = place and url.port != 0 and query.keys() <= _REDIS_OPTIONS and not re.search(r"\s", url.geturl())
+        url = url if good or url.password or "password" in query else None
+    if url is None:
+        example = "redis://host:6379/0, rediss://host:6380/0?ssl_ca_certs=FILE or unix:///path?db=0"
+        raise ValueError(f"is not the address of a Redis server. Write it like {example}.")
+    if url.password or "password" in query:
+        raise ValueError("contains a password. Write it into a password_file, or name a password_env.")
+    return value
+
+
 def _resets(value: object) -> str:
     from zoneinfo import ZoneInfo
 
@@ -239,6 +257,7 @@ Expanded = Annotated[SingleLine, BeforeValidator(_expanded)]
 FullPath = Annotated[Path, BeforeValidator(_path)]
 EnvKey = Annotated[str, BeforeValidator(_env_key)] | None
 Url = Annotated[str, BeforeValidator(_url)] | None
+RedisUrl = Annotated[str, BeforeValidator(_redis_url)] | None
 Resets = Annotated[str, BeforeValidator(_resets)] | None
 Flags = Annotated[dict[str, Annotated[object, BeforeValidator(_typed)]], BeforeValidator(_flags)]
 EnvValue = Annotated[str | None, BeforeValidator(_no_key)]

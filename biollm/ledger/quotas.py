@@ -37,7 +37,7 @@ _LEAST = {"requests": 1.0, "tokens": 1.0, "usd": 1e-6}  # that must still fit
 _SOON = 1.0  # seconds until a request is tried again that only those in flight keep out
 _DAY = 86400.0
 COOLDOWNS = "SELECT key, until, reason, kind, stated, times FROM cooldown WHERE until > ?"
-RECOVER = "DELETE FROM cooldown WHERE key = ? AND until <= ? AND (until <= ? OR NOT stated)"
+_RECOVER = "DELETE FROM cooldown WHERE key = ? AND until <= ? AND (until <= ? OR NOT stated)"
 MEMORY = 86400.0  # seconds for which a cooldown that ended is still a step of the ladder
 _TOGETHER = 1.0  # seconds: failures so near each other are one step, if the first step is no cooldown
 _FARTHEST = 32 * 86400.0  # seconds; no cooldown is longer
@@ -57,6 +57,15 @@ class Cooldown(NamedTuple):
         return ladder[min(self.times, len(ladder)) - 1]
 
 
+class Block(NamedTuple):
+    """What keeps a request back, and until when, in epoch seconds."""
+
+    until: float
+    reason: str
+    key: str  # on cooldown; "scope:" and the scope for a limit
+    shut: bool = False  # a limit without room for any request
+
+
 def next_cooldown(
     before: Cooldown | None, now: float, reason: str, kind: str, seconds: float | None, ladder: Sequence[float]
 ) -> Cooldown:
@@ -71,7 +80,7 @@ def next_cooldown(
 
 
 def cool(
-    db: sqlite3.Connection, key: str, now: float, reason: str, kind: str, seconds: float | None, ladder: Sequence[float]
+    db: sqlite3.Connection, now: float, key: str, reason: str, kind: str, seconds: float | None, ladder: Sequence[float]
 ) -> Cooldown:
     """Put `key` on cooldown, for at least as long as it already is."""
     found = db.execute(f"{COOLDOWNS} AND key = ?", (now - MEMORY, key)).fetchone()
@@ -83,7 +92,38 @@ def cool(
     return made
 
 
-def release(db: sqlite3.Connection, scope: str, reservation: int, at: float) -> None:
+def recover(db: sqlite3.Connection, now: float, key: str, known: float) -> None:
+    """End the cooldown of `key` unless the provider stated it, or it ends later than in `known` seconds: a new one."""
+    db.execute(_RECOVER, (key, now + known, now))
+
+
+def learn(db: sqlite3.Connection, _: float, model: str, ratio: float) -> None:
+    """Keep how many tokens a model counts where one was estimated."""
+    db.execute("INSERT OR REPLACE INTO token_ratio VALUES (?, ?)", (model, ratio))
+
+
+def note(db: sqlite3.Connection, now: float, digests: Sequence[str], model: str) -> None:
+    """Keep which model gave what has these digests."""
+    db.executemany("INSERT OR REPLACE INTO origin VALUES (?, ?, ?)", [(digest, model, now) for digest in digests])
+
+
+def reserve(db: sqlite3.Connection, now: float, claim: Claim, reservation: int) -> list[Block]:
+    """Count the request of `claim`, or return what blocks it."""
+    marks = ", ".join("?" * len(claim.cooling))
+    rows = db.execute(f"{COOLDOWNS} AND key IN ({marks})", (now, *claim.cooling)).fetchall()
+    blocks = [Block(until, reason, key) for key, until, reason, *_ in rows]
+    blocks += [limited(claim, limit, *found) for limit in claim.limits if (found := full(db, claim, limit, now))]
+    if not blocks:
+        grant(db, now, claim, reservation)
+    return blocks
+
+
+def limited(claim: Claim, limit: Limit, until: float, shut: bool) -> Block:
+    """Return the block of a limit without room: `shut` for any request, else for this one or with those in flight."""
+    return Block(until, f"{limit} {'used' if shut else 'used or reserved'} by {claim.scope}", claim.limited_by, shut)
+
+
+def release(db: sqlite3.Connection, at: float, scope: str, reservation: int) -> None:
     """Take back a request that was counted and then not sent."""
     for table in ("sent", "reserved"):
         db.execute(f"DELETE FROM {table} WHERE id = ?", (reservation,))
@@ -92,7 +132,7 @@ def release(db: sqlite3.Connection, scope: str, reservation: int, at: float) -> 
     )
 
 
-def grant(db: sqlite3.Connection, claim: Claim, reservation: int, at: float) -> None:
+def grant(db: sqlite3.Connection, at: float, claim: Claim, reservation: int) -> None:
     """Count a request that may be sent."""
     if claim.limits:
         db.execute("INSERT INTO sent (id, scope, at) VALUES (?, ?, ?)", (reservation, claim.scope, at))
@@ -107,7 +147,7 @@ def grant(db: sqlite3.Connection, claim: Claim, reservation: int, at: float) -> 
         )
 
 
-def finish(db: sqlite3.Connection, scope: str, reservation: int, at: float, used: tuple[float, float]) -> None:
+def finish(db: sqlite3.Connection, at: float, scope: str, reservation: int, used: tuple[float, float]) -> None:
     """Add the (tokens, USD) that a request has used, in place of what was reserved for it."""
     db.execute("DELETE FROM reserved WHERE id = ?", (reservation,))
     db.execute("UPDATE sent SET tokens = ?, usd = ? WHERE id = ?", (*used, reservation))
@@ -125,7 +165,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
     """
     lost = "SELECT id, scope, at, tokens, usd FROM reserved WHERE abs(at - ?) > ?"
     for reservation, scope, at, *used in db.execute(lost, (now, _DAY)).fetchall():
-        finish(db, scope, reservation, at, (used[0], used[1]))
+        finish(db, at, scope, reservation, (used[0], used[1]))
     db.execute("DELETE FROM sent WHERE abs(at - ?) > 3660", (now,))
     db.execute("DELETE FROM total WHERE until < ?", (now - _DAY,))  # for attempts still under way
     db.execute("DELETE FROM origin WHERE abs(at - ?) > ?", (now, _DAY))
@@ -146,14 +186,14 @@ def _settled(query: Query, scope: str, limit: Limit, now: float) -> tuple[float,
         return (rows[0][0] if rows else 0.0), until
     value = "1" if limit.kind == "requests" else limit.kind
     sql = f"SELECT total({value}), min(at) FROM sent WHERE scope = ? AND at > ?"
-    ((used, oldest),) = query(sql, (scope, now - _window(limit))) or [(0.0, None)]
-    return used, None if oldest is None else oldest + _window(limit)
+    ((used, oldest),) = query(sql, (scope, now - window(limit))) or [(0.0, None)]
+    return used, None if oldest is None else oldest + window(limit)
 
 
 def _reserved(query: Query, scope: str, limit: Limit, now: float) -> float:
     if limit.kind == "requests":
         return 0.0
-    since = now - _window(limit) if limit.rolling else period(limit, now)[0]
+    since = now - window(limit) if limit.rolling else period(limit, now)[0]
     sql = f"SELECT total({limit.kind}) FROM reserved WHERE scope = ? AND at > ?"
     rows = query(sql, (scope, since))  # none where no process of this version has written yet
     return rows[0][0] if rows else 0.0
@@ -185,14 +225,14 @@ def full(db: sqlite3.Connection, claim: Claim, limit: Limit, now: float) -> tupl
     if limit.rolling:
         value = "1" if limit.kind == "requests" else f"coalesce({limit.kind}, 0)"
         sql = f"SELECT at, {value} FROM sent WHERE scope = ? AND at > ? ORDER BY at"
-        for at, count in query(sql, (claim.scope, now - _window(limit))):
+        for at, count in query(sql, (claim.scope, now - window(limit))):
             over -= count
             if over <= 0:
-                return at + _window(limit), shut
+                return at + window(limit), shut
     return (now + _SOON if until is None else until), shut
 
 
-def _window(limit: Limit) -> float:
+def window(limit: Limit) -> float:
     """Return the seconds that a request counts in a rolling window: up to a second more than the limit says.
 
     The server counts arrivals. A slow one (name look-up, TLS) and a quick later one are closer together there.

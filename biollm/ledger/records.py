@@ -23,6 +23,11 @@ class Claim:
     tokens: float = 0.0
     usd: float = 0.0
 
+    @property
+    def limited_by(self) -> str:
+        """Return the key under which its limits block."""
+        return f"scope:{self.scope}"
+
 
 @dataclass(frozen=True)
 class Refused:

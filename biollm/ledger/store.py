@@ -18,13 +18,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from biollm.ledger import attempts, quotas
-from biollm.ledger.quotas import Cooldown, next_cooldown
+from biollm.ledger.quota_store import OPERATIONS, PRUNE, Job, QuotaStore, SqliteStore, history_of
+from biollm.ledger.quotas import Block, Cooldown, next_cooldown
 from biollm.ledger.records import Claim, Record, Refused
 from biollm.ledger.sqlite import BOUND, Database, Prepare, on_network, read, reading
 from biollm.ledger.writer import Writer
@@ -33,32 +32,22 @@ if TYPE_CHECKING:
     import asyncio  # half the time of importing this module, and commands that only read need none of it
 
     from biollm.config import Limit
+    from biollm.config.schema import LedgerServer
 
 _log = logging.getLogger("biollm")
+T = TypeVar("T")
 
 _RETRY = 5.0  # seconds until a ledger that failed is used again
-_PRUNE = 60.0  # seconds between removals of what no window includes any more
 _QUEUE = 1.0  # seconds that a caller waits in a queue that moves
 _EXIT = 2.0  # seconds that closing waits for a file
-_ORIGINS = 900  # looked up at once: SQLite takes 999 parameters
 _MOST_ORIGINS = 10_000  # in memory
 _ANSWER = 1000  # tokens of an answer, before one is known
 _RATIOS = (0.7, 1.6)  # least and greatest of a model's tokens beside the estimate
 _NEWS = 0.05  # a ratio that changes by less is not written
 
-_Write = Callable[[sqlite3.Connection], object]
-
-
-@dataclass(eq=False)
-class _Pending:
-    claim: Claim
-    id: int
-    future: asyncio.Future[int | Refused | None]
-    answer: int | Refused | None = None
-
 
 class Availability:
-    """Whether quotas.db can be used. After a failure, limits hold within this process, and it is tried again in 5 s.
+    """Whether the store can be used. After a failure, limits hold within this process, and it is tried again in 5 s.
 
     A caller gives up after 250 ms in which no request of any process was served. A busy machine is not a failure:
     while the queue moves, or this process itself did not run, it waits up to 1 s.
@@ -78,6 +67,10 @@ class Availability:
         """Note how a use ended."""
         self.failed_at = self._clock() if error else None
 
+    def serve(self) -> None:
+        """Note that a request of this process is being served."""
+        self.served_at = time.monotonic()
+
     def may_wait(self, began: float, looked: float) -> bool:
         """Return whether a caller that began to wait at `began`, and last looked at `looked`, should wait longer."""
         now = time.monotonic()
@@ -92,10 +85,10 @@ class Availability:
 
 
 class _Process:
-    """What belongs to one process and must not survive a fork; `memory` stands in for quotas.db while it fails."""
+    """What belongs to one process and must not survive a fork; `memory` stands in for the store while it fails."""
 
-    def __init__(self, counts: Writer[_Pending | _Write], history: Writer[Record]) -> None:
-        self.quotas, self.history = counts, history
+    def __init__(self, store: QuotaStore, counts: Writer[Job], history: Writer[Record]) -> None:
+        self.store, self.quotas, self.history = store, counts, history
         self.lock = threading.Lock()
         self.memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self.memory.executescript(quotas.SCHEMA)
@@ -107,11 +100,19 @@ class Ledger:
 
     The folder is created (0700) on first use; with the setgid bit it is a group's, and files are 0660. While a file
     cannot be used, limits hold within this process, up to 10,000 finished attempts wait in memory, and one warning of
-    the logger "biollm" is issued. `network`: whether it is on a network file system; None to find out.
+    the logger "biollm" is issued. `network`: whether it is on a network file system; None to find out. `server`: where
+    limits and cooldowns are counted instead of in the folder, if it has a URL.
     """
 
-    def __init__(self, directory: Path, *, clock: Callable[[], float] = time.time, network: bool | None = None) -> None:
-        self.directory, self._clock, self._network = directory, clock, network
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        network: bool | None = None,
+        server: LedgerServer | None = None,
+    ) -> None:
+        self.directory, self._clock, self._network, self._server = directory, clock, network, server
         self._quotas, self._history = directory / "quotas.db", directory / "history.db"
         self._processes: dict[int, _Process] = {}  # by process id; closing a parent's files after a fork would harm it
         self._blocked: dict[str, Cooldown] = {}
@@ -122,6 +123,10 @@ class Ledger:
         self._ratios: dict[str, float] = {}
         self._origins: dict[str, str] = {}  # those of this process, also before they are written
         self._warned = threading.Lock()  # held once the warning is issued
+        if server and server.url:
+            from biollm.ledger.redis import library
+
+            library()  # where it is missing, the caller is told
         atexit.register(self.close)
 
     async def reserve(self, claim: Claim) -> int | Refused:
@@ -131,22 +136,22 @@ class Ledger:
         beyond their reservations; a request larger than a whole limit passes when nothing else counts. After 250 ms
         without an answer this process's own count decides. A cancelled caller may leave its request counted.
         """
-        process = self._process()
+        process, reservation = self._process(), secrets.randbits(53)  # which Lua's numbers hold
         if self._availability.usable():
             from asyncio import get_running_loop
 
             loop = get_running_loop()
-            pending = _Pending(claim, secrets.randbits(62), loop.create_future())
-            process.quotas.put(pending, urgent=True)
+            future: asyncio.Future[int | Refused | None] = loop.create_future()
+            process.quotas.put(Job("reserve", self._clock(), (claim, reservation), future=future), urgent=True)
             began = time.monotonic()
-            timer = loop.call_later(BOUND, self._give_up, pending.future, began, began)
+            timer = loop.call_later(BOUND, self._give_up, future, began, began)
             try:
-                answer = await pending.future
+                answer = await future
             finally:
                 timer.cancel()
             if answer is not None:
                 return answer
-        return self._reserve_alone(process, claim)
+        return self._reserve_alone(process, claim, reservation)
 
     def finish(self, reservation: int | None, scope: str, record: Record) -> None:
         """Hand in a finished attempt: its tokens and cost count at once, and it is on disk 50 ms later."""
@@ -154,12 +159,12 @@ class Ledger:
             self._answers[record.deployment].append(record.completion_tokens)
         if reservation is not None:
             used = (record.prompt_tokens + record.completion_tokens, record.cost_usd or 0.0)
-            self._count(partial(quotas.finish, scope=scope, reservation=reservation, at=record.at, used=used))
+            self._count(Job("finish", record.at, (scope, reservation, used)))
         self._process().history.put(record)
 
     def release(self, reservation: int, scope: str) -> None:
         """Take back a reservation whose request was not sent."""
-        self._count(partial(quotas.release, scope=scope, reservation=reservation, at=self._clock()))
+        self._count(Job("release", self._clock(), (scope, reservation)))
 
     def typical(self, deployment: str) -> int:
         """Return the tokens that 90% of a deployment's last answers did not exceed; 1,000 before the first."""
@@ -177,8 +182,7 @@ class Ledger:
         ratio = ratio if known is None else known + (ratio - known) / 4
         if known is None or abs(ratio - known) > _NEWS * known:
             self._ratios[model] = ratio
-            row = (model, ratio)
-            self._process().quotas.put(lambda db: db.execute("INSERT OR REPLACE INTO token_ratio VALUES (?, ?)", row))
+            self._put("learn", self._clock(), model, ratio)
 
     def cool(
         self, key: str, seconds: float | None, reason: str, *, kind: str = "", ladder: Sequence[float] = (0.0,)
@@ -190,11 +194,7 @@ class Ledger:
         """
         now = self._clock()
         self._blocked[key] = next_cooldown(self._blocked.get(key), now, reason, kind, seconds, ladder)
-
-        def write(db: sqlite3.Connection) -> None:
-            self._blocked[key] = self._filed[key] = quotas.cool(db, key, now, reason, kind, seconds, ladder)
-
-        self._process().quotas.put(write)
+        self._put("cool", now, key, reason, kind, seconds, ladder)
 
     def recover(self, keys: Iterable[str]) -> None:
         """End the cooldowns of `keys` whose length was an estimate: a request has just been answered there."""
@@ -202,8 +202,7 @@ class Ledger:
         for key in keys:
             if (found := self._blocked.get(key)) and (found.until <= now or not found.stated):
                 self._blocked.pop(key, None)
-                known = (key, found.until, now)  # a failure in the meantime begins a new cooldown
-                self._process().quotas.put(lambda db, known=known: db.execute(quotas.RECOVER, known))
+                self._put("recover", now, key, found.until - now)  # a failure in the meantime begins a new cooldown
 
     def failing(self, keys: Iterable[str]) -> bool:
         """Return whether any of `keys` was on cooldown since its last success."""
@@ -219,30 +218,28 @@ class Ledger:
         if not self._answers:
             for deployment, tokens in reversed(self._read(self._history, attempts.LAST_ANSWERS, ())):
                 self._answers[deployment].append(tokens)
-            self._ratios.update(self._read(self._quotas, "SELECT model, ratio FROM token_ratio", ()))
+            self._ratios.update(self._ask(lambda store: store.ratios()) or {})
         for key in [key for key in self._blocked.copy() if key.startswith("scope:")]:
             self._blocked.pop(key, None)
-        self._adopt(self._read(self._quotas, quotas.COOLDOWNS, (self._clock() - quotas.MEMORY,)))
+        if (found := self._ask(lambda store: store.cooldowns())) is not None:
+            self._adopt(found)
 
     def used(self, scope: str, limits: Sequence[Limit]) -> list[tuple[Limit, float, float | None]]:
         """Return (limit, used, resets at): the end of its period, or when a window's oldest request leaves it."""
-        now, query = self._clock(), partial(self._read, self._quotas)
-        return [(limit, *quotas.used_of(query, scope, limit, now)) for limit in limits]
+        found = self._ask(lambda store: store.used(scope, limits)) or [(0.0, None)] * len(limits)
+        return [(limit, *used) for limit, used in zip(limits, found, strict=True)]
 
     def note_origins(self, digests: Sequence[str], model: str) -> None:
         """Remember for a day that `model` gave what has these digests."""
-        rows = [(digest, model, self._clock()) for digest in digests]
         if len(self._origins) > _MOST_ORIGINS:
             self._origins.clear()
         self._origins.update(dict.fromkeys(digests, model))
-        self._process().quotas.put(lambda db: db.executemany("INSERT OR REPLACE INTO origin VALUES (?, ?, ?)", rows))
+        self._put("note", self._clock(), digests, model)
 
     def origins(self, digests: Sequence[str]) -> dict[str, str]:
         """Return the model that gave what has each digest, of the last 900, where it is known; may take 250 ms."""
-        asked = [digest for digest in digests if digest not in self._origins][-_ORIGINS:]
-        if asked:
-            sql = f"SELECT digest, model FROM origin WHERE digest IN ({', '.join('?' * len(asked))})"  # noqa: S608
-            self._origins.update(self._read(self._quotas, sql, asked))
+        if asked := [digest for digest in digests if digest not in self._origins]:
+            self._origins.update(self._ask(lambda store: store.origins(asked)) or {})
         return {digest: self._origins[digest] for digest in digests if digest in self._origins}
 
     def history(self, since: float | None = None, until: float | None = None) -> Iterator[Record]:
@@ -289,16 +286,26 @@ class Ledger:
         return self._processes.get(pid) or self._processes.setdefault(pid, self._start())
 
     def _start(self) -> _Process:
+        store, history = self._open_store(), self._open_history()
+        counts = Writer("biollm quotas", self._write_quotas(store), self._settle_quotas, store.close)
+
+        def write(records: Sequence[Record]) -> None:
+            history.write(lambda db: attempts.add(db, records))
+
+        def settle(_: object, error: Exception | None) -> None:
+            self._warn(error)
+
+        return _Process(store, counts, Writer("biollm history", write, settle, history.close))
+
+    def _open_store(self) -> QuotaStore:
+        recall, served = history_of(self._history), self._availability.serve
+        if self._server and self._server.url:
+            from biollm.ledger.redis import RedisStore
+
+            return RedisStore(self._server, self.directory / "ledger.id", self._clock, recall, served)
         network = self._on_network()
         self._availability.wal = None if network else Path(f"{self._quotas}-wal")
-        # A rollback journal waits for the disk at every commit. Callers wait for quotas.db, so it does not there,
-        # and a power failure may cost it; what it held of days and months is then taken from history.db.
-        synchronous = "OFF" if network else "NORMAL"
-        counts = Database(self._quotas, quotas.SCHEMA, network, synchronous, patience=BOUND - 0.05)
-        return _Process(
-            Writer(counts, self._write_quotas, self._settle_quotas),
-            Writer(self._open_history(), attempts.add, lambda _, error: self._warn(error)),
-        )
+        return SqliteStore(self._quotas, self._clock, network, recall, served)
 
     def _open_history(self, schema: str = "") -> Database:
         schema = attempts.SCHEMA + schema
@@ -307,47 +314,37 @@ class Ledger:
     def _on_network(self) -> bool:
         return on_network(self.directory) if self._network is None else self._network
 
-    def _count(self, change: _Write) -> None:
+    def _put(self, operation: str, at: float, *arguments: object) -> None:
+        self._process().quotas.put(Job(operation, at, arguments))
+
+    def _count(self, job: Job) -> None:
         process = self._process()
         if self._availability.failed_at is not None:
             with process.lock:
-                change(process.memory)
-        process.quotas.put(change)
+                OPERATIONS[job.operation](process.memory, job.at, *job.arguments)
+        process.quotas.put(job)
 
-    def _write_quotas(self, db: sqlite3.Connection, jobs: Sequence[_Pending | _Write]) -> None:
-        now = self._clock()
-        if abs(now - self._pruned) > _PRUNE:
-            quotas.prune(db, now)
-            self._pruned = now
-        self._adopt(db.execute(quotas.COOLDOWNS, (now - quotas.MEMORY,)).fetchall())
-        for job in jobs:
-            self._availability.served_at = time.monotonic()
-            if not isinstance(job, _Pending):
-                job(db)
-            elif not job.future.done():
-                self._recall(db, job.claim, now)
-                job.answer = self._decide(db, job.claim, job.id, now)
+    def _write_quotas(self, store: QuotaStore) -> Callable[[Sequence[Job]], None]:
+        def write(jobs: Sequence[Job]) -> None:
+            self._adopt(store.write(jobs))
+            for job in jobs:
+                if job.operation == "cool":
+                    self._blocked[job.arguments[0]] = self._filed[job.arguments[0]] = job.answer
 
-    def _recall(self, db: sqlite3.Connection, claim: Claim, now: float) -> None:
-        """Begin a day or month with what history.db has of it: its limit is new, or quotas.db was lost."""
-        for period in quotas.periods(claim, now):
-            key, past = (claim.scope, *period), [(0, 0, 0)]
-            if not db.execute("SELECT 1 FROM total WHERE scope = ? AND start = ? AND until = ?", key).fetchone():
-                with suppress(sqlite3.Error):  # others wait: at midnight there is nothing to find anyway
-                    past = read(self._history, attempts.SUMS, (*period, claim.scope), patience=0.05) or past
-                db.execute(quotas.BEGIN, (*key, *past[0]))
+        return write
 
-    def _settle_quotas(self, jobs: Sequence[_Pending | _Write], error: Exception | None) -> None:
+    def _settle_quotas(self, jobs: Sequence[Job], error: Exception | None) -> None:
         self._availability.settle(error)
-        self._warn(error)
-        loops: defaultdict[asyncio.AbstractEventLoop, list[_Pending]] = defaultdict(list)
+        self._warn(error, self._process().store)
+        loops: defaultdict[asyncio.AbstractEventLoop, list[Job]] = defaultdict(list)
         for job in jobs:
-            if isinstance(job, _Pending):
-                job.answer = None if error else job.answer
+            if job.future:
+                claim, reservation = job.arguments
+                job.answer = None if error or job.answer is None else self._refused(claim, job.answer) or reservation
                 loops[job.future.get_loop()].append(job)
-        for loop, pending in loops.items():
+        for loop, waiting in loops.items():
             with suppress(RuntimeError):  # the loop is closed: no caller waits there
-                loop.call_soon_threadsafe(_resolve, pending)
+                loop.call_soon_threadsafe(_resolve, waiting)
 
     def _give_up(self, future: asyncio.Future[int | Refused | None], began: float, looked: float) -> None:
         if future.done():
@@ -357,48 +354,52 @@ class Ledger:
             return
         error = TimeoutError(f"no answer within {BOUND * 1000:.0f} ms")
         self._availability.settle(error)
-        self._warn(error)
+        self._warn(error, self._process().store)
         future.set_result(None)
 
-    def _reserve_alone(self, process: _Process, claim: Claim) -> int | Refused:
+    def _reserve_alone(self, process: _Process, claim: Claim, reservation: int) -> int | Refused:
         now = self._clock()
+        known = [(key, self._blocked[key]) for key in (*claim.cooling, claim.limited_by) if key in self._blocked]
+        blocks = [Block(found.until, found.reason, key, shut=True) for key, found in known if found.until > now]
         with process.lock:
-            if abs(now - process.pruned) > _PRUNE:
+            if abs(now - process.pruned) > PRUNE:
                 quotas.prune(process.memory, now)
                 process.pruned = now
-            answer = self._decide(process.memory, claim, secrets.randbits(62), now)
-        if isinstance(answer, int):
-            process.quotas.put(partial(quotas.grant, claim=claim, reservation=answer, at=now))
-        return answer
+            blocks += quotas.reserve(process.memory, now, claim, reservation) if not blocks else ()
+        if refused := self._refused(claim, blocks):
+            return refused
+        process.quotas.put(Job("grant", now, (claim, reservation)))
+        return reservation
 
-    def _decide(self, db: sqlite3.Connection, claim: Claim, reservation: int, now: float) -> int | Refused:
-        scope = f"scope:{claim.scope}"  # a limit found full stays full until it frees
-        blocks = [(key, self._blocked[key]) for key in (*claim.cooling, scope) if key in self._blocked]
-        refusals = [(block.until, block.reason, key) for key, block in blocks if block.until > now]
-        partly: set[str] = set()  # full for this request, or while others are in flight; another may pass
-        for limit in claim.limits:
-            if full := quotas.full(db, claim, limit, now):
-                until, shut = full
-                reason = f"{limit} {'used' if shut else 'used or reserved'} by {claim.scope}"
-                refusals.append((until, reason, scope))
-                if not shut:
-                    partly.add(reason)
-        if not refusals:
-            quotas.grant(db, claim, reservation, now)
-            return reservation
-        until, reason, key = max(refusals)
-        if key == scope and reason not in partly:
+    def _refused(self, claim: Claim, blocks: Sequence[Block]) -> Refused | None:
+        """Return the refusal by the block that ends last; a limit without any room stays full until it frees."""
+        if not blocks:
+            return None
+        until, reason, key, shut = max(blocks)
+        if key == claim.limited_by and shut:
             self._blocked[key] = Cooldown(until, reason, stated=True)
-        return Refused(until, f"{reason}, frees in {_span(until - now)}", key)
+        return Refused(until, f"{reason}, frees in {_span(until - self._clock())}", key)
 
-    def _adopt(self, rows: Sequence[Any]) -> None:
-        """Take over what other processes changed in the file; what this process has just written is newer."""
-        found = {key: Cooldown(*row) for key, *row in rows}
+    def _adopt(self, found: Mapping[str, Cooldown]) -> None:
+        """Take over what other processes changed in the store; what this process has just written is newer."""
         for key in self._filed.keys() - found.keys():
             if self._blocked.get(key) == self._filed[key]:
                 self._blocked.pop(key, None)
         self._blocked.update({key: each for key, each in found.items() if each != self._filed.get(key)})
-        self._filed = found
+        self._filed = dict(found)
+
+    def _ask(self, question: Callable[[QuotaStore], T]) -> T | None:
+        """Return the store's answer, or None while it cannot be read."""
+        store = self._process().store
+        if store.remote and not self._availability.usable():
+            return None
+        try:
+            return question(store)
+        except (sqlite3.Error, OSError, RuntimeError) as error:
+            if store.remote:  # every other question would wait as long
+                self._availability.settle(error)
+            self._warn(error, store)
+            return None
 
     def _read(self, path: Path, sql: str, arguments: Sequence[object], prepare: Prepare | None = None) -> list[Any]:
         try:
@@ -407,19 +408,17 @@ class Ledger:
             self._warn(error)
             return []
 
-    def _warn(self, error: Exception | None) -> None:
+    def _warn(self, error: Exception | None, store: QuotaStore | None = None) -> None:
         if error and self._warned.acquire(blocking=False):
-            text = (
-                "The ledger in %s cannot be used (%s): limits hold within this process and records wait in memory "
-                "until it can. Make the folder writable, or set BIOLLM_STATE_DIR to another."
-            )
-            _log.warning(text, self.directory, error)
+            name, advice = (store.name, store.advice) if store else (self.directory, SqliteStore.advice)
+            text = "The ledger in %s cannot be used (%s): limits hold within this process and records wait in memory until it can. %s"
+            _log.warning(text, name, error, advice)
 
 
-def _resolve(pending: Sequence[_Pending]) -> None:
-    for each in pending:
-        if not each.future.done():
-            each.future.set_result(each.answer)
+def _resolve(waiting: Sequence[Job]) -> None:
+    for job in waiting:
+        if job.future and not job.abandoned:
+            job.future.set_result(job.answer)
 
 
 def _span(seconds: float) -> str:

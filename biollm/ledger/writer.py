@@ -1,4 +1,4 @@
-"""A thread that writes jobs to one SQLite file, one transaction per batch."""
+"""A thread that writes jobs to a file or a server, one transaction per batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar
 
-from biollm.ledger.sqlite import Database
-
 Job = TypeVar("Job")
 
 _LINGER = 0.02  # seconds that jobs without a waiting caller are held to fill a batch; well under the 50 ms promised
@@ -21,19 +19,20 @@ _RETRY = 5.0  # seconds until they are tried again, if no other job comes
 
 
 class Writer(Generic[Job]):
-    """Writes what is put in, each batch in a transaction; its daemon thread starts on first use.
+    """Hands what is put in to `write`, in batches; its daemon thread starts on first use, and ends with `close`.
 
-    `settle` gets each batch once it is on disk, or with the reason why it is not; jobs that are not urgent are then
+    `settle` gets each batch once it is written, or with the reason why it is not; jobs that are not urgent are then
     tried again with the next batch.
     """
 
     def __init__(
         self,
-        database: Database,
-        write: Callable[[sqlite3.Connection, Sequence[Job]], None],
+        name: str,
+        write: Callable[[Sequence[Job]], None],
         settle: Callable[[Sequence[Job], Exception | None], None],
+        close: Callable[[], None],
     ) -> None:
-        self._database, self._write, self._settle = database, write, settle
+        self._name, self._write, self._settle, self._close = name, write, settle, close
         self._waiting: queue.SimpleQueue[tuple[Job | threading.Event | None, bool]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
@@ -44,8 +43,7 @@ class Writer(Generic[Job]):
         if self._thread is None:
             with self._starting:
                 if self._thread is None:
-                    name = f"biollm {self._database.path.stem}"
-                    self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                     self._thread.start()
 
     def flush(self, timeout: float) -> None:
@@ -72,13 +70,13 @@ class Writer(Generic[Job]):
             for job, _ in batch:
                 if isinstance(job, threading.Event):
                     job.set()
-        self._database.close()
+        self._close()
 
     def _attempt(self, new: Sequence[tuple[Job, bool]], backlog: deque[Job]) -> None:
         jobs = [*backlog, *(job for job, _ in new)]
         failure: Exception | None = None
         try:
-            self._database.write(lambda db: self._write(db, jobs))
+            self._write(jobs)
             backlog.clear()
         except (sqlite3.OperationalError, OSError) as error:
             failure = error
