@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from biollm.config import Cluster
+from biollm.config import Cluster, Config
 from biollm.config.paths import run_dir, state_dir
 from biollm.errors import UsageError
 from biollm.ledger import Ledger
@@ -205,11 +205,12 @@ def background() -> Background:
         return _current[pid]
 
 
-def ledger() -> Ledger:
-    """Return the process's ledger of the state folder."""
-    here, key = background(), ("ledger", state_dir())
+def ledger(config: Config | None = None) -> Ledger:
+    """Return the process's ledger: of the state folder, and of the server that `config` names."""
+    server = config.ledger if config and config.ledger.url else None
+    here, key = background(), ("ledger", state_dir(), server)
     if key not in here.kept:
-        here.kept[key] = Ledger(state_dir())
+        here.kept[key] = Ledger(state_dir(), server=server)
         here.stop_first()  # what is cancelled at exit is then still written
     return here.kept[key]
 

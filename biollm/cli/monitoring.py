@@ -51,14 +51,15 @@ def usage(
     from biollm.monitoring import usage as reports
 
     output.warn_unwritable(state_dir())
-    ledger, now = Ledger(state_dir()), time.time()
+    records, now = Ledger(state_dir()), time.time()
     for file in merge or ():
-        print(f"{file}: {history.merge(ledger, file)} records added.")
+        print(f"{file}: {history.merge(records, file)} records added.")
     if prune is not None:
-        print(f"{history.prune(ledger, reports.moment(prune, now))} records removed.")
+        print(f"{history.prune(records, reports.moment(prune, now))} records removed.")
     if merge or prune is not None:
         return
     config = load_config()
+    ledger = Ledger(state_dir(), server=config.ledger)
     if prometheus:
         print(metrics.text(config, ledger), end="")
         return
@@ -243,7 +244,7 @@ def alerts(
 
     config = load_config()
     snapshot = Collector.of_process(config).snapshot()
-    found = check(config, ledger(), snapshot, state_dir(), lambda line: print(line, file=sys.stderr))
+    found = check(config, ledger(config), snapshot, state_dir(), lambda line: print(line, file=sys.stderr))
     if as_json:
         output.as_json([each.facts for each in found])
     elif not quiet and not config.alerts.active:

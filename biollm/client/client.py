@@ -285,7 +285,7 @@ class Client:
         """Return each limit of the deployment's account, how much of it is used, and when it resets (epoch seconds)."""
         from biollm._runtime import ledger
 
-        return ledger().used(deployment.scope, deployment.limits)
+        return ledger(self.config).used(deployment.scope, deployment.limits)
 
     def rate(self, answer: Completion | str, rating: Rating, *, correction: str | None = None) -> bool:
         """Mark an answer, for `usage --by rating` and for fine-tuning; return whether its prompt and text are kept.
@@ -312,7 +312,7 @@ class Client:
     def __exit__(self, *exc: object) -> None:
         from biollm._runtime import ledger
 
-        ledger().flush()
+        ledger(self.config).flush()
 
     async def __aenter__(self) -> Client:
         return self

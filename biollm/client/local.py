@@ -61,7 +61,9 @@ class Local:
     def explain(self, request: Request) -> Sequence[Candidate]:
         """Return each deployment with its status; see `Client.explain`."""
         servers = watch(self.config.cluster)
-        pool = DeploymentPool(self.config, ledger(), state_dir(), self._policy(), servers.alive, servers.settle)
+        pool = DeploymentPool(
+            self.config, ledger(self.config), state_dir(), self._policy(), servers.alive, servers.settle
+        )
         found = candidates.explain(pool, request.requirements)
         return background().run(load_balancing.of_process().weighed(found, pool))
 
@@ -84,7 +86,9 @@ class Local:
         return await asyncio.shield(making)
 
     def _make(self, policy: DataPolicy, servers: Watch) -> Waterfall:
-        return Waterfall(DeploymentPool(self.config, ledger(), state_dir(), policy, servers.latest, servers.settle))
+        return Waterfall(
+            DeploymentPool(self.config, ledger(self.config), state_dir(), policy, servers.latest, servers.settle)
+        )
 
 
 @dataclass(frozen=True)

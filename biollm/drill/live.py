@@ -58,7 +58,7 @@ class LiveDrill:
 
 def live_drill(config: Config, limit_usd: float, report: Callable[[str], None]) -> LiveDrill:
     """Call every deployment once, for at most `limit_usd` together; `report` gets first what will be sent."""
-    pool = DeploymentPool(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
+    pool = DeploymentPool(config, ledger(config), state_dir(), config.data_policy, watch(config.cluster).alive)
     found = explain(pool, Requirements(policy=config.data_policy))
     present = [each for each in found if each.status in ("ready", *BLOCKED, "refused")]
     absent = {each.deployment.id: each.reason for each in found if each.status in ("keyless", "unfit", "absent")}

@@ -146,7 +146,7 @@ class _Gateway:
         return _json({"ready": first is not None, "first": first}, 200 if first else 503)
 
     async def metrics(self, request: Request) -> Response:
-        text = await apart(metrics.text, self._client.config, ledger())
+        text = await apart(metrics.text, self._client.config, ledger(self._client.config))
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
     async def page(self, request: Request) -> Response:

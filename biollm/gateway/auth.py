@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from biollm._files import locked, write_private
 from biollm._ownership import is_private
 from biollm._runtime import ledger
-from biollm.config import values, yaml
+from biollm.config import Config, values, yaml
 from biollm.config.loader import sentence
 from biollm.config.paths import config_dirs, state_dir
 from biollm.errors import ConfigError, Problem, nearest
@@ -139,10 +139,11 @@ class Admission:
         inner: The gateway.
         known: The keys.
         host: The name it listens at; a Host header may hold it, an address, or a name of this machine.
+        config: Names the ledger in which the keys' limits are counted; None is the state folder's.
     """
 
-    def __init__(self, inner: ASGIApp, known: Sequence[Key], host: str) -> None:
-        self._inner, self._known = inner, known
+    def __init__(self, inner: ASGIApp, known: Sequence[Key], host: str, config: Config | None = None) -> None:
+        self._inner, self._known, self._config = inner, known, config
         self._hosts = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
@@ -183,7 +184,7 @@ class Admission:
         if key.policy != "any":
             _tighten(scope, key.policy)
         asks = request.method == "POST" and path.startswith("/v1/") and not path.endswith("/count_tokens")
-        return await _limited(key, path) if asks else None
+        return await _limited(key, path, self._config) if asks else None
 
     def _knows(self, host: str) -> bool:
         """Return whether a Host header is an address or one of our names, with an optional port and nothing else."""
@@ -231,11 +232,11 @@ def _credentials(headers: Headers) -> tuple[str, str]:
         return scheme, ""
 
 
-async def _limited(key: Key, path: str) -> Response | None:
+async def _limited(key: Key, path: str, config: Config | None) -> Response | None:
     """Count a request against the key's limits; return the refusal where one is used up."""
     if not key.limits:
         return None
-    found = await ledger().reserve(Claim(f"gateway/{key.name}", tuple(key.limits)))
+    found = await ledger(config).reserve(Claim(f"gateway/{key.name}", tuple(key.limits)))
     if not isinstance(found, Refused):
         return None
     wait = {"retry-after": str(max(1, round(found.until - time.time())))}

@@ -102,7 +102,7 @@ def serve(
         app, path, url, where = make_app(client, touched=busy.touched), folder / SOCKET, None, None
         listening, notes = [(_server(app), _unix(path))], [f"listening on {path} (pid {os.getpid()})"]
         if port is not None:
-            server, listener, url, where = _with_keys(app, host, port)
+            server, listener, url, where = _with_keys(app, client.config, host, port)
             listening.append((server, listener))
             notes.append(f"and on {url}/v1 for the key in {where}")
         parent, children = os.getpid(), _fork(workers - 1)
@@ -115,7 +115,7 @@ def serve(
             _warm_up(client)
             _until_the_end(end, busy, None, path, inode, parent)
             _drain(servers, running, busy)
-            ledger().close()
+            ledger(client.config).close()
             os._exit(0)  # the files in the folder are the parent's
         facts = {"pid": os.getpid(), "started": time.time(), "identity": mine, "url": url, "keys": where}
         write_private(folder / RECORD, json.dumps({**facts, "lacks": _lacks(client.config)}))
@@ -175,7 +175,7 @@ def _warm_up(client: Client) -> None:
     gc.freeze()  # what there is now stays: no collection need look at it again
 
 
-def _with_keys(app: Any, host: str, port: int) -> tuple[uvicorn.Server, socket.socket, str, str]:
+def _with_keys(app: Any, config: Config, host: str, port: int) -> tuple[uvicorn.Server, socket.socket, str, str]:
     """Return a server for clients with a key, its socket and URL, and where the keys are."""
     from biollm.gateway.auth import Admission, keys
     from biollm.gateway.request_id import RequestId
@@ -183,7 +183,7 @@ def _with_keys(app: Any, host: str, port: int) -> tuple[uvicorn.Server, socket.s
     known, where = keys()
     listener = _tcp(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    return _server(RequestId(Admission(app, known, host)), limit_concurrency=_CONNECTIONS), listener, url, where
+    return _server(RequestId(Admission(app, known, host, config)), limit_concurrency=_CONNECTIONS), listener, url, where
 
 
 def _lacks(config: Config) -> list[str]:
@@ -201,7 +201,7 @@ def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> 
     top = Collector.of_process(config)
     while not end.is_set():
         try:
-            alerts.check(config, ledger(), top.snapshot(), state_dir(), say, log=True)
+            alerts.check(config, ledger(config), top.snapshot(), state_dir(), say, log=True)
         except Exception as error:  # the next look may be better
             say(f"The alerts could not be evaluated: {error}")
         end.wait(_ALERTS)

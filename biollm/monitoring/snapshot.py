@@ -130,7 +130,7 @@ class Collector:
         from biollm import slurm
 
         jobs = partial(slurm.status, config.cluster)
-        return cls(config, ledger(), state_dir(), discover=watch(config.cluster).alive, jobs=jobs, alerts=alerts)
+        return cls(config, ledger(config), state_dir(), discover=watch(config.cluster).alive, jobs=jobs, alerts=alerts)
 
     def snapshot(self) -> Snapshot:
         """Take one; nothing is sent to a provider."""

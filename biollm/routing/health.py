@@ -69,7 +69,7 @@ def check_all_providers(config: Config | None = None, *, timeout: float = 10.0) 
 
 def check(config: Config, *, timeout: float = 10.0) -> list[Health]:
     """Return the health of each account and each running server, in waterfall order. `timeout` is in seconds, for all."""
-    pool = DeploymentPool(config, ledger(), state_dir(), config.data_policy, watch(config.cluster).alive)
+    pool = DeploymentPool(config, ledger(config), state_dir(), config.data_policy, watch(config.cluster).alive)
     pool.refresh()
     pool.ledger.refresh()
     groups: dict[str, list[Deployment]] = {}

@@ -8,7 +8,7 @@ import multiprocessing
 import random
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,6 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture
-def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
-    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ledger:
-        yield ledger
 
 
 def tokens(amount: float, unit: str = "min") -> Limit:

@@ -23,6 +23,7 @@ from biollm.ledger import history as _rollup
 from biollm.ledger.quotas import Cooldown
 from biollm.ledger.sqlite import Database, on_network
 
+Make = Callable[..., Ledger]
 NOON = 1_795_435_200.0  # 2026-11-23 12:00 UTC
 SCOPE = "gemini/default"
 SPAWN = multiprocessing.get_context("spawn")
@@ -40,12 +41,6 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture
-def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
-    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ledger:
-        yield ledger
 
 
 def per(amount: float, unit: str, kind: str = "requests", resets: str | None = None) -> Limit:
@@ -118,9 +113,9 @@ def test_a_refusal_says_what_is_used_by_whom_and_when_it_frees(ledger: Ledger, c
     ids=str,
 )
 def test_a_limit_is_full_when_used_and_frees(
-    tmp_path: Path, clock: Clock, limit: Limit, uses: list[tuple[int, float]], frees: float
+    make: Make, clock: Clock, limit: Limit, uses: list[tuple[int, float]], frees: float
 ) -> None:
-    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ledger:
+    with contextlib.closing(make()) as ledger:
         for tokens, cost in uses:
             reservation = reserve(ledger, limit)
             assert isinstance(reservation, int)
@@ -217,15 +212,15 @@ def test_used_of_a_ledger_that_does_not_exist_is_nothing_and_makes_nothing(tmp_p
     assert not (tmp_path / "state").exists()
 
 
-def test_what_no_window_sees_is_removed_even_from_a_clock_that_ran_ahead(ledger: Ledger, clock: Clock) -> None:
+def test_what_no_window_sees_is_removed_even_from_a_clock_that_ran_ahead(file_ledger: Ledger, clock: Clock) -> None:
     clock.now += 10 * 86400
-    reserve(ledger, per(5, "hour"))
+    reserve(file_ledger, per(5, "hour"))
     clock.now = NOON
-    reserve(ledger, per(5, "hour"), per(5, "day"))
+    reserve(file_ledger, per(5, "hour"), per(5, "day"))
     clock.now += 2 * 86400
-    reserve(ledger, per(5, "hour"))
-    assert len(rows(ledger.directory, "SELECT * FROM sent")) == 1
-    assert rows(ledger.directory, "SELECT * FROM total") == []
+    reserve(file_ledger, per(5, "hour"))
+    assert len(rows(file_ledger.directory, "SELECT * FROM sent")) == 1
+    assert rows(file_ledger.directory, "SELECT * FROM total") == []
 
 
 # Processes
@@ -388,8 +383,8 @@ def test_a_clean_exit_writes_what_waits_and_says_nothing(tmp_path: Path) -> None
 # Cooling
 
 
-def test_cooling_blocks_at_once_here_and_soon_in_every_process(tmp_path: Path, clock: Clock) -> None:
-    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+def test_cooling_blocks_at_once_here_and_soon_in_every_process(make: Make, clock: Clock) -> None:
+    one, other = make(), make()
     one.cool("account:gemini/default", 30.5, "429 from gemini")
     assert one.blocked() == {"account:gemini/default": Cooldown(NOON + 30.5, "429 from gemini", stated=True)}
     assert other.blocked() == {}
@@ -405,8 +400,8 @@ def test_cooling_blocks_at_once_here_and_soon_in_every_process(tmp_path: Path, c
     other.close()
 
 
-def test_any_answer_of_the_ledger_brings_the_news_of_other_processes(tmp_path: Path, clock: Clock) -> None:
-    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+def test_any_answer_of_the_ledger_brings_the_news_of_other_processes(make: Make, clock: Clock) -> None:
+    one, other = make(), make()
     one.cool("key:1", 9, "401")
     one.flush()
     reserve(other, scope="unrelated")
@@ -419,13 +414,15 @@ def test_any_answer_of_the_ledger_brings_the_news_of_other_processes(tmp_path: P
     other.close()
 
 
-def test_of_two_blocks_the_longer_holds(ledger: Ledger, clock: Clock) -> None:
+def test_of_two_blocks_the_longer_holds(file_ledger: Ledger, clock: Clock) -> None:
     for seconds, reason in ((20, "minute"), (7200, "day"), (20, "minute")):
-        ledger.cool("account:a", seconds, reason)
-    assert ledger.blocked() == {"account:a": Cooldown(NOON + 7200, "day", stated=True)}
-    ledger.flush()
-    assert rows(ledger.directory, "SELECT key, until, reason FROM cooldown") == [("account:a", NOON + 7200, "day")]
-    assert reserve(ledger, cooling=("account:a",)).reason == "day, frees in 2 h"
+        file_ledger.cool("account:a", seconds, reason)
+    assert file_ledger.blocked() == {"account:a": Cooldown(NOON + 7200, "day", stated=True)}
+    file_ledger.flush()
+    assert rows(file_ledger.directory, "SELECT key, until, reason FROM cooldown") == [
+        ("account:a", NOON + 7200, "day")
+    ]
+    assert reserve(file_ledger, cooling=("account:a",)).reason == "day, frees in 2 h"
 
 
 LADDER = (0.0, 15.0, 30.0)
@@ -438,8 +435,8 @@ def fail(ledger: Ledger, kind: str = "overloaded") -> float:
     return max((block.until for block in ledger.blocked().values()), default=0.0)
 
 
-def test_failures_in_a_row_rest_longer_up_to_a_bound_and_a_success_starts_anew(tmp_path: Path, clock: Clock) -> None:
-    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+def test_failures_in_a_row_rest_longer_up_to_a_bound_and_a_success_starts_anew(make: Make, clock: Clock) -> None:
+    one, other = make(), make()
     assert fail(one) == 0, "the first rests nothing"
     for seconds in (15, 30, 30):
         clock.now += 40
@@ -471,8 +468,8 @@ def test_a_failure_of_another_kind_begins_a_ladder_of_its_own(ledger: Ledger, cl
     assert fail(ledger, "timeout") == 0
 
 
-def test_a_success_ends_an_estimated_cooldown_in_every_process_and_no_stated_one(tmp_path: Path, clock: Clock) -> None:
-    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+def test_a_success_ends_an_estimated_cooldown_in_every_process_and_no_stated_one(make: Make, clock: Clock) -> None:
+    one, other = make(), make()
     one.cool("account:a", 60, "429")
     one.cool("endpoint:a", None, "503", ladder=(15.0,))
     one.flush()
@@ -498,8 +495,8 @@ def test_a_success_ends_the_row_of_stated_cooldowns_too_once_they_are_over(ledge
     assert not ledger.failing(["account:a"])
 
 
-def test_what_fails_while_another_succeeds_stays_on_cooldown(tmp_path: Path, clock: Clock) -> None:
-    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+def test_what_fails_while_another_succeeds_stays_on_cooldown(make: Make, clock: Clock) -> None:
+    one, other = make(), make()
     one.cool("endpoint:a", None, "503", ladder=(15.0,))
     one.flush()
     other.refresh()
@@ -514,8 +511,8 @@ def test_what_fails_while_another_succeeds_stays_on_cooldown(tmp_path: Path, clo
     other.close()
 
 
-def test_a_cooldown_just_made_outlives_the_news_that_an_older_one_is_gone(tmp_path: Path, clock: Clock) -> None:
-    one, other = Ledger(tmp_path, clock=clock), Ledger(tmp_path, clock=clock)
+def test_a_cooldown_just_made_outlives_the_news_that_an_older_one_is_gone(make: Make, clock: Clock) -> None:
+    one, other = make(), make()
     one.cool("endpoint:a", None, "503", ladder=(15.0,))
     one.flush()
     one.refresh()
@@ -529,12 +526,12 @@ def test_a_cooldown_just_made_outlives_the_news_that_an_older_one_is_gone(tmp_pa
     other.close()
 
 
-def test_a_cooldown_of_a_clock_that_ran_ahead_is_forgotten(tmp_path: Path, clock: Clock) -> None:
-    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ahead:
+def test_a_cooldown_of_a_clock_that_ran_ahead_is_forgotten(make: Make, clock: Clock) -> None:
+    with contextlib.closing(make()) as ahead:
         clock.now += 1e9
         ahead.cool("account:a", 60, "429")
     clock.now -= 1e9
-    with contextlib.closing(Ledger(tmp_path, clock=clock)) as ledger:
+    with contextlib.closing(make()) as ledger:
         assert isinstance(reserve(ledger, cooling=("account:a",)), int)
 
 
@@ -784,11 +781,11 @@ def test_a_damaged_file_is_reported_by_reading_and_left_in_place(
     assert (tmp_path / "history.db").exists()
 
 
-def test_a_file_that_somebody_removed_is_made_again(ledger: Ledger, tmp_path: Path) -> None:
-    reserve(ledger, per(3, "min"))
+def test_a_file_that_somebody_removed_is_made_again(file_ledger: Ledger, tmp_path: Path) -> None:
+    reserve(file_ledger, per(3, "min"))
     for path in tmp_path.glob("quotas.db*"):
         path.unlink()
-    reserve(ledger, per(3, "min"))
+    reserve(file_ledger, per(3, "min"))
     assert len(rows(tmp_path, "SELECT * FROM sent")) == 1
 
 

@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import debian
 import programs
 import pytest
 from slurm_lab import LabMissingError, SlurmLab
@@ -94,11 +96,9 @@ def npm_clients() -> Path:
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Debian's Chromium, installed on first use where this runs as root."""
-    if not shutil.which("chromium") and os.geteuid() == 0 and shutil.which("apt-get"):
-        env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        packages = ("chromium", "fonts-dejavu-core")
-        subprocess.run(("apt-get", "-qq", "update"), env=env, stdout=2)
-        subprocess.run(("apt-get", "-qq", "install", "-y", "--no-install-recommends", *packages), env=env, stdout=2)
+    if not shutil.which("chromium"):
+        with suppress(subprocess.CalledProcessError):
+            debian.install("chromium", "fonts-dejavu-core")
     program = shutil.which("chromium")
     if not program:
         missing("no chromium here: install it, or run as root on Debian")

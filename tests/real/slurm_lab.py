@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import debian
+
 CONF = """\
 ClusterName={cluster}
 SlurmctldHost=localhost(127.0.0.1)
@@ -83,26 +85,11 @@ def install() -> None:
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise LabMissingError("no Slurm here: install slurm-wlm and munge, or run as root on Debian")
-    policy = Path("/usr/sbin/policy-rc.d")
-    made = not policy.exists()
-    if made:
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     packages = ("slurm-wlm", "munge", "util-linux")
     try:
-        subprocess.run(("apt-get", "-qq", "update"), env=env, stdout=2, check=True)
-        subprocess.run(
-            ("apt-get", "-qq", "install", "-y", "--no-install-recommends", *packages),
-            env=env,
-            stdout=2,
-            check=True,
-        )
+        debian.install(*packages)
     except subprocess.CalledProcessError as error:
         raise LabMissingError(f"apt-get could not install {' '.join(packages)}: {error}") from error
-    finally:
-        if made:
-            policy.unlink()
 
 
 class SlurmLab:
