@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from biollm.errors import UsageError
 from biollm.ledger.sqlite import Database, on_network, read, reading
-from biollm.ledger.writer import Writer
+from biollm.ledger.writer import Writer, file_writer
 
 Rating = Literal["up", "down"]
 FILE = "ratings.db"
@@ -76,7 +76,7 @@ class Ratings:
 
     def __init__(self, directory: Path) -> None:
         self._path, self._history = directory / FILE, directory / "history.db"
-        self._writer: Writer[tuple[Any, ...]] = Writer(self._database(), _keep, self._warn)
+        self._writer: Writer[tuple[Any, ...]] = file_writer(self._database(), _keep, self._warn)
         self._warned = False
         atexit.register(self.close)
         if self._path.exists():

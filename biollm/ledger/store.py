@@ -26,7 +26,7 @@ from biollm.ledger.quota_store import OPERATIONS, PRUNE, Job, QuotaStore, Sqlite
 from biollm.ledger.quotas import Block, Cooldown, next_cooldown
 from biollm.ledger.records import Claim, Record, Refused
 from biollm.ledger.sqlite import BOUND, Database, Prepare, on_network, read, reading
-from biollm.ledger.writer import Writer
+from biollm.ledger.writer import Writer, file_writer
 
 if TYPE_CHECKING:
     import asyncio  # half the time of importing this module, and commands that only read need none of it
@@ -286,16 +286,10 @@ class Ledger:
         return self._processes.get(pid) or self._processes.setdefault(pid, self._start())
 
     def _start(self) -> _Process:
-        store, history = self._open_store(), self._open_history()
+        store = self._open_store()
         counts = Writer("biollm quotas", self._write_quotas(store), self._settle_quotas, store.close)
-
-        def write(records: Sequence[Record]) -> None:
-            history.write(lambda db: attempts.add(db, records))
-
-        def settle(_: object, error: Exception | None) -> None:
-            self._warn(error)
-
-        return _Process(store, counts, Writer("biollm history", write, settle, history.close))
+        history = file_writer(self._open_history(), attempts.add, lambda _, error: self._warn(error))
+        return _Process(store, counts, history)
 
     def _open_store(self) -> QuotaStore:
         recall, served = history_of(self._history), self._availability.serve

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar
 
+from biollm.ledger.sqlite import Database
+
 Job = TypeVar("Job")
 
 _LINGER = 0.02  # seconds that jobs without a waiting caller are held to fill a batch; well under the 50 ms promised
@@ -97,3 +99,13 @@ class Writer(Generic[Job]):
             while True:
                 batch.append(self._waiting.get_nowait())
         return batch
+
+
+def file_writer(
+    database: Database,
+    write: Callable[[sqlite3.Connection, Sequence[Job]], None],
+    settle: Callable[[Sequence[Job], Exception | None], None],
+) -> Writer[Job]:
+    """Return a writer to an SQLite file."""
+    name = f"biollm {database.path.stem}"
+    return Writer(name, lambda jobs: database.write(lambda db: write(db, jobs)), settle, database.close)

@@ -419,9 +419,7 @@ def test_of_two_blocks_the_longer_holds(file_ledger: Ledger, clock: Clock) -> No
         file_ledger.cool("account:a", seconds, reason)
     assert file_ledger.blocked() == {"account:a": Cooldown(NOON + 7200, "day", stated=True)}
     file_ledger.flush()
-    assert rows(file_ledger.directory, "SELECT key, until, reason FROM cooldown") == [
-        ("account:a", NOON + 7200, "day")
-    ]
+    assert rows(file_ledger.directory, "SELECT key, until, reason FROM cooldown") == [("account:a", NOON + 7200, "day")]
     assert reserve(file_ledger, cooling=("account:a",)).reason == "day, frees in 2 h"
 
 
