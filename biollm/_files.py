@@ -94,15 +94,23 @@ def create(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Generator[None]:
-    """Hold the lock file `path`; others wait. Does nothing where the file system has no locks."""
+def locked(path: Path, *, wait: bool = True) -> Generator[bool]:
+    """Hold the lock file `path`, and yield whether it is held: others wait for it, or get False where `wait` is False.
+
+    A process that dies loses it. Where the file system has no locks, all hold it.
+    """
     private_folder(path.parent)
     create(path)
     handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        with suppress(OSError):  # NFS without a lock daemon
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        held = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        except OSError:  # NFS without a lock daemon
+            pass
+        yield held
     finally:
         os.close(handle)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, get_args
@@ -36,6 +37,14 @@ def short(amount: float, digits: int = 3) -> str:
     """Return a number as people write it: 12, 1.5k, 30M."""
     size, letter = next(((n, s) for n, s in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if amount >= n), (1, ""))
     return f"{amount / size:.{digits}g}{letter}"
+
+
+def span(seconds: float) -> str:
+    """Return seconds as people write them: 45 s, 12 min, 3 h, 2 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{math.ceil(seconds)} s"
 
 
 class Fields(Json):

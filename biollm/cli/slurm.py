@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -238,11 +239,46 @@ def _clock(seconds: float | None) -> str:
 
 def status(as_json: Json = False) -> None:
     """Show jobs, servers, walltime left and requests."""
-    jobs = slurm.status(config.load_config().cluster)
+    from biollm.slurm.scaling import controller
+
+    settings = config.load_config()
+    jobs = slurm.status(settings.cluster)
     if jobs or as_json:
         _show(jobs, as_json=as_json)
     else:
         print("No model server was started in the last day. Start one with `biollm up MODEL`.")
+    for key, state in () if as_json else controller.scaled(settings).items():
+        print(f"{key}: {state.line}")
+
+
+def autoscale(
+    watch: Annotated[bool, Option("--watch", help="Look every 10 s until interrupted.")] = False, as_json: Json = False
+) -> None:
+    """Start and stop servers of the models with `scale`, by demand.
+
+    For cron: one look, then exit. A running gateway does the same.
+    """
+    from functools import partial
+
+    from biollm._runtime import ledger
+    from biollm.monitoring.usage import ending_budgets
+    from biollm.slurm.scaling import controller
+
+    settings = config.load_config()
+    if not controller.scaled(settings):
+        raise UsageError("No model has `scale`.", hint="Add `scale: {min: 0, max: 2}` to a local model in models.yaml.")
+    look = partial(controller.look, settings, ledger(), partial(ending_budgets, settings, ledger()))
+    if watch:
+        controller.run(settings.cluster, look, time.sleep, partial(print, flush=True))
+    with controller.controlling(settings.cluster) as alone:
+        decisions = look() if alone else {}
+    if not alone:
+        print("Another controller runs: the gateway, or `biollm autoscale`. It decides.", file=sys.stderr)
+    if as_json:
+        output.as_json([{"model": key, **decision._asdict()} for key, decision in decisions.items()])
+        return
+    for key, decision in decisions.items():
+        print(f"{key}: {decision.line}")
 
 
 def logs(

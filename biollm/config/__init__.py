@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from biollm.config.schema import LITELLM_PROVIDERS, Account, Alerts, Architecture, Cluster, Costs
 
     # isort: split
-    from biollm.config.schema import Environment, Model, Provider, Routing
+    from biollm.config.schema import Environment, Model, Provider, Routing, Scale
     from biollm.config.values import Limit
 
 __all__ = [
     "LITELLM_PROVIDERS", "Account", "Alerts", "Architecture", "Cluster", "Config", "Costs", "Environment", "Limit",
-    "Model", "Policy", "Provider", "Routing", "describe", "json_schema", "load_config",
+    "Model", "Policy", "Provider", "Routing", "Scale", "describe", "json_schema", "load_config",
 ]  # fmt: skip
 _HOMES = {"Limit": "values"} | dict.fromkeys(("Config", "describe", "json_schema", "load_config"), "loader")
 

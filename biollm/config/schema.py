@@ -138,6 +138,20 @@ class Architecture:
     context: values.Count = 0  # Tokens; the longest the model can.
 
 
+class Scale(_Value):
+    """How many servers of a model run, by demand: at least `min`, at most `max`."""
+
+    min: values.Count = 0
+    max: values.Positive = 1
+    target_waiting: values.Count = 1  # Requests that may wait at each server before another one is started.
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"has a min of {self.min}, above its max of {self.max}.")
+        return self
+
+
 class Model(_Value):
     """One model of models.yaml."""
 
@@ -167,6 +181,13 @@ class Model(_Value):
     start_timeout: values.Duration = 1800  # Time until a server is ready.
     idle_timeout: values.Duration | None = None  # Time without requests until its server stops; None is the cluster's.
     architecture: Architecture | None = None
+    scale: Scale | None = None  # Start and stop servers with the demand; None leaves that to you.
+
+    @model_validator(mode="after")
+    def _is_scaled_on_the_cluster(self) -> Self:
+        if self.scale and self.type != "local":
+            raise ValueError(f"has `scale`, but only servers of `type: local` are started: this is {self.type}.")
+        return self
 
     @model_validator(mode="after")
     def _heads_have_a_width(self) -> Self:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from biollm._runtime import background, ledger, start_background
 from biollm.client.remote import RECORD, SOCKET, connect, folders, identity, record
 from biollm.config.paths import own_dir, state_dir
 from biollm.errors import ConfigError, UnavailableError, UsageError
+from biollm.slurm.scaling import controller
 
 if TYPE_CHECKING:
     import uvicorn
@@ -123,6 +125,8 @@ def serve(
             say(line)
         if client.config.alerts.active:
             threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
+        if controller.scaled(client.config):
+            threading.Thread(target=_scale, args=(client.config, end, say), name="biollm-scaling", daemon=True).start()
         _warm_up(client)
         try:
             _until_the_end(end, busy, idle, path, inode)
@@ -205,6 +209,14 @@ def _alert(config: Config, end: threading.Event, say: Callable[[str], None]) -> 
         except Exception as error:  # the next look may be better
             say(f"The alerts could not be evaluated: {error}")
         end.wait(_ALERTS)
+
+
+def _scale(config: Config, end: threading.Event, say: Callable[[str], None]) -> None:
+    """Start and stop servers with the demand, unless another process does."""
+    from biollm.monitoring.usage import ending_budgets
+
+    look = partial(controller.look, config, ledger(), partial(ending_budgets, config, ledger()))
+    controller.run(config.cluster, look, end.wait, say)
 
 
 def _end_on_signals(end: threading.Event) -> None:

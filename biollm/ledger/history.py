@@ -97,7 +97,9 @@ _COUNTS = [each.name for each in fields(Cell) if each.name not in _HISTOGRAMS]
 _NAMES = [*Key._fields, *_COUNTS, *_HISTOGRAMS]
 _ADDED = [f"{name} = {name} + excluded.{name}" for name in _COUNTS]
 _JOINED = [f"{name} = CAST({name} || excluded.{name} AS BLOB)" for name in _HISTOGRAMS]
-_READ = "SELECT {} FROM attempt WHERE ".format(", ".join(f'"{name}"' for name in _Attempt._fields))
+_READ = "SELECT {} FROM attempt WHERE outcome != 'skipped' AND ".format(
+    ", ".join(f'"{name}"' for name in _Attempt._fields)
+)
 _ADD = "INSERT INTO rollup ({}) VALUES ({}) ON CONFLICT ({}) DO UPDATE SET {}".format(
     ", ".join(_NAMES), ", ".join("?" * len(_NAMES)), ", ".join(Key._fields), ", ".join(_ADDED + _JOINED)
 )

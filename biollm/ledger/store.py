@@ -27,6 +27,7 @@ from biollm.ledger.quotas import Block, Cooldown, next_cooldown
 from biollm.ledger.records import Claim, Record, Refused
 from biollm.ledger.sqlite import BOUND, Database, Prepare, on_network, read, reading
 from biollm.ledger.writer import Writer, file_writer
+from biollm.types import span
 
 if TYPE_CHECKING:
     import asyncio  # half the time of importing this module, and commands that only read need none of it
@@ -250,6 +251,10 @@ class Ledger:
             yield from (attempts.record(row[1:]) for row in rows)
             number, last = rows[-1][:2]
 
+    def unserved(self, since: float) -> list[tuple[str, float]]:
+        """Return (model, at) of each request since then for which a scaled model had no server, oldest first."""
+        return self._read(self._history, attempts.UNSERVED, (since,))
+
     @contextmanager
     def reading(self) -> Generator[sqlite3.Connection | None]:
         """Open history.db for several queries on one state of it; None while it is empty."""
@@ -372,7 +377,7 @@ class Ledger:
         until, reason, key, shut = max(blocks)
         if key == claim.limited_by and shut:
             self._blocked[key] = Cooldown(until, reason, stated=True)
-        return Refused(until, f"{reason}, frees in {_span(until - self._clock())}", key)
+        return Refused(until, f"{reason}, frees in {span(until - self._clock())}", key)
 
     def _adopt(self, found: Mapping[str, Cooldown]) -> None:
         """Take over what other processes changed in the store; what this process has just written is newer."""
@@ -413,10 +418,3 @@ def _resolve(waiting: Sequence[Job]) -> None:
     for job in waiting:
         if job.future and not job.abandoned:
             job.future.set_result(job.answer)
-
-
-def _span(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{math.ceil(seconds)} s"

@@ -25,9 +25,12 @@ def render(snapshot: Snapshot, width: int = 80, height: int | None = None, *, co
     first = next((each for each in snapshot.candidates if each.state in ("ready", "failing")), None)
     candidates = [_candidate(each, width, color, names, first=each is first) for each in snapshot.candidates]
     jobs = [_job(job, width, color, names) for job in snapshot.jobs] or ["      none"]
+    scaling = [_cut(f"      {line}", width) for line in snapshot.scaling]
     if height is not None:
-        alerts = _fit(alerts, 3)
-        room = max(2, height - 6 - len(alerts) - len(series))  # head, two titles, blank lines between the parts
+        alerts, scaling = _fit(alerts, 3), _fit(scaling, 3)
+        room = max(
+            2, height - 6 - len(alerts) - len(series) - len(scaling)
+        )  # head, two titles, blank lines between the parts
         jobs = _fit(jobs, max(1, room - len(candidates), room // 3))
         candidates = _fit_usable(snapshot.candidates, candidates, room - len(jobs))
     titles = [
@@ -36,7 +39,7 @@ def render(snapshot: Snapshot, width: int = 80, height: int | None = None, *, co
     ]
     titles = [f"\033[1m{_cut(title, width)}\033[0m" if color else _cut(title, width) for title in titles]
     alerts = [f"\033[31m{alert}\033[0m" if color else alert for alert in alerts]
-    lines = [head, "", titles[0], *candidates, "", titles[1], *jobs, "", *series, *alerts]
+    lines = [head, "", titles[0], *candidates, "", titles[1], *jobs, *scaling, "", *series, *alerts]
     return "\n".join(line.rstrip() for line in lines[:height])
 
 

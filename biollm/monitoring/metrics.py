@@ -17,6 +17,7 @@ from biollm.config import Config
 from biollm.ledger import Ledger, history
 from biollm.ledger.history import Cell, Key
 from biollm.monitoring import usage
+from biollm.slurm.scaling import controller
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)  # seconds
@@ -34,7 +35,7 @@ def text(config: Config, ledger: Ledger) -> str:
     """Return every metric. Counters cover all that the ledger has seen; durations are within 2%."""
     cells, _ = history.cells(ledger, 0.0, time.time(), 0, _EVERYTHING)
     quotas = usage.quotas(config, ledger)
-    families = (*_counters(cells), *_durations(cells), *_gauges(quotas))
+    families = (*_counters(cells), *_durations(cells), *_gauges(quotas), *_scaling(config))
     return "".join(f"{line}\n" for family in families for line in _lines(family))
 
 
@@ -106,6 +107,28 @@ def _gauges(quotas: Iterable[usage.Quota]) -> Iterator[_Family]:
     ):
         samples = [("", labels, getattr(each, field)) for labels, each in rows if getattr(each, field) is not None]
         yield _Family(f"biollm_quota_{name}", "gauge", description, samples)
+
+
+def _scaling(config: Config) -> Iterator[_Family]:
+    states = {key: state for key, state in controller.scaled(config).items() if state.looks}
+    if not states:
+        return
+    for name, description, fields in (
+        ("servers", "Servers of a scaled model, and jobs that are pending or starting.", ("ready", "coming")),
+        (
+            "requests",
+            "Requests at the servers, and those of 2 min that found none.",
+            ("running", "waiting", "unserved"),
+        ),
+    ):
+        samples = [
+            ("", {"model": key, "state": field}, getattr(state.looks[-1], field))
+            for key, state in states.items()
+            for field in fields
+        ]
+        yield _Family(f"biollm_scaling_{name}", "gauge", description, samples)
+    decisions = [("", {"model": key, "decision": state.line}, 1.0) for key, state in states.items()]
+    yield _Family("biollm_scaling_decision", "gauge", "The last decision about a scaled model.", decisions)
 
 
 def _lines(family: _Family) -> Iterator[str]:

@@ -26,11 +26,14 @@ from biollm.ledger.sqlite import read
 from biollm.routing.candidates import Candidate, DeploymentPool, Status, explain
 from biollm.routing.deployments import Requirements
 from biollm.slurm.endpoints import Endpoint
+from biollm.slurm.scaling import controller
 from biollm.slurm.submissions import Job
 
 MINUTES = 30  # of the series
 _JOBS_S = 5.0  # seconds between two calls of Slurm
-_NEW = 'SELECT id, at, request, deployment, outcome, ms, "order", reason FROM attempt WHERE '
+_NEW = (
+    """SELECT id, at, request, deployment, outcome, ms, "order", reason FROM attempt WHERE outcome != 'skipped' AND """
+)
 _LAST = (  # SQLite takes the other columns from the row of the maximum
     "SELECT max(id), max(at + ms / 1000), '', deployment, outcome, 0, 0, reason FROM attempt WHERE at >= ? GROUP BY 4, 5"
 )
@@ -92,6 +95,7 @@ class Snapshot:
     jobs: tuple[JobView, ...]
     minutes: tuple[Minute, ...]
     alerts: tuple[str, ...] = ()
+    scaling: tuple[str, ...] = ()  # the last decision about each scaled model
 
 
 @dataclass
@@ -145,7 +149,8 @@ class Collector:
             views = [self._view(each, used[each.deployment.scope], now) for each in found]
             self._update_jobs()
             jobs, alerts = _job_views(self._jobs, servers), tuple(map(str, self._alerts()))
-            return Snapshot(now, tuple(views), jobs, self._series(now), alerts)
+            scaling = tuple(f"{key}: {state.line}" for key, state in controller.scaled(self._config).items())
+            return Snapshot(now, tuple(views), jobs, self._series(now), alerts, scaling)
 
     def _view(self, candidate: Candidate, used: Sequence[tuple[Limit, float, object]], now: float) -> CandidateView:
         name, why = candidate.deployment.id, candidate.reason

@@ -24,11 +24,13 @@ from biollm.ledger import Ledger, history
 from biollm.ledger.history import Cell, Key
 from biollm.ledger.quotas import period
 from biollm.ledger.ratings import marks
+from biollm.types import span
 
 By = Literal["provider", "account", "model", "day", "hour", "tag", "rating"]
 Cells = Sequence[tuple[Key, Cell]]
 Price = tuple[float, float] | None  # USD per token of prompt and of answer
 WEEK = 7 * 86400.0  # seconds: a report's default length, and how long Slurm's jobs are remembered
+_IN_USE, _SOON = 600.0, 1800.0  # seconds
 _GRAIN = {"day": 24, "hour": 1}  # hours
 _ATTEMPTS = ("provider", "account", "model")  # whose rows count attempts: a request can use several of them
 
@@ -264,6 +266,25 @@ def quotas(config: Config, ledger: Ledger) -> Iterator[Quota]:
                 scope=scope, limit=str(limit), unit=limit.kind, amount=limit.amount, used=used, left=left,
                 resets_at=resets, exhausted_at=exhausted,
             )  # fmt: skip
+
+
+def ending_budgets(config: Config, ledger: Ledger) -> dict[str, str]:
+    """Return, for each scaled model, the budget in use before it in the waterfall that ends soon, and so before its day.
+
+    A server that is started for a budget which ends later would idle.
+    """
+    from biollm.routing import deployments
+
+    now, found, ending = time.time(), deployments.build_deployments(config), dict[str, str]()
+    used = {f"{key.provider}/{key.account}" for key, _ in history.cells(ledger, now - _IN_USE, now)[0]}
+    for quota in quotas(config, ledger):
+        soon = quota.left and quota.exhausted_at and quota.exhausted_at < now + _SOON
+        if soon and quota.scope.partition(":")[0] in used:
+            order = min(each.order for each in found if each.scope == quota.scope)
+            later = (each.model for each in found if each.order > order and each.model in config.models)
+            if model := next((name for name in later if config.models[name].scale), None):
+                ending[model] = f"{quota.limit} of {quota.scope} ends in {span((quota.exhausted_at or now) - now)}"
+    return ending
 
 
 @cache

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from biollm.ledger import Record
 from biollm.providers.credentials import Credential, hide, origin
 from biollm.routing import host_check, pricing
 from biollm.routing.answers import Answer, content, tool_calls
-from biollm.routing.candidates import DeploymentPool, cooling_keys, note_refusal
+from biollm.routing.candidates import Candidate, DeploymentPool, cooling_keys, note_refusal
 from biollm.routing.deployments import LEAST_EXCERPT, Deployment, central
 from biollm.routing.failures import Failure
 from biollm.routing.load_balancing import Balance
@@ -133,6 +134,19 @@ class Outcomes:
             for each in self._pool.deployments
             if each.id != deployment.id
         )
+
+    def note_unserved(self, run: Run, candidates: Iterable[Candidate]) -> None:
+        """Record, once per request, the first scaled model that had no server for it: the demand for one."""
+        for each in () if run.unserved else candidates:
+            deployment, model = each.deployment, self._pool.config.models.get(each.deployment.model)
+            if each.status == "ready":
+                return
+            if each.status == "absent" and not deployment.base_url and model and model.scale:
+                run.unserved = True
+                names = (deployment.id, deployment.provider.name, deployment.account.name, deployment.model)
+                record = Record(time.time(), run.id, *names, "skipped", each.reason, order=deployment.order)
+                self._pool.ledger.finish(None, deployment.scope, record)
+                return
 
     def cancel(self, run: Run, inflight: InFlight) -> None:
         """Note that the caller gave up."""

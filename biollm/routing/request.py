@@ -142,6 +142,7 @@ class Run:
         caps: Deployment id -> the most tokens of answer that its account can pay for.
         spare: An answer that was cut at an output limit, to be returned if no deployment has a longer one.
         waiting_since: When the wait for an earlier deployment began, by the monotonic clock.
+        unserved: Whether it is recorded that a scaled model had no server for it.
     """
 
     request: Request
@@ -161,6 +162,7 @@ class Run:
     caps: dict[str, int] = field(default_factory=dict[str, int])
     spare: InFlight | None = None
     waiting_since: float | None = None
+    unserved: bool = False
     _passes: list[_Pass] = field(default_factory=lambda: [_Pass()])
 
     @property

@@ -164,6 +164,7 @@ class Waterfall:
         for candidate in candidates:
             if candidate.status != "ready":
                 run.skip(candidate)
+        self._outcomes.note_unserved(run, candidates)
         return ready if run.request.fallback else [each for each in ready if each.order == ready[0].order]
 
     async def _candidates(self, run: Run) -> list[Candidate]:

@@ -8,10 +8,14 @@ controller's state, so they get an allowlist.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from datetime import datetime
 from pathlib import Path
 
 from biollm._files import file_time, locked, write_private
@@ -72,6 +76,10 @@ def run(*command: str, timeout: float = 20, **more: str) -> str:
 
     Raises SlurmError if it refuses, does not answer within `timeout` seconds, or is not installed here.
     """
+    return _run(command, timeout, more).stdout.strip()
+
+
+def _run(command: Sequence[str], timeout: float, more: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     env = {name: os.environ[name] for name in _KEPT if name in os.environ} | {"SLURM_TIME_FORMAT": "standard", **more}
     try:
         done = subprocess.run(
@@ -83,7 +91,7 @@ def run(*command: str, timeout: float = 20, **more: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]} had no answer within {timeout:.0f} s.", hint=_PING) from error
     if done.returncode == 0:
-        return done.stdout.strip()
+        return done
     output = " ".join(line.split("error: ")[-1] for line in done.stderr.strip().splitlines()[-3:])
     for pattern, sentence, hint in _FIXES:
         if re.search(pattern, output, re.IGNORECASE):
@@ -95,6 +103,12 @@ def submit(script: Path, arguments: list[str], options: list[str]) -> str:
     """Submit a script with arguments of its own; return the job's id."""
     export = f"--export={','.join(name for name in _KEPT if name in os.environ)}"
     return run("sbatch", "--parsable", export, *options, str(script), *arguments).split(";")[0]
+
+
+def starts_in(script: Path) -> float:
+    """Return in how many seconds Slurm would start this script, by its estimate; inf if it has none. Raises as `run`."""
+    found = _TIME.search(_run(("sbatch", "--test-only", str(script)), 20, {"TZ": "UTC"}).stderr)
+    return max(0.0, datetime.fromisoformat(f"{found[0]}Z").timestamp() - time.time()) if found else math.inf
 
 
 def nodes() -> dict[str, str]:

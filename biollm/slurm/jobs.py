@@ -27,7 +27,7 @@ from biollm.errors import SlurmError, UnavailableError, UsageError
 from biollm.slurm import commands, submissions, vllm_flags, weights
 from biollm.slurm.commands import Queue
 from biollm.slurm.endpoints import Endpoint, Records, Watch, ask, load
-from biollm.slurm.script import LaunchScript, Options, header, node_files, render, request
+from biollm.slurm.script import JobRequest, LaunchScript, Options, header, node_files, render, request
 from biollm.slurm.submissions import Job, Submission, failure, find, gpu_hours, job_of
 
 Timeout = float | None  # seconds to wait; the jobs stay when it passes
@@ -204,16 +204,29 @@ def missing(models: Sequence[Model], cluster: Cluster) -> Iterator[UnavailableEr
 
 def try_one_gpu(cluster: Cluster) -> None:
     """Check that Slurm would take a job of one GPU; raises `SlurmError` with its reason and a fix."""
-    options = header(cluster, request(cluster, "biollm-doctor", nodes=1, gpus=1))
+    _starts_in(cluster, request(cluster, "biollm-doctor", nodes=1, gpus=1))
+
+
+def answers_in(model: Model, cluster: Cluster) -> float:
+    """Return in how many seconds a server submitted now would answer: Slurm's estimate, and its last time to start.
+
+    Raises SlurmError where Slurm would refuse the job, or as `up` where its script cannot be rendered.
+    """
+    job = render([model], cluster).request
+    return _starts_in(cluster, job) + _start_time([model], cluster, job.walltime)
+
+
+def _starts_in(cluster: Cluster, job: JobRequest) -> float:
+    options = header(cluster, job)
     with NamedTemporaryFile("w", suffix=".sh") as script:
         script.write("".join(["#!/bin/bash\n", *(f"#SBATCH {option}\n" for option in options), "true\n"]))
         script.flush()
-        commands.run("sbatch", "--test-only", script.name)
+        return commands.starts_in(Path(script.name))
 
 
 def prepare(cluster: Cluster, *, plain: bool = False) -> None:
     """Write what a job reads: its folders, the supervisor's files or a plain script's key, the nodes' addresses."""
-    folder = _make_biollm_dir(cluster)
+    folder = make_biollm_dir(cluster)
     private_folder(log_dir(cluster))
     for path, text in node_files(cluster).items():
         if not path.exists():
@@ -332,11 +345,11 @@ def _share_with(group: str, cluster: Cluster) -> None:
         path.chmod(path.stat().st_mode & 0o7777 | 0o050)
 
 
-def _submit_lock(cluster: Cluster) -> AbstractContextManager[None]:
-    return locked(_make_biollm_dir(cluster) / f"submit-{os.getuid()}.lock")
+def _submit_lock(cluster: Cluster) -> AbstractContextManager[bool]:
+    return locked(make_biollm_dir(cluster) / f"submit-{os.getuid()}.lock")
 
 
-def _make_biollm_dir(cluster: Cluster) -> Path:
+def make_biollm_dir(cluster: Cluster) -> Path:
     """Make biollm's own folder, with the mode of the run directory: a lab's common folder stays common. Return it."""
     folder, own = private_folder(run_dir(cluster)), biollm_dir(cluster)
     mode = folder.stat().st_mode & 0o7777
