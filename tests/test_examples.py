@@ -172,6 +172,15 @@ def test_many_logs_goes_on_where_one_fails(net: Loopback, waterfall: Waterfall, 
     assert sorted(answers) == ["All is well."] * 5 + ["no answer: The request was rejected."]
 
 
+def test_autoscale_day(run: Run) -> None:
+    ran = run("autoscale_day.py", "2")
+    assert ran.code == 0, ran.err
+    fixed, scaled = (line.split() for line in ran.out.splitlines() if " s " in line and " USD" in line)
+    assert (fixed[:4], scaled[:3]) == (["one", "fixed", "server", "24.0"], ["scale,", "max", "2"])
+    assert float(scaled[3]) < 24
+    assert ran.out.count("  up\n") > 1
+
+
 @pytest.mark.slow
 def test_pipe(net: Loopback, waterfall: Waterfall) -> None:
     server = net.serve(text="It ran out of memory.")

@@ -129,7 +129,7 @@ def _with_adapters(models: dict[str, Model]) -> dict[str, Model]:
         modules = [f"{adapter.key}={adapter.lora}" for adapter in adapters]
         args |= base.vllm_args | {"lora_modules": [*as_list(base.vllm_args.get("lora_modules") or []), *modules]}
         found[base.key] = base.model_copy(update={"vllm_args": args})
-        own = {"name": "", "description": "", "priority": None}
+        own = {"name": "", "description": "", "priority": None, "scale": None}
         for adapter in adapters:
             own_values = own | {name: getattr(adapter, name) for name in adapter.model_fields_set}
             found[adapter.key] = found[base.key].model_copy(update=own_values)

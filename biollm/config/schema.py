@@ -24,7 +24,7 @@ LITELLM_PROVIDERS = (
     "perplexity", "sambanova", "together_ai", "vertex_ai", "xai",
 )  # fmt: skip
 
-_OF_SERVER = {"hf_id", "revision", "path", "gguf", "gpus_required", "vllm_args", "architecture"}
+_OF_SERVER = {"hf_id", "revision", "path", "gguf", "gpus_required", "vllm_args", "architecture", "scale"}
 ENTRY_NAME = {"models": "key", "providers": "name"}  # the field that an entry's name in the file gives
 
 

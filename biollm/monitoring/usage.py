@@ -281,9 +281,9 @@ def ending_budgets(config: Config, ledger: Ledger) -> dict[str, str]:
         soon = quota.left and quota.exhausted_at and quota.exhausted_at < now + _SOON
         if soon and quota.scope.partition(":")[0] in used:
             order = min(each.order for each in found if each.scope == quota.scope)
-            later = (each.model for each in found if each.order > order and each.model in config.models)
-            if model := next((name for name in later if config.models[name].scale), None):
-                ending[model] = f"{quota.limit} of {quota.scope} ends in {span((quota.exhausted_at or now) - now)}"
+            later = (config.server_of(each.model) for each in found if each.order > order)
+            if model := next((each for each in later if each and each.scale), None):
+                ending[model.key] = f"{quota.limit} of {quota.scope} ends in {span((quota.exhausted_at or now) - now)}"
     return ending
 
 

@@ -138,12 +138,12 @@ class Outcomes:
     def note_unserved(self, run: Run, candidates: Iterable[Candidate]) -> None:
         """Record, once per request, the first scaled model that had no server for it: the demand for one."""
         for each in () if run.unserved else candidates:
-            deployment, model = each.deployment, self._pool.config.models.get(each.deployment.model)
+            deployment, model = each.deployment, self._pool.config.server_of(each.deployment.model)
             if each.status == "ready":
                 return
             if each.status == "absent" and not deployment.base_url and model and model.scale:
                 run.unserved = True
-                names = (deployment.id, deployment.provider.name, deployment.account.name, deployment.model)
+                names = (deployment.id, deployment.provider.name, deployment.account.name, model.key)
                 record = Record(time.time(), run.id, *names, "skipped", each.reason, order=deployment.order)
                 self._pool.ledger.finish(None, deployment.scope, record)
                 return

@@ -59,7 +59,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
 def site(answer: Answer, tmp_path: Path, waterfall: Callable[..., Path], net: Loopback) -> Callable[..., None]:
     """Configure a scaled local model between two cloud deployments; `scale` and `cluster` may be changed."""
 
-    def configure(scale: dict[str, int] | None = None, first: Any = None, **cluster: Any) -> None:
+    def configure(scale: dict[str, int] | None = None, first: Any = None, adapters: Any = None, **cluster: Any) -> None:
         for name in ("bin/vllm", "config.json", "model.safetensors"):
             (tmp_path / name).touch()
         own = {"type": "local", "path": str(tmp_path), "gpus_required": 1, "scale": {"max": 2} | (scale or {})}
@@ -69,8 +69,13 @@ def site(answer: Answer, tmp_path: Path, waterfall: Callable[..., Path], net: Lo
             "environment": {"venv": str(tmp_path)},
             "exclusive": False,
         }
-        top = {"models": {"own": own}, "cluster": place | {"gpu_type": None} | cluster}
-        waterfall(top, first=first or net.serve(), vllm={"type": "local", "models": ["own"]}, last=net.serve())
+        top = {"models": {"own": own, **(adapters or {})}, "cluster": place | {"gpu_type": None} | cluster}
+        waterfall(
+            top,
+            first=first or net.serve(),
+            vllm={"type": "local", "models": ["own", *(adapters or ())]},
+            last=net.serve(),
+        )
 
     return configure
 
@@ -111,6 +116,15 @@ def test_a_request_that_finds_no_server_of_a_scaled_model_is_demand(
     ledger().flush()
     assert [model for model, _ in ledger().unserved(began)] == ["own"] * 2 * unserved
     assert [row.requests for row in usage.report(load_config(), ledger()).rows] == ([] if unserved else [2])
+
+
+def test_demand_for_an_adapter_is_demand_for_its_base(site: Callable[..., None], tmp_path: Path) -> None:
+    site(adapters={"tuned": {"base": "own", "lora": str(tmp_path)}})
+    assert list(controller.scaled(load_config())) == ["own"]
+    with pytest.raises(CompletionError, match="no server is up"):
+        get_model_client(model="tuned").complete("hi")
+    ledger().flush()
+    assert [model for model, _ in ledger().unserved(0)] == ["own"]
 
 
 def test_a_request_that_a_later_deployment_answers_is_demand_once(site: Callable[..., None], net: Loopback) -> None:
