@@ -254,7 +254,7 @@ def status(as_json: Json = False) -> None:
 def autoscale(
     watch: Annotated[bool, Option("--watch", help="Look every 10 s until interrupted.")] = False, as_json: Json = False
 ) -> None:
-    """Start and stop servers of the models with `scale`, by demand.
+    """Start and stop servers by demand (`scale`).
 
     For cron: one look, then exit. A running gateway does the same.
     """
