@@ -133,6 +133,20 @@ def test_error_diagnosis_says_why_nobody_answered(net: Loopback, waterfall: Wate
     assert ran.err.splitlines() == ["All deployments failed.", "  first/small: HTTP 500: Internal server error."]
 
 
+def test_ensemble(net: Loopback, waterfall: Waterfall, run: Run) -> None:
+    texts = [json.dumps({"category": each, "cause": f"{each}!"}) for each in ("memory", "disk", "memory")]
+    servers = {name: net.serve(text=text) for name, text in zip("abc", texts, strict=True)}
+    waterfall(**servers)
+    ran = run("ensemble.py", LOG)
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines() == [
+        "memory (67% agree): memory!",
+        "  a/small: category='memory' cause='memory!'",
+        "  b/small: category='disk' cause='disk!'",
+        "  c/small: category='memory' cause='memory!'",
+    ]
+
+
 def test_workflow_composer_sends_a_wrong_order_back(net: Loopback, waterfall: Waterfall, run: Run) -> None:
     align = {"tool": "STAR_ALIGN", "reads_from": ["TRIMGALORE"], "why": "align"}
     trim = {"tool": "TRIMGALORE", "reads_from": [], "why": "trim adapters"}

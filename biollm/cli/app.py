@@ -53,7 +53,7 @@ def _root(  # pyright: ignore[reportUnusedFunction] # Typer calls it
 _COMMANDS = (
     complete.complete, explain.explain, setup.login, config.providers, config.health, config.config, config.init, slurm.render_slurm,
     slurm.fit, slurm.pull, slurm.up, slurm.status, slurm.logs, slurm.down, slurm.doctor, slurm.autoscale, monitoring.top,
-    monitoring.usage, evals.rate, drill.drill, monitoring.alerts, run.run,
+    monitoring.usage, evals.compare, evals.rate, drill.drill, monitoring.alerts, run.run,
 )  # fmt: skip
 _EMBEDDED = typer.Typer(name="embedded", no_args_is_help=True, help="Manage the small model that runs on this machine.")
 _MODELS = typer.Typer(name="models", invoke_without_command=True, help="List models, or add one to the configuration.")

@@ -89,7 +89,7 @@ def complete(
         print("--wait has no effect without --start.", file=sys.stderr)
     question, found = read(prompt, file or [])
     needs(question, found)
-    response_schema = _schema(schema) if schema else None
+    response_schema = json_schema(schema) if schema else None
     live = not (schema or as_json or ensemble) and (sys.stdout.isatty() if stream is None else stream)
     options: Options = {
         "system": system, "provider": provider, "model": model, "max_tokens": max_tokens, "temperature": temperature,
@@ -173,7 +173,8 @@ def _tags(pairs: list[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def _schema(file: Path) -> dict[str, Any]:
+def json_schema(file: Path) -> dict[str, Any]:
+    """Return the JSON Schema in a file."""
     try:
         schema = json.loads(file.read_text())
     except OSError as error:

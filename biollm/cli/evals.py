@@ -1,13 +1,125 @@
-"""The commands `rate` and `compare`: how good answers are."""
+"""The commands `compare` and `rate`: how good answers are."""
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from biollm.cli import output
+from biollm.cli.complete import LocalOnly, MaxTokens, System, json_schema
+from biollm.cli.output import Json, Progress
 from biollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from biollm.evals.report import Report
+
+_BAR = 20  # columns
+
+
+def compare(
+    inputs: Annotated[list[Path], Argument(metavar="INPUTS", help="Log files, folders of them, JSONL files.")],
+    a: Annotated[str, Option("--a", metavar="MODEL", help="Model, provider/model, ensemble:3 or ensemble:x,y,z.")],
+    b: Annotated[str, Option("--b", metavar="MODEL", help="What it is compared with.")],
+    c: Annotated[str | None, Option("--c", metavar="MODEL", help="A third arm.")] = None,
+    d: Annotated[str | None, Option("--d", metavar="MODEL", help="A fourth arm.")] = None,
+    prompt: Annotated[str | None, Option(metavar="TEXT", help="Asked about each input.")] = None,
+    system: System = None,
+    schema: Annotated[Path | None, Option(metavar="FILE", help="JSON Schema that answers must follow.")] = None,
+    expect: Annotated[str | None, Option(metavar="FIELD", help="Field of the input with the right answer.")] = None,
+    command: Annotated[
+        str | None, Option(metavar="TEXT", help="Program that scores an answer: 'check {answer}' (a file).")
+    ] = None,
+    judge: Annotated[str | None, Option(metavar="MODEL", help="Model that chooses between two answers.")] = None,
+    results: Annotated[
+        Path, Option("-o", "--output", metavar="FILE", help="JSONL of answers; a run that was interrupted goes on.")
+    ] = Path("biollm-compare.jsonl"),
+    limit: Annotated[int | None, Option(min=1, metavar="N", help="Use the first N inputs only.")] = None,
+    spend_limit: Annotated[float | None, Option(min=0, metavar="USD", help="Stop when this much is spent.")] = None,
+    wait: Annotated[float, Option(min=0, metavar="SECONDS", help="Longest wait for an arm at a limit.")] = 600,
+    concurrency: Annotated[int, Option(min=1, metavar="N", help="Requests in flight at once.")] = 8,
+    max_tokens: MaxTokens = None,
+    temperature: Annotated[float | None, Option(min=0, max=2, metavar="T", help="Sampling temperature (0-2).")] = None,
+    local_only: LocalOnly = False,
+    html: Annotated[Path | None, Option(metavar="FILE", help="Write one HTML page with every answer.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask several models the same, and report whether one is better."""
+    from biollm import evals
+
+    given = {"max_tokens": max_tokens, "temperature": temperature, "local_only": local_only or None}
+    progress, began = Progress(), time.monotonic()
+
+    def show(done: int, count: int, usd: float) -> None:
+        left = (time.monotonic() - began) / done * (count - done)
+        bar = ("#" * (_BAR * done // count)).ljust(_BAR, "-")
+        if sys.stderr.isatty():
+            progress.say(f"[{bar}] {done} of {count} answers, about {left:.0f} s left, {usd:.4f} USD")
+
+    try:
+        found = evals.compare(
+            inputs,
+            [arm for arm in (a, b, c, d) if arm],
+            results=results,
+            limit=limit,
+            progress=show,
+            prompt=prompt,
+            system=system,
+            schema=json_schema(schema) if schema else None,
+            expect=expect,
+            command=command,
+            judge=judge,
+            wait=wait,
+            spend_limit=spend_limit,
+            concurrency=concurrency,
+            options={name: value for name, value in given.items() if value is not None},
+        )
+    except KeyboardInterrupt:
+        print(f"The answers so far are in {results}; run the same command to go on.", file=sys.stderr)
+        raise
+    finally:
+        progress.clear()
+    if html:
+        from biollm._files import write_for_user
+
+        write_for_user(html, found.html())
+    if as_json:
+        output.as_json(found)
+    else:
+        _show(found)
+
+
+def _show(found: Report) -> None:
+    from biollm.evals.report import lines
+    from biollm.monitoring.dashboard import seconds
+    from biollm.types import short
+
+    head = ("arm", "score", "answers", "errors", "p50", "p95", "tokens in", "out", "USD")
+    rows = [
+        (
+            arm.name,
+            "-" if arm.score is None else f"{arm.score:.0%}",
+            arm.answers,
+            arm.errors,
+            *("-" if ms is None else seconds(ms) for ms in (arm.p50_ms, arm.p95_ms)),
+            short(arm.prompt_tokens),
+            short(arm.completion_tokens),
+            "unknown" if arm.cost_usd is None else f"{arm.cost_usd:.4f}",
+        )
+        for arm in found.arms
+    ]
+    output.table(head, rows)
+    print()
+    for line in lines(found):
+        print(line)
+    for arm in found.arms:
+        if arm.gpu_hours:
+            print(f"{arm.name}: {arm.gpu_hours:.2f} GPU hours.")
+        if arm.changed:
+            print(f"{arm.name}: {arm.changed} inputs were condensed or redacted for it.")
 
 
 def rate(

@@ -234,7 +234,7 @@ class Client:
         Args:
             prompt: As in `complete`.
             members: How many deployments that are ready now, one per account first; or models, "provider/model" too.
-                The embedded model is none, unless it is named.
+                The embedded model is never one.
             method: "vote" takes the value of the majority, in each field of a structured answer; "judge" has a model
                 choose one. By default structured answers are voted on, and texts judged.
             quorum: How many members must answer; by default more than half.

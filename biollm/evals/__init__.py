@@ -3,3 +3,7 @@
 Imports `client` and what is below it. Start at `comparison.py`, which asks several models the same, or at `tuning.py`,
 which makes training data of rated answers.
 """
+
+from biollm.evals.comparison import compare
+
+__all__ = ["compare"]

@@ -304,7 +304,7 @@ def _local(
     """
     since, until, now = span
     known = max(since, now - WEEK)
-    hours = _gpu_hours(config, known, min(until, now))
+    hours = gpu_hours(config, known, min(until, now))
     if hours and since < known:
         cells = history.cells(ledger, known, until, 0)[0]
     local = {provider.name for provider in config.providers if provider.type == "local"}
@@ -326,7 +326,7 @@ def _local(
         )
 
 
-def _gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
+def gpu_hours(config: Config, since: float, until: float) -> dict[str, float]:
     """Return model -> GPU hours of this user's jobs, from first to last event, split evenly over a job's models."""
     from biollm.config.paths import biollm_dir
     from biollm.slurm import commands

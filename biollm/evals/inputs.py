@@ -1,0 +1,118 @@
+"""Reads the inputs of a comparison: files, folders and JSONL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from biollm.errors import UsageError, nearest
+
+SETTINGS = "compare.yaml"  # of a folder
+_KEYS = ("prompt", "system", "schema", "expect")
+_TARGETS = ("target", "expected")  # Inspect's name, and ours
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input, which every arm gets.
+
+    Attributes:
+        id: Where it is from: a file's name, or FILE:LINE.
+        cluster: Inputs with the same one may depend on each other: the file that they are about.
+        question: A text or messages; "" where only the settings' prompt is asked.
+        file: What it is about, if that is a file.
+        record: What the JSONL line has, with the expected answer.
+    """
+
+    id: str
+    cluster: str
+    question: str | Sequence[Mapping[str, Any]] = ""
+    file: Path | None = None
+    record: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def digest(self) -> str:
+        """Return a hash of what an arm is asked."""
+        content = self.file.read_bytes() if self.file else b""
+        return sha256(json.dumps(self.question, sort_keys=True).encode() + b"\0" + content).hexdigest()
+
+    def expected(self, name: str | None) -> Any:
+        """Return the expected answer: of the field `name`, else of "target" or "expected"; None without one."""
+        return next((self.record[each] for each in ([name] if name else _TARGETS) if each in self.record), None)
+
+
+def read(paths: Sequence[Path]) -> tuple[list[Input], dict[str, Any]]:
+    """Return the inputs, and the settings of a folder's compare.yaml: prompt, system, schema, expect.
+
+    A JSONL line has `messages`, `input` or `prompt`, and a `file` that it is about. A folder's inputs are the lines of
+    its JSONL files, or its other files.
+
+    Raises:
+        UsageError: A file cannot be read, or has no input; it names the line.
+    """
+    found: list[Input] = []
+    settings: dict[str, Any] = {}
+    for path in paths:
+        if path.is_dir():
+            settings |= _settings(path)
+            files = sorted(each for each in path.iterdir() if each.is_file() and each.name[0] != ".")
+            lines = [each for each in files if each.suffix == ".jsonl"]
+            found += [each for file in lines or files if file.name != SETTINGS for each in _of_file(file)]
+        else:
+            found += _of_file(path)
+    if not found:
+        raise UsageError("There are no inputs.", hint="Name log files, a folder of them, or JSONL files.")
+    return found, settings
+
+
+def _of_file(path: Path) -> Iterator[Input]:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file.")
+    if path.suffix != ".jsonl":
+        yield Input(path.name, str(path), file=path)
+        return
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            yield _of_line(path, number, line)
+
+
+def _of_line(path: Path, number: int, line: str) -> Input:
+    where = f"{path.name}:{number}"
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON: {error}.") from None
+    if not isinstance(record, dict):
+        raise UsageError(f"{where} is not a JSON object.")
+    record = cast("dict[str, Any]", record)
+    question = next((record[name] for name in ("messages", "input", "prompt") if record.get(name)), "")
+    file = path.parent / str(record["file"]) if record.get("file") else None
+    if not (question or file):
+        raise UsageError(f"{where} has no input.", hint="Write messages, input, prompt or file.")
+    if file and not file.is_file():
+        raise UsageError(f"{where}: {file}: no such file.")
+    ident = str(record.get("id") or record.get("file") or where)
+    found = Input(ident, str(record.get("cluster") or file or where), question, file, record)
+    if record.get("messages") and record["messages"][-1].get("role") == "assistant":  # training data
+        *asked, last = record["messages"]
+        found = replace(found, question=asked, record={_TARGETS[0]: last["content"], **record})
+    return found
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    if not path.exists():
+        return {}
+    try:
+        given = cast("dict[str, Any]", dict(yaml.safe_load(path.read_text()) or {}))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not a YAML mapping: {error}") from None
+    for name in given.keys() - _KEYS:
+        hint = nearest(name, _KEYS) or f"Known: {', '.join(_KEYS)}."
+        raise UsageError(f"{path}: there is no key {name!r}.", hint=hint)
+    return given

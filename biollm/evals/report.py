@@ -1,0 +1,262 @@
+"""The report of a comparison: per arm, per pair of arms, and per input; as text, JSON or one HTML page."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from biollm.config import Config
+from biollm.evals import statistics
+from biollm.evals.inputs import Input
+from biollm.evals.scoring import Winner, plain
+from biollm.monitoring.usage import gpu_hours, quantiles
+from biollm.types import Completion, Json, known
+
+_SEEN = 5.0  # points: the difference that a report says how many inputs would show
+_CHANCE = 0.05  # p-values from which a difference may be chance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An arm's answer to one input, or its error; times in ms, money in USD."""
+
+    id: str  # the input's
+    arm: str
+    text: str | None = None
+    parsed: Any = None
+    score: float | None = None
+    error: str = ""
+    deployment: str = ""
+    latency_ms: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float | None = None
+    notes: tuple[str, ...] = ()  # what was cut, condensed or redacted for this arm
+
+    @classmethod
+    def made(cls, given: Input, arm: str, answer: Completion | None, score: float | None, error: str) -> Answer:
+        """Return it from what the client gave."""
+        if answer is None:
+            return cls(id=given.id, arm=arm, error=error)
+        return cls(
+            id=given.id,
+            arm=arm,
+            text=answer.text,
+            parsed=answer.parsed,
+            score=score,
+            deployment=answer.deployment,
+            latency_ms=answer.latency_ms,
+            prompt_tokens=answer.usage.prompt_tokens,
+            completion_tokens=answer.usage.completion_tokens,
+            cost_usd=answer.cost_usd,
+            notes=answer.notes,
+        )
+
+    @classmethod
+    def of(cls, line: Json) -> Answer:
+        """Return it from a line of results."""
+        return known(cls, {**line, "notes": tuple(line["notes"])})
+
+    def same_as(self, other: Answer) -> bool:
+        """Return whether two answers say the same: equal objects, or equal texts."""
+        if self.parsed is not None:
+            return bool(self.parsed == other.parsed)
+        return plain(self.text or "") == plain(other.text or "")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judge's choice between the answers of two arms to one input."""
+
+    id: str
+    one: str
+    other: str
+    winner: Winner
+    contradicted: bool  # it chose the other one when the order was swapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """Sums of one arm's answers; latencies in ms, money in USD; None where there is no value."""
+
+    name: str
+    answers: int
+    errors: int
+    score: float | None  # mean, 0 to 1: the agreement with what was expected
+    p50_ms: float | None
+    p95_ms: float | None
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float | None
+    gpu_hours: float | None  # of this user's jobs during the run, for a model on the cluster
+    changed: int  # inputs that were condensed or redacted for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """How the second of two arms differs from the first, on the inputs that both answered.
+
+    Attributes:
+        wins, losses, ties: Inputs on which `other` is better, worse, or equal.
+        differ: Inputs with different answers, whether or not they are scored.
+        p: Of the exact sign test; McNemar's for scores of 0 and 1.
+        points: Mean difference of the scores, in points of 100; `low` and `high`: its 95% interval.
+        contradicted: How often the judge chose the other answer when the order was swapped; None without one.
+        sentence: What it means.
+    """
+
+    one: str
+    other: str
+    inputs: int
+    wins: int = 0
+    losses: int = 0
+    ties: int = 0
+    differ: int = 0
+    p: float | None = None
+    points: float | None = None
+    low: float | None = None
+    high: float | None = None
+    contradicted: int | None = None
+    sentence: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a comparison found. `stopped`: why not every input was asked; "" if all were."""
+
+    arms: tuple[Arm, ...]
+    pairs: tuple[Pair, ...]
+    inputs: int
+    stopped: str = ""
+    answers: tuple[Answer, ...] = field(default=(), repr=False)
+    expected: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
+
+    def html(self) -> str:
+        """Return one page that needs nothing else."""
+        from jinja2 import Environment
+
+        source = Path(__file__).with_suffix(".html").read_text()
+        page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+        by_input: defaultdict[str, list[Answer]] = defaultdict(list)
+        for each in self.answers:
+            by_input[each.id].append(each)
+        differing = {ident for ident, found in by_input.items() if any(not each.same_as(found[0]) for each in found)}
+        return page.render(report=self, by_input=by_input, differing=differing)
+
+
+def report(
+    arms: Sequence[str],
+    inputs: Sequence[Input],
+    answers: Sequence[Answer],
+    verdicts: Sequence[Verdict],
+    expect: str | None,
+    config: Config,
+    began: float,
+    *,
+    stopped: str,
+) -> Report:
+    """Return the report; `began` in seconds since the epoch."""
+    by_arm = {arm: {each.id: each for each in answers if each.arm == arm} for arm in arms}
+    hours = gpu_hours(config, began, time.time())
+    judged = {(each.one, each.other, each.id): each for each in verdicts}
+    return Report(
+        arms=tuple(_arm(arm, list(found.values()), hours) for arm, found in by_arm.items()),
+        pairs=tuple(_pair(one, other, inputs, by_arm, judged) for one, other in combinations(arms, 2)),
+        inputs=len(inputs),
+        stopped=stopped,
+        answers=tuple(answers),
+        expected={each.id: each.expected(expect) for each in inputs},
+    )
+
+
+def _arm(name: str, found: Sequence[Answer], hours: Mapping[str, float]) -> Arm:
+    answered = [each for each in found if not each.error]
+    scores = [each.score for each in answered if each.score is not None]
+    costs = [each.cost_usd for each in answered]
+    p50, p95 = quantiles({each.latency_ms: 1 for each in answered}, (0.5, 0.95))
+    return Arm(
+        name=name,
+        answers=len(answered),
+        errors=len(found) - len(answered),
+        score=fmean(scores) if scores else None,
+        p50_ms=p50,
+        p95_ms=p95,
+        prompt_tokens=sum(each.prompt_tokens for each in answered),
+        completion_tokens=sum(each.completion_tokens for each in answered),
+        cost_usd=None if None in costs else sum(cost for cost in costs if cost is not None),
+        gpu_hours=hours.get(name.rpartition("/")[2]),
+        changed=sum(bool(each.notes) for each in answered),
+    )
+
+
+def _pair(
+    one: str,
+    other: str,
+    inputs: Sequence[Input],
+    by_arm: Mapping[str, Mapping[str, Answer]],
+    judged: Mapping[tuple[str, str, str], Verdict],
+) -> Pair:
+    clusters: defaultdict[str, list[float]] = defaultdict(list)
+    differ = count = 0
+    for each in inputs:
+        first, second = by_arm[one].get(each.id), by_arm[other].get(each.id)
+        if not first or not second or first.error or second.error:
+            continue
+        count += 1
+        differ += not first.same_as(second)
+        verdict = judged.get((one, other, each.id))
+        if verdict:
+            clusters[each.cluster].append({"first": -1.0, "second": 1.0, "tie": 0.0}[verdict.winner])
+        elif first.score is not None and second.score is not None:
+            clusters[each.cluster].append(second.score - first.score)
+    values = [value for cluster in clusters.values() for value in cluster]
+    if not values:
+        return Pair(one=one, other=other, inputs=count, differ=differ, sentence=f"{differ} of {count} answers differ")
+    wins, losses = sum(value > 0 for value in values), sum(value < 0 for value in values)
+    groups = list(clusters.values())
+    low, high = (100 * bound for bound in statistics.bootstrap(groups))
+    facts: Json = {
+        "p": statistics.sign_test(wins, losses), "low": low, "high": high, "points": 100 * fmean(values),
+        "wins": wins, "losses": losses, "ties": len(values) - wins - losses,
+    }  # fmt: skip
+    contradicted = [each.contradicted for (first, second, _), each in judged.items() if (first, second) == (one, other)]
+    return Pair(
+        one=one,
+        other=other,
+        inputs=len(values),
+        differ=differ,
+        contradicted=sum(contradicted) if contradicted else None,
+        sentence=_sentence(one, other, facts, statistics.inputs_needed(groups, _SEEN / 100)),
+        **facts,
+    )
+
+
+def _sentence(one: str, other: str, facts: Json, needed: int) -> str:
+    unequal, count = facts["wins"] + facts["losses"], facts["wins"] + facts["losses"] + facts["ties"]
+    interval = f"95% interval {facts['low']:+.1f} to {facts['high']:+.1f} points"
+    if facts["p"] < _CHANCE and not facts["low"] <= 0 <= facts["high"]:
+        better, most, least = (other, "wins", "losses") if facts["points"] > 0 else (one, "losses", "wins")
+        return (
+            f"{better} is better: {facts[most]} to {facts[least]} of {count} inputs (p = {facts['p']:.2g}); {interval}"
+        )
+    more = f"about {needed} inputs are needed to see {_SEEN:g} points"
+    return f"no difference shown: {unequal} of {count} inputs differ; {interval}; {more}"
+
+
+def lines(found: Report) -> Iterator[str]:
+    """Yield the sentences under the table."""
+    for pair in found.pairs:
+        left_out = found.inputs - pair.inputs
+        yield f"{pair.one} and {pair.other}: {pair.sentence}."
+        if left_out:
+            yield f"  {left_out} of {found.inputs} inputs are left out: an answer or a score is missing."
+        if pair.contradicted is not None:
+            yield f"  The judge contradicted itself on {pair.contradicted} inputs when the order was swapped: ties."
+    if found.stopped:
+        yield f"Stopped: {found.stopped}."

@@ -1,0 +1,99 @@
+"""Scores answers: by what was expected, by a command, or by a judge who sees two at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from biollm.errors import UsageError
+from biollm.evals.inputs import Input
+from biollm.types import Completion, Json
+
+Score = Callable[[Input, Completion], Awaitable[float | None]]
+Winner = Literal["first", "second", "tie"]
+VERDICT: Json = {
+    "title": "verdict",
+    "type": "object",
+    "properties": {"winner": {"enum": ["1", "2", "tie"]}, "reason": {"type": "string"}},
+    "required": ["winner", "reason"],
+}
+_ASK = "Which of two answers to one question is more correct and useful? Length is no merit; say tie if neither is."
+_COMMAND_S = 60.0  # seconds that a command may take
+
+
+def plain(text: str) -> str:
+    """Return a text without what does not count when answers are compared: case, white space, a last full stop."""
+    return " ".join(text.split()).casefold().rstrip(".")
+
+
+def by_expected(name: str | None) -> Score:
+    """Score 1 where the answer has what the input expects, else 0; None where it expects nothing.
+
+    A structured answer must have that value in the field `name`; a text must contain it.
+    """
+
+    async def score(given: Input, answer: Completion) -> float | None:
+        expected: Any = given.expected(name)
+        if expected is None:
+            return None
+        parsed: Any = answer.parsed
+        if isinstance(parsed, dict) and name:
+            return float(plain(str(cast("Json", parsed).get(name))) == plain(str(expected)))
+        return float(plain(str(expected)) in plain(answer.text))
+
+    return score
+
+
+def by_command(command: str) -> Score:
+    """Score with a program: the number that it prints last, else 1 where it exits with 0.
+
+    {answer}, {input} and {expected} stand for files with these texts. No shell is started.
+    """
+    words = shlex.split(command)
+    if not any("{answer}" in word for word in words):
+        raise UsageError("--command has no {answer}.", hint="Write {answer} where the file with the answer belongs.")
+
+    async def score(given: Input, answer: Completion) -> float | None:
+        with tempfile.TemporaryDirectory(prefix="biollm-") as folder:
+            question = given.question if isinstance(given.question, str) else json.dumps(given.question)
+            texts = {"answer": answer.text, "input": question, "expected": str(given.expected(None) or "")}
+            line = words
+            for name, text in texts.items():
+                (Path(folder) / name).write_text(text)
+                line = [word.replace(f"{{{name}}}", f"{folder}/{name}") for word in line]
+            try:
+                process = await asyncio.create_subprocess_exec(*line, stdout=asyncio.subprocess.PIPE)
+            except OSError as error:
+                raise UsageError(f"--command cannot be run: {error}.") from None
+            try:
+                out, _ = await asyncio.wait_for(process.communicate(), _COMMAND_S)
+            except TimeoutError:
+                process.kill()
+                return 0.0
+        try:
+            return float(out.split()[-1])
+        except (IndexError, ValueError):
+            return float(process.returncode == 0)
+
+    return score
+
+
+def judge_prompt(question: str, first: str, second: str) -> str:
+    """Return what a judge is asked about two answers."""
+    return f"{_ASK}\n\n## Question\n{question}\n\n## Answer 1\n{first}\n\n## Answer 2\n{second}"
+
+
+def verdict(straight: str, swapped: str) -> tuple[Winner, bool]:
+    """Return the winner of two verdicts, the second on swapped answers, and whether they contradict each other.
+
+    A judge prefers the first answer; who wins in one order only has not won.
+    """
+    back = {"1": "2", "2": "1"}.get(swapped, swapped)
+    if straight != back:
+        return "tie", "tie" not in (straight, back)
+    return ("first" if straight == "1" else "second" if straight == "2" else "tie"), False

@@ -1,0 +1,354 @@
+"""Several models are asked the same, each alone, and the report says what a difference is worth."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from behaviours import HANG, HTTP_400, HTTP_500, OK, limited
+from provider import Json, Loopback, Server
+
+from biollm import evals
+from biollm.client import UsageError
+from biollm.evals import inputs, scoring
+from biollm.evals.report import Pair, Report
+
+Write = Callable[..., Path]
+DIAGNOSIS = Path(__file__).parents[2] / "examples" / "diagnosis"
+EXPECTED = {line["file"]: line["category"] for line in map(json.loads, (DIAGNOSIS / "expected.jsonl").open())}
+
+
+def knows(*files: str, otherwise: str = "other") -> Callable[[Json], Json]:
+    """Answer with the category that is expected for these logs of the example, and another for the rest."""
+
+    def answer(body: Json) -> Json:
+        text = str(body["messages"])
+        name = next(name for name in EXPECTED if f"--- {name} ---" in text)
+        found = {"category": EXPECTED[name] if name in files or not files else otherwise, "cause": "?"}
+        return {"role": "assistant", "content": json.dumps(found)}
+
+    return answer
+
+
+def arms(net: Loopback, waterfall: Write, **answers: Callable[[Json], Json] | str) -> dict[str, Server]:
+    """Set up a provider for each arm, with the arm's name as its one model."""
+    servers = {
+        name: net.serve(text=each) if isinstance(each, str) else net.serve(answer=each) for name, each in answers.items()
+    }
+    waterfall(**{name: {"base_url": each.url, "models": [f"model-{name}"]} for name, each in servers.items()})
+    return servers
+
+
+def lines(tmp_path: Path, records: Sequence[Json]) -> Path:
+    (path := tmp_path / "inputs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    return path
+
+
+def pair(found: Report) -> Pair:
+    (only,) = found.pairs
+    return only
+
+
+# --- who is asked --------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_gets_every_input_and_none_but_it_answers(net: Loopback, waterfall: Write) -> None:
+    servers = arms(net, waterfall, a=knows(), b=knows(*list(EXPECTED)[:12]))
+    found = evals.compare([DIAGNOSIS], ["model-a", "model-b"])
+    assert {name: len(each.completions) for name, each in servers.items()} == {"a": 24, "b": 24}
+    texts = [sorted(str(each.body["messages"]) for each in server.completions) for server in servers.values()]
+    assert texts[0] == texts[1], "the same text"
+    right = 12 + sum(category == "other" for category in list(EXPECTED.values())[12:])
+    assert [(arm.score, arm.answers, arm.errors) for arm in found.arms] == [(1, 24, 0), (right / 24, 24, 0)]
+    assert (pair(found).wins, pair(found).losses, pair(found).inputs) == (0, 24 - right, 24)
+    assert found.inputs == 24
+
+
+def test_the_arms_take_turns(net: Loopback, waterfall: Write) -> None:
+    servers = arms(net, waterfall, a=knows(), b=knows())
+    evals.compare([DIAGNOSIS], ["model-a", "model-b"], concurrency=1, limit=4)
+    asked = sorted((each.at, name) for name, server in servers.items() for each in server.completions)
+    assert "".join(name for _, name in asked) == "abbaabba"
+
+
+def test_an_arm_that_fails_is_an_error_and_never_another_model(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    ok, down = net.serve(text="yes"), net.serve(then=HTTP_500)
+    waterfall(a={"base_url": down.url, "models": ["a"]}, b={"base_url": ok.url, "models": ["b"]})
+    found = evals.compare([lines(tmp_path, [{"input": "Is it?", "target": "yes"}])], ["a", "b"], wait=0)
+    assert [(arm.answers, arm.errors) for arm in found.arms] == [(0, 1), (1, 0)]
+    assert len(ok.completions) == 1
+    assert pair(found).inputs == 0
+
+
+def test_an_arm_at_a_limit_is_waited_for(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    slow, ok = net.serve(limited("1"), text="yes"), net.serve(text="yes")
+    waterfall(a={"base_url": slow.url, "models": ["a"]}, b={"base_url": ok.url, "models": ["b"]})
+    path = lines(tmp_path, [{"input": "Is it?", "target": "yes"}])
+    assert [arm.errors for arm in evals.compare([path], ["a", "b"]).arms] == [0, 0]
+    assert [len(each.completions) for each in (slow, ok)] == [2, 1]
+    slow.script.append(limited("300"))
+    started = time.monotonic()
+    assert [arm.errors for arm in evals.compare([path], ["a", "b"], wait=1.0).arms] == [1, 0]
+    assert time.monotonic() - started < 30
+
+
+def test_an_ensemble_is_an_arm(net: Loopback, waterfall: Write) -> None:
+    arms(net, waterfall, a=knows(*list(EXPECTED)[:12]), b=knows(), c=knows())
+    found = evals.compare([DIAGNOSIS], ["model-a", "ensemble:model-a,model-b,model-c"])
+    assert found.arms[1].score == 1
+    assert "ensemble:model-a,model-b,model-c is better" in pair(found).sentence
+
+
+# --- what is asked -------------------------------------------------------------------------------------------------
+
+LINES = [
+    # a line of JSONL, id, cluster, question, expected
+    ({"input": "q", "target": "t"}, "inputs.jsonl:1", "inputs.jsonl:1", "q", "t"),
+    ({"prompt": "q", "expected": 3, "id": "x", "cluster": "c"}, "x", "c", "q", 3),
+    ({"messages": [{"role": "user", "content": "q"}]}, "inputs.jsonl:1", "inputs.jsonl:1", [{"role": "user", "content": "q"}], None),
+    (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        "inputs.jsonl:1", "inputs.jsonl:1", [{"role": "user", "content": "q"}], "a",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "ident", "cluster", "question", "expected"), LINES)
+def test_lines_of_several_forms_are_read(
+    tmp_path: Path, record: Json, ident: str, cluster: str, question: Any, expected: Any
+) -> None:
+    (found,), _ = inputs.read([lines(tmp_path, [record])])
+    assert (found.id, found.cluster, found.question, found.expected(None)) == (ident, cluster, question, expected)
+
+
+def test_a_folder_without_jsonl_is_its_files_and_the_inputs_of_one_file_are_a_cluster(tmp_path: Path) -> None:
+    (tmp_path / "b.log").write_text("b")
+    (tmp_path / "a.log").write_text("a")
+    (tmp_path / ".hidden").write_text("no")
+    found, _ = inputs.read([tmp_path])
+    assert [each.id for each in found] == ["a.log", "b.log"]
+    found, _ = inputs.read([lines(tmp_path, [{"file": "a.log", "prompt": each} for each in "xy"])])
+    assert len({each.cluster for each in found}) == 1
+
+
+WRONG = [
+    # content of inputs.jsonl, compare.yaml beside it, the error
+    ("{", None, r"inputs.jsonl:1 is not JSON"),
+    ("[]", None, r"inputs.jsonl:1 is not a JSON object"),
+    ('{"target": "x"}', None, r"inputs.jsonl:1 has no input"),
+    ('{"file": "gone.log"}', None, r"inputs.jsonl:1: .*gone.log: no such file"),
+    ("", None, "There are no inputs"),
+    ('{"input": "x"}', "promt: x", "there is no key 'promt'"),
+    ('{"input": "x"}', "- x", "is not a YAML mapping"),
+]
+
+
+@pytest.mark.parametrize(("content", "settings", "problem"), WRONG)
+def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, content: str, settings: str | None, problem: str) -> None:
+    (tmp_path / "inputs.jsonl").write_text(content)
+    if settings:
+        (tmp_path / "compare.yaml").write_text(settings)
+    with pytest.raises(UsageError, match=problem):
+        inputs.read([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "problem"),
+    [
+        (["model-a"], {}, "needs two different arms"),
+        (["model-a", "model-a"], {}, "needs two different arms"),
+        (["model-a", "nothing"], {}, "nothing"),
+        (["model-a", "ensemble:model-a,nothing"], {}, "nothing"),
+        (["model-a", "model-b"], {"expect": "x", "judge": "model-a"}, "exclude each other"),
+        (["model-a", "model-b"], {"expect": None, "command": "check it"}, "has no {answer}"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_sentence(
+    net: Loopback, waterfall: Write, tmp_path: Path, names: list[str], settings: Json, problem: str
+) -> None:
+    servers = arms(net, waterfall, a="x", b="x")
+    with pytest.raises(Exception, match=problem):
+        evals.compare([lines(tmp_path, [{"input": "q"}])], names, **settings)
+    assert not any(each.completions for each in servers.values())
+
+
+# --- how answers are scored ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("expected", "score"), [("out of memory", 1.0), ("OUT of  memory.", 1.0), ("disk", 0.0)])
+def test_a_text_must_contain_what_is_expected(
+    net: Loopback, waterfall: Write, tmp_path: Path, expected: str, score: float
+) -> None:
+    arms(net, waterfall, a="It ran out of memory.", b="?")
+    found = evals.compare([lines(tmp_path, [{"input": "q", "target": expected}])], ["model-a", "model-b"])
+    assert found.arms[0].score == score
+
+
+@pytest.mark.parametrize(
+    ("command", "scores"),
+    [
+        ("grep -q yes {answer}", [1.0, 0.0]),
+        (f"{sys.executable} -c 'import sys; print(len(open(sys.argv[1]).read()))' {{answer}}", [3.0, 2.0]),
+        ("diff -q {answer} {expected}", [1.0, 0.0]),
+        ("sh -c 'exit 3' {answer}", [0.0, 0.0]),
+    ],
+)
+def test_a_command_scores_by_its_exit_code_or_its_last_number(
+    net: Loopback, waterfall: Write, tmp_path: Path, command: str, scores: list[float]
+) -> None:
+    arms(net, waterfall, a="yes", b="no")
+    path = lines(tmp_path, [{"input": "q; rm -rf /", "target": "yes"}])
+    found = evals.compare([path], ["model-a", "model-b"], command=command)
+    assert [arm.score for arm in found.arms] == scores
+
+
+VERDICTS = [("1", "2", "first", False), ("2", "1", "second", False), ("tie", "tie", "tie", False)]
+VERDICTS += [("1", "1", "tie", True), ("2", "2", "tie", True), ("1", "tie", "tie", False)]
+
+
+@pytest.mark.parametrize(("straight", "swapped", "winner", "contradicted"), VERDICTS)
+def test_a_judge_must_choose_the_same_in_both_orders(
+    straight: str, swapped: str, winner: str, contradicted: bool
+) -> None:
+    assert scoring.verdict(straight, swapped) == (winner, contradicted)
+
+
+def test_a_judge_sees_each_pair_twice(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    def judging(body: Json) -> Json:
+        text = str(body["messages"][-1]["content"])
+        winner = "1" if text.index("good") < text.index("bad") else "2"
+        return {"role": "assistant", "content": json.dumps({"winner": winner, "reason": "?"})}
+
+    judge = net.serve(answer=judging)
+    a, b = net.serve(text="bad"), net.serve(text="good")
+    waterfall(**{n: {"base_url": s.url, "models": [n]} for n, s in {"a": a, "b": b, "j": judge}.items()})
+    path = lines(tmp_path, [{"input": f"question {n}"} for n in range(6)])
+    found = evals.compare([path], ["a", "b"], judge="j", results=tmp_path / "out.jsonl")
+    assert len(judge.completions) == 12
+    assert (pair(found).wins, pair(found).contradicted) == (6, 0)
+    assert pair(found).sentence.startswith("b is better: 6 to 0 of 6 inputs (p = 0.031)")
+    evals.compare([path], ["a", "b"], judge="j", results=tmp_path / "out.jsonl")
+    assert len(judge.completions) == 12, "verdicts are kept, too"
+
+
+# --- going on, and stopping ----------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_killed_goes_on(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    servers = arms(net, waterfall, a="x", b="x")
+    path, out = lines(tmp_path, [{"input": f"question {n}"} for n in range(8)]), tmp_path / "out.jsonl"
+    evals.compare([path], ["model-a", "model-b"], results=out, limit=5)
+    kept = out.read_text().splitlines()
+    out.write_text("\n".join(kept[:-1]) + "\n" + kept[-1][:30])  # the last line was cut off
+    found = evals.compare([path], ["model-a", "model-b"], results=out)
+    assert sum(len(each.completions) for each in servers.values()) == 10 + 6 + 1
+    assert [arm.answers for arm in found.arms] == [8, 8]
+    again = evals.compare([path], ["model-a", "model-b"], results=out)
+    assert sum(len(each.completions) for each in servers.values()) == 17
+    assert again.arms == found.arms
+    evals.compare([path], ["model-a", "model-b"], results=out, system="Be brief.")
+    assert sum(len(each.completions) for each in servers.values()) == 17 + 16, "another question has other answers"
+
+
+def test_errors_are_asked_again(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    a, b = net.serve(then=HTTP_400), net.serve(text="x")  # which rests nothing
+    waterfall(a={"base_url": a.url, "models": ["a"]}, b={"base_url": b.url, "models": ["b"]})
+    path, out = lines(tmp_path, [{"input": "q"}]), tmp_path / "out.jsonl"
+    assert evals.compare([path], ["a", "b"], results=out, wait=0).arms[0].errors == 1
+    assert [json.loads(line)["arm"] for line in out.open()] == ["b"]
+    a.behaviour = OK
+    assert evals.compare([path], ["a", "b"], results=out, wait=0).arms[0].answers == 1
+    assert len(b.completions) == 1
+
+
+def test_a_file_of_the_users_is_not_appended_to(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    arms(net, waterfall, a="x", b="x")
+    path = lines(tmp_path, [{"input": "q"}])
+    content = path.read_text()
+    with pytest.raises(UsageError, match="holds no results of a comparison"):
+        evals.compare([path], ["model-a", "model-b"], results=path)
+    assert path.read_text() == content
+
+
+def test_it_stops_at_the_spend_limit(net: Loopback, waterfall: Write, tmp_path: Path, paid: Any) -> None:
+    server = net.serve(text="x")
+    waterfall(a=paid(server, "a"), b=paid(server, "b", "gpt-4o"))
+    path = lines(tmp_path, [{"input": f"question {n}"} for n in range(20)])
+    found = evals.compare([path], ["a/gpt-4o-mini", "b/gpt-4o"], spend_limit=1e-9, concurrency=1)
+    assert "the spend limit of 1e-09 USD is reached" in found.stopped
+    assert len(server.completions) == 1
+
+
+def test_an_unknown_price_ends_a_run_with_a_spend_limit(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    servers = arms(net, waterfall, a="x", b="x")
+    path = lines(tmp_path, [{"input": f"question {n}"} for n in range(20)])
+    found = evals.compare([path], ["model-a", "model-b"], spend_limit=1, concurrency=1)
+    assert "price of model-a is unknown" in found.stopped
+    assert sum(len(each.completions) for each in servers.values()) == 1
+
+
+# --- what it says --------------------------------------------------------------------------------------------------
+
+
+def test_no_difference_is_not_a_claim_of_equality(net: Loopback, waterfall: Write) -> None:
+    arms(net, waterfall, a=knows(), b=knows(*list(EXPECTED)[:23]))
+    sentence = pair(evals.compare([DIAGNOSIS], ["model-a", "model-b"])).sentence
+    assert sentence.startswith("no difference shown: 1 of 24 inputs differ; 95% interval -12.5 to +0.0 points; about ")
+    assert sentence.endswith("inputs are needed to see 5 points")
+
+
+def test_results_are_a_dataset_of_inspect(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    arms(net, waterfall, a=knows(), b=knows())
+    evals.compare([DIAGNOSIS], ["model-a", "model-b"], results=tmp_path / "out.jsonl", limit=2)
+    first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert (first["id"], first["target"]) == ("nextflow_oom.log", "memory")
+    assert "exit status (137)" in first["input"][0]["content"]
+    assert (tmp_path / "out.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_page_shows_the_answers_side_by_side(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    arms(net, waterfall, a="<script>alert(1)</script>", b="no")
+    page = evals.compare([lines(tmp_path, [{"input": "q", "target": "no"}])], ["model-a", "model-b"]).html()
+    assert "&lt;script&gt;alert(1)" in page and "<script" not in page
+    assert "1 of 1 have different answers" in page
+    assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
+
+
+def test_the_command_line_compares(net: Loopback, waterfall: Write, biollm: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    arms(net, waterfall, a=knows(*list(EXPECTED)[:12]), b=knows())
+    ran = biollm("compare", "--a", "model-a", "--b", "model-b", DIAGNOSIS, "--html", "out.html")
+    assert ran.code == 0, ran.err
+    head, _, b, *_ = ran.out.splitlines()
+    assert head.split() == ["arm", "score", "answers", "errors", "p50", "p95", "tokens", "in", "out", "USD"]
+    assert b.split()[:4] == ["model-b", "100%", "24", "0"]
+    assert "model-b is better" in ran.out
+    assert "model-a" in (tmp_path / "out.html").read_text()
+    found = biollm("compare", "--a", "model-a", "--b", "model-b", DIAGNOSIS, "--json").json
+    assert found["pairs"][0]["wins"] == pytest.approx(24 * (found["arms"][1]["score"] - found["arms"][0]["score"]))
+    assert biollm("compare", "--a", "model-a", "--b", "model-b", "gone.log").code == 2
+
+
+@pytest.mark.slow
+def test_an_interrupt_says_how_to_go_on(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    import signal
+
+    server = net.serve(text="x")
+    hanging = net.serve(then=HANG)
+    waterfall(a={"base_url": server.url, "models": ["a"]}, b={"base_url": hanging.url, "models": ["b"]})
+    command = [sys.executable, "-c", "from biollm.cli import main; main()", "compare", "--a", "a", "--b", "b", str(lines(tmp_path, [{"input": "q"}]))]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if hanging.completions and (tmp_path / "biollm-compare.jsonl").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "run the same command to go on" in err
