@@ -62,7 +62,7 @@ def test_its_python_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     waterfall(first=net.serve(answer=answer))
-    exec(compile(code, "docs", "exec"), {"__name__": "readme"})
+    exec(compile(code, "docs", "exec", dont_inherit=True), {"__name__": "readme"})
     assert capsys.readouterr().out
 
 

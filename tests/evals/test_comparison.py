@@ -39,7 +39,8 @@ def knows(*files: str, otherwise: str = "other") -> Callable[[Json], Json]:
 def arms(net: Loopback, waterfall: Write, **answers: Callable[[Json], Json] | str) -> dict[str, Server]:
     """Set up a provider for each arm, with the arm's name as its one model."""
     servers = {
-        name: net.serve(text=each) if isinstance(each, str) else net.serve(answer=each) for name, each in answers.items()
+        name: net.serve(text=each) if isinstance(each, str) else net.serve(answer=each)
+        for name, each in answers.items()
     }
     waterfall(**{name: {"base_url": each.url, "models": [f"model-{name}"]} for name, each in servers.items()})
     return servers
@@ -320,7 +321,9 @@ def test_the_page_shows_the_answers_side_by_side(net: Loopback, waterfall: Write
     assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
 
 
-def test_the_command_line_compares(net: Loopback, waterfall: Write, biollm: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_command_line_compares(
+    net: Loopback, waterfall: Write, biollm: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     arms(net, waterfall, a=knows(*list(EXPECTED)[:12]), b=knows())
     ran = biollm("compare", "--a", "model-a", "--b", "model-b", DIAGNOSIS, "--html", "out.html")
@@ -342,7 +345,17 @@ def test_an_interrupt_says_how_to_go_on(net: Loopback, waterfall: Write, tmp_pat
     server = net.serve(text="x")
     hanging = net.serve(then=HANG)
     waterfall(a={"base_url": server.url, "models": ["a"]}, b={"base_url": hanging.url, "models": ["b"]})
-    command = [sys.executable, "-c", "from biollm.cli import main; main()", "compare", "--a", "a", "--b", "b", str(lines(tmp_path, [{"input": "q"}]))]
+    command = [
+        sys.executable,
+        "-c",
+        "from biollm.cli import main; main()",
+        "compare",
+        "--a",
+        "a",
+        "--b",
+        "b",
+        str(lines(tmp_path, [{"input": "q"}])),
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if hanging.completions and (tmp_path / "biollm-compare.jsonl").exists():

@@ -13,7 +13,9 @@ from biollm.client import UsageError, normalize_log
 from biollm.inputs.normalize_log import RULES, names_of
 
 LOGS = sorted(
-    path for path in (Path(__file__).parents[2] / "examples" / "diagnosis").iterdir() if path.stem != "expected"
+    path
+    for path in (Path(__file__).parents[2] / "examples" / "diagnosis").iterdir()
+    if path.stem not in ("compare", "expected")
 )
 OOM = next(path.read_text() for path in LOGS if path.name == "nextflow_oom.log")
 NOT_FOUND = "FileNotFoundError: [Errno 2] No such file or directory: '/data/ref/{}'"
