@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from biollm import __version__
-from biollm.cli import complete, config, drill, evals, explain, monitoring, output, run, serve, setup, slurm
+from biollm.cli import complete, config, drill, evals, explain, monitoring, output, run, serve, setup, slurm, tune
 from biollm.errors import BiollmError
 from biollm.routing import litellm_private
 
@@ -67,7 +67,7 @@ _MODELS.command("add")(slurm.models_add)
 _SERVE.callback()(serve.serve)
 for command in (serve.status, serve.stop):
     _SERVE.command()(command)
-for group in (_EMBEDDED, _MODELS, _SERVE):
+for group in (_EMBEDDED, _MODELS, _SERVE, tune.app):
     app.add_typer(group)
 
 

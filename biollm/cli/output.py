@@ -25,7 +25,7 @@ from biollm.config.paths import data_dir
 _LAST, _LEAST = 18, 10  # columns of a terminal that the last column, and each of the others, keeps
 # Green for what may be used, yellow for what will be, red for what needs a hand, faint for what is not set up.
 STATES = {
-    **dict.fromkeys(("ready", "up", "ok", "answered"), 32),
+    **dict.fromkeys(("ready", "training", "up", "ok", "answered"), 32),
     **dict.fromkeys(("limited", "cooling", "pending", "starting", "unknown"), 33),
     **dict.fromkeys(("refused", "down", "failed", "FAILED", "FAIL"), 31),
     **dict.fromkeys(("keyless", "absent", "unfit", "skipped"), 2),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from biollm.cli.output import Json, Progress
 from biollm.errors import SlurmError, UnavailableError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
-    from biollm.config import Config, Model
+    from biollm.config import Cluster, Config, Model
     from biollm.slurm import Job, Options
     from biollm.slurm.memory import FitReport
 
@@ -54,8 +55,8 @@ def render_slurm(
     from biollm.slurm import script
 
     settings = config.load_config()
-    cluster, chosen = settings.cluster, _local_models(settings, models, change)
-    options = _options(time, partition=partition, account=account, qos=qos, gpus=gpus, force=force)
+    cluster, chosen = settings.cluster, local_models(settings, models, change)
+    options = slurm_options(time, partition=partition, account=account, qos=qos, gpus=gpus, force=force)
     if plain and len(chosen) > 1:
         raise UsageError("--plain serves one model.", hint="Render one script for each model.")
     if plain:
@@ -63,19 +64,28 @@ def render_slurm(
         rendered = script.render_plain(chosen[0], cluster, options, key_file=key_file, port=port)
     else:
         rendered = script.render(chosen, cluster, options)
-    warnings = list(rendered.warnings)
-    try:
-        slurm.prepare(cluster, plain=plain)
-    except (SlurmError, OSError) as error:
-        warnings.append(f"{error} Repeat this command on a login node before sbatch: it writes what the job reads.")
-    print(*(f"warning: {warning}\n" for warning in warnings), sep="", end="", file=sys.stderr)
+    warn([*rendered.warnings, *prepared(cluster, plain=plain)])
     if file:
         write_for_user(file, rendered.text)
     else:
         print(rendered.text, end="")
 
 
-def _options(time: str | None, **others: Any) -> Options:
+def prepared(cluster: Cluster, *, plain: bool = False) -> Iterator[str]:
+    """Write what a rendered script reads; yield a warning where that is impossible."""
+    try:
+        slurm.prepare(cluster, plain=plain)
+    except (SlurmError, OSError) as error:
+        yield f"{error} Repeat this command on a login node before sbatch: it writes what the job reads."
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on stderr."""
+    print(*(f"warning: {warning}\n" for warning in warnings), sep="", end="", file=sys.stderr)
+
+
+def slurm_options(time: str | None, **others: Any) -> Options:
+    """Return options of a job, with the walltime as people write it."""
     from biollm.config.values import walltime
 
     try:
@@ -84,7 +94,7 @@ def _options(time: str | None, **others: Any) -> Options:
         raise UsageError(f"--time: {error}") from None
 
 
-def _local_models(settings: Config, names: list[str], changes: list[str] | None = None) -> list[Model]:
+def local_models(settings: Config, names: list[str], changes: list[str] | None = None) -> list[Model]:
     """Return the local models of these names, each with all of `--set` applied."""
     from biollm.slurm.script import override
 
@@ -124,7 +134,7 @@ def fit(
 
     settings = config.load_config()
     known = [key for key, each in settings.models.items() if each.type == "local" and each.architecture]
-    chosen = [unregistered(config_json)] if config_json else _local_models(settings, [model] if model else known)
+    chosen = [unregistered(config_json)] if config_json else local_models(settings, [model] if model else known)
     options: dict[str, Any] = {"gpus": gpus, "gpu": gpu, "quantization": quantization}
     options["gpu_memory_utilization"] = gpu_memory_utilization
     reports = {each.key: memory.fit(each, settings.cluster, **options) for each in chosen}
@@ -158,7 +168,7 @@ def pull(models: Models) -> None:
     from biollm.slurm import weights
 
     settings, progress = config.load_config(), Progress()
-    for model in _local_models(settings, models):
+    for model in local_models(settings, models):
         path = weights.pull(model, settings.cluster, progress.bytes)
         progress.clear()
         progress.note(f"{model.key}: ready")
@@ -187,8 +197,10 @@ def up(
 ) -> None:
     """Start model servers and wait until they answer."""
     settings, progress = config.load_config(), Progress(quiet=as_json)
-    options = _options(time, partition=partition, account=account, qos=qos, gpus=gpus, force=force, handover=handover)
-    chosen = _local_models(settings, models, change)
+    options = slurm_options(
+        time, partition=partition, account=account, qos=qos, gpus=gpus, force=force, handover=handover
+    )
+    chosen = local_models(settings, models, change)
     jobs: list[Job] = []
     for part in [chosen] if together else [[model] for model in chosen]:
         jobs += slurm.up(

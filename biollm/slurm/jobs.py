@@ -86,6 +86,24 @@ def ensuring(
     raise failure(job)
 
 
+def submit(script: LaunchScript, model: Model, cluster: Cluster) -> Submission:
+    """Submit one job of a script that is named as `model`, within the site's limits; raises as `up`."""
+    with _submit_lock(cluster):
+        return _submit_all(script, [model], cluster, Options(handover=False), 1, "")[0]
+
+
+def wait_until_over(submission: Submission, cluster: Cluster, on_state: Callable[[Job], None]) -> Job:
+    """Wait until a job has ended; raise JobFailedError if it failed."""
+    shown = ("", "")
+    while not (job := _jobs([submission], cluster)[0]).over:
+        if shown != (shown := (job.phase, job.reason)):
+            on_state(job)
+        time.sleep(0.5)
+    if job.phase == "failed":
+        raise failure(job)
+    return job
+
+
 def wait_for(
     waiting: Sequence[Submission], cluster: Cluster, *, timeout: Timeout = None, on_state: OnState = None
 ) -> list[Job]:

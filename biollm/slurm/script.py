@@ -64,6 +64,7 @@ class JobRequest:
     walltime: int  # whole minutes
     drain: int | None  # before the end of the walltime, by a signal; None sends none
     log: str  # Slurm replaces %j by the job's id
+    requeue: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def render(models: Sequence[Model], cluster: Cluster, options: Options | None = 
     idle = 0 if 0 in times else max(times)  # 0 is never
     if options.idle_timeout is not None:
         idle = options.idle_timeout
-    command = [*_wrappers(cluster, job), f'python3 {_quoted(next(iter(node_files(cluster))))} "$@"']
+    command = [*wrappers(cluster, job), f'python3 {quoted(next(iter(node_files(cluster))))} "$@"']
     command.append(
         f"--cluster {cluster.name} --log-dir {shlex.quote(str(log_dir(cluster)))} --walltime {job.walltime}"
         f" --drain {job.drain} --idle-timeout {idle}" + (f" --nodes {job.nodes}" if job.nodes > 1 else "")
@@ -104,7 +105,8 @@ def render(models: Sequence[Model], cluster: Cluster, options: Options | None = 
         block = f"--model {model.key} --gpus {gpus} --start-timeout {model.start_timeout}"
         block += f" --adapters {shlex.quote(adapters)} --" if adapters else " --"
         command += [f"--and {block}" if number else block, *_vllm_serve(model, cluster, {**spread, **model.vllm_args})]
-    return replace(script, text=_text(models, cluster, job, command))
+    title = f"{', '.join(model.key for model in models)} on vLLM"
+    return replace(script, text=text_of(title, cluster, job, command))
 
 
 def render_plain(
@@ -120,17 +122,17 @@ def render_plain(
         raise UsageError(message, hint="Leave out --plain: the supervisor starts vLLM on every node.")
     job = replace(script.request, drain=None)
     serve = _vllm_serve(model, cluster, model.vllm_args)
-    command = [*_wrappers(cluster, job), *serve, "  --host 0.0.0.0", f"  --port {port}"]
+    command = [*wrappers(cluster, job), *serve, "  --host 0.0.0.0", f"  --port {port}"]
     entry = {"type": "local", "priority": 5, "models": [model.key], "key_file": str(key_file)}
     entry["base_url"] = f"http://NODE:{port}/v1"
-    return replace(script, request=job, text=_text([model], cluster, job, command, key_file=key_file, entry=entry))
+    return replace(
+        script, request=job, text=text_of(f"{model.key} on vLLM", cluster, job, command, key_file=key_file, entry=entry)
+    )
 
 
 def _plan(models: Sequence[Model], cluster: Cluster, options: Options) -> tuple[LaunchScript, list[Model], Cluster]:
     """Return a script without text, and models and site with the options applied; all of it checked."""
-    changes = {key: getattr(options, key) for key in ("partition", "account", "qos", "walltime", "drain")}
-    cluster = cluster.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    _check_site(cluster)
+    cluster = with_options(cluster, options)
     if not models or len({model.key for model in models}) < len(models):
         raise UsageError("A job serves different models.", hint="For several servers of one model: --replicas N.")
     if options.gpus and len(models) > 1:
@@ -149,9 +151,18 @@ def _plan(models: Sequence[Model], cluster: Cluster, options: Options) -> tuple[
     return LaunchScript("", job, gpus, idle, tuple(warnings)), models, cluster
 
 
+def with_options(cluster: Cluster, options: Options) -> Cluster:
+    """Return the site, checked, with the options in place of its own settings."""
+    changes = {key: getattr(options, key) for key in ("partition", "account", "qos", "walltime", "drain")}
+    cluster = cluster.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    _check_site(cluster)
+    return cluster
+
+
 def node_files(cluster: Cluster) -> dict[Path, str]:
     """Return the files that a job reads, path -> text, the supervisor first; those of each version have other names."""
-    folder, names = Path(__file__).with_name("supervisor"), {"": "supervisor.py", "_auth": "auth_middleware.py"}
+    folder = Path(__file__).with_name("supervisor")
+    names = {"": "supervisor.py", "_auth": "auth_middleware.py", "_train": "train.py"}
     texts = {part: (folder / name).read_text() for part, name in names.items()}
     stem = f"biollm_supervisor_{sha256(''.join(texts.values()).encode()).hexdigest()[:12]}"
     return {biollm_dir(cluster) / "lib" / f"{stem}{part}.py": text for part, text in texts.items()}
@@ -270,7 +281,8 @@ def header(cluster: Cluster, job: JobRequest) -> Iterator[str]:
         options["signal"] = f"{'B:' if job.nodes == 1 else ''}USR1@{job.drain}"
     options |= {"open-mode": "append", "output": job.log}
     yield from (f"--{key}={_quoted_for_sbatch(key, value)}" for key, value in options.items() if value is not None)
-    yield "--no-requeue"  # clients would have left a requeued server; `up` starts another
+    # Clients would have left a requeued server, and `up` starts another; a training resumes.
+    yield "--requeue" if job.requeue else "--no-requeue"
     if cluster.exclusive:
         yield "--exclusive"
     for option in cluster.sbatch_options:
@@ -287,7 +299,8 @@ def _quoted_for_sbatch(key: str, value: object) -> str:
     return text if _UNQUOTED.fullmatch(text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
-def _wrappers(cluster: Cluster, job: JobRequest) -> Iterator[str]:
+def wrappers(cluster: Cluster, job: JobRequest) -> Iterator[str]:
+    """Yield what runs the command: on each of several nodes, in the container."""
     if job.nodes > 1:
         cpus = f" --cpus-per-task={job.cpus}" if job.cpus else ""
         tasks = f"--nodes={job.nodes} --ntasks={job.nodes} --ntasks-per-node=1{cpus}"
@@ -295,7 +308,7 @@ def _wrappers(cluster: Cluster, job: JobRequest) -> Iterator[str]:
     if image := cluster.environment.container:
         own = dict.fromkeys(str(each(cluster)) for each in (run_dir, log_dir, cache_dir, models_dir))
         binds = [f"--bind={bind}" for bind in (*own, *cluster.environment.binds)]
-        yield " ".join(map(_quoted, [cluster.environment.container_command, "exec", "--nv", *binds, image]))
+        yield " ".join(map(quoted, [cluster.environment.container_command, "exec", "--nv", *binds, image]))
 
 
 def _vllm_serve(model: Model, cluster: Cluster, args: dict[str, Any]) -> list[str]:
@@ -304,32 +317,43 @@ def _vllm_serve(model: Model, cluster: Cluster, args: dict[str, Any]) -> list[st
     return [shlex.join(first), *(f"  {shlex.join(flag)}" for flag in flags)]
 
 
-def _text(models: Sequence[Model], cluster: Cluster, job: JobRequest, command: list[str], **plain: Any) -> str:
+def text_of(
+    title: str, cluster: Cluster, job: JobRequest, command: list[str], template: str = "vllm.sh.j2", **plain: Any
+) -> str:
+    """Return the text of a script: header, environment, command."""
     exports = {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{cache_dir(cluster)}/huggingface", "VLLM_NO_USAGE_STATS": "1"}
     exports |= {"DO_NOT_TRACK": "1", "VLLM_CACHE_ROOT": f"{cache_dir(cluster)}/vllm"}
-    return _template().render(
-        title=f"{', '.join(model.key for model in models)} on vLLM, by biollm {__version__}",
-        directives=list(header(cluster, job)),
-        exports=exports | cluster.environment.env,
-        cache=cache_dir(cluster),
-        environment=cluster.environment,
-        command=" \\\n  ".join(command),
-        plain=plain,
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            title=f"{title}, by biollm {__version__}",
+            directives=list(header(cluster, job)),
+            exports=exports | cluster.environment.env,
+            cache=cache_dir(cluster),
+            environment=cluster.environment,
+            command=" \\\n  ".join(command),
+            plain=plain,
+        )
     )
 
 
 @cache
-def _template() -> Any:
+def _templates() -> Any:
     import jinja2
 
     environment = jinja2.Environment(  # noqa: S701 - a shell's text, not HTML: each value goes through `quote`
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader(data_dir("slurm_templates")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters |= {"quote": _quoted, "json": json.dumps}
-    return environment.from_string((data_dir("slurm_templates") / "vllm.sh.j2").read_text())
+    environment.filters |= {"quote": quoted, "json": json.dumps}
+    return environment
 
 
-def _quoted(value: object) -> str:
+def quoted(value: object) -> str:
     """Quote for the shell; only $NAME and ${NAME} are expanded, such as a node's own $TMPDIR."""
     parts = _VARIABLE.split(str(value))  # text, ${name}, $name, text, ...
     texts = [shlex.quote(text) if text else "" for text in parts[::3]]

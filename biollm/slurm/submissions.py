@@ -25,7 +25,7 @@ from biollm.slurm.commands import Queue, Row
 from biollm.slurm.endpoints import Endpoint
 from biollm.types import known
 
-Phase = Literal["pending", "starting", "ready", "draining", "ended", "failed", "unknown"]
+Phase = Literal["pending", "starting", "training", "ready", "draining", "ended", "failed", "unknown"]
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom.?kill|out of memory", re.IGNORECASE)
 _KEPT_S = 7 * 86400
@@ -111,7 +111,9 @@ def job_of(submission: Submission, queue: Queue, endpoints: Iterable[Endpoint], 
         return job("pending", queue.error or row.reason, start=row.start)
     if row or reported or (queue.error and events):
         node = row.node if row else ""
-        return job("draining" if any(draining) else "starting", queue.error or failed, node=node, endpoints=mine)
+        training = next((event["reason"] for event in last.values() if event["state"] == "training"), "")
+        phase = "draining" if any(draining) else "training" if training else "starting"
+        return job(phase, queue.error or failed or training, node=node, endpoints=mine)
     if queue.at <= submission.submitted or queue.error:
         return job("pending", queue.error or "submitted")
     state = submission.events[-1]["state"] if submission.events else "submitted"

@@ -405,9 +405,10 @@ def test_weights_are_found_by_repository_and_revision() -> None:
 
 
 def test_the_script_names_the_node_file_by_its_content() -> None:
-    supervisor, middleware = node_files(A3)
+    supervisor, middleware, train = node_files(A3)
     assert str(supervisor) in render([custom()], A3).text
     assert middleware.name == f"{supervisor.stem}_auth.py"
+    assert train.name == f"{supervisor.stem}_train.py"
     assert supervisor.stem.isidentifier()  # vLLM imports the middleware by name
 
 

@@ -1,0 +1,141 @@
+"""The commands of `biollm tune`: from rated answers to a LoRA adapter in models.yaml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from biollm import config
+from biollm.cli import output
+from biollm.cli.output import Json, Progress
+from biollm.cli.slurm import Gpus, Time, local_models, prepared, slurm_options, state_line, warn
+from biollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from biollm.config import Cluster, Model
+    from biollm.slurm import Options
+    from biollm.slurm.training import Training
+
+Base = Annotated[str, Argument(metavar="MODEL", help="The local model to adapt.")]
+Data = Annotated[Path, Argument(metavar="FILE", exists=True, dir_okay=False, help="Chat JSONL to train on.")]
+Name = Annotated[str, Option(metavar="NAME", help="Name of the adapter (default: MODEL-tuned).")]
+Rank = Annotated[int, Option(min=1, max=512, metavar="N", help="Rank of the adapter.")]
+Length = Annotated[int, Option(min=1, metavar="TOKENS", help="Longest sequence; longer ones are cut.")]
+Epochs = Annotated[float, Option(min=0.01, metavar="N", help="Passes over the data.")]
+Rate = Annotated[float, Option(min=0, metavar="RATE", help="Learning rate.")]
+
+app = typer.Typer(name="tune", no_args_is_help=True, help="Fine-tune a local model on rated answers.")
+
+
+@app.command()
+def export(
+    file: Annotated[Path, Option("-o", "--output", metavar="FILE", help="Write the training data here.")],
+    source: Annotated[
+        Path | None, Option("--from", metavar="FILE", exists=True, help="Chat JSONL, instead of your rated answers.")
+    ] = None,
+    name: Annotated[list[str] | None, Option(metavar="NAME", help="Replace this name, too; repeatable.")] = None,
+) -> None:
+    """Write rated answers as training data.
+
+    Keys, users, folders and repeats are removed. A fifth of the runs goes to a second file, FILE.held-out.jsonl, for `biollm compare`.
+    """
+    from biollm._files import write_private
+    from biollm.config.paths import state_dir
+    from biollm.evals import tuning
+    from biollm.ledger.ratings import Ratings
+    from biollm.providers import credentials
+
+    accounts = [(each, account) for each in config.load_config().providers for account in each.accounts]
+    keys = [credentials.find(*each, state_dir(), exchange=False) for each in accounts]
+    secrets = [key.secret for key in keys if not isinstance(key, str)]
+    examples = tuning.read(source) if source else tuning.of_ratings(Ratings(state_dir()).rated())
+    train, held_out = tuning.split(tuning.prepared(examples, name or [], secrets))
+    if not train:
+        message = f"There are {len(held_out)} different examples, of fewer than two runs."
+        raise UsageError(message, hint="Rate more answers (`biollm rate`), or give a file: --from FILE.")
+    beside = file.with_suffix(".held-out.jsonl")
+    write_private(file, tuning.training_lines(train))
+    write_private(beside, tuning.held_out_lines(held_out))
+    print(f"{file}: {len(train)} examples\n{beside}: {len(held_out)} examples, held out")
+
+
+@app.command()
+def fit(model: Base, rank: Rank = 16, length: Length = 2048, gpus: Gpus = None, as_json: Json = False) -> None:
+    """Show the GPU memory that training needs.
+
+    Exits 78 if it does not fit.
+    """
+    from biollm.slurm import training
+
+    settings = config.load_config()
+    (chosen,) = local_models(settings, [model])
+    count, parts = training.memory(chosen, settings.cluster, rank, length, gpus)
+    if as_json:
+        output.as_json({"gpus": count, "gib": parts, "gpu_gib": settings.cluster.gpu_memory_gib})
+        return
+    rows = (parts | {"total": sum(parts.values())}).items()
+    output.table(("GiB per GPU", ""), [(part, f"{gib:.1f}") for part, gib in rows])
+    print(f"Fits {count} x {settings.cluster.gpu_memory_gib:g} GiB. Assumed:", *training.ASSUMPTIONS, sep="\n  ")
+
+
+def _plan(
+    base: str, data: Path, name: str, time: str | None, gpus: int | None, **how: float
+) -> tuple[Model, Cluster, Training, Options]:
+    from biollm.config.paths import models_dir
+    from biollm.slurm.training import Training
+
+    settings, name = config.load_config(), name or f"{base}-tuned"
+    (model,) = local_models(settings, [base])
+    known = settings.models.get(name)
+    if not re.fullmatch(r"[A-Za-z0-9][\w./@+-]*", name) or (known and known.base != model.key):
+        raise UsageError(f"{name!r} cannot be the name of an adapter of {base}.", hint="Choose another --name.")
+    training = Training(name, data.resolve(), models_dir(settings.cluster) / "adapters" / name, **how)  # type: ignore[arg-type]
+    return model, settings.cluster, training, slurm_options(time, gpus=gpus)
+
+
+@app.command()
+def render(
+    model: Base, file: Data, name: Name = "", rank: Rank = 16, length: Length = 2048, epochs: Epochs = 3,
+    learning_rate: Rate = 2e-4, time: Time = None, gpus: Gpus = None,
+) -> None:  # fmt: skip
+    """Print the Slurm script that trains an adapter. Nothing is submitted."""
+    from biollm.slurm import training
+
+    how = {"rank": rank, "length": length, "epochs": epochs, "learning_rate": learning_rate}
+    planned = _plan(model, file, name, time, gpus, **how)
+    text = training.render(*planned).text
+    warn(prepared(planned[1]))
+    print(text, end="")
+
+
+@app.command()
+def up(
+    model: Base, file: Data, name: Name = "", rank: Rank = 16, length: Length = 2048, epochs: Epochs = 3,
+    learning_rate: Rate = 2e-4, time: Time = None, gpus: Gpus = None,
+) -> None:  # fmt: skip
+    """Train an adapter, and show its steps and loss.
+
+    Ctrl-C leaves the job running; the same command shows it again. `biollm down NAME` stops it.
+    """
+    from biollm.slurm import training
+
+    how = {"rank": rank, "length": length, "epochs": epochs, "learning_rate": learning_rate}
+    progress = Progress()
+    job = training.train(*_plan(model, file, name, time, gpus, **how), lambda job: progress.say(state_line(job)))
+    progress.clear()
+    print(job.reason)
+
+
+@app.command()
+def entry(model: Base, name: Name = "") -> None:
+    """Print the entry of models.yaml for a trained adapter."""
+    from biollm.config.paths import models_dir
+    from biollm.evals import tuning
+
+    name = name or f"{model}-tuned"
+    adapter = models_dir(config.load_config().cluster) / "adapters" / name / "adapter"
+    print(tuning.entry(name, model, adapter), end="")

@@ -1,0 +1,97 @@
+"""Makes training data of rated answers: scrubbed, without repeats, split by run into train and held-out.
+
+TRL reads chat JSONL as it is. What it lacks: logs hold names and keys, a pipeline fails a hundred times in one way, and
+a score on examples like those trained on says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from biollm.errors import UsageError
+from biollm.inputs.normalize_log import normalize_log
+from biollm.inputs.redact import Redaction
+from biollm.ledger.ratings import RatedAnswer
+from biollm.types import Json
+
+_HELD_OUT = 0.2  # of the runs
+_FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+_SYSTEM = r"/(?:usr|s?bin|lib\w*|etc|opt|proc|sys|dev)/"  # whose folders are the same everywhere
+_FOLDERS = re.compile(rf"(?:<home-\d+>|(?<![\w/:.>])(?!{_SYSTEM})(?=/))(?:/[\w.+@%~-]+)*/(?=[\w.+@%~-])")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation that ends with the right answer. Examples of one `run` stay together."""
+
+    messages: list[Json]
+    run: str = ""
+
+
+def read(file: Path) -> Iterator[Example]:
+    """Yield the examples of a JSONL file; raise UsageError at a line that is none."""
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            found: Any = json.loads(line)
+            messages: list[Json] = [{key: str(each[key]) for key in ("role", "content")} for each in found["messages"]]
+            ends_well = messages[1:] and messages[-1]["role"] == "assistant"
+        except (ValueError, KeyError, TypeError):
+            found, messages, ends_well = {}, [], False
+        if not ends_well:
+            raise UsageError(f"{file}:{number} is no conversation that ends with an answer.", hint=f"Write {_FORM}.")
+        yield Example(messages, str(found.get("run", "")))
+
+
+def of_ratings(answers: Iterable[RatedAnswer]) -> Iterator[Example]:
+    """Yield the corrections, and the answers that were rated up; their tag `run` names the run."""
+    for each in answers:
+        right = each.correction or (each.answer if each.rating == "up" else "")
+        if right and all(isinstance(message.get("content"), str) for message in each.messages):  # TRL's text alone
+            yield Example([*each.messages, {"role": "assistant", "content": right}], each.tags.get("run", ""))
+
+
+def prepared(examples: Iterable[Example], names: Sequence[str] = (), secrets: Iterable[str] = ()) -> list[Example]:
+    """Return the examples without keys, user names, folders and `names`; of several with one failure, the last."""
+    kept, secrets = dict[str, Example](), tuple(secrets)
+    for example in examples:
+        hidden = Redaction(names, secrets).hidden(example.messages)
+        messages = [{**each, "content": _FOLDERS.sub("<path>/", each["content"])} for each in hidden]
+        question = "\n".join(normalize_log(each["content"], names) for each in messages[:-1])
+        kept[question] = Example(messages, example.run or question)
+    return list(kept.values())
+
+
+def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Return (train, held-out), chosen by a hash of the run: a run stays on its side when others are added."""
+    places = {each.run: int(sha256(each.run.encode()).hexdigest(), 16) / 2**256 for each in examples}
+    most = max(_HELD_OUT, min(places.values(), default=0))  # at least one run
+    return [e for e in examples if places[e.run] > most], [e for e in examples if places[e.run] <= most]
+
+
+def training_lines(examples: Iterable[Example]) -> str:
+    """Return chat JSONL, as TRL reads it."""
+    return "".join(json.dumps({"messages": each.messages}) + "\n" for each in examples)
+
+
+def held_out_lines(examples: Iterable[Example]) -> str:
+    """Return what `biollm compare` reads: questions with the expected answers."""
+    lines = ({"messages": each.messages[:-1], "expected": each.messages[-1]["content"]} for each in examples)
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def entry(name: str, base: str, adapter: Path) -> str:
+    """Return the entry of models.yaml for a trained adapter; raise UsageError if there is none."""
+    try:
+        rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    except (OSError, ValueError, KeyError):
+        raise UsageError(f"There is no adapter in {adapter}.", hint=f"Train it: biollm tune up {base} FILE.") from None
+    own = {"base": base, "lora": str(adapter)} | ({"lora_rank": rank} if rank != 16 else {})
+    return yaml.safe_dump({"models": {name: own}}, sort_keys=False)
