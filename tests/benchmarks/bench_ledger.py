@@ -41,8 +41,8 @@ async def work(ledger: Ledger, count: int, pause: float) -> tuple[list[float], l
     return waits, costs
 
 
-def child(folder: Path, network: bool, count: int, pause: float, start: Barrier, out: Any) -> None:
-    ledger = Ledger(folder, network=network)
+def child(folder: Path, how: dict[str, Any], count: int, pause: float, start: Barrier, out: Any) -> None:
+    ledger = Ledger(folder, **how)
     ledger.refresh()
     start.wait()
     waits, _ = asyncio.run(work(ledger, count, pause))
@@ -56,8 +56,8 @@ def figures(milliseconds: list[float]) -> str:
     return f"p50 {p50:.2f} p99 {p99:.2f} max {ordered[-1]:.1f} ms"
 
 
-def alone(folder: Path, network: bool) -> tuple[list[float], list[float]]:
-    ledger = Ledger(folder, network=network)
+def alone(folder: Path, how: dict[str, Any]) -> tuple[list[float], list[float]]:
+    ledger = Ledger(folder, **how)
     asyncio.run(work(ledger, 20, 0))
     found = asyncio.run(work(ledger, 1000, 0.002))
     ledger.close()
@@ -65,32 +65,32 @@ def alone(folder: Path, network: bool) -> tuple[list[float], list[float]]:
 
 
 def together(
-    folder: Path, network: bool, pause: float, processes: int = 16, count: int = 100
+    folder: Path, how: dict[str, Any], pause: float, processes: int = 16, count: int = 100
 ) -> tuple[list[float], int, int]:
     """Return the milliseconds waited, how many attempts both files kept, and how many there were."""
     spawn = multiprocessing.get_context("spawn")
     start, out = spawn.Barrier(processes), spawn.Queue()
-    children = [spawn.Process(target=child, args=(folder, network, count, pause, start, out)) for _ in range(processes)]
+    children = [spawn.Process(target=child, args=(folder, how, count, pause, start, out)) for _ in range(processes)]
     for one in children:
         one.start()
     results = [out.get() for _ in children]
     for one in children:
         one.join()
     waits = [wait for found in results for wait in found]
-    used = sum(Ledger(folder).used(claim.scope, claim.limits)[0][1] for claim in NEEDS)
+    used = sum(Ledger(folder, **how).used(claim.scope, claim.limits)[0][1] for claim in NEEDS)
     kept = sum(1 for _ in Ledger(folder).history())
     return waits, min(int(used), kept), processes * count
 
 
 def main() -> None:
     within = sys.argv[1] if len(sys.argv) > 1 else None
-    for name, network in (("WAL", False), ("rollback journal", True)):
+    for name, how in (("WAL", {"network": False}), ("rollback journal", {"network": True})):
         with tempfile.TemporaryDirectory(dir=within) as folder:
-            waits, costs = alone(Path(folder), network)
+            waits, costs = alone(Path(folder), how)
             print(f"{name}, one process: reserve {figures(waits)}; reserve + finish {figures(costs)}")
         for pause in (0.0, 0.01):
             with tempfile.TemporaryDirectory(dir=within) as folder:
-                waits, kept, made = together(Path(folder), network, pause)
+                waits, kept, made = together(Path(folder), how, pause)
                 apart = f"{name}, 16 processes, {pause * 1000:.0f} ms apart"
                 print(f"{apart}: wait {figures(waits)}; {kept} of {made} attempts kept")
 

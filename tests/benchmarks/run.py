@@ -28,6 +28,7 @@ import overhead
 import programs
 import promises
 import scenarios
+import shared_ledger
 import top
 import translators
 import usage
@@ -155,6 +156,7 @@ def main() -> None:
         add("Usage", [*usage.million(scratch, env), *usage.writes()])
         add("Condensing", condensing.measure(scratch))
         add("The ledger", [], ledger())
+        add("The ledger on Redis", *shared_ledger.measure(address, scratch, env))
     text = report(bars, sections, time.monotonic() - began)
     RESULTS.write_text(text)
     print(f"{sum(bar.met for bar in bars)} of {len(bars)} bars are met; see {RESULTS.relative_to(Path.cwd())}")
