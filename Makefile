@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 test: $(if $(LITELLM),$(VENV)/.dev,lint)
 	$(BIN)/python -m pytest
 
-# What needs no Slurm, no vLLM, no proxy and no browser.
+# What needs no Slurm, no vLLM, no Redis, no proxy and no browser.
 test-fast: $(if $(LITELLM),$(VENV)/.dev,lint)
 	$(BIN)/python -m pytest -n auto -m 'not real and not slow'
 

@@ -91,12 +91,12 @@ class SlowProxy:
             while True:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(("127.0.0.1", self._to))
-                for source, target, delay in ((client, server, 0.0), (server, client, self.delay)):
-                    threading.Thread(target=self._copy, args=(source, target, delay), daemon=True).start()
+                for source, target in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=(source, target, server), daemon=True).start()
 
-    def _copy(self, source: socket.socket, target: socket.socket, delay: float) -> None:
+    def _copy(self, source: socket.socket, target: socket.socket, server: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                time.sleep(delay)
+                time.sleep(self.delay if source is server else 0)
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)

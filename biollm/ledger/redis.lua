@@ -56,29 +56,51 @@ local function cooldown(name)
     return row and row[1] > now - MEMORY and row[1] <= now + FARTHEST and row or nil
 end
 
--- The requests of a rolling window, oldest first: reservation, time, reservation, time ...
-local function window(scope, limit, ...)
+-- The next requests of a rolling window, oldest first, after the first `place`: reservation, time, reservation ...
+local function window(scope, limit, place, count)
     local since = '(' .. number(now - limit.window)
-    return redis.call('ZRANGEBYSCORE', key('sent', scope), since, '+inf', 'WITHSCORES', ...)
+    return redis.call('ZRANGEBYSCORE', key('sent', scope), since, '+inf', 'WITHSCORES', 'LIMIT', place, count)
 end
 
 local function used_by(scope, kind, reservation)
     return kind == 'requests' and 1 or tonumber(redis.call('HGET', key(kind, scope), reservation) or 0)
 end
 
+local function used_between(scope, kind, after, at)
+    local sum = 0
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', key('sent', scope), '(' .. number(after), at)) do
+        sum = sum + used_by(scope, kind, id)
+    end
+    return sum
+end
+
+-- The tokens or USD of a rolling window: a sum that `finish` adds to, less what has left the window since.
+local function spent(scope, limit, store)
+    local name, since = limit.kind .. ' ' .. limit.window, now - limit.window
+    local sum, left = (redis.call('HGET', key('sums', scope), name) or ''):match('(%S+) (%S+)')
+    left = tonumber(left)
+    if left and left <= since and left > now - WINDOWS then
+        sum = sum - used_between(scope, limit.kind, left, number(since))
+    else
+        sum = used_between(scope, limit.kind, since, '+inf')
+    end
+    if store then
+        redis.call('HSET', key('sums', scope), name, number(sum) .. ' ' .. number(since))
+        redis.call('EXPIRE', key('sums', scope), 2 * WINDOWS)
+    end
+    return sum
+end
+
 -- What is used of a limit, without reservations, and when its period ends or its oldest request leaves it.
-local function settled(scope, limit)
+local function settled(scope, limit, store)
     if limit.start then
         return tonumber(redis.call('HGET', total(scope, limit), limit.kind) or 0), tonumber(limit.ends)
     end
-    local oldest, used = window(scope, limit, 'LIMIT', 0, 1)[2], 0
+    local oldest, used = window(scope, limit, 0, 1)[2], 0
     if limit.kind == 'requests' then
         used = redis.call('ZCOUNT', key('sent', scope), '(' .. number(now - limit.window), '+inf')
     else
-        local sent = window(scope, limit)
-        for place = 1, #sent, 2 do
-            used = used + used_by(scope, limit.kind, sent[place])
-        end
+        used = spent(scope, limit, store)
     end
     return used, oldest and oldest + limit.window
 end
@@ -107,7 +129,7 @@ end
 
 -- When a limit has room for a claim again, and whether it has none for any request; nil if it has room now.
 local function full(claim, limit, lost)
-    local used, ends = settled(claim.scope, limit)
+    local used, ends = settled(claim.scope, limit, true)
     local over = excess(limit, used, claim[limit.kind] or 0)
     if over + reserved(claim.scope, limit, lost) <= 0 then
         return nil
@@ -117,14 +139,16 @@ local function full(claim, limit, lost)
     local least = excess(limit, used, 0)
     local shut = least > 0
     over = shut and least or over
-    if limit.window then
-        local sent = window(claim.scope, limit)
+    local first, sent = 0, limit.window and window(claim.scope, limit, 0, 100) or {}
+    while #sent > 0 do
         for place = 1, #sent, 2 do
             over = over - used_by(claim.scope, limit.kind, sent[place])
             if over <= 0 then
                 return sent[place + 1] + limit.window, shut
             end
         end
+        first = first + 100
+        sent = window(claim.scope, limit, first, 100)
     end
     return ends or now + SOON, shut
 end
@@ -165,7 +189,7 @@ end
 
 function operations.finish(at, scope, reservation, used)
     local id = text(reservation)
-    local known = redis.call('HDEL', key('reserved', scope), id)
+    redis.call('HDEL', key('reserved', scope), id)
     local sent = tonumber(redis.call('ZSCORE', key('sent', scope), id))
     if sent then
         if redis.call('HSETNX', key('tokens', scope), id, used[1]) == 0 then
@@ -174,6 +198,14 @@ function operations.finish(at, scope, reservation, used)
         redis.call('HSET', key('usd', scope), id, used[2])
         redis.call('EXPIRE', key('tokens', scope), 2 * WINDOWS)
         redis.call('EXPIRE', key('usd', scope), 2 * WINDOWS)
+        local sums = redis.call('HGETALL', key('sums', scope))
+        for place = 1, #sums, 2 do
+            local sum, left = sums[place + 1]:match('(%S+) (%S+)')
+            if sent > tonumber(left) then
+                sum = sum + (sums[place]:match('^tokens') and used[1] or used[2])
+                redis.call('HSET', key('sums', scope), sums[place], number(sum) .. ' ' .. left)
+            end
+        end
     end
     for _, period in ipairs(periods(scope, sent or at)) do
         redis.call('HINCRBYFLOAT', total(scope, period), 'tokens', used[1])

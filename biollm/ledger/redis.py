@@ -1,10 +1,11 @@
 """The ledger's limits and cooldowns on a Redis server, for users and gateways on several hosts.
 
-LiteLLM counts on Redis too, but reads and writes in separate steps: processes that ask together pass a limit together.
-Here every batch is one call of `redis.lua`: one round trip, one transaction, the server's clock. The history stays in
-each user's history.db, which `usage --merge` joins: a record has 20 fields that nothing has to read at once, a stream
-of them would take the server more memory than all counts, and lose them with the server. A server that lost its data is
-given the days and months again from every history (`recall`); the windows of up to an hour start anew.
+LiteLLM counts on Redis too, but per deployment and clock minute, and with a command for each limit. Here each batch is
+one call of `redis.lua`: one round trip, one transaction, the server's clock.
+
+The history stays in each user's history.db, and `usage --merge` joins them. No request waits for it; a stream of it
+would need more of the server's memory than all counts, and be lost with them. From the history, a server that lost its
+data gets back the days and months (`recall`); windows of up to an hour start anew.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -173,6 +175,45 @@ class RedisStore:
 
     def _cooldown(self, row: Sequence[Any]) -> Cooldown:
         return Cooldown(row[0] - self._ahead, *row[1:])
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `biollm doctor` has to know of a server."""
+
+    product: str  # and version: "Redis 7.0.15"
+    major: int
+    replica: bool
+    evicts: str  # the policy by which it forgets keys once its memory is full; "" if it keeps them
+    ahead: float  # seconds by which its clock is ahead of this host's
+    ms: float  # of an answer, the quickest of five
+
+
+def examine(server: LedgerServer) -> Facts:
+    """Connect to the server and return its facts.
+
+    Raises:
+        OSError: It cannot be used.
+        UnavailableError: The client's package is missing.
+    """
+    package = library()
+    try:
+        with connect(package, server) as client:
+            info: dict[str, Any] = client.info()
+            looks: list[tuple[float, float]] = []
+            for _ in range(5):
+                began = time.time()
+                seconds, us = client.time()
+                took = time.time() - began
+                looks.append((took, seconds + us / 1e6 - began - took / 2))
+    except package.RedisError as error:
+        raise OSError(str(error)) from error
+    name = "valkey" if "valkey_version" in info else "redis"
+    version = str(info[f"{name}_version"])
+    evicts = info["maxmemory_policy"] if info["maxmemory"] and info["maxmemory_policy"] != "noeviction" else ""
+    major = int(version.partition(".")[0])
+    took, ahead = min(looks)
+    return Facts(f"{name.title()} {version}", major, info["role"] != "master", evicts, ahead, took * 1000)
 
 
 def _limit(limit: Limit, at: float) -> dict[str, Any]:

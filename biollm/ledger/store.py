@@ -410,7 +410,7 @@ class Ledger:
     def _warn(self, error: Exception | None, store: QuotaStore | None = None) -> None:
         if error and self._warned.acquire(blocking=False):
             name, advice = (store.name, store.advice) if store else (self.directory, SqliteStore.advice)
-            text = "The ledger in %s cannot be used (%s): limits hold within this process and records wait in memory until it can. %s"
+            text = "The ledger %s cannot be used (%s): limits hold within this process and records wait in memory until it can. %s"
             _log.warning(text, name, error, advice)
 
 

@@ -19,11 +19,14 @@ from biollm._files import is_shared
 from biollm._ownership import address, is_this_host
 from biollm.config import Config
 from biollm.config.paths import data_dir, own_dir, run_dir, state_dir
-from biollm.errors import BiollmError
+from biollm.errors import BiollmError, UnavailableError
+from biollm.ledger import redis
 from biollm.ledger.sqlite import on_network
 from biollm.providers import credentials
 from biollm.slurm import commands, vllm_flags, weights
 
+_OLDEST, _SLOW, _CLOCK = 5, 100.0, 60.0  # of a Redis server: major version; ms for an answer; seconds its clock is off
+_NO_EVICTION = "redis-cli CONFIG SET maxmemory-policy noeviction, and the same in redis.conf"
 _COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
 _Result = tuple[bool, str, str]  # whether it is ok, what was found, how to fix it
 
@@ -45,6 +48,8 @@ def check(config: Config) -> list[Check]:
         "keys": _keys,
         "proxy": _proxy,
     }
+    if config.ledger.url:
+        checks["ledger"] = _ledger
     if not _wants_cluster(config):
         left_out = "no Slurm and no site of yours: the checks for local models on a cluster are left out"
         return [*(Check(name, *run(config)) for name, run in checks.items()), Check("cluster", True, left_out)]
@@ -114,6 +119,28 @@ def _proxy(config: Config) -> _Result:
     with suppress(OSError, ValueError), socket.create_connection(address(url), timeout=3):
         return True, f"{name} is set, and {host} answers", ""
     return False, f"{name} is set, but {host} does not answer", f"Correct or unset {name}."
+
+
+def _ledger(config: Config) -> _Result:
+    url = config.ledger.url
+    try:
+        server = redis.examine(config.ledger)
+    except UnavailableError as error:
+        return False, str(error), error.hint or ""
+    except OSError as error:
+        return False, f"{url} cannot be used: {error}", "Start it, or correct `ledger:` in providers.yaml."
+    detail = f"{url}: {server.product}, answers in {server.ms:.1f} ms, its clock is {abs(server.ahead):.1f} s off this host's"
+    if server.replica:
+        return False, f"{url} is a read-only replica", "Write the primary's address into `ledger:`."
+    if server.major < _OLDEST:
+        return False, detail, f"Install Redis {_OLDEST} or later, or Valkey."
+    if server.evicts:
+        return False, f"{detail}; it forgets counts when its memory is full ({server.evicts})", _NO_EVICTION
+    if server.ms > _SLOW:
+        return False, f"{detail}; every request waits for it", "Use a server nearer to the hosts."
+    if abs(server.ahead) > _CLOCK:
+        return False, f"{detail}; days and months begin by the server's", "Let both hosts get their time by NTP."
+    return True, detail, ""
 
 
 def _weights(config: Config) -> _Result:
