@@ -168,18 +168,18 @@ def _url(value: object) -> object:
 
 
 def _redis_url(value: object) -> object:
-    url, query = None, dict[str, str]()
+    secret = good = False
     with suppress(ValueError):
         url = urlsplit(str(value))
         query = dict(parse_qsl(url.query, keep_blank_values=True))
+        secret = url.password is not None or "password" in query
         place = {"redis": url.hostname, "rediss": url.hostname, "unix": url.path}.get(url.scheme)
-        good = place and url.port != 0 and query.keys() <= _REDIS_OPTIONS and not re.search(r"\s", url.geturl())
-        url = url if good or url.password or "password" in query else None
-    if url is None:
+        good = bool(place) and url.port != 0 and query.keys() <= _REDIS_OPTIONS and not re.search(r"\s", str(value))
+    if secret:
+        raise ValueError("contains a password. Write it into a password_file, or name a password_env.")
+    if not good:
         example = "redis://host:6379/0, rediss://host:6380/0?ssl_ca_certs=FILE or unix:///path?db=0"
         raise ValueError(f"is not the address of a Redis server. Write it like {example}.")
-    if url.password or "password" in query:
-        raise ValueError("contains a password. Write it into a password_file, or name a password_env.")
     return value
 
 
