@@ -2,7 +2,7 @@
 
     python examples/autoscale_day.py [MAX]
 
-The decisions are biollm's own (`biollm.slurm.scaling.decision`); arrivals, Slurm's queue and the servers are simulated.
+The decisions are biollm's own (`biollm.slurm.scaling`); arrivals, Slurm's queue and the servers are simulated.
 Write your own day into DAY: requests in each hour from 0 to 23 h. MAX is the `max` of `scale` (default 3).
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from biollm.config import Scale
-from biollm.slurm.scaling.decision import UNSERVED_S, Delays, decide, measured
+from biollm.slurm.scaling import UNSERVED_S, Delays, decide, measured
 
 DAY = (2, 0, 0, 0, 0, 3, 6, 60, 400, 1300, 1700, 900, 500, 900, 1600, 1800, 1000, 500, 200, 100, 60, 400, 40, 6)
 

@@ -251,7 +251,7 @@ def _clock(seconds: float | None) -> str:
 
 def status(as_json: Json = False) -> None:
     """Show jobs, servers, walltime left and requests."""
-    from biollm.slurm.scaling import controller
+    from biollm.slurm import scaling
 
     settings = config.load_config()
     jobs = slurm.status(settings.cluster)
@@ -259,33 +259,26 @@ def status(as_json: Json = False) -> None:
         _show(jobs, as_json=as_json)
     else:
         print("No model server was started in the last day. Start one with `biollm up MODEL`.")
-    for key, state in () if as_json else controller.scaled(settings).items():
+    for key, state in () if as_json else scaling.scaled(settings).items():
         print(f"{key}: {state.line}")
 
 
-def autoscale(
-    watch: Annotated[bool, Option("--watch", help="Look every 10 s until interrupted.")] = False, as_json: Json = False
-) -> None:
+def autoscale(as_json: Json = False) -> None:
     """Start and stop servers by demand (`scale`).
 
     For cron: one look, then exit. A running gateway does the same.
     """
-    from functools import partial
-
     from biollm._runtime import ledger
     from biollm.monitoring.usage import ending_budgets
-    from biollm.slurm.scaling import controller
+    from biollm.slurm import scaling
 
     settings = config.load_config()
-    if not controller.scaled(settings):
+    if not scaling.scaled(settings):
         raise UsageError("No model has `scale`.", hint="Add `scale: {min: 0, max: 2}` to a local model in models.yaml.")
-    look = partial(controller.look, settings, ledger(), partial(ending_budgets, settings, ledger()))
-    if watch:
-        controller.run(settings.cluster, look, time.sleep, partial(print, flush=True))
-    with controller.controlling(settings.cluster) as alone:
-        decisions = look() if alone else {}
+    with scaling.controlling(settings.cluster) as alone:
+        decisions = scaling.look(settings, ledger(), ending_budgets(settings, ledger())) if alone else {}
     if not alone:
-        print("Another controller runs: the gateway, or `biollm autoscale`. It decides.", file=sys.stderr)
+        print("Another controller runs: the gateway, or another `biollm autoscale`. It decides.", file=sys.stderr)
     if as_json:
         output.as_json([{"model": key, **decision._asdict()} for key, decision in decisions.items()])
         return

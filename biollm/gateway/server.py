@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from biollm._runtime import background, ledger, start_background
 from biollm.client.remote import RECORD, SOCKET, connect, folders, identity, record
 from biollm.config.paths import own_dir, state_dir
 from biollm.errors import ConfigError, UnavailableError, UsageError
-from biollm.slurm.scaling import controller
+from biollm.slurm import scaling
 
 if TYPE_CHECKING:
     import uvicorn
@@ -47,7 +46,7 @@ _SEE = "See `biollm serve status`; `biollm serve stop` stops it."
 _LONGEST = 107  # bytes of a Unix socket's path, without the 0 at its end
 _CONNECTIONS = 256  # at once, of the TCP port
 _ALERTS = 60.0  # seconds between two looks at the alerts
-_LOOK = 10.0  # seconds between two looks at whether the socket is still there
+_LOOK = 10.0  # seconds between two looks at whether the socket is still there, and at the scaled models
 _FLUSH = 5.0  # seconds for the last bytes of the last answers, when somebody keeps the page open
 
 
@@ -125,7 +124,7 @@ def serve(
             say(line)
         if client.config.alerts.active:
             threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
-        if controller.scaled(client.config):
+        if scaling.scaled(client.config):
             threading.Thread(target=_scale, args=(client.config, end, say), name="biollm-scaling", daemon=True).start()
         _warm_up(client)
         try:
@@ -215,8 +214,18 @@ def _scale(config: Config, end: threading.Event, say: Callable[[str], None]) -> 
     """Start and stop servers with the demand, unless another process does."""
     from biollm.monitoring.usage import ending_budgets
 
-    look = partial(controller.look, config, ledger(), partial(ending_budgets, config, ledger()))
-    controller.run(config.cluster, look, end.wait, say)
+    while not end.is_set():
+        with scaling.controlling(config.cluster) as alone:
+            while alone and not end.is_set():
+                try:
+                    decisions = scaling.look(config, ledger(), ending_budgets(config, ledger()))
+                    changes = [f"{model}: {each.line}" for model, each in decisions.items() if each.change]
+                except Exception as error:  # the next look may be better
+                    changes = [f"Scaling failed: {error}"]
+                for line in changes:
+                    say(line)
+                end.wait(_LOOK)
+        end.wait(_LOOK)
 
 
 def _end_on_signals(end: threading.Event) -> None:

@@ -25,8 +25,8 @@ from biollm.ledger import Ledger
 from biollm.ledger.sqlite import read
 from biollm.routing.candidates import Candidate, DeploymentPool, Status, explain
 from biollm.routing.deployments import Requirements
+from biollm.slurm import scaling
 from biollm.slurm.endpoints import Endpoint
-from biollm.slurm.scaling import controller
 from biollm.slurm.submissions import Job
 
 MINUTES = 30  # of the series
@@ -149,8 +149,8 @@ class Collector:
             views = [self._view(each, used[each.deployment.scope], now) for each in found]
             self._update_jobs()
             jobs, alerts = _job_views(self._jobs, servers), tuple(map(str, self._alerts()))
-            scaling = tuple(f"{key}: {state.line}" for key, state in controller.scaled(self._config).items())
-            return Snapshot(now, tuple(views), jobs, self._series(now), alerts, scaling)
+            decided = tuple(f"{key}: {state.line}" for key, state in scaling.scaled(self._config).items())
+            return Snapshot(now, tuple(views), jobs, self._series(now), alerts, decided)
 
     def _view(self, candidate: Candidate, used: Sequence[tuple[Limit, float, object]], now: float) -> CandidateView:
         name, why = candidate.deployment.id, candidate.reason

@@ -17,8 +17,8 @@ from biollm._runtime import ledger
 from biollm.client import get_model_client
 from biollm.config import load_config
 from biollm.errors import CompletionError
-from biollm.slurm.scaling import controller
-from biollm.slurm.scaling.decision import Decision, Delays
+from biollm.slurm import scaling
+from biollm.slurm.scaling import Decision, Delays
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 SHORT = Delays(demand=2, quiet=6, hold=4)
@@ -55,7 +55,7 @@ def looking_until(done: Callable[[Decision], bool], seconds: float) -> list[str]
     lines: list[str] = []
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        decision = controller.look(load_config(), ledger(), delays=SHORT)["smollm"]
+        decision = scaling.look(load_config(), ledger(), {}, SHORT)["smollm"]
         if decision.line not in lines[-1:]:
             print(decision.line)
             lines.append(decision.line)
@@ -80,7 +80,7 @@ def test_demand_start_serve_second_replica_drain_and_stop(configured: None, lab:
         ledger().flush()
         assert looking_until(lambda decision: decision.change == 1, 10)[-1] == "scaled up to 1: 3 requests found no server in 2 min"  # fmt: skip
         (first,) = slurm.status(cluster)
-        assert controller.look(load_config(), ledger(), delays=SHORT)["smollm"].line == "not scaled: 1 job pending"
+        assert scaling.look(load_config(), ledger(), {}, SHORT)["smollm"].line == "not scaled: 1 job pending"
         slurm.wait_for([first.submission], cluster)
         assert client.complete("Say hello.", max_tokens=8, timeout=120).deployment.startswith("vllm/smollm#")
 
@@ -103,7 +103,7 @@ def test_demand_start_serve_second_replica_drain_and_stop(configured: None, lab:
             assert line.startswith("scaled up to 2: 1 running and ")
             wait_until(lambda: phases() == ["ready", "ready"], 300, "the second replica")
             wait_until(lambda: len(set(answers)) == 2, 120, "answers of both")
-            assert controller.look(load_config(), ledger(), delays=SHORT)["smollm"].change == 0  # the most is 2
+            assert scaling.look(load_config(), ledger(), {}, SHORT)["smollm"].change == 0  # the most is 2
         finally:
             over.set()
             for thread in loading:

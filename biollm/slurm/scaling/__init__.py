@@ -1,1 +1,0 @@
-"""Starts and stops replicas of local models with the demand. Start at `decision.py`; `controller.py` measures and acts."""
