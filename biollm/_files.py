@@ -86,7 +86,7 @@ def create(path: Path) -> None:
 
     An existing database is not opened: closing it would drop the locks that SQLite holds in this process.
     """
-    mode = 0o660 if path.parent.stat().st_mode & stat.S_ISGID else 0o600
+    mode = 0o660 if is_shared(path.parent) else 0o600
     with suppress(FileExistsError):
         made = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode)
         os.fchmod(made, mode)

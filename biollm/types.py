@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, get_args
@@ -18,7 +19,7 @@ Kind = TypeVar("Kind")
 Json = dict[str, Any]
 ChunkKind = Literal["text", "reasoning", "tool_call", "usage"]
 BLOCKED = ("limited", "cooling")  # what a deployment is until a time
-Outcome = Literal["ok", "skipped", "limited", "cooling", "refused", "failed", "cancelled"]
+Outcome = Literal["ok", "skipped", "limited", "cooling", "refused", "failed", "cancelled", "cached"]
 DataPolicy = Literal["any", "no_training", "local_only"]
 DATA_POLICIES: tuple[DataPolicy, ...] = get_args(DataPolicy)  # from loose to strict
 
@@ -45,6 +46,12 @@ def span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{math.ceil(seconds)} s"
+
+
+def seconds_of(written: str) -> float | None:
+    """Return the seconds of a time as people write it, such as 7d, 12h, 30min or 90s; None of anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)", written.strip())
+    return float(found[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[found[2]] if found else None
 
 
 class Fields(Json):
@@ -133,10 +140,12 @@ class Completion(_Printed, Generic[Parsed]):
         latency_ms: Milliseconds of the whole call, failed attempts included.
         attempts: Every deployment that was tried or skipped, in order.
         degraded: True when the embedded model answered.
+        cached: True when it is a stored answer: `cost_usd` is 0 then, and `usage` that of the original.
         parsed: The object of `response_model`; plain data where that is a JSON Schema, None without one.
         tool_calls: OpenAI-shaped tool calls.
         finish_reason: The provider's own.
-        notes: What was done to the attachments before they were sent, a sentence each.
+        notes: What was done to the attachments before they were sent, and which similar request a stored answer was made
+            for; a sentence each.
         id: The request's id in the usage records, which `Client.rate` takes.
         reasoning: What the model thought before its answer, where the provider sends that.
         raw: OpenAI's JSON with every field that the provider sent: a dict whose fields are attributes as well.
@@ -152,6 +161,7 @@ class Completion(_Printed, Generic[Parsed]):
     latency_ms: float = 0.0
     attempts: tuple[Attempt, ...] = ()
     degraded: bool = False
+    cached: bool = False
     parsed: Parsed = None  # pyright: ignore[reportAssignmentType] # without a response_model
     tool_calls: tuple[dict[str, Any], ...] = ()
     finish_reason: str = ""

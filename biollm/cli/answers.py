@@ -89,6 +89,8 @@ def degraded_mark(found: Sequence[Digest]) -> str:
 
 def took(answer: Completion) -> str:
     """Return who answered in how many seconds, and what the attempts before took, "a 0.5 s without an answer, then b 2.1 s"."""
+    if answer.cached:
+        return f"stored answer of {answer.deployment}, {answer.latency_ms / 1000:.1f} s"
     failed = [each for each in answer.attempts if each.outcome == "failed"]
     if not failed:
         return f"{answer.deployment}, {answer.latency_ms / 1000:.1f} s"

@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from biollm import __version__
-from biollm.cli import complete, config, drill, evals, explain, monitoring, output, run, serve, setup, slurm, tune
+from biollm.cli import cache, complete, config, drill, evals, explain, monitoring, output, run, serve, setup, slurm, tune
 from biollm.errors import BiollmError
 from biollm.routing import litellm_private
 
@@ -56,18 +56,21 @@ _COMMANDS = (
     monitoring.usage, evals.compare, evals.rate, drill.drill, monitoring.alerts, run.run,
 )  # fmt: skip
 _EMBEDDED = typer.Typer(name="embedded", no_args_is_help=True, help="Manage the small model that runs on this machine.")
+_CACHE = typer.Typer(name="cache", no_args_is_help=True, help="Show or clear the stored answers (complete --cache).")
 _MODELS = typer.Typer(name="models", invoke_without_command=True, help="List models, or add one to the configuration.")
 _SERVE = typer.Typer(name="serve", invoke_without_command=True, help=serve.serve.__doc__)
 
 for command in _COMMANDS:  # Typer names each as its function, with a dash for an underscore
     app.command()(command)
+_CACHE.command("show")(cache.show)
+_CACHE.command("clear")(cache.clear)
 _EMBEDDED.command("pull")(setup.embedded_pull)
 _MODELS.callback()(config.models_list)
 _MODELS.command("add")(slurm.models_add)
 _SERVE.callback()(serve.serve)
 for command in (serve.status, serve.stop):
     _SERVE.command()(command)
-for group in (_EMBEDDED, _MODELS, _SERVE, tune.app):
+for group in (_CACHE, _EMBEDDED, _MODELS, _SERVE, tune.app):
     app.add_typer(group)
 
 

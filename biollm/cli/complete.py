@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +63,17 @@ def complete(
     redact_name: Annotated[
         list[str] | None, Option(metavar="NAME", help="Replace this name, too, such as a sample's; repeatable.")
     ] = None,
+    cache: Annotated[
+        bool | None,
+        Option("--cache/--no-cache", help="Give the stored answer to the same request, or store a new one."),
+    ] = None,
+    cache_similar: Annotated[
+        bool, Option("--cache-similar", help="Like --cache, also for the same failure of another run.")
+    ] = False,
+    cache_name: Annotated[
+        list[str] | None,
+        Option(metavar="NAME", help="With --cache-similar: a name that differs, such as a sample's; repeatable."),
+    ] = None,
     max_tokens: MaxTokens = None,
     temperature: Annotated[float | None, Option(min=0, max=2, metavar="T", help="Sampling temperature (0-2).")] = None,
     max_retries: Annotated[int, Option(min=0, metavar="N", help="Further passes after temporary failures.")] = 0,
@@ -87,6 +99,12 @@ def complete(
     """Answer a prompt with the first available model."""
     if wait is not None and not start:
         print("--wait has no effect without --start.", file=sys.stderr)
+    if cache_name and not cache_similar:
+        print("--cache-name has no effect without --cache-similar.", file=sys.stderr)
+    if (cache or cache_similar) and ensemble:
+        print("The cache is not used with --ensemble.", file=sys.stderr)
+    from biollm.inputs.normalize_log import normalize_log
+
     question, found = read(prompt, file or [])
     needs(question, found)
     response_schema = json_schema(schema) if schema else None
@@ -97,6 +115,8 @@ def complete(
         "deadline": deadline, "start_local": start, "wait": wait, "tags": _tags(tag or []),
         "response_model": response_schema, "allow_degraded": schema is None and not no_degraded,
         "condense": not no_condense, "redact": redact, "redact_names": redact_name or [],
+        "cache": cache_similar if cache is None else cache,
+        "cache_key": partial(normalize_log, names=cache_name or []) if cache_similar else None,
     }  # fmt: skip
     progress = Progress(quiet=quiet)
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from biollm.client import attachments, remote
-from biollm.client.options import RATINGS, Defaults, Options, Prompt, TypedOptions, check, make_request
+from biollm.client.options import RATINGS, Defaults, Options, Prompt, TypedOptions, cache_of, check, make_request
 from biollm.config.paths import wants_local_only
 from biollm.errors import CompletionError, UnknownNameError, UsageError
 from biollm.routing.normalize import at_least, checked, text
@@ -334,6 +334,10 @@ class Client:
         if self._local:
             policies.append(self._local.config.data_policy)
         return max(policies, key=DATA_POLICIES.index)
+
+    def caches(self, options: Options) -> bool:
+        """Return whether a call with these options takes and keeps stored answers."""
+        return bool(cache_of({**self._defaults, **options}))
 
     def uses_gateway(self) -> bool:
         """Return whether a gateway is asked, where the options of a call allow it."""

@@ -97,7 +97,7 @@ async def ask(
         raise UsageError(f"quorum is {needed}; with {len(names)} members it must be 1 to {len(names)}.")
     if method not in (None, "vote", "judge"):
         raise UsageError(f"method is {method!r}; it must be 'vote' or 'judge'.")
-    one: Options = {**options, "fallback": False, "allow_degraded": False}
+    one: Options = {**options, "fallback": False, "allow_degraded": False, "cache": False}
     one.pop("deadline", None)  # it holds for all of them together
     asked = [asyncio.ensure_future(client.acomplete(prompt, **_pinned(client, one, name))) for name in names]
     try:
@@ -117,7 +117,7 @@ async def ask(
         result = _vote(answers)
     else:
         judging: Options = {name: options[name] for name in _OF_JUDGE if name in options}  # type: ignore[assignment]
-        judging["allow_degraded"] = False
+        judging |= {"allow_degraded": False, "cache": False}
         if deadline is not None:
             judging["deadline"] = max(1.0, started + deadline - time.monotonic())
         result, verdict = await _judged(client, prompt or options.get("messages"), answers, judging, judge)

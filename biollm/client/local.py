@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from biollm._runtime import Background, apart, background, called, ledger, started, watch
+from biollm.client import cache, cache_key
 from biollm.config import load_config
 from biollm.config.paths import state_dir
 from biollm.errors import (
@@ -20,7 +22,7 @@ from biollm.errors import (
     InterruptedStreamError,
     RequestRejectedError,
 )
-from biollm.routing import candidates, load_balancing
+from biollm.routing import answers, candidates, load_balancing
 from biollm.routing.candidates import Candidate, DeploymentPool
 from biollm.routing.request import Request
 from biollm.routing.waterfall import Waterfall
@@ -49,6 +51,11 @@ class Local:
         kept = here.kept if (here := started()) else {}
         for key in [key for key in kept if key[:2] == ("waterfall", self._key)]:  # keys may have changed
             _let_go(kept.pop(key))
+
+    @cached_property
+    def identity(self) -> str:
+        """Return what the configuration adds to the key of a stored answer."""
+        return cache_key.identity(self.config)
 
     def check_names(self, provider: str | None, model: str | None) -> None:
         """Raise an UnknownNameError for a provider or a model that is not configured."""
@@ -112,19 +119,41 @@ class LocalCall:
 
     def stream(self) -> Iterator[Piece]:
         """Yield the answer as it comes. Raises as `complete`."""
-        return background().iterate(self._ask(_stream))
+        return background().iterate(self._ask(_STREAM))
 
     def astream(self) -> AsyncGenerator[Piece, None]:
         """Like `stream`."""
-        return background().aiterate(self._ask(_stream))
+        return background().aiterate(self._ask(_STREAM))
 
     async def _complete(self) -> Completion:
         if self.request.schema:
             self.request.schema.check()
-        async with aclosing(self._ask(_whole)) as answers:
+        async with aclosing(self._ask(_WHOLE)) as answers:
             return await anext(answers)
 
-    async def _ask(self, ask: Callable[[Waterfall, Request], AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    def _ask(self, way: _Way[T]) -> AsyncGenerator[T, None]:
+        return self._cached(way) if self.request.cache else self._send(way)
+
+    async def _cached(self, way: _Way[T]) -> AsyncGenerator[T, None]:
+        """Give the stored answer; without one, send, and store what comes."""
+        request = self.request
+        async with request.in_time():
+            flight = await cache.of_process().join(request, self.local.identity, self.local.config.cache)
+        if flight.answer:
+            ledger(self.local.config).finish(None, "", flight.record())
+            if request.on_note:
+                for note in flight.answer.notes:
+                    called(request.on_note, note)
+            for item in way.give(flight.answer):
+                yield item
+            return
+        async with flight, aclosing(self._send(way)) as items:
+            async for item in items:
+                if answer := way.answer(item):
+                    await flight.keep(answer)
+                yield item
+
+    async def _send(self, way: _Way[T]) -> AsyncGenerator[T, None]:
         """Ask once; where a server may be started, without the embedded model first, and again once the server runs."""
         request, missed = self.request, None
         for last in (False, True) if request.start else (True,):
@@ -134,7 +163,7 @@ class LocalCall:
             try:
                 async with request.in_time():
                     waterfall = await self.local.waterfall()
-                async for item in ask(waterfall, asked):
+                async for item in way.send(waterfall, asked):
                     yield item
             except InterruptedStreamError:
                 raise
@@ -172,12 +201,25 @@ class LocalCall:
         return None
 
 
+@dataclass(frozen=True)
+class _Way(Generic[T]):
+    """Whole or as a stream: how an answer is sent for, found among the items that come, and given when it was stored."""
+
+    send: Callable[[Waterfall, Request], AsyncGenerator[T, None]]
+    answer: Callable[[T], Completion | None]
+    give: Callable[[Completion], Iterable[T]]
+
+
 async def _whole(waterfall: Waterfall, request: Request) -> AsyncGenerator[Completion, None]:
     yield await waterfall.complete(request)
 
 
 def _stream(waterfall: Waterfall, request: Request) -> AsyncGenerator[Piece, None]:
     return waterfall.stream(request)
+
+
+_WHOLE = _Way[Completion](_whole, lambda answer: answer, lambda answer: [answer])
+_STREAM = _Way[Piece](_stream, lambda piece: getattr(piece, "completion", None), answers.pieces)
 
 
 async def gather(

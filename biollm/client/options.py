@@ -14,7 +14,7 @@ from biollm.routing.deployments import LOWER, UPPER, Requirements
 from biollm.routing.normalize import ANSWER_SIZES, PARAMETERS, Reader, Rule, at_least, checked, is_number, text, texts
 from biollm.routing.request import Request
 from biollm.routing.structured import ResponseSchema
-from biollm.types import DATA_POLICIES, DataPolicy
+from biollm.types import DATA_POLICIES, DataPolicy, seconds_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -47,7 +47,7 @@ RULES: dict[str, Rule] = {
     **_or_none("patience", "a number of seconds, 0 or more", lambda given: is_number(given, 0)),
     **_or_none("system provider model capability", "a string", lambda given: isinstance(given, str)),
     **_or_none("tool_choice", "a string or a mapping", lambda given: isinstance(given, str | Mapping)),
-    **_or_none("on_send on_state on_note", "a function", callable),
+    **_or_none("on_send on_state on_note cache_key", "a function", callable),
     **_or_none(
         "response_model",
         "a pydantic class or a JSON Schema (a mapping)",
@@ -64,6 +64,10 @@ RULES: dict[str, Rule] = {
     ),
     **_or_none("redact", "True, False or None", lambda given: isinstance(given, bool)),
     "redact_names": ("a list of strings", lambda given: isinstance(given, list | tuple)),
+    "cache": (
+        "True, False, or a time such as 7d",
+        lambda given: isinstance(given, bool) or (isinstance(given, str) and seconds_of(given) is not None),
+    ),
     "max_retries": at_least(0),
     "data_policy": _one_of(*DATA_POLICIES),
     "on_interrupt": _one_of("raise", "restart", "splice"),
@@ -101,6 +105,8 @@ class _Common(TypedDict, total=False):
     wait: float | None
     on_state: Callable[[Job], None] | None
     patience: float | None
+    cache: bool | str
+    cache_key: Callable[[str], str] | None
     sender: Literal["litellm", "direct"]
 
 
@@ -141,6 +147,10 @@ class Defaults(_Common, total=False):
         on_state: Called with its job (`biollm.slurm.submissions.Job`) whenever that changes.
         patience: Seconds to wait for an earlier deployment that is free again so soon, before a later one is tried;
             None takes the configuration's.
+        cache: True takes a stored answer to the same request, if there is one, and stores a new one; "7d" takes none that is
+            older. Of identical requests at one time, one is sent, and the others wait for its answer.
+        cache_key: Returns a text without what may differ between requests that share an answer, such as `normalize_log`;
+            it turns `cache` on.
         sender: "litellm" sends through LiteLLM's Router; "direct" sends OpenAI's JSON itself where the deployment takes
             that, without LiteLLM's import and overhead. The command line and the gateway use "direct". BIOLLM_SENDER
             overrides it.
@@ -181,6 +191,11 @@ def check(options: Options, known: Set[str] = Options.__optional_keys__) -> Opti
         hint = hint or f"Pass a further argument of the API as extra={{{name!r}: ...}}."
         raise UsageError(f"There is no option {name!r}.", hint=hint)
     return cast("Options", {**options, **checked(options, RULES)})
+
+
+def cache_of(options: Options) -> bool | str:
+    """Return whether the cache is used, or for how old an answer at most."""
+    return options.get("cache", options.get("cache_key") is not None)
 
 
 def make_request(
@@ -244,5 +259,7 @@ def make_request(
         wait=chosen.get("wait"),
         on_state=chosen.get("on_state"),
         patience=chosen.get("patience"),
+        cache=cache_of(chosen),
+        cache_key=chosen.get("cache_key"),
         sender=wanted_sender() or chosen.get("sender", "litellm"),
     )

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from biollm import __version__, errors
 from biollm._ownership import is_local, is_private, objection
 from biollm.config.paths import FALSE, config_dirs, state_dir
+from biollm.inputs.normalize_log import names_of
 from biollm.providers.gateway_key import is_gateway_key
 from biollm.routing.answers import Fold, content, delta_of, kind, last_chunk, tool_calls
 from biollm.types import (
@@ -215,6 +216,9 @@ def body_of(request: Request) -> Json | None:
     schema, requirements = request.schema, request.requirements
     # A class may check more than its schema says, and must see the answer while it can still be asked for again.
     stays = schema and (not isinstance(schema.wanted, Mapping) or requirements.tools)
+    names = names_of(request.cache_key) if request.cache_key else None
+    if request.cache and request.cache_key and names is None:
+        return None
     if stays or request.on_send or request.on_note or request.on_state or request.params.keys() - PARAMETERS:
         return None
     ours = {
@@ -223,6 +227,7 @@ def body_of(request: Request) -> Json | None:
         "fallback": request.fallback, "max_retries": request.max_retries, "tags": dict(request.tags),
         "on_interrupt": request.on_interrupt, "start_local": request.start, "wait": request.wait,
         "patience": request.patience, "redact": request.redact, "redact_names": list(request.redact_names) or None,
+        "cache": request.cache or None, "cache_similar": names or (None if names is None else True),
         "attachments": [{"name": each.name, "text": each.cut(_MOST).text} for each in request.attachments] or None,
     }  # fmt: skip
     body: Json = {**request.params, "model": requirements.model or "biollm"}

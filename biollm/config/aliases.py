@@ -18,7 +18,7 @@ from biollm.errors import nearest
 
 Tree = dict[str, Any]
 ENTRIES = ("models", "providers")  # sections that hold entries by name
-BLOCKS = (*ENTRIES, "cluster", "routing", "costs", "alerts", "ledger", "locked")
+BLOCKS = (*ENTRIES, "cluster", "routing", "costs", "alerts", "cache", "ledger", "locked")
 SCALARS = ("data_policy", "store_rated", "store_rated_local")
 TOP = (*BLOCKS, *SCALARS, "lenient", "inherit")
 NO_MAPPING = "must be a mapping, its keys indented below it."

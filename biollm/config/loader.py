@@ -22,7 +22,7 @@ from biollm.config import schema, values
 from biollm.config.aliases import SCALARS, TOP, aliases
 from biollm.config.merge import FILES, Layers
 from biollm.config.paths import config_dirs, wants_local_only
-from biollm.config.schema import ENTRY_NAME, Alerts, Cluster, Costs, Environment, Model, Provider, Routing, Tree
+from biollm.config.schema import ENTRY_NAME, Alerts, Cache, Cluster, Costs, Environment, Model, Provider, Routing, Tree
 from biollm.config.values import as_list, masked, shown
 from biollm.config.yaml import KeyPath, dotted
 from biollm.errors import ConfigError, Problem, UnknownNameError, nearest
@@ -30,7 +30,7 @@ from biollm.types import DataPolicy
 
 _SECTIONS: dict[str, Any] = {
     "models": Model, "providers": Provider, "cluster": Cluster, "routing": Routing, "costs": Costs,
-    "alerts": Alerts, "ledger": schema.LedgerServer, "accounts": schema.Account, "environment": Environment,
+    "alerts": Alerts, "cache": Cache, "ledger": schema.LedgerServer, "accounts": schema.Account, "environment": Environment,
     "architecture": schema.Architecture,
 }  # fmt: skip
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
@@ -50,6 +50,7 @@ class Config:
     store_rated: float | None = None
     store_rated_local: bool = False
     ledger: schema.LedgerServer = field(default_factory=schema.LedgerServer)
+    cache: Cache = field(default_factory=Cache)
     warnings: tuple[Problem, ...] = ()
     sources: dict[str, str] = field(default_factory=dict[str, str], repr=False)  # "providers.x.priority" -> "file:line"
     written: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)  # the same key -> the value there
@@ -106,7 +107,7 @@ def load_config(directory: Path | None = None, *, lenient: bool = False) -> Conf
         providers = [p if p.timeout or p.type == "api" else p.model_copy(update={"timeout": slow}) for p in providers]
     _warn(layers, providers, tree.cluster)
     written = layers.values()
-    names = ("cluster", "costs", "alerts", "routing", "ledger", *SCALARS)
+    names = ("cluster", "costs", "alerts", "routing", "cache", "ledger", *SCALARS)
     parts = {name: getattr(tree, name) for name in names}
     return Config(
         **parts,
@@ -229,7 +230,7 @@ def json_schema(kind: Literal["models", "providers", "cluster"]) -> dict[str, An
 
     A comment beside a field in `schema.py` is the description that an editor shows for the key.
     """
-    names = (kind, "routing", "costs", "alerts", "ledger", *SCALARS)
+    names = (kind, "routing", "costs", "alerts", "cache", "ledger", *SCALARS)
     create: Any = create_model  # whose types know no computed field names
     part_of_tree = create(kind, **{name: (Tree.model_fields[name].annotation, ...) for name in names})
     schema: dict[str, Any] = part_of_tree.model_json_schema()

@@ -299,6 +299,13 @@ class Alerts(_Value):
         return self.job_failed or limits.count(None) < len(limits)
 
 
+class Cache(_Value):
+    """Limits of the cache of answers, which each call turns on for itself."""
+
+    ttl: values.Duration = 7 * 86400  # How long an answer may be used again.
+    max_mb: values.Amount = 200.0  # Size of the file; the oldest answers make room.
+
+
 class Routing(_Value):
     """How requests are routed; times in seconds."""
 
@@ -330,6 +337,7 @@ class Tree(_Value):
     costs: Costs = Costs()
     alerts: Alerts = Alerts()
     ledger: LedgerServer = LedgerServer()
+    cache: Cache = Cache()
     data_policy: DataPolicy = "any"
     store_rated: values.Duration | None = None  # How long prompts and answers are kept, so that they can be rated.
     store_rated_local: bool = False  # Whether those under the data policy local_only are kept, too.

@@ -88,7 +88,11 @@ class _Gateway:
             dialect = Dialect(request.scope["path"], openai_api.parsed(await request.body()))
             tags = request.scope.get("biollm.tags", {})
             asked = openai_api.read(dialect.request(), request.headers, self._client.config, tags, chat=chat)
-            headers = {"x-biollm-policy": self._client.policy(asked.options)}
+            cached = asked.ensemble is None and self._client.caches(asked.options)
+            headers = {
+                "x-biollm-policy": self._client.policy(asked.options),
+                "x-biollm-cache": "miss" if cached else "off",
+            }
             if asked.options.get("start_local") and not request.scope.get("biollm.start_local", True):
                 return _refused(dialect, UsageError("This key may not start servers.", hint=_MAY), 403)
         except BiollmError as error:
@@ -166,12 +170,7 @@ class _Gateway:
             return await self._client.aensemble(asked.prompt, **asked.ensemble, **asked.options)
         if asked.delivery is Delivery.WHOLE:
             return await self._client.acomplete(asked.prompt, **asked.options)
-        completion: Completion | None = None
-        async with aclosing(self._client.astream(asked.prompt, **asked.options)) as pieces:
-            async for piece in pieces:  # none is kept: a chunk takes 1 kB for a word
-                completion = piece.completion if isinstance(piece, StreamChunk) else None
-        assert completion  # noqa: S101 # a stream that ends without an error ends with it
-        return completion
+        return await _end(self._client.astream(asked.prompt, **asked.options))
 
     async def _live(self, asked: openai_api.Asked, headers: Mapping[str, str], dialect: Dialect) -> Response:
         """Return the response of a stream once its first piece is there: until then an error has a status."""
@@ -187,6 +186,8 @@ class _Gateway:
             first.cancel()
             await pieces.aclose()
             raise
+        if first.done() and not sent_to:  # a stored answer
+            return _whole(asked, await _end(pieces), headers, dialect, chat=True)
         name = ""
         if first.done():
             *failed, answering = sent_to
@@ -202,6 +203,16 @@ class _Gateway:
         return _Events(frames, headers, dialect.ping)
 
 
+async def _end(pieces: AsyncGenerator[Piece, None]) -> Completion:
+    """Return the answer that a stream ends with; no piece is kept: one takes 1 kB for a word."""
+    completion: Completion | None = None
+    async with aclosing(pieces):
+        async for piece in pieces:
+            completion = piece.completion if isinstance(piece, StreamChunk) else None
+    assert completion  # noqa: S101 # a stream that ends without an error ends with it
+    return completion
+
+
 def _whole(
     asked: openai_api.Asked, done: Completion, headers: Mapping[str, str], dialect: Dialect, *, chat: bool
 ) -> Response:
@@ -211,6 +222,7 @@ def _whole(
         "x-biollm-deployment": done.deployment,
         "x-biollm-attempts": openai_api.brief(done.attempts),
         "x-biollm-degraded": str(done.degraded).lower(),
+        **({"x-biollm-cache": "hit"} if done.cached else {}),
     }
     if not asked.stream:
         return _json(dialect.answer(openai_api.answer(done, chat=chat)), headers=headers)
@@ -233,7 +245,8 @@ async def _frames(
         async with aclosing(rest):
             piece: Piece | None = await first
             asked = len(sent_to)
-            chunks.name(_name(sent_to[-1]))
+            if sent_to:  # else it is a stored answer that was waited for
+                chunks.name(_name(sent_to[-1]))
             while piece is not None:
                 if isinstance(piece, StreamRestarted):
                     yield "".join(events.feed(chunks.restarted(piece.attempt)))

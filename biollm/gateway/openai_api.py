@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
+from functools import partial
 from random import getrandbits
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,9 +22,10 @@ from biollm import errors
 from biollm.client.ensemble import EnsembleCompletion
 from biollm.client.options import RULES
 from biollm.config.paths import tags_of
+from biollm.inputs.normalize_log import normalize_log
 from biollm.routing.candidates import address
 from biollm.routing.deployments import models_of
-from biollm.routing.normalize import PARAMETERS, checked
+from biollm.routing.normalize import PARAMETERS, Rule, checked
 from biollm.routing.router_config import GROUP, LOCAL_GROUP
 from biollm.routing.structured import ResponseSchema
 from biollm.types import BLOCKED, DATA_POLICIES, Attempt, Completion, Json, part
@@ -54,10 +56,16 @@ _PASSED: Types = {
 }  # fmt: skip
 _BODY: Types = {**_READ, **_OPTIONS, **_PASSED}
 _EXTENSION: Types = {
-    "allow_degraded": bool, "attachments": list, "capability": str, "condense": bool, "data_policy": str, "deadline": _NUMBER, "ensemble": _ENSEMBLE, "fallback": bool,
+    "allow_degraded": bool, "attachments": list, "cache": object, "cache_similar": object, "capability": str, "condense": bool, "data_policy": str, "deadline": _NUMBER, "ensemble": _ENSEMBLE, "fallback": bool,
     "local_only": bool, "max_retries": int, "on_interrupt": str, "patience": _NUMBER, "provider": str,
     "redact": bool, "redact_names": list, "start_local": bool, "tags": dict, "timeout": _NUMBER, "wait": _NUMBER,
 }  # fmt: skip
+_SIMILAR: Rule = (
+    "true, false, or a list of names",
+    lambda given: (
+        isinstance(given, bool) or (isinstance(given, list) and {*map(type, cast("list[Any]", given))} <= {str})
+    ),
+)
 _MEMBERS: Types = {"judge": str, "members": (int, list), "method": str, "quorum": int}
 # Error class -> status, OpenAI's type and code; the first that fits.
 _REFUSALS: tuple[tuple[type[Exception], int, str, str], ...] = (
@@ -121,7 +129,9 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
         _check_spelling(name)
     ours = _checked(body.get("biollm", {}), _EXTENSION, "biollm.", closed=True)
     checked(body, PARAMETERS)
-    checked(ours, RULES, "biollm.")
+    checked(ours, {**RULES, "cache_similar": _SIMILAR}, "biollm.")
+    if similar := ours.pop("cache_similar", False):
+        ours["cache_key"] = partial(normalize_log, names=[] if similar is True else similar)
     ensemble = _ensemble(ours.pop("ensemble", None), chat=chat)
     stream, prompt, schema = body.get("stream", False), _prompt(body, chat=chat), _schema(body)
     options: Json = {**address(config, body.get("model", GROUP)), **ours, "extra": _extra(body, schema)}
@@ -201,7 +211,18 @@ def answer(completion: Completion, *, chat: bool = True) -> Json:
 
 def story(completion: Completion) -> Json:
     """Return what OpenAI's JSON has no field for."""
-    names = ("id", "provider", "account", "model", "deployment", "cost_usd", "latency_ms", "degraded", "notes")
+    names = (
+        "id",
+        "provider",
+        "account",
+        "model",
+        "deployment",
+        "cost_usd",
+        "latency_ms",
+        "degraded",
+        "cached",
+        "notes",
+    )
     more = completion.panel() if isinstance(completion, EnsembleCompletion) else {}
     return {**{name: getattr(completion, name) for name in names}, **more, "attempts": _attempts(completion.attempts)}
 

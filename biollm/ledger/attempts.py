@@ -22,7 +22,7 @@ PAGE = f"SELECT id, {COLUMNS} FROM attempt WHERE (at, id) > (?, ?) AND at < ? OR
 LAST_ANSWERS = "SELECT deployment, completion_tokens FROM attempt WHERE outcome = 'ok' ORDER BY at DESC LIMIT 1000"
 SUMS = (  # of a period and a scope: requests, tokens, USD
     "SELECT count(*), total(prompt_tokens + completion_tokens), total(cost_usd) FROM attempt WHERE at >= ? AND at < ?"
-    " AND outcome != 'skipped' AND ? IN (provider || '/' || account, provider || '/' || account || ':' || model)"
+    " AND outcome NOT IN ('skipped', 'cached') AND ? IN (provider || '/' || account, provider || '/' || account || ':' || model)"
 )
 UNSERVED = "SELECT model, at FROM attempt WHERE at >= ? AND outcome = 'skipped' ORDER BY at"
 # What the tables of earlier versions lack.

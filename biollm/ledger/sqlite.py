@@ -77,14 +77,23 @@ class Database:
 
     WAL on local disks, a rollback journal on network file systems. In both cases writers queue, within one process
     too, for a blocking lock on a file beside it. Files are 0600; in a folder with the setgid bit, which a group
-    shares, 0660.
+    shares, 0660. A file that `shrinks` gives the room of deleted rows back.
     """
 
     def __init__(
-        self, path: Path, schema: str, network: bool, synchronous: str, patience: float, migrate: Prepare | None = None
+        self,
+        path: Path,
+        schema: str,
+        network: bool,
+        synchronous: str,
+        patience: float,
+        migrate: Prepare | None = None,
+        *,
+        shrinks: bool = False,
     ) -> None:
         self.path, self._schema, self._patience, self._migrate = path, schema, patience, migrate
-        self._pragmas = (f"journal_mode={'PERSIST' if network else 'WAL'}", f"synchronous={synchronous}")
+        vacuum = ("auto_vacuum=FULL",) if shrinks else ()  # before the journal mode, which fills the first page
+        self._pragmas = (*vacuum, f"journal_mode={'PERSIST' if network else 'WAL'}", f"synchronous={synchronous}")
         self._db: sqlite3.Connection | None = None
         self._inode = self._lock = -1
 

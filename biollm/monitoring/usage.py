@@ -7,7 +7,6 @@ job's GPU hours.
 from __future__ import annotations
 
 import json
-import re
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -24,7 +23,7 @@ from biollm.ledger import Ledger, history
 from biollm.ledger.history import Cell, Key
 from biollm.ledger.quotas import period
 from biollm.ledger.ratings import marks
-from biollm.types import span
+from biollm.types import seconds_of, span
 
 By = Literal["provider", "account", "model", "day", "hour", "tag", "rating"]
 Cells = Sequence[tuple[Key, Cell]]
@@ -147,8 +146,8 @@ def report(
 
 def moment(written: str, now: float) -> float:
     """Return epoch seconds of "7d", "12h", "30min" ago, or of an ISO date or time (UTC without a time zone)."""
-    if ago := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(min|h|d|w)", written.strip()):
-        return now - float(ago[1]) * {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[ago[2]]
+    if (ago := seconds_of(written)) is not None:
+        return now - ago
     try:
         at = datetime.fromisoformat(written)
     except ValueError as error:

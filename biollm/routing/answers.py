@@ -6,14 +6,14 @@ calls that share an index.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from biollm.routing.failures import BROKE_OFF, CUT, EMPTY, FILTERED, NO_CHOICES, USED_UP, Failure
 from biollm.routing.normalize import text
-from biollm.types import ChunkKind, Completion, Json, Usage, part
+from biollm.types import ChunkKind, Completion, Json, StreamChunk, Usage, part
 
 _CHARS_PER_TOKEN = 4
 
@@ -269,6 +269,18 @@ def last_chunk(completion: Completion) -> Json:
     frame = {name: value for name, value in completion.raw.items() if name != "choices"}
     choice: Json = {"index": 0, "delta": {}, "finish_reason": completion.finish_reason}
     return {**frame, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def pieces(completion: Completion) -> Iterator[StreamChunk]:
+    """Yield an answer that is there as a stream gives it."""
+    given: dict[ChunkKind, tuple[str, str]] = {
+        "reasoning": ("reasoning_content", completion.reasoning), "text": ("content", completion.text),
+    }  # fmt: skip
+    for what, (name, words) in given.items():
+        if words:
+            chunk = {"choices": [{"index": 0, "delta": {name: words}, "finish_reason": None}]}
+            yield StreamChunk(completion.text if what == "text" else "", None, what, chunk)
+    yield StreamChunk("", completion, "usage", last_chunk(completion))
 
 
 def _usage(stated: Json) -> Usage:

@@ -58,6 +58,8 @@ class Request:
         start: Start a server on the cluster if no deployment answers; then wait `wait` seconds for it.
         on_state: Called with the job of that server whenever it has changed.
         patience: How long to wait for an earlier deployment that is limited; None is the configured time.
+        cache: Whether to take and keep a stored answer; "7d" takes none that is older.
+        cache_key: Returns a text without what may differ between requests that share an answer.
         sender: "direct" sends without LiteLLM where the deployment speaks OpenAI's dialect.
         asked: When the call began, by the monotonic clock.
     """
@@ -82,6 +84,8 @@ class Request:
     wait: float | None = None
     on_state: Callable[[Job], None] | None = None
     patience: float | None = None
+    cache: bool | str = False
+    cache_key: Callable[[str], str] | None = None
     sender: Literal["litellm", "direct"] = "litellm"
     asked: float = field(default_factory=time.monotonic)
 
