@@ -18,6 +18,7 @@ from provider import Json, Loopback, instance
 from biollm.cli import agents
 from biollm.cli.app import app
 from biollm.config import load_config
+from biollm.inputs.normalize_log import RULES, normalize_log
 from biollm.routing import failures
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +127,14 @@ def test_its_table_of_cooldowns_is_the_code(kind: failures.Kind, words: str) -> 
     assert stated == list(ladder[ladder[0] == 0 :][: len(stated)])
     assert len(stated) == len(ladder[ladder[0] == 0 :]) or ladder[-1] > ladder[0]
     assert words in FAILURES
+
+
+def test_its_table_of_substitutions_is_the_code() -> None:
+    table = PAGES["docs/cache.md"].partition("| what |")[2]
+    rows = re.findall(r"^\| ([^`|]+) \| (`+)(.+?)\2 \| (`+)(.+?)\4 \|$", table, re.MULTILINE)
+    assert [what for what, *_ in rows] == [what for what, _, _ in RULES]
+    for what, _, before, _, after in rows:
+        assert normalize_log(before.replace("ESC", "\x1b")) == after, what
 
 
 def anchors(text: str) -> set[str]:

@@ -195,6 +195,19 @@ def test_autoscale_day(run: Run) -> None:
     assert ran.out.count("  up\n") > 1
 
 
+def test_cached_diagnosis(net: Loopback, waterfall: Waterfall, run: Run, tmp_path: Path) -> None:
+    server = net.serve(text="It ran out of memory.")
+    waterfall(first=server)
+    for sample in ("tumor_7", "liver_2"):
+        (tmp_path / f"{sample}.log").write_text(LOG.read_text().replace("KO_REP2", sample))
+    first, second = (run("cached_diagnosis.py", tmp_path / f"{name}.log", name) for name in ("tumor_7", "liver_2"))
+    assert first.out.splitlines() == ["It ran out of memory.", "new answer of first/small"]
+    note, *rest = second.out.splitlines()
+    assert rest == ["It ran out of memory.", "stored answer of first/small"]
+    assert "for a similar request: Why did this task fail, and what should be changed?; tumor_7.log: Nov-14" in note
+    assert len(server.completions) == 1
+
+
 @pytest.mark.slow
 def test_pipe(net: Loopback, waterfall: Waterfall) -> None:
     server = net.serve(text="It ran out of memory.")

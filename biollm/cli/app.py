@@ -11,7 +11,21 @@ import typer
 from typer import Option
 
 from biollm import __version__
-from biollm.cli import cache, complete, config, drill, evals, explain, monitoring, output, run, serve, setup, slurm, tune
+from biollm.cli import (
+    cache,
+    complete,
+    config,
+    drill,
+    evals,
+    explain,
+    monitoring,
+    output,
+    run,
+    serve,
+    setup,
+    slurm,
+    tune,
+)
 from biollm.errors import BiollmError
 from biollm.routing import litellm_private
 

@@ -35,11 +35,19 @@ def text(config: Config, ledger: Ledger) -> str:
     """Return every metric. Counters cover all that the ledger has seen; durations are within 2%."""
     cells, _ = history.cells(ledger, 0.0, time.time(), 0, _EVERYTHING)
     quotas = usage.quotas(config, ledger)
-    families = (*_counters(cells), *_durations(cells), *_gauges(quotas), *_scaling(config))
+    cached, sent = usage.split(cells)
+    families = (
+        *_counters(_COUNTERS, sent),
+        *_counters(_SAVED, cached),
+        *_durations(cells),
+        *_gauges(quotas),
+        *_scaling(config),
+    )
     return "".join(f"{line}\n" for family in families for line in _lines(family))
 
 
-_COUNTERS: Sequence[tuple[str, str, Callable[[Key, Cell], Mapping[tuple[str, str] | None, float]]]] = (
+_Counters = Sequence[tuple[str, str, Callable[[Key, Cell], Mapping[tuple[str, str] | None, float]]]]
+_COUNTERS: _Counters = (
     ("requests", "Requests sent to a provider, by outcome.", lambda key, cell: {("outcome", key.outcome): cell.attempts}),
     ("failures", "Requests that a provider failed, by kind of failure.",
      lambda key, cell: {("reason", key.why): cell.attempts} if key.outcome == "failed" else {}),
@@ -54,8 +62,15 @@ _COUNTERS: Sequence[tuple[str, str, Callable[[Key, Cell], Mapping[tuple[str, str
 )  # fmt: skip
 
 
-def _counters(cells: usage.Cells) -> Iterator[_Family]:
-    for name, description, values in _COUNTERS:
+_SAVED: _Counters = (
+    ("cached_requests", "Requests to which a stored answer was given.", lambda _, cell: {None: cell.attempts}),
+    ("saved_tokens", "Tokens that stored answers saved.", lambda _, cell: {None: cell.prompt + cell.completion}),
+    ("saved_cost_usd", "Cost in USD that stored answers saved, where it is known.", lambda _, cell: {None: cell.cost}),
+)
+
+
+def _counters(table: _Counters, cells: usage.Cells) -> Iterator[_Family]:
+    for name, description, values in table:
         counts: defaultdict[str, float] = defaultdict(float)
         for key, cell in cells:
             labels = {"provider": key.provider, "account": key.account, "model": key.model}

@@ -58,6 +58,9 @@ class Row:
     cost_avoided_usd: float | None = None
     unpriced: int = 0  # attempts with tokens whose price is unknown
     estimated: int = 0  # attempts whose tokens are an estimate, since the provider reported none
+    cached: int = 0  # requests to which a stored answer was given
+    saved_tokens: int = 0  # what these would have taken, and cost where the price is known
+    saved_usd: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,13 +203,14 @@ def _row(
     attempts: bool,
 ) -> Row:
     outcomes, fallbacks, failures = Counter[str](), Counter[str](), Counter[str]()
+    cached, group = split(group)
     for key, cell in group:
         outcomes[key.outcome] += cell.attempts
         if key.why and key.outcome in ("ok", "failed"):
             (fallbacks if key.outcome == "ok" else failures)[key.why] += cell.attempts
-    total = history.total(cell for _, cell in group)
+    total, saved = (history.total(cell for _, cell in cells) for cells in (group, cached))
     degraded = history.total(cell for key, cell in group if key.provider in embedded)  # which avoids no cost
-    requests = outcomes.total() if attempts else total.requests
+    requests = outcomes.total() if attempts else total.requests + saved.requests
     unanswered = max(0, total.requests - outcomes["ok"] - outcomes["cancelled"])
     errors = outcomes["failed"] if attempts else unanswered
     p50, p95, p99 = quantiles(latencies[0], (0.5, 0.95, 0.99))
@@ -231,7 +235,16 @@ def _row(
         cost_avoided_usd=replaced[0] * price[0] + replaced[1] * price[1] - total.cost if price and known else None,
         unpriced=total.unpriced,
         estimated=total.estimated,
+        cached=saved.attempts,
+        saved_tokens=saved.prompt + saved.completion,
+        saved_usd=saved.cost,
     )
+
+
+def split(cells: Cells) -> tuple[Cells, Cells]:
+    """Return the cells of requests to which a stored answer was given, whose tokens and cost are what that saved; and the rest."""
+    cached = [each for each in cells if each[0].outcome == "cached"]
+    return cached, [each for each in cells if each[0].outcome != "cached"]
 
 
 def quantiles(counts: Mapping[float, int], shares: Sequence[float]) -> list[float | None]:
@@ -308,7 +321,7 @@ def _local(
         cells = history.cells(ledger, known, until, 0)[0]
     local = {provider.name for provider in config.providers if provider.type == "local"}
     tokens: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for key, cell in cells:
+    for key, cell in split(cells)[1]:
         if key.provider in local:
             tokens[key.model] += Counter(prompt=cell.prompt, completion=cell.completion)
     hour = config.costs.gpu_hour_usd

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from behaviours import Behaviour
+from conftest import Ran
 from provider import Loopback
 
 from biollm._runtime import ledger
-from biollm.client import Client
+from biollm.client import Client, get_model_client
 from biollm.config import Config, load_config
 from biollm.config.paths import biollm_dir
 from biollm.errors import UsageError
@@ -460,3 +462,36 @@ def test_prune_and_merge_from_the_command_line(used: Path, tmp_path: Path, bioll
 )  # fmt: skip
 def test_times(written: str, epoch: float) -> None:
     assert usage.moment(written, NOON) == epoch
+
+
+def test_what_stored_answers_saved_is_a_sum_of_its_own(
+    net: Loopback, waterfall: Callable[..., Path], paid: Callable[..., dict[str, Any]], biollm: Callable[..., Ran]
+) -> None:
+    server = net.serve(then=Behaviour(usage={"prompt_tokens": 800, "completion_tokens": 200, "total_tokens": 1000}))
+    prices = {"costs": {"per_million_tokens": {"copilot": 50}}}
+    waterfall(prices, copilot=paid(server, "copilot"))
+    client = get_model_client(sender="direct", cache=True)
+    for agent in ("a", "b", "b"):
+        client.complete("why?", tags={"agent": agent})
+    ledger().flush()
+    found = usage.report(load_config(), ledger(), by="tag")
+    rows = {
+        row.name: (row.requests, row.errors, row.cached, row.saved_tokens, round(row.saved_usd, 6))
+        for row in found.rows
+    }
+    assert rows == {"agent=a": (1, 0, 0, 0, 0), "agent=b": (2, 0, 2, 2000, 0.1)}
+    total = found.total
+    assert (total.requests, total.prompt_tokens, total.completion_tokens, total.cost_usd) == (3, 800, 200, 0.05)
+    assert (total.unpriced, total.fallbacks, total.failures) == (0, {}, {})
+    (row,) = usage.report(load_config(), ledger(), by="model").rows
+    assert (row.requests, row.cached, row.p50_ms is not None) == (1, 2, True)
+    assert "\nStored answers: 2, which saved 2k tokens and 0.10 USD.\n" in biollm("usage").out
+    lines = biollm("usage", "--prometheus").out.splitlines()
+    assert [
+        line.rpartition(" ")[2]
+        for line in lines
+        if line.startswith(
+            ("biollm_cached_requests_total{", "biollm_saved_tokens_total{", "biollm_saved_cost_usd_total{")
+        )
+    ] == ["2", "2000", "0.1"]
+    assert [line.rpartition(" ")[2] for line in lines if line.startswith("biollm_requests_total{")] == ["1"]
