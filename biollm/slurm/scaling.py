@@ -98,7 +98,7 @@ def decide(
         because = f"min is {scale.min}" if have < scale.min else now
         return Decision(0, f"not scaled: {why}") if why else Decision(1, f"scaled up to {have + 1}: {because}")
     if now.coming and needed > now.ready:
-        return Decision(0, f"not scaled: {_count(now.coming, 'job')} pending")
+        return Decision(0, f"not scaled: {_count(now.coming, 'job')} pending or starting")
     past = _since(looks, now.at - delays.quiet)
     if have > scale.min and now.at - past[0].at >= delays.quiet and have > max(map(_used, past)):
         return Decision(-1, f"scaled down to {have - 1}: quiet for {span(delays.quiet)}")
@@ -168,13 +168,13 @@ def scaled(config: Config) -> dict[str, State]:
 def _line(state: State) -> str:
     if not state.looks or time.time() - state.looks[-1].at > _STALE_S:
         return "not scaled: no controller has looked for 10 min; run `biollm serve`, or `biollm autoscale` from cron"
-    return f"{state.line} (last: {state.changed})" if state.changed else state.line
+    last = "" if state.changed.endswith(state.line) else state.changed
+    return f"{state.line} (last: {last})" if last else state.line
 
 
 def controlling(cluster: Cluster) -> AbstractContextManager[bool]:
     """Be the user's controller of this cluster; yields False while another process is."""
-    jobs.make_biollm_dir(cluster)
-    return locked(_path(cluster, "lock"), wait=False)
+    return locked(jobs.make_biollm_dir(cluster) / _path(cluster, "lock").name, wait=False)
 
 
 def look(

@@ -146,14 +146,14 @@ def test_demand_starts_one_server_and_the_decisions_are_shown(
     ran = biollm("autoscale", "--json")
     line = "scaled up to 1: 3 requests found no server in 2 min"
     assert (ran.code, ran.json) == (0, [{"model": "own", "change": 1, "line": line}])
-    pending = "own: not scaled: 1 job pending (last: "
-    assert biollm("autoscale").out == "own: not scaled: 1 job pending\n"
+    pending = "own: not scaled: 1 job pending or starting (last: "
+    assert biollm("autoscale").out == "own: not scaled: 1 job pending or starting\n"
     assert [call for call in calls(tmp_path, "sbatch") if "--test-only" not in call] == calls(tmp_path, "sbatch")[-1:]
     assert pending in biollm("status").out
     assert pending in biollm("top").out
     families = {each.name: each for each in text_string_to_metric_families(metrics.text(load_config(), ledger()))}
     (sample,) = families["biollm_scaling_decision"].samples
-    assert sample.labels["decision"].startswith("not scaled: 1 job pending (last: ")
+    assert sample.labels["decision"].startswith("not scaled: 1 job pending or starting (last: ")
     states = {each.labels["state"]: each.value for each in families["biollm_scaling_servers"].samples}
     assert states == {"ready": 0, "coming": 1}
     (kept,) = (tmp_path / "run" / "biollm").glob("scale-*.json")
@@ -218,7 +218,7 @@ def test_a_server_that_was_started_by_hand_counts_but_is_not_stopped(
     config = load_config()
     slurm.up([config.models["own"]], config.cluster, wait=False)
     demand(40, 1)
-    assert look() == "not scaled: 1 job pending"
+    assert look() == "not scaled: 1 job pending or starting"
     assert len(calls(tmp_path, "sbatch")) == 1
     (tmp_path / "state" / "history.db").unlink()
     for _ in range(3):
