@@ -122,6 +122,9 @@ def short_path(text: str) -> str:
 
 def warn_unwritable(state: Path) -> None:
     """Say on stderr that what is shown is not all, where the ledger in the state folder cannot be written."""
+    from biollm.ledger.sqlite import databases
+
+    state = databases(state)
     if not state.exists():
         return
     files = [state, *(file for name in ("quotas.db", "history.db") if (file := state / name).exists())]

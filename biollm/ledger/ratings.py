@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biollm.errors import UsageError
-from biollm.ledger.sqlite import Database, on_network, read, reading
+from biollm.ledger.sqlite import Database, databases, on_network, read, reading
 from biollm.ledger.writer import Writer, file_writer
 
 Rating = Literal["up", "down"]
@@ -66,7 +66,7 @@ class RatedAnswer:
 
 
 def marks(directory: Path, since: float, until: float) -> dict[str, Rating]:
-    """Return request id -> rating of the answers of `since` <= at < `until`."""
+    """Return request id -> rating of the answers of `since` <= at < `until`, from the folder of the databases."""
     query = "SELECT request, rating FROM rating WHERE at >= ? AND at < ?"
     return dict(read(directory / FILE, query, (since, until), patience=_WAIT))
 
@@ -75,6 +75,7 @@ class Ratings:
     """The ratings of one state folder. Files are 0600."""
 
     def __init__(self, directory: Path) -> None:
+        directory = databases(directory)
         self._path, self._history = directory / FILE, directory / "history.db"
         self._writer: Writer[tuple[Any, ...]] = file_writer(self._database(), _keep, self._warn)
         self._warned = False

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import re
+import socket
 import sqlite3
 import struct
 from collections.abc import Callable, Generator, Sequence
@@ -33,17 +34,41 @@ _NETWORK = re.compile(
 )
 
 
-def on_network(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """Return whether `folder` lies on a network file system, by the type of its mount."""
+_LOCAL_LOCKS = re.compile(r"fuse\.(sshfs|s3fs|rclone|gcsfuse)")  # types of mounts that pass no locks to other hosts
+_LOCAL_LOCKS_BY = {"nolock", "local_lock=all", "local_lock=posix", "localflock", "nobrl"}  # options of NFS, Lustre, SMB
+_MOUNTS = Path("/proc/self/mounts")
+
+
+def _mount(folder: Path, mounts: Path) -> tuple[str, set[str]]:
+    """Return the type and the options of the mount that `folder` lies on; "" where that is not known."""
     where = folder.resolve()
-    depth, kind = -1, ""
+    depth, found = -1, ("", set[str]())
     with suppress(OSError):
         for line in mounts.read_text(errors="replace").splitlines():
-            point, fstype = line.split()[1:3]
+            point, fstype, options = line.split()[1:4]
             path = Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), point))
             if where.is_relative_to(path) and len(path.parts) >= depth:  # a later mount hides an earlier one
-                depth, kind = len(path.parts), fstype
-    return bool(_NETWORK.fullmatch(kind))
+                depth, found = len(path.parts), (fstype, set(options.split(",")))
+    return found
+
+
+def on_network(folder: Path, mounts: Path = _MOUNTS) -> bool:
+    """Return whether `folder` lies on a network file system, by the type of its mount."""
+    return bool(_NETWORK.fullmatch(_mount(folder, mounts)[0]))
+
+
+def locks_are_local(folder: Path, mounts: Path = _MOUNTS) -> bool:
+    """Return whether `folder` lies on a network file system whose locks hold between processes of one host only."""
+    kind, options = _mount(folder, mounts)
+    return bool(_LOCAL_LOCKS.fullmatch(kind)) or (bool(_NETWORK.fullmatch(kind)) and bool(options & _LOCAL_LOCKS_BY))
+
+
+def databases(state: Path) -> Path:
+    """Return where a state folder's databases lie: in it, or in one folder per host where locks do not reach others.
+
+    Two hosts that write to one file without a common lock damage it.
+    """
+    return state / "hosts" / socket.gethostname() if locks_are_local(state) else state
 
 
 def read(

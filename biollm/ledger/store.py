@@ -25,7 +25,7 @@ from biollm.ledger import attempts, quotas
 from biollm.ledger.quota_store import OPERATIONS, PRUNE, Job, QuotaStore, SqliteStore, history_of
 from biollm.ledger.quotas import Block, Cooldown, next_cooldown
 from biollm.ledger.records import Claim, Record, Refused
-from biollm.ledger.sqlite import BOUND, Database, Prepare, on_network, read, reading
+from biollm.ledger.sqlite import BOUND, Database, Prepare, databases, on_network, read, reading
 from biollm.ledger.writer import Writer, file_writer
 from biollm.types import span
 
@@ -101,7 +101,7 @@ class Ledger:
 
     The folder is created (0700) on first use; with the setgid bit it is a group's, and files are 0660. While a file
     cannot be used, limits hold within this process, up to 10,000 finished attempts wait in memory, and one warning of
-    the logger "biollm" is issued. `network`: whether it is on a network file system; None to find out. `server`: where
+    the logger "biollm" is issued. See `sqlite.databases` for where the files lie. `network`: whether it is on a network file system; None to find out. `server`: where
     limits and cooldowns are counted instead of in the folder, if it has a URL.
     """
 
@@ -113,7 +113,8 @@ class Ledger:
         network: bool | None = None,
         server: LedgerServer | None = None,
     ) -> None:
-        self.directory, self._clock, self._network, self._server = directory, clock, network, server
+        self.directory = directory = databases(directory)
+        self._clock, self._network, self._server = clock, network, server
         self._quotas, self._history = directory / "quotas.db", directory / "history.db"
         self._processes: dict[int, _Process] = {}  # by process id; closing a parent's files after a fork would harm it
         self._blocked: dict[str, Cooldown] = {}

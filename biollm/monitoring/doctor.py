@@ -21,7 +21,7 @@ from biollm.config import Config
 from biollm.config.paths import data_dir, own_dir, run_dir, state_dir
 from biollm.errors import BiollmError, UnavailableError
 from biollm.ledger import redis
-from biollm.ledger.sqlite import on_network
+from biollm.ledger.sqlite import locks_are_local, on_network
 from biollm.providers import credentials
 from biollm.slurm import commands, vllm_flags, weights
 
@@ -81,6 +81,9 @@ def _state(config: Config) -> _Result:
         return False, detail, "Set BIOLLM_STATE_DIR to a folder of yours, or unset it."
     if not folder.is_dir():
         return True, f"{folder} will be created by the first request, readable by you alone", ""
+    if locks_are_local(folder) and not config.ledger.url:
+        detail = f"{folder} is on a file system that passes no locks to other hosts, so limits hold for each host alone"
+        return True, f"{detail}; `ledger: {{url: redis://...}}` in providers.yaml shares them", ""
     if not is_shared(folder):
         if folder.stat().st_mode & stat.S_IWGRP:
             detail = f"{folder} is writable by its group but has no setgid bit: members lock each other out"
@@ -181,6 +184,8 @@ def _run_dir(config: Config) -> _Result:
         return False, f"{present} is not writable", "Set `run_dir` in cluster.yaml."
     network = on_network(present)
     detail = f"{folder} is on a {'network' if network else 'local'} file system"
+    if locks_are_local(present):
+        detail += " that passes no locks to other hosts: two of them may start the same server twice"
     if network or not shutil.which("scontrol") or _single_host():
         return True, detail, ""
     return False, f"{detail}, which the nodes may not see", "Set `run_dir` to a shared folder."

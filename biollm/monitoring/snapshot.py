@@ -22,7 +22,7 @@ from biollm.config import Config, Limit
 from biollm.config.paths import state_dir
 from biollm.errors import BiollmError
 from biollm.ledger import Ledger
-from biollm.ledger.sqlite import read
+from biollm.ledger.sqlite import databases, read
 from biollm.routing.candidates import Candidate, DeploymentPool, Status, explain
 from biollm.routing.deployments import Requirements
 from biollm.slurm import scaling
@@ -199,7 +199,7 @@ class Collector:
 
     def _query(self, sql: str, *arguments: object) -> list[Any]:
         with suppress(sqlite3.Error, OSError):
-            return read(self._state / "history.db", sql, arguments)
+            return read(databases(self._state) / "history.db", sql, arguments)
         return []
 
     def _series(self, now: float) -> tuple[Minute, ...]:

@@ -61,6 +61,15 @@ class Endpoint:
     adapters: tuple[str, ...] = ()  # models that it serves beside its own
 
 
+def _fresh_stat(path: str) -> os.stat_result:
+    """Return a file's attributes as they are now: network file systems keep old ones for a minute, but not over an open."""
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return os.fstat(file)
+    finally:
+        os.close(file)
+
+
 class Records:
     """The records of a cluster's run directory."""
 
@@ -79,7 +88,7 @@ class Records:
         now, nodes = (self.now(), self._nodes()) if entries else (0.0, {})
         for entry in entries:
             try:
-                file = entry.stat(follow_symlinks=False)
+                file = _fresh_stat(entry.path)
                 record, owner = _load(entry.path, file.st_mtime_ns, file.st_ino)
                 found = self._check(Path(entry.path), record, owner, now - file.st_mtime, nodes)
             except FileNotFoundError:  # removed just now

@@ -21,7 +21,7 @@ from biollm.config import Limit
 from biollm.ledger import Claim, Ledger, Record, Refused
 from biollm.ledger import history as _rollup
 from biollm.ledger.quotas import Cooldown
-from biollm.ledger.sqlite import Database, on_network
+from biollm.ledger.sqlite import Database, locks_are_local, on_network
 
 Make = Callable[..., Ledger]
 NOON = 1_795_435_200.0  # 2026-11-23 12:00 UTC
@@ -900,6 +900,25 @@ def test_network_file_systems_are_known_by_the_type_of_their_mount(tmp_path: Pat
         "me@x: /mnt/ssh fuse.sshfs rw 0 0\nfiler:/o /over nfs rw 0 0\n/dev/sdc /over ext4 rw 0 0\n"
     )
     assert on_network(Path(folder), mounts) is network
+
+
+@pytest.mark.parametrize(
+    ("mount", "local"),
+    [
+        ("ext4 rw", False),
+        ("nfs4 rw,vers=4.2,local_lock=none", False),
+        ("nfs rw,vers=3,nolock,local_lock=all", True),
+        ("nfs rw,vers=3,local_lock=posix", True),
+        ("lustre rw,flock", False),
+        ("lustre rw,localflock", True),
+        ("cifs rw,nobrl", True),
+        ("fuse.sshfs rw", True),
+        ("ext4 rw,nolock", False),
+    ],
+)
+def test_locks_that_reach_no_other_host_are_known_by_the_mount(tmp_path: Path, mount: str, local: bool) -> None:
+    (mounts := tmp_path / "mounts").write_text(f"x / {mount} 0 0\n")
+    assert locks_are_local(Path("/home/ana"), mounts) is local
 
 
 def test_where_mounts_cannot_be_read_a_folder_counts_as_local(tmp_path: Path) -> None:
