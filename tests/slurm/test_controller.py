@@ -160,6 +160,37 @@ def test_demand_starts_one_server_and_the_decisions_are_shown(
     assert kept.stat().st_mode & 0o777 == 0o600
 
 
+def test_waiting_requests_at_a_server_start_another(site: Callable[..., None], net: Loopback, tmp_path: Path) -> None:
+    site()
+    server, start = net.serve(), "0123456789ab4cde8f0123456789abcd"
+    server.start_id, server.key = start, "the-key-of-the-start"
+    server.metrics = "vllm:num_requests_running 8\nvllm:num_requests_waiting 5\n"
+    run = tmp_path / "run" / "biollm"
+    (run / "starts" / start).mkdir(parents=True)
+    (run / "starts" / start / "key").write_text(server.key)
+    (run / "records").mkdir()
+    port = int(server.url.rpartition(":")[2].partition("/")[0])
+    record = {"start": start, "cluster": "lab", "job": "7", "submission": "another's", "model": "own", "host": "here",
+              "address": "127.0.0.1", "port": port, "left_s": 3600, "link": 1}  # fmt: skip
+    (run / "records" / f"{start}.json").write_text(json.dumps(record))
+    (run / "records" / f"{start}.json").chmod(0o600)
+    assert look() == "not scaled: 8 running and 5 waiting at 1 server, for less than 30 s"
+    assert look(NOW) == "scaled up to 2: 8 running and 5 waiting at 1 server"
+    server.metrics = "vllm:num_requests_running 8\nvllm:num_requests_waiting 0\n"
+    assert look(NOW) == "enough: 8 running and 0 waiting at 1 server"
+
+
+def test_the_successor_of_a_server_is_not_another_one(
+    site: Callable[..., None], answer: Answer, tmp_path: Path
+) -> None:
+    site({"min": 1}, handover=True)
+    answer("squeue", "echo '41|PENDING|Dependency|N/A|'")
+    assert look() == "scaled up to 1: min is 1"
+    assert len([call for call in calls(tmp_path, "sbatch") if "--test-only" not in call]) == 2
+    look()
+    assert scaling.scaled(load_config())["own"].looks[-1].coming == 1
+
+
 @pytest.mark.parametrize(
     ("cluster", "line"),
     [
