@@ -87,8 +87,9 @@ def replay(day: Sequence[int], scale: Scale | None, site: Site, chance: Random) 
             unserved.popleft()
         counts = [(len(each.busy), len(each.queue)) for each in servers if up(each, now, site)]
         coming = sum(each.ready > now and not each.draining for each in servers)
-        looks = [each for each in looks if each.at > now - 2 * delays.quiet]
         looks.append(measured(now, counts, coming, unserved, looks))
+        if looks[0].at < now - 2 * delays.quiet:
+            looks.pop(0)
         decision = decide(scale, looks, delays, stopped=stopped, starts_in=site.queue + site.load)
         if decision.change > 0:
             begins = now + (chance.expovariate(1 / site.queue) if site.queue else 0.0)
