@@ -44,8 +44,8 @@ CREATE TABLE IF NOT EXISTS answer (key TEXT PRIMARY KEY, at REAL, body TEXT);
 CREATE INDEX IF NOT EXISTS answer_at ON answer (at);
 CREATE TABLE IF NOT EXISTS flight (key TEXT PRIMARY KEY, leader TEXT, until REAL, failures INTEGER);
 """
-_STATE = """SELECT (SELECT body FROM answer WHERE key = :key AND at >= :since), leader, until, failures
-FROM (SELECT 1) LEFT JOIN flight ON key = :key"""
+_STATE = """SELECT (SELECT body FROM answer WHERE key = ?1 AND at >= ?2), leader, until, failures
+FROM (SELECT 1) LEFT JOIN flight ON key = ?1"""
 _USED = (
     "SELECT (page_count - freelist_count) * page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
 )
@@ -92,10 +92,10 @@ class Cache:
 
     async def join(self, request: Request, configuration: str, limits: Limits) -> Flight:
         """Return the stored answer, or else the right to send: once no identical request is under way."""
-        flight = await apart(Flight, self, request, configuration, limits)
+        flight, found = await apart(self._begin, request, configuration, limits)
         pause, lease, changed = 0.0, None, 0.0
         while True:
-            body, *now = await self._look(flight)
+            body, *now = found
             if now != lease:
                 lease, changed = now, time.monotonic()
             if not body and not (pause and now[0] and time.monotonic() < changed + LEASE):
@@ -109,12 +109,16 @@ class Cache:
                 called(request.on_note, "waiting for the answer to the same request, which is under way")
             pause = min(1.5 * pause or _LOOK, _SLOWEST)
             await asyncio.sleep(pause)
+            found = await apart(self._look, flight)
 
-    async def _look(self, flight: Flight) -> Sequence[Any]:
+    def _begin(self, *what: Any) -> tuple[Flight, Sequence[Any]]:
+        flight = Flight(self, *what)
+        return flight, self._look(flight)
+
+    def _look(self, flight: Flight) -> Sequence[Any]:
         """Return the stored answer, and the leader and its lease; each may be None."""
-        state = {"key": flight.key, "since": time.time() - flight.ttl}
         with suppress(sqlite3.Error, OSError):  # writing repairs the file, or reports it
-            for row in await asyncio.wait_for(apart(read, self.path, _STATE, state), _WAIT):
+            for row in read(self.path, _STATE, (flight.key, time.time() - flight.ttl)):
                 return row
         return None, None
 
@@ -123,7 +127,8 @@ class Cache:
         if time.monotonic() < self._failed_at + _RETRY:
             return None
         try:
-            return await asyncio.wait_for(apart(self._transact, work), _WAIT)
+            async with asyncio.timeout(_WAIT):
+                return await apart(self._transact, work)
         except (sqlite3.Error, OSError) as error:  # a TimeoutError is an OSError
             self._failed_at = time.monotonic()
             if not self._warned:
@@ -211,17 +216,17 @@ class Flight:
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._renewing.cancel()
         if self.leads and not self._kept:
-            await self._cache.write(partial(_leave, self, self._failures or isinstance(error, Exception)))
+            await self._cache.write(partial(_lead, self, "", self._failures or isinstance(error, Exception)))
 
     async def _renew(self) -> None:
         while self.leads:
             await asyncio.sleep(RENEW)
-            await self._cache.write(partial(_extend, self))
+            await self._cache.write(partial(_lead, self, self.id, 0))
 
 
 def _join(flight: Flight, db: sqlite3.Connection, now: float) -> tuple[str | None, bool]:
     """Return the answer, and whether to wait for one; with neither, the request is to be sent."""
-    body, leader, until, failures = db.execute(_STATE, {"key": flight.key, "since": now - flight.ttl}).fetchone()
+    body, leader, until, failures = db.execute(_STATE, (flight.key, now - flight.ttl)).fetchone()
     under_way = (until or 0) > now
     if not body and not (under_way and (leader or failures >= _TRIES)):
         flight.leads = True
@@ -230,13 +235,10 @@ def _join(flight: Flight, db: sqlite3.Connection, now: float) -> tuple[str | Non
     return body, under_way and bool(leader)
 
 
-def _extend(flight: Flight, db: sqlite3.Connection, now: float) -> None:
-    db.execute("UPDATE flight SET until = ? WHERE key = ? AND leader = ?", (now + LEASE, flight.key, flight.id))
-
-
-def _leave(flight: Flight, failures: int, db: sqlite3.Connection, now: float) -> None:
-    change = "UPDATE flight SET leader = '', until = ?, failures = failures + ? WHERE key = ? AND leader = ?"
-    db.execute(change, (now + LEASE, failures, flight.key, flight.id))
+def _lead(flight: Flight, leader: str, failures: int, db: sqlite3.Connection, now: float) -> None:
+    """Extend the lease, or leave it to the next one, where the leader is ""."""
+    change = "UPDATE flight SET leader = ?, until = ?, failures = failures + ? WHERE key = ? AND leader = ?"
+    db.execute(change, (leader, now + LEASE, failures, flight.key, flight.id))
 
 
 def _keep(flight: Flight, body: str, ttl: float, size: float, db: sqlite3.Connection, now: float) -> None:

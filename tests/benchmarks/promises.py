@@ -1,4 +1,4 @@
-"""What a dead first rung costs, whether quotas hold over processes, and how long 500 deployments take to load."""
+"""What a dead first rung and a stored answer cost, whether quotas hold over processes, and how long 500 deployments take to load."""
 
 from __future__ import annotations
 
@@ -74,6 +74,28 @@ def _one_failure(dead: str, address: str, scratch: Path) -> tuple[float, float, 
     without = _ms(lambda: client.complete(PROMPT, provider="alive"))
     first = _ms(lambda: client.complete(PROMPT))
     return without, first, _ms(lambda: client.complete(PROMPT))
+
+
+def stored(address: str, scratch: Path) -> list[Bar]:
+    """Ask again, with the cache, for what was answered: with a short prompt and with a log."""
+    folder = waterfall(scratch / "stored", first=f"{address}/ok/v1")
+    found = {"a short prompt": PROMPT, "a log of 100 kB": "2026-11-24 10:15:01 step 12 of 900 is done\n" * 2400}
+    os.environ["BIOLLM_STATE_DIR"] = str(scratch / "stored-state")
+    return [
+        Bar(f"a stored answer, {what}", statistics.median(_forked(partial(_hits, folder, prompt))), 2, "ms")
+        for what, prompt in found.items()
+    ]
+
+
+def _hits(folder: Path, prompt: str) -> list[float]:
+    from biollm.client import Client
+
+    client = Client(config_dir=folder, cache=True)
+    client.complete(prompt)
+    answers: list[Any] = []
+    times = [_ms(lambda: answers.append(client.complete(prompt))) for _ in range(200)]
+    assert all(answer.cached for answer in answers)
+    return times
 
 
 def quota(address: str, scratch: Path) -> list[Bar]:

@@ -151,6 +151,7 @@ def main() -> None:
         add("Sixteen failover scenarios", found, table)
         found, figures = promises.many(address, scratch)
         add("500 deployments", found, peer_table(figures, "500 deployments: load", "ms"))
+        add("Stored answers", promises.stored(address, scratch))
         add("Quotas", promises.quota(address, scratch))
         add("`biollm top`", top.measure(address, scratch))
         add("Usage", [*usage.million(scratch, env), *usage.writes()])
