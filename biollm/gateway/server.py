@@ -215,17 +215,17 @@ def _scale(config: Config, end: threading.Event, say: Callable[[str], None]) -> 
     from biollm.monitoring.usage import ending_budgets
 
     while not end.is_set():
-        with scaling.controlling(config.cluster) as alone:
-            while alone and not end.is_set():
-                try:
-                    decisions = scaling.look(config, ledger(), ending_budgets(config, ledger()))
-                    changes = [f"{model}: {each.line}" for model, each in decisions.items() if each.change]
-                except Exception as error:  # the next look may be better
-                    changes = [f"Scaling failed: {error}"]
-                for line in changes:
-                    say(line)
-                end.wait(_LOOK)
-        end.wait(_LOOK)
+        try:
+            with scaling.controlling(config.cluster) as alone:
+                while alone and not end.is_set():
+                    for model, decision in scaling.look(config, ledger(), ending_budgets(config, ledger())).items():
+                        if decision.change:
+                            say(f"{model}: {decision.line}")
+                    end.wait(_LOOK)
+            end.wait(_LOOK)
+        except Exception as error:  # the next look may be better
+            say(f"Scaling failed: {error}")
+            end.wait(_ALERTS)
 
 
 def _end_on_signals(end: threading.Event) -> None:

@@ -8,7 +8,6 @@ controller's state, so they get an allowlist.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -106,9 +105,9 @@ def submit(script: Path, arguments: list[str], options: list[str]) -> str:
 
 
 def starts_in(script: Path) -> float:
-    """Return in how many seconds Slurm would start this script, by its estimate; inf if it has none. Raises as `run`."""
+    """Return in how many seconds Slurm would start this script, by its estimate; 0 if it has none. Raises as `run`."""
     found = _TIME.search(_run(("sbatch", "--test-only", str(script)), 20, {"TZ": "UTC"}).stderr)
-    return max(0.0, datetime.fromisoformat(f"{found[0]}Z").timestamp() - time.time()) if found else math.inf
+    return max(0.0, datetime.fromisoformat(f"{found[0]}Z").timestamp() - time.time()) if found else 0.0
 
 
 def nodes() -> dict[str, str]:

@@ -88,7 +88,7 @@ def decide(
 
     Args:
         stopped: When one of its servers was last stopped, in epoch seconds.
-        starts_in: Seconds until a server submitted now would answer; inf if Slurm cannot say.
+        starts_in: Seconds until a server submitted now would answer.
         broken: Why the next start would probably fail.
     """
     now = looks[-1]
@@ -188,12 +188,12 @@ def look(
     states, unserved = _load(cluster), ledger.unserved(now - UNSERVED_S)
     known, alive = jobs.status(cluster), Records(cluster).read()[0]
     for key in scaled(config):
-        state, mine = states.get(key, State()), [job for job in known if key in job.submission.models]
+        mine = [job for job in known if key in job.submission.models]
+        mine = [job for job in mine if job.phase != "pending" or job.submission.link == 1]  # others wait to take over
         requests = {start: counts for job in mine for start, counts in job.requests.items()}
         servers = [requests[e.start] if e.start in requests else load(e) for e in alive if e.model == key]
-        # a pending job with a predecessor in its chain takes that one's place
-        coming = sum(job.phase == "starting" or (job.phase, job.submission.link) == ("pending", 1) for job in mine)
-        times = [at for model, at in unserved if model == key]
+        coming = sum(job.phase in ("pending", "starting") for job in mine)
+        state, times = states.get(key, State()), [at for model, at in unserved if model == key]
         seen = replace(measured(now, servers, coming, times, state.looks), budget=budgets.get(key, ""))
         looks = [*(each for each in state.looks if each.at > now - 2 * delays.quiet), seen]
         downs = [float(event["at"]) for job in mine for event in job.submission.events if event["reason"] == "down"]

@@ -189,6 +189,7 @@ def test_the_successor_of_a_server_is_not_another_one(
     assert len([call for call in calls(tmp_path, "sbatch") if "--test-only" not in call]) == 2
     look()
     assert scaling.scaled(load_config())["own"].looks[-1].coming == 1
+    assert not (tmp_path / "calls.txt").read_text().count("scancel")
 
 
 @pytest.mark.parametrize(
