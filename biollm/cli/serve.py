@@ -28,6 +28,9 @@ def serve(
     idle_timeout: Annotated[
         float | None, Option(min=1, metavar="SECONDS", help="Exit after this long without a request.")
     ] = None,
+    drain: Annotated[
+        float, Option(min=0, metavar="SECONDS", help="After SIGTERM, answer for this long; /health says 503 meanwhile.")
+    ] = 0,
 ) -> None:
     """Run an OpenAI-compatible gateway.
 
@@ -42,12 +45,17 @@ def serve(
     host = host or "127.0.0.1"
     if not detach:
         server.serve(
-            host=host, port=port, idle=idle_timeout, workers=workers, say=lambda line: typer.echo(line, err=True)
+            host=host,
+            port=port,
+            idle=idle_timeout,
+            workers=workers,
+            drain=drain,
+            say=lambda line: typer.echo(line, err=True),
         )
         return
     idle = server.IDLE if idle_timeout is None else idle_timeout
     tcp = [] if port is None else ["--port", str(port), "--host", host]
-    _, log = server.detach([*tcp, "--idle-timeout", str(idle), "--workers", str(workers)])
+    _, log = server.detach([*tcp, "--idle-timeout", str(idle), "--workers", str(workers), "--drain", str(drain)])
     typer.echo(log.read_text(errors="replace").strip())
     typer.echo(f"exits after {idle / 3600:g} h without a request; log: {log}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import cached_property, partial
 from itertools import chain
@@ -45,7 +45,9 @@ _MAY = "Add start_local: true to the key in gateway_keys.yaml, or use the Unix s
 _log = logging.getLogger(__name__)
 
 
-def app(client: Client, *, touched: Callable[[int], None] | None = None) -> ASGIApp:
+def app(
+    client: Client, *, touched: Callable[[int], None] | None = None, draining: Callable[[], bool] = lambda: False
+) -> ASGIApp:
     """Return the gateway's routes, without authentication or sockets.
 
     A middleware may set `scope["biollm.tags"]`, a dict that is stored with the request's usage record, and
@@ -54,8 +56,9 @@ def app(client: Client, *, touched: Callable[[int], None] | None = None) -> ASGI
     Args:
         client: Answers the requests; its defaults hold for each.
         touched: Called with the number of requests in flight under /v1/ whenever one starts or ends.
+        draining: Whether the gateway is to end soon.
     """
-    gateway = _Gateway(client)
+    gateway = _Gateway(client, draining)
     routes = [
         Route("/v1/chat/completions", gateway.answer, methods=["POST"]),
         Route("/v1/completions", partial(gateway.answer, chat=False), methods=["POST"]),
@@ -72,15 +75,15 @@ def app(client: Client, *, touched: Callable[[int], None] | None = None) -> ASGI
     ]
     handlers: Any = {HTTPException: _not_found, Exception: _failed}
     return RequestId(
-        Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_Counted, touched=touched)])
+        Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_Counted, touched=touched, draining=draining)])
     )
 
 
 class _Gateway:
     """The routes."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, client: Client, draining: Callable[[], bool]) -> None:
+        self._client, self._draining = client, draining
 
     async def answer(self, request: Request, *, chat: bool = True) -> Response:
         dialect = Dialect(request.scope["path"])
@@ -141,10 +144,13 @@ class _Gateway:
         return openai_api.models(self._client.config, await apart(self._client.explain))
 
     async def health(self, request: Request) -> Response:
-        return _json({"status": "ok"})
+        """Return whether this gateway should be sent requests, whatever its providers do: what a balancer asks."""
+        return _json({"status": "draining"}, 503) if self._draining() else _json({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
         """Return whether a deployment could answer now; nothing is sent."""
+        if self._draining():
+            return await self.health(request)
         found = await apart(self._client.explain)
         first = next((candidate.deployment.id for candidate in found if candidate.status == "ready"), None)
         return _json({"ready": first is not None, "first": first}, 200 if first else 503)
@@ -327,18 +333,28 @@ async def _while_connected(receive: Receive) -> AsyncGenerator[None]:
 
 
 class _Counted:
-    """Reports the number of requests in flight. Starlette's BaseHTTPMiddleware would copy every stream."""
+    """Reports the number of requests in flight. Starlette's BaseHTTPMiddleware would copy every stream.
 
-    def __init__(self, inner: ASGIApp, *, touched: Callable[[int], None] | None) -> None:
-        self._inner, self._touched, self._count = inner, touched, 0
+    While the gateway drains, each connection is closed after its answer.
+    """
+
+    def __init__(
+        self, inner: ASGIApp, *, touched: Callable[[int], None] | None, draining: Callable[[], bool]
+    ) -> None:
+        self._inner, self._touched, self._draining, self._count = inner, touched, draining, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._touched or scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             return await self._inner(scope, receive, send)
+        def closing(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start" and self._draining():
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            return send(message)
+
         self._count += 1
         self._touched(self._count)
         try:
-            await self._inner(scope, receive, send)
+            await self._inner(scope, receive, closing)
         except ClientDisconnect:
             pass  # while it sent its request
         finally:

@@ -51,12 +51,15 @@ _FLUSH = 5.0  # seconds for the last bytes of the last answers, when somebody ke
 
 
 class _Busy:
-    """How many requests each worker has in flight, and since when there were none; in memory that they share."""
+    """How many requests each worker has in flight, and since when there were none; in memory that they share.
+
+    Its last byte says whether the gateway is draining: a balancer is to send requests elsewhere.
+    """
 
     _ROW = struct.Struct("qd")  # requests, monotonic seconds
 
     def __init__(self, workers: int = 1) -> None:
-        self._rows, self.worker = mmap.mmap(-1, workers * self._ROW.size), 0
+        self._rows, self.worker = mmap.mmap(-1, workers * self._ROW.size + 1), 0
         for self.worker in reversed(range(workers)):
             self.touched(0)
 
@@ -65,13 +68,22 @@ class _Busy:
         """Return the requests that this worker has in flight."""
         return self._ROW.unpack_from(self._rows, self.worker * self._ROW.size)[0]
 
+    @property
+    def draining(self) -> bool:
+        """Return whether all workers are to end soon."""
+        return bool(self._rows[-1])
+
+    def drain(self) -> None:
+        """Let all workers know that they are to end soon."""
+        self._rows[-1] = 1
+
     def touched(self, count: int) -> None:
         """Note the requests that this worker has in flight now."""
         self._ROW.pack_into(self._rows, self.worker * self._ROW.size, count, time.monotonic())
 
     def left(self, idle: float | None) -> float:
         """Return the seconds until all workers have been idle for too long."""
-        counts, since = zip(*self._ROW.iter_unpack(self._rows[:]), strict=True)
+        counts, since = zip(*self._ROW.iter_unpack(self._rows[:-1]), strict=True)
         return float("inf") if idle is None or any(counts) else max(since) + idle - time.monotonic()
 
 
@@ -81,6 +93,7 @@ def serve(
     port: int | None = None,
     idle: float | None = None,
     workers: int = 1,
+    drain: float = 0.0,
     say: Callable[[str], None],
 ) -> None:
     """Serve until SIGTERM, SIGINT or `idle` seconds without a request; requests in flight are finished.
@@ -89,6 +102,8 @@ def serve(
         host, port: Where to listen for clients with a key as well; port 0 is a free one.
         idle: Seconds.
         workers: Processes that share the sockets. Limits hold over all of them, as over any processes.
+        drain: Seconds after a signal for which requests are still taken, while /health and /ready answer 503 and each
+            connection is closed after its answer: a balancer then sends the next ones elsewhere.
         say: Called with each line of where it listens.
 
     Raises:
@@ -100,7 +115,7 @@ def serve(
     os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
     mine, busy, end = identity(), _Busy(workers), threading.Event()
     with Client(sender="direct") as client, _alone(home()) as folder:
-        app, path, url, where = make_app(client, touched=busy.touched), folder / SOCKET, None, None
+        app, path, url, where = make_app(client, touched=busy.touched, draining=lambda: busy.draining), folder / SOCKET, None, None
         listening, notes = [(_server(app), _unix(path))], [f"listening on {path} (pid {os.getpid()})"]
         if port is not None:
             server, listener, url, where = _with_keys(app, client.config, host, port)
@@ -129,6 +144,10 @@ def serve(
         _warm_up(client)
         try:
             _until_the_end(end, busy, idle, path, inode)
+            busy.drain()
+            (folder / RECORD).unlink(missing_ok=True)
+            if end.is_set():
+                time.sleep(drain)
         finally:
             (folder / RECORD).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
