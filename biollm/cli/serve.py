@@ -21,6 +21,9 @@ def serve(
     host: Annotated[
         str | None, Option(metavar="NAME", help="Address to bind (with --port). Default: 127.0.0.1.")
     ] = None,
+    name: Annotated[
+        list[str] | None, Option(metavar="NAME", help="Host name of a balancer or proxy in front of it; repeatable.")
+    ] = None,
     detach: Annotated[bool, Option("--detach", help="Run in the background; exit after 2 idle hours.")] = False,
     workers: Annotated[
         int, Option(min=1, max=64, metavar="N", help="Processes that share the sockets and the limits.")
@@ -50,12 +53,16 @@ def serve(
             idle=idle_timeout,
             workers=workers,
             drain=drain,
+            names=name or (),
             say=lambda line: typer.echo(line, err=True),
         )
         return
     idle = server.IDLE if idle_timeout is None else idle_timeout
+    names = [word for each in name or () for word in ("--name", each)]
     tcp = [] if port is None else ["--port", str(port), "--host", host]
-    _, log = server.detach([*tcp, "--idle-timeout", str(idle), "--workers", str(workers), "--drain", str(drain)])
+    _, log = server.detach(
+        [*tcp, "--idle-timeout", str(idle), "--workers", str(workers), "--drain", str(drain), *names]
+    )
     typer.echo(log.read_text(errors="replace").strip())
     typer.echo(f"exits after {idle / 3600:g} h without a request; log: {log}")
 

@@ -75,7 +75,11 @@ def app(
     ]
     handlers: Any = {HTTPException: _not_found, Exception: _failed}
     return RequestId(
-        Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_Counted, touched=touched, draining=draining)])
+        Starlette(
+            routes=routes,
+            exception_handlers=handlers,
+            middleware=[Middleware(_Counted, touched=touched, draining=draining)],
+        )
     )
 
 
@@ -338,14 +342,13 @@ class _Counted:
     While the gateway drains, each connection is closed after its answer.
     """
 
-    def __init__(
-        self, inner: ASGIApp, *, touched: Callable[[int], None] | None, draining: Callable[[], bool]
-    ) -> None:
+    def __init__(self, inner: ASGIApp, *, touched: Callable[[int], None] | None, draining: Callable[[], bool]) -> None:
         self._inner, self._touched, self._draining, self._count = inner, touched, draining, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._touched or scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             return await self._inner(scope, receive, send)
+
         def closing(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start" and self._draining():
                 message["headers"] = [*message["headers"], (b"connection", b"close")]

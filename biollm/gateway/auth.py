@@ -139,12 +139,16 @@ class Admission:
         inner: The gateway.
         known: The keys.
         host: The name it listens at; a Host header may hold it, an address, or a name of this machine.
+        names: Further names that a Host header may hold: of a balancer, or of a proxy that adds TLS.
         config: Names the ledger in which the keys' limits are counted; None is the state folder's.
     """
 
-    def __init__(self, inner: ASGIApp, known: Sequence[Key], host: str, config: Config | None = None) -> None:
+    def __init__(
+        self, inner: ASGIApp, known: Sequence[Key], host: str, config: Config | None = None, names: Sequence[str] = ()
+    ) -> None:
         self._inner, self._known, self._config = inner, known, config
-        self._hosts = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
+        hosts = ("localhost", host, socket.gethostname(), socket.getfqdn(), *names)
+        self._hosts = {each.lower() for each in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
         if scope["type"] == "http":
@@ -153,7 +157,8 @@ class Admission:
 
     def _malformed(self, request: Request) -> Response | None:
         path = request.scope["path"]
-        if not self._knows(request.headers.get("host", "")):  # else a page elsewhere could rebind its name to us
+        host = request.headers.get("host", "")  # of a page elsewhere that has rebound its name to us it is that name
+        if not self._knows(host) and (host or path != "/health"):  # balancers look at /health without one
             return _refusal(path, 421, "This gateway does not serve that host name.", "wrong_host")
         length = request.headers.get("content-length", "0")
         if request.headers.get("transfer-encoding") or not length.isdecimal():

@@ -94,6 +94,7 @@ def serve(
     idle: float | None = None,
     workers: int = 1,
     drain: float = 0.0,
+    names: Sequence[str] = (),
     say: Callable[[str], None],
 ) -> None:
     """Serve until SIGTERM, SIGINT or `idle` seconds without a request; requests in flight are finished.
@@ -104,6 +105,7 @@ def serve(
         workers: Processes that share the sockets. Limits hold over all of them, as over any processes.
         drain: Seconds after a signal for which requests are still taken, while /health and /ready answer 503 and each
             connection is closed after its answer: a balancer then sends the next ones elsewhere.
+        names: Further host names by which clients reach it, such as a balancer's.
         say: Called with each line of where it listens.
 
     Raises:
@@ -115,10 +117,15 @@ def serve(
     os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
     mine, busy, end = identity(), _Busy(workers), threading.Event()
     with Client(sender="direct") as client, _alone(home()) as folder:
-        app, path, url, where = make_app(client, touched=busy.touched, draining=lambda: busy.draining), folder / SOCKET, None, None
+        app, path, url, where = (
+            make_app(client, touched=busy.touched, draining=lambda: busy.draining),
+            folder / SOCKET,
+            None,
+            None,
+        )
         listening, notes = [(_server(app), _unix(path))], [f"listening on {path} (pid {os.getpid()})"]
         if port is not None:
-            server, listener, url, where = _with_keys(app, client.config, host, port)
+            server, listener, url, where = _with_keys(app, client.config, host, port, names)
             listening.append((server, listener))
             notes.append(f"and on {url}/v1 for the key in {where}")
         parent, children = os.getpid(), _fork(workers - 1)
@@ -197,7 +204,9 @@ def _warm_up(client: Client) -> None:
     gc.freeze()  # what there is now stays: no collection need look at it again
 
 
-def _with_keys(app: Any, config: Config, host: str, port: int) -> tuple[uvicorn.Server, socket.socket, str, str]:
+def _with_keys(
+    app: Any, config: Config, host: str, port: int, names: Sequence[str]
+) -> tuple[uvicorn.Server, socket.socket, str, str]:
     """Return a server for clients with a key, its socket and URL, and where the keys are."""
     from biollm.gateway.auth import Admission, keys
     from biollm.gateway.request_id import RequestId
@@ -205,7 +214,12 @@ def _with_keys(app: Any, config: Config, host: str, port: int) -> tuple[uvicorn.
     known, where = keys()
     listener = _tcp(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    return _server(RequestId(Admission(app, known, host, config)), limit_concurrency=_CONNECTIONS), listener, url, where
+    return (
+        _server(RequestId(Admission(app, known, host, config, names)), limit_concurrency=_CONNECTIONS),
+        listener,
+        url,
+        where,
+    )
 
 
 def _lacks(config: Config) -> list[str]:

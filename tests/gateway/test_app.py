@@ -519,3 +519,19 @@ def test_an_ensemble_answers_where_the_body_asks_for_one(
     else:
         assert [each["name"] for each in answer.json()["biollm"]["members"]] == names
         assert answer.json()["biollm"]["agreement"] == 1
+
+
+def test_a_gateway_that_drains_answers_and_sends_clients_elsewhere(net: Loopback, waterfall: Any) -> None:
+    waterfall(first=net.serve(text="fine"))
+    draining = False
+    made = gateway.app(Client(sender="direct"), touched=lambda _: None, draining=lambda: draining)
+
+    async def see() -> list[tuple[int, str | None]]:
+        transport = httpx.ASGITransport(made)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            found = [await client.post(CHAT, json=HI), await client.get("/health"), await client.get("/ready")]
+        return [(each.status_code, each.headers.get("connection")) for each in found]
+
+    assert asyncio.run(see()) == [(200, None), (200, None), (200, None)]
+    draining = True
+    assert asyncio.run(see()) == [(200, "close"), (503, None), (503, None)]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from behaviours import Behaviour  # noqa: E402
-from provider import Loopback, Request  # noqa: E402
+from behaviours import Behaviour
+from provider import Loopback, Request
 
 
 def behave(request: Request) -> Behaviour:

@@ -132,7 +132,15 @@ class Net:
 
     def ask(self, clients: int, seconds: float, how: str) -> subprocess.Popen[str]:
         """Let clients ask through the balancer."""
-        words = [sys.executable, HERE / "ask_gateways.py", f"http://{HUB}:8080/v1", KEY, str(clients), str(seconds), how]
+        words = [
+            sys.executable,
+            HERE / "ask_gateways.py",
+            f"http://{HUB}:8080/v1",
+            KEY,
+            str(clients),
+            str(seconds),
+            how,
+        ]
         return self.start("hub", *words)
 
 
