@@ -17,7 +17,6 @@ from biollm.config import Config
 from biollm.ledger import Ledger, history
 from biollm.ledger.history import Cell, Key
 from biollm.monitoring import usage
-from biollm.slurm import scaling
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)  # seconds
@@ -125,9 +124,11 @@ def _gauges(quotas: Iterable[usage.Quota]) -> Iterator[_Family]:
 
 
 def _scaling(config: Config) -> Iterator[_Family]:
-    states = {key: state for key, state in scaling.scaled(config).items() if state.looks}
-    if not states:
+    if not any(model.scale for model in config.models.values()):
         return
+    from biollm.slurm import scaling  # takes longer than the rest
+
+    states = {key: state for key, state in scaling.scaled(config).items() if state.looks}
     for name, description, fields in (
         ("servers", "Servers of a scaled model, and jobs that are pending or starting.", ("ready", "coming")),
         (
