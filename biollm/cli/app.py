@@ -18,6 +18,7 @@ from biollm.cli import (
     drill,
     evals,
     explain,
+    keys,
     monitoring,
     output,
     run,
@@ -84,7 +85,7 @@ _MODELS.command("add")(slurm.models_add)
 _SERVE.callback()(serve.serve)
 for command in (serve.status, serve.stop):
     _SERVE.command()(command)
-for group in (_CACHE, _EMBEDDED, _MODELS, _SERVE, tune.app):
+for group in (_CACHE, _EMBEDDED, _MODELS, _SERVE, tune.app, keys.app):
     app.add_typer(group)
 
 

@@ -29,7 +29,7 @@ def usage(
     since: Annotated[str, Option(metavar="WHEN", help="Start: 7d, 12h or 30min ago, or a date.")] = "7d",
     until: Annotated[str | None, Option(metavar="WHEN", help="End; now by default.")] = None,
     by: Annotated[
-        str, Option(metavar="WHAT", help="Group by provider, account, model, day, hour (UTC), tag or rating.")
+        str, Option(metavar="WHAT", help="Group by provider, account, model, day, hour (UTC), tag, key or rating.")
     ] = "provider",
     as_json: Json = False,
     as_csv: Annotated[bool, Option("--csv", help="Print the rows as CSV.")] = False,

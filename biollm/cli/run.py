@@ -90,7 +90,7 @@ def _gateway(*, start: bool) -> tuple[str | None, str]:
         return url, key
     if os.environ.get("BIOLLM_GATEWAY"):
         raise UsageError("BIOLLM_GATEWAY=off, and an agent needs the gateway.", hint="Unset BIOLLM_GATEWAY.")
-    secret = server.module("auth").keys()[0][0].secret
+    secret = next(each.secret for each in server.module("keys").keys()[0] if each.secret)
     if folder := remote.nearby():
         if url := (remote.record(folder) or {}).get("url"):
             return url, secret

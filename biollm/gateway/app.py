@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import cached_property, partial
@@ -30,7 +31,7 @@ from biollm.gateway import dialects, messages_api, openai_api
 from biollm.gateway.dialects import Dialect, Events
 from biollm.gateway.openai_api import Delivery
 from biollm.gateway.request_id import RequestId
-from biollm.monitoring import metrics, page
+from biollm.monitoring import metrics, page, usage
 from biollm.monitoring.alerts import firing
 from biollm.monitoring.snapshot import Collector
 from biollm.routing.candidates import address, check_names
@@ -70,6 +71,7 @@ def app(
         Route("/health", gateway.health),
         Route("/ready", gateway.ready),
         Route("/metrics", gateway.metrics),
+        Route("/usage", gateway.usage),
         Route("/", gateway.page),
         Route("/events", gateway.events),
     ]
@@ -162,6 +164,19 @@ class _Gateway:
     async def metrics(self, request: Request) -> Response:
         text = await apart(metrics.text, self._client.config, ledger(self._client.config))
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
+
+    async def usage(self, request: Request) -> Response:
+        """Return what the request's key has used, and its limits."""
+        if (key := request.scope.get("biollm.key")) is None:
+            hint = "`biollm usage` shows the usage of all keys."
+            return _refused(Dialect(""), UsageError("/usage is for requests with a key.", hint=hint))
+        now, config = time.time(), self._client.config
+        try:
+            since = usage.moment(request.query_params.get("since", "7d"), now)
+        except UsageError as error:
+            return _refused(Dialect(""), error)
+        claims = (key.requests, key.usage)
+        return _json(await apart(usage.of_key, config, ledger(config), key.name, claims, since, now))
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(page.html(await apart(self._top.snapshot)), headers=_PAGE)

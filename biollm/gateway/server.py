@@ -208,7 +208,8 @@ def _with_keys(
     app: Any, config: Config, host: str, port: int, names: Sequence[str]
 ) -> tuple[uvicorn.Server, socket.socket, str, str]:
     """Return a server for clients with a key, its socket and URL, and where the keys are."""
-    from biollm.gateway.auth import Admission, keys
+    from biollm.gateway.auth import Admission
+    from biollm.gateway.keys import keys
     from biollm.gateway.request_id import RequestId
 
     known, where = keys()

@@ -5,6 +5,7 @@ The store of several hosts is in `redis.py`. tests/ledger/test_stores.py holds b
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,8 +156,12 @@ def history_of(path: Path) -> Recall:
     """Return a function that sums up a period and scope in history.db: requests, tokens, USD."""
 
     def recall(start: float, end: float, scope: str) -> Sequence[float]:
+        kind, _, name = scope.partition("/")
+        sums, what = attempts.SUMS, scope
+        if kind in ("gateway", "key"):
+            sums, what = attempts.SUMS_OF_KEY, json.dumps({"key": name})[1:-1]
         with suppress(sqlite3.Error):  # callers wait: at midnight there is nothing to find anyway
-            return (read(path, attempts.SUMS, (start, end, scope), patience=0.05) or [(0, 0, 0)])[0]
+            return (read(path, sums, (start, end, what), patience=0.05) or [(0, 0, 0)])[0]
         return (0, 0, 0)
 
     return recall

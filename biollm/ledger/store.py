@@ -124,6 +124,7 @@ class Ledger:
         self._answers: defaultdict[str, deque[int]] = defaultdict(lambda: deque(maxlen=50))
         self._ratios: dict[str, float] = {}
         self._origins: dict[str, str] = {}  # those of this process, also before they are written
+        self.finished: Callable[[Record], None] | None = None  # called with each attempt that is finished
         self._warned = threading.Lock()  # held once the warning is issued
         if server and server.url:
             from biollm.ledger.redis import library
@@ -162,7 +163,16 @@ class Ledger:
         if reservation is not None:
             used = (record.prompt_tokens + record.completion_tokens, record.cost_usd or 0.0)
             self._count(Job("finish", record.at, (scope, reservation, used)))
+        if self.finished:
+            self.finished(record)
         self._process().history.put(record)
+
+    def charge(self, claim: Claim, record: Record) -> None:
+        """Count what an attempt used against another claim's limits, too."""
+        reservation = secrets.randbits(53)
+        used = (record.prompt_tokens + record.completion_tokens, record.cost_usd or 0.0)
+        self._count(Job("grant", record.at, (claim, reservation)))
+        self._count(Job("finish", record.at, (claim.scope, reservation, used)))
 
     def release(self, reservation: int, scope: str) -> None:
         """Take back a reservation whose request was not sent."""

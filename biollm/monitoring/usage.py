@@ -19,13 +19,13 @@ from typing import Literal, get_args
 
 from biollm.config import Config
 from biollm.errors import UsageError
-from biollm.ledger import Ledger, history
+from biollm.ledger import Claim, Ledger, history
 from biollm.ledger.history import Cell, Key
 from biollm.ledger.quotas import period
 from biollm.ledger.ratings import marks
-from biollm.types import seconds_of, span
+from biollm.types import Json, seconds_of, span
 
-By = Literal["provider", "account", "model", "day", "hour", "tag", "rating"]
+By = Literal["provider", "account", "model", "day", "hour", "tag", "key", "rating"]
 Cells = Sequence[tuple[Key, Cell]]
 Price = tuple[float, float] | None  # USD per token of prompt and of answer
 WEEK = 7 * 86400.0  # seconds: a report's default length, and how long Slurm's jobs are remembered
@@ -147,6 +147,21 @@ def report(
     )
 
 
+def of_key(config: Config, ledger: Ledger, name: str, claims: Sequence[Claim], since: float, until: float) -> Json:
+    """Return what a gateway's key has used, in total and by model, and its limits now; for anyone who has the key."""
+    cells = [each for each in history.cells(ledger, since, until)[0] if json.loads(each[0].tags).get("key") == name]
+    embedded = {each.name for each in config.providers if each.type == "embedded"}
+    rows, total = _rows(cells, cells, "model", None, embedded, exact=False)
+    limits = [
+        {"limit": str(limit), "used": used, "left": max(0.0, limit.amount - used), "resets_at": resets}
+        for claim in claims
+        for limit, used, resets in ledger.used(claim.scope, claim.limits)
+    ]
+    shown = ("name", "requests", "errors", "prompt_tokens", "completion_tokens", "cost_usd")
+    facts = [{field: getattr(row, field) for field in shown} for row in (total, *rows)]
+    return {"since": since, "until": until, "key": name, "total": facts[0], "models": facts[1:], "limits": limits}
+
+
 def moment(written: str, now: float) -> float:
     """Return epoch seconds of "7d", "12h", "30min" ago, or of an ISO date or time (UTC without a time zone)."""
     if (ago := seconds_of(written)) is not None:
@@ -187,6 +202,8 @@ def _names(key: Key, by: By) -> Sequence[str]:
         return [f"{name}={value}" for name, value in json.loads(key.tags).items()] or ["(none)"]
     if by == "rating":
         return (key.tags,)
+    if by == "key":
+        return (json.loads(key.tags).get("key", "(none)"),)
     if by in ("day", "hour"):
         at = datetime.fromtimestamp(key.hour * 3600, UTC)
         return (at.strftime("%Y-%m-%d" if by == "day" else "%Y-%m-%d %H:00"),)

@@ -10,6 +10,7 @@ import hmac
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from biollm.config.paths import config_dirs, own_dir
@@ -60,6 +61,7 @@ def is_gateway_key(secret: str, state: Path) -> bool:
         return True
     for file in (random_key_file(state), *(folder / KEYS for _, folder in config_dirs())):
         with suppress(OSError, UnicodeDecodeError):
-            if secret in file.read_text():
+            text = file.read_text()
+            if secret in text or sha256(secret.encode()).hexdigest() in text:
                 return True
     return False

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 
 from biollm._runtime import ledger
 from biollm.errors import ConfigError
-from biollm.gateway import auth
+from biollm.gateway import auth, keys
 from biollm.providers.gateway_key import Grant, derive
 
 Waterfall = Callable[..., Path]
@@ -133,16 +133,16 @@ def test_a_browser_sees_the_pages_by_http_basic_and_no_more(url: str) -> None:
 
 
 def test_a_random_key_is_made_once_in_a_private_file(state: Path) -> None:
-    (key,), where = auth.keys()
+    (key,), where = keys.keys()
     file = state / "gateway.key"
     assert where == str(file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert file.read_text().strip() == key.secret
     assert len(key.secret) >= 43
     assert key.secret not in repr(key)
-    assert auth.keys()[0] == (key,)
+    assert keys.keys()[0] == (key,)
     file.chmod(0o644)  # others may have read it
-    assert auth.keys()[0] != (key,)
+    assert keys.keys()[0] != (key,)
 
 
 MODELS = ("GET", "/v1/models")
@@ -163,7 +163,7 @@ def test_a_file_without_a_whole_key_gets_a_new_one_with_one_warning(
     (state / "gateway.key").write_bytes(kept)
     (state / "gateway.key").chmod(0o600)
     with ThreadPoolExecutor(4) as pool:
-        made = {found[0].secret for found, _ in pool.map(lambda _: auth.keys(), range(4))}
+        made = {found[0].secret for found, _ in pool.map(lambda _: keys.keys(), range(4))}
     assert (len(made), len((state / "gateway.key").read_text().strip())) == (1, 43)
     (warning,) = caplog.messages
     assert str(state / "gateway.key") in warning and "short-secret" not in warning
@@ -283,12 +283,12 @@ def test_a_variable_that_is_too_short_is_a_configuration_error(
 
 def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIOLLM_GATEWAY_KEY", "from-the-environment")
-    found, where = auth.keys()
+    found, where = keys.keys()
     assert ([key.secret for key in found], where) == (["from-the-environment"], "BIOLLM_GATEWAY_KEY")
     file = waterfall() / "gateway_keys.yaml"
     file.write_text(KEYS)
     file.chmod(0o600)
-    found, where = auth.keys()
+    found, where = keys.keys()
     assert ([key.name for key in found], where) == (["ann", "bob", "environment"], str(file))
     assert str(found[1].limits[0]) == "1/day"
 
@@ -302,7 +302,7 @@ def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.
         (
             f"ann: {{key: {ANN}, colour: red}}\n",
             0o600,
-            "is not a known key. Known: key, tags, rate_limit, start_local.",
+            "is not a known key. Known: key, tags, rate_limit, token_limit, token_budget, budget, resets, start_local.",
         ),
         (f"ann: {{key: {ANN}, rate_limit: fast}}\n", 0o600, "ann.rate_limit: 'fast' is not a"),
         ("ann: {tags: {a: b}}\n", 0o600, "ann.key: is missing."),
@@ -317,7 +317,7 @@ def test_a_wrong_file_of_keys_is_told_without_them(waterfall: Waterfall, text: s
     file.write_text(text)
     file.chmod(mode)
     with pytest.raises(ConfigError) as error:
-        auth.keys()
+        keys.keys()
     assert told in str(error.value)
     assert ANN not in str(error.value) and "short-secret" not in str(error.value)
 
