@@ -20,7 +20,7 @@ from test_embedded import FILE, GGUF, HUB, model, serve
 from biollm._files import write_private
 from biollm.config import Cluster, Limit, load_config
 from biollm.config.paths import own_dir, run_dir, state_dir
-from biollm.gateway import auth
+from biollm.gateway import keys
 from biollm.ledger import Claim, Ledger, Record
 from biollm.monitoring import alerts
 from biollm.monitoring.doctor import check
@@ -88,7 +88,7 @@ def counted() -> list[float]:
 
 
 def key() -> list[str]:
-    (found,), where = auth.keys()
+    (found,), where = keys.keys()
     return [found.secret, where]
 
 
