@@ -220,6 +220,17 @@ def test_pipe(net: Loopback, waterfall: Waterfall) -> None:
     assert prompts(server) == [f"{LOG.read_text()}\n\nwhy did this fail?"]
 
 
+def test_tune(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ran = subprocess.run(
+        [EXAMPLES / "tuning" / "tune.sh", "qwen-coder-32b", tmp_path],
+        capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}, timeout=60,
+    )  # fmt: skip
+    assert f"{tmp_path}/train.jsonl: 16 examples\n{tmp_path}/train.held-out.jsonl: 8 examples, held out\n" in ran.stdout
+    assert ran.stdout.endswith(f"Next: biollm tune up qwen-coder-32b {tmp_path}/train.jsonl\n")
+    assert f"--data {tmp_path}/train.jsonl" in (tmp_path / "train.sh").read_text()
+
+
 @pytest.mark.slow
 def test_demo(weights: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIOLLM_STATE_DIR", str(weights.parent.parent))

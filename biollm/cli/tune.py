@@ -43,7 +43,6 @@ def export(
 
     Keys, users, folders and repeats are removed. A fifth of the runs goes to a second file, FILE.held-out.jsonl, for `biollm compare`.
     """
-    from biollm._files import write_private
     from biollm.config.paths import state_dir
     from biollm.evals import tuning
     from biollm.ledger.ratings import Ratings
@@ -57,9 +56,7 @@ def export(
     if not train:
         message = f"There are {len(held_out)} different examples, of fewer than two runs."
         raise UsageError(message, hint="Rate more answers (`biollm rate`), or give a file: --from FILE.")
-    beside = file.with_suffix(".held-out.jsonl")
-    write_private(file, tuning.training_lines(train))
-    write_private(beside, tuning.held_out_lines(held_out))
+    beside = tuning.write(train, held_out, file)
     print(f"{file}: {len(train)} examples\n{beside}: {len(held_out)} examples, held out")
 
 

@@ -24,7 +24,8 @@ LITELLM_PROVIDERS = (
     "perplexity", "sambanova", "together_ai", "vertex_ai", "xai",
 )  # fmt: skip
 
-_OF_SERVER = {"hf_id", "revision", "path", "gguf", "gpus_required", "vllm_args", "architecture", "scale"}
+_OF_SERVER = {"hf_id", "revision", "path", "gguf", "size_gb", "gpus_required", "vllm_args", "start_timeout", "idle_timeout",
+              "architecture", "scale"}  # fmt: skip # what an adapter has from its base
 ENTRY_NAME = {"models": "key", "providers": "name"}  # the field that an entry's name in the file gives
 
 

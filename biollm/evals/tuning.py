@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from biollm._files import write_private
 from biollm.errors import UsageError
 from biollm.inputs.normalize_log import normalize_log
 from biollm.inputs.redact import Redaction
@@ -76,15 +77,13 @@ def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     return [e for e in examples if places[e.run] > most], [e for e in examples if places[e.run] <= most]
 
 
-def training_lines(examples: Iterable[Example]) -> str:
-    """Return chat JSONL, as TRL reads it."""
-    return "".join(json.dumps({"messages": each.messages}) + "\n" for each in examples)
-
-
-def held_out_lines(examples: Iterable[Example]) -> str:
-    """Return what `biollm compare` reads: questions with the expected answers."""
-    lines = ({"messages": each.messages[:-1], "expected": each.messages[-1]["content"]} for each in examples)
-    return "".join(json.dumps(line) + "\n" for line in lines)
+def write(train: Sequence[Example], held_out: Sequence[Example], file: Path) -> Path:
+    """Write chat JSONL for TRL and, beside it, what `biollm compare` reads: questions with expected answers."""
+    beside = file.with_suffix(".held-out.jsonl")
+    rows = [{"messages": each.messages[:-1], "expected": each.messages[-1]["content"]} for each in held_out]
+    for path, lines in ((file, [{"messages": each.messages} for each in train]), (beside, rows)):
+        write_private(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return beside
 
 
 def entry(name: str, base: str, adapter: Path) -> str:

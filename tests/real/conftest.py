@@ -54,10 +54,20 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
 @pytest.fixture(scope="session")
 def vllm_env() -> Path:
     """The virtual environment of real vLLM, made on first use where this runs as root."""
+    return _environment("install_vllm.sh")
+
+
+@pytest.fixture(scope="session")
+def trl_env() -> Path:
+    """The same with TRL and PEFT."""
+    return _environment("install_trl.sh")
+
+
+def _environment(script: str) -> Path:
     check = [] if os.geteuid() == 0 else ["--check"]
-    done = subprocess.run([FAKE.parent / "real" / "install_vllm.sh", *check], capture_output=True, text=True)
+    done = subprocess.run([FAKE.parent / "real" / script, *check], capture_output=True, text=True)
     if done.returncode:
-        missing(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "vLLM could not be installed")
+        missing(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{script} failed")
     return Path(done.stdout.strip())
 
 

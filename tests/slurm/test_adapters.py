@@ -58,10 +58,11 @@ def test_without_adapters_nothing_changes(load: Load) -> None:
 
 
 def test_an_adapter_has_what_its_base_has_unless_it_says_otherwise(load: Load) -> None:
-    config = load(mine=BASE | {"priority": 3, "tools": True}, tuned=ADAPTER | {"tools": False})
+    base = BASE | {"priority": 3, "tools": True, "scale": {"max": 2}}
+    config = load(mine=base, tuned=ADAPTER | {"tools": False})
     tuned = config.models["tuned"]
     assert (tuned.key, tuned.hf_id, tuned.served_context, tuned.tools) == ("tuned", "lab/base", 2048, False)
-    assert tuned.priority is None
+    assert (tuned.priority, tuned.scale) == (None, None)  # one server, scaled once
     assert config.server_of("tuned") == config.server_of("mine") == config.models["mine"]
     assert config.server_of("absent") is None
 
@@ -75,6 +76,7 @@ def test_an_adapter_has_what_its_base_has_unless_it_says_otherwise(load: Load) -
         (ADAPTER | {"base": "tuned"}, "tuned is not a local model with weights of its own."),
         (ADAPTER | {"base": "cloud"}, "cloud is not a local model with weights of its own."),
         (ADAPTER | {"vllm_args": {"seed": 1}}, "vllm_args cannot be set for an adapter: its base mine is served."),
+        (ADAPTER | {"scale": {"max": 2}}, "scale cannot be set for an adapter"),
         (ADAPTER | {"lora": "/a b"}, "no blank, comma or ="),
         (ADAPTER | {"lora_rank": 1024}, "at most 512"),
     ],

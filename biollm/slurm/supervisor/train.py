@@ -64,10 +64,12 @@ def train(job):
 
     chats = [json.loads(line)["messages"] for line in job.data.read_text().splitlines() if line.strip()]
     gpu, checkpoints = torch.cuda.is_available(), job.output / "checkpoints"
+    at_once = 1 if gpu else job.batch  # a GPU's memory is computed for one
     config = SFTConfig(
         output_dir=str(checkpoints), num_train_epochs=job.epochs, learning_rate=job.learning_rate, max_length=job.length,
-        per_device_train_batch_size=1, gradient_accumulation_steps=job.batch, gradient_checkpointing=gpu, bf16=True,
-        use_cpu=not gpu, logging_steps=0.01, save_steps=0.1, save_total_limit=2, report_to="none", disable_tqdm=True,
+        per_device_train_batch_size=at_once, gradient_accumulation_steps=job.batch // at_once,
+        gradient_checkpointing=gpu, bf16=True, use_cpu=not gpu, logging_steps=0.01, save_steps=0.1, save_total_limit=2,
+        report_to="none", disable_tqdm=True, seed=0,
         model_init_kwargs={"dtype": "bfloat16", **({"device_map": "auto"} if gpu else {})},
     )  # fmt: skip
     trainer = SFTTrainer(
