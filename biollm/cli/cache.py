@@ -35,7 +35,7 @@ def show(
         return
     ttl = f"{limits.ttl / 86400:g} days" if limits.ttl >= 86400 else f"{limits.ttl / 3600:g} hours"
     path = output.short_path(str(cache.path))
-    print(f"{count} answers of the last {ttl}, {size / 1e6:.1f} of {limits.max_mb:g} MB: {path}")
+    print(f"{count} answer{'s' * (count != 1)} of the last {ttl}, {size / 1e6:.1f} of {limits.max_mb:g} MB: {path}")
     if newest:
         print()
         rows = [(each["made_at"][:16].replace("T", " "), each["deployment"], each["about"]) for each in newest]
@@ -48,7 +48,8 @@ def clear() -> None:
 
     cache = Cache()
     with _reported(cache.path):
-        print(f"{cache.clear()} answers deleted.")
+        count = cache.clear()
+    print(f"{count} answer{'s' * (count != 1)} deleted.")
 
 
 @contextmanager

@@ -113,7 +113,8 @@ def _show(report: Report) -> None:
         total.failures and f"Failures: {_counts(total.failures)}",
         total.unpriced and f"The price of {total.unpriced} attempts is unknown: set costs.per_million_tokens.",
         total.estimated and f"The tokens of {total.estimated} attempts are estimates: the provider reported none.",
-        total.cached and f"Stored answers: {total.cached}, which saved {short(total.saved_tokens)} tokens and {total.saved_usd:.2f} USD.",
+        total.cached and f"Stored answers: {total.cached}, which saved {short(total.saved_tokens)} tokens"
+        f"{'' if total.saved_usd is None else f' and {total.saved_usd:.2f} USD'}.",
         report.reference_model and total.cost_avoided_usd is None and not total.unpriced
         and f"LiteLLM has no price for costs.reference_model, {report.reference_model}.",
     ):  # fmt: skip

@@ -64,8 +64,9 @@ _COUNTERS: _Counters = (
 _SAVED: _Counters = (
     ("cached_requests", "Requests to which a stored answer was given.", lambda _, cell: {None: cell.attempts}),
     ("saved_tokens", "Tokens that stored answers saved.", lambda _, cell: {None: cell.prompt + cell.completion}),
-    ("saved_cost_usd", "Cost in USD that stored answers saved, where it is known.", lambda _, cell: {None: cell.cost}),
-)
+    ("saved_cost_usd", "Cost in USD that stored answers saved, where it is known.",
+     lambda _, cell: {None: cell.cost} if cell.unpriced < cell.attempts else {}),
+)  # fmt: skip
 
 
 def _counters(table: _Counters, cells: usage.Cells) -> Iterator[_Family]:

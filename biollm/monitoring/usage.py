@@ -60,7 +60,7 @@ class Row:
     estimated: int = 0  # attempts whose tokens are an estimate, since the provider reported none
     cached: int = 0  # requests to which a stored answer was given
     saved_tokens: int = 0  # what these would have taken, and cost where the price is known
-    saved_usd: float = 0.0
+    saved_usd: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +254,7 @@ def _row(
         estimated=total.estimated,
         cached=saved.attempts,
         saved_tokens=saved.prompt + saved.completion,
-        saved_usd=saved.cost,
+        saved_usd=saved.cost if saved.unpriced < saved.attempts else None,
     )
 
 

@@ -53,6 +53,14 @@ def test_options_without_effect_are_reported(server: Server, biollm: Biollm) -> 
     assert "The cache is not used with --ensemble.\n" in biollm("complete", "why?", "--cache", "--ensemble", "2").err
 
 
+def test_what_an_answer_of_unknown_price_saved_is_not_called_zero(server: Server, biollm: Biollm) -> None:
+    for _ in range(2):
+        biollm("complete", "why?", "--cache")
+    assert "\nStored answers: 1, which saved 3 tokens.\n" in biollm("usage").out
+    assert "biollm_saved_cost_usd_total{" not in biollm("usage", "--prometheus").out
+    assert biollm("cache", "clear").out == "1 answer deleted.\n"
+
+
 def test_show_and_clear(server: Server, biollm: Biollm, state: Path) -> None:
     empty = biollm("cache", "show")
     assert (empty.code, empty.out) == (0, f"0 answers of the last 12 hours, 0.0 of 50 MB: {state / 'cache.db'}\n")
@@ -66,6 +74,7 @@ def test_show_and_clear(server: Server, biollm: Biollm, state: Path) -> None:
     facts = biollm("cache", "show", "--json", "-n", "1").json
     assert (facts["answers"], facts["ttl_s"], facts["max_mb"], facts["file"]) == (2, 43200, 50, str(state / "cache.db"))
     assert [(each["about"], each["deployment"]) for each in facts["newest"]] == [("and why not?", "first/small")]
+    assert biollm("usage").out.count("Stored answers") == 0
     assert biollm("cache", "clear").out == "2 answers deleted.\n"
     assert biollm("complete", "why?", "--cache").out == "answer 3\n"
 
