@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show the size and limits of the cache, and the newest answers."""
+    import time
+
     from biollm.client.cache import Cache
     from biollm.config import load_config
 
@@ -54,6 +54,8 @@ def clear() -> None:
 
 @contextmanager
 def _reported(path: Path) -> Generator[None]:
+    import sqlite3  # here: no other command needs it to start
+
     try:
         yield
     except sqlite3.Error as error:

@@ -152,6 +152,7 @@ def test_json_holds_the_whole_story(net: Loopback, waterfall: Waterfall, biollm:
     ]
     assert set(attempts[0]) == {"deployment", "outcome", "reason", "status", "ms"}
     assert ms > 0
+    assert re.fullmatch("[0-9a-f]{32}", fact.pop("id"))
     assert fact == {
         "text": "All is well.",
         "provider": "second",
@@ -162,6 +163,7 @@ def test_json_holds_the_whole_story(net: Loopback, waterfall: Waterfall, biollm:
                   "reasoning_tokens": 0, "estimated": False},
         "cost_usd": None,
         "degraded": False,
+        "cached": False,
         "reasoning": "",
         "notes": [],
         "parsed": None,
