@@ -69,7 +69,11 @@ def outcome(call: Callable[[], Any]) -> dict[str, Any]:
         (each.deployment, each.outcome, re.sub(r"\d+ s\b", "", each.reason), each.status) for each in facts["attempts"]
     ]
     facts["tool_calls"] = [{**call, "id": ""} for call in facts.get("tool_calls", ())]
-    return {name: value for name, value in facts.items() if name not in ("id", "latency_ms", "raw", "partial", "retry_after")}
+    return {
+        name: value
+        for name, value in facts.items()
+        if name not in ("id", "latency_ms", "raw", "partial", "retry_after")
+    }
 
 
 def asks_the_gateway(client: Client) -> bool:
