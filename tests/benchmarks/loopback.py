@@ -1,7 +1,8 @@
 """A provider in a process of its own that answers at once, as cheaply as Python can.
 
 The first part of a request's path says how: /ok answers, /429 and /500 refuse, /capped answers 60 requests in any
-60 s and refuses the rest; GET /capped/log lists (arrival in epoch seconds, status); /stream sends 20 tokens a second,
+60 s and refuses the rest; GET /capped/log lists (arrival in epoch seconds, status); /slow-300 answers
+after 300 ms; /stream sends 20 tokens a second,
 as many and marked with the number that the prompt says: "NUMBER COUNT".
 """
 
@@ -97,6 +98,9 @@ class _Connection(asyncio.Protocol):
             elif how[1] == "stream":
                 number, count = map(int, json.loads(body)["messages"][-1]["content"].split())
                 self.streaming = asyncio.ensure_future(_stream(self.transport, number, count))
+            elif how[1].startswith("slow-"):
+                later = int(how[1].removeprefix("slow-")) / 1000
+                asyncio.get_running_loop().call_later(later, self.transport.write, _ANSWERS["ok"])
             else:
                 self.transport.write(_capped() if how[1] == "capped" else _ANSWERS[how[1]])
 

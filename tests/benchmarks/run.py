@@ -22,6 +22,7 @@ from pathlib import Path
 
 import commands
 import condensing
+import evaluation
 import gateway
 import loopback
 import overhead
@@ -152,6 +153,7 @@ def main() -> None:
         found, figures = promises.many(address, scratch)
         add("500 deployments", found, peer_table(figures, "500 deployments: load", "ms"))
         add("Stored answers", promises.stored(address, scratch))
+        add("Evaluation", [*evaluation.comparison(address, scratch), *evaluation.ensemble(address, scratch)])
         add("Quotas", promises.quota(address, scratch))
         add("`biollm top`", top.measure(address, scratch))
         add("Usage", [*usage.million(scratch, env), *usage.writes()])
