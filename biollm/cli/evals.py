@@ -129,7 +129,7 @@ def rate(
         Path | None, Option(metavar="FILE", help="A file with what the answer should have been.")
     ] = None,
 ) -> None:
-    """Mark an answer as right or wrong, for `usage --by rating` and `tune export`."""
+    """Mark an answer as right or wrong."""
     from biollm.config.paths import state_dir
     from biollm.ledger.ratings import Ratings
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from setting import Bar, interleaved, ratio, waterfall
 
-INPUTS = 150
+INPUTS = 60
 SLOW = {"a": 300, "b": 400, "c": 500}  # ms
 
 
@@ -22,12 +22,12 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def comparison(address: str, scratch: Path) -> list[Bar]:
-    """Ask two arms 150 inputs each, and the same 300 requests by `complete_many`."""
+    """Ask two arms 60 inputs each, and the same 120 requests by `complete_many`."""
     from biollm import evals
     from biollm.client import Client
 
     bars: list[Bar] = []
-    for path, what in (("ok", "a provider that answers at once"), ("slow-100", "one that takes 100 ms")):
+    for path, what in (("ok", "a provider that answers at once"), ("slow-300", "one that takes 300 ms")):
         folder = waterfall(
             scratch / f"compare-{path}",
             **{name: {"base_url": f"{address}/{path}/v1", "models": [f"m{name}"]} for name in "ab"},

@@ -59,8 +59,9 @@ def test_verbose_names_every_attempt(net: Loopback, waterfall: Waterfall, biollm
     )
     ran = biollm("complete", "why?", "-v")
     skipped, failed, again, ok = (
-        re.sub(r"\d+\.\d s\b ?", "", line).split(maxsplit=2) for line in ran.err.splitlines()[-5:-1]
+        re.sub(r"\d+\.\d s\b ?", "", line).split(maxsplit=2) for line in ran.err.splitlines()[-6:-2]
     )
+    assert re.fullmatch(r"  id [0-9a-f]{32}", ran.err.splitlines()[-2])
     assert skipped == ["skipped", "keyless/small", "no key: set NOT_SET"]
     assert failed == again == ["failed", "broken/small", "HTTP 500: Internal server error."]
     assert ok == ["ok", "third/small"]
@@ -311,7 +312,7 @@ def test_missing_keys_are_named_once_per_account(waterfall: Waterfall, biollm: B
 
 
 USAGE = [
-    (["complet"], "Did you mean 'complete'?"),
+    (["complet"], "Did you mean 'complete'"),
     (["complete", "--provder", "x"], "--provider"),
     (["complete", "why?", "--provider", "frist"], "Did you mean 'first'? Known: first."),
     (["complete", "why?", "--model", "smal"], "Did you mean 'small'?"),
