@@ -47,7 +47,7 @@ def compare(
     html: Annotated[Path | None, Option(metavar="FILE", help="Write one HTML page with every answer.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask several models the same, and report whether one is better."""
+    """Compare the answers of several models."""
     from biollm import evals
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "local_only": local_only or None}
