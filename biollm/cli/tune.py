@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -80,7 +80,7 @@ def fit(model: Base, rank: Rank = 16, length: Length = 2048, gpus: Gpus = None, 
 
 
 def _plan(
-    base: str, data: Path, name: str, time: str | None, gpus: int | None, **how: float
+    base: str, data: Path, name: str, time: str | None, gpus: int | None, *how: Any
 ) -> tuple[Model, Cluster, Training, Options]:
     from biollm.config.paths import models_dir
     from biollm.slurm.training import Training
@@ -90,7 +90,7 @@ def _plan(
     known = settings.models.get(name)
     if not re.fullmatch(r"[A-Za-z0-9][\w./@+-]*", name) or (known and known.base != model.key):
         raise UsageError(f"{name!r} cannot be the name of an adapter of {base}.", hint="Choose another --name.")
-    training = Training(name, data.resolve(), models_dir(settings.cluster) / "adapters" / name, **how)  # type: ignore[arg-type]
+    training = Training(name, data.resolve(), models_dir(settings.cluster) / "adapters" / name, *how)
     return model, settings.cluster, training, slurm_options(time, gpus=gpus)
 
 
@@ -102,8 +102,7 @@ def render(
     """Print the Slurm script that trains an adapter. Nothing is submitted."""
     from biollm.slurm import training
 
-    how = {"rank": rank, "length": length, "epochs": epochs, "learning_rate": learning_rate}
-    planned = _plan(model, file, name, time, gpus, **how)
+    planned = _plan(model, file, name, time, gpus, rank, length, epochs, learning_rate)
     text = training.render(*planned).text
     warn(prepared(planned[1]))
     print(text, end="")
@@ -120,9 +119,11 @@ def up(
     """
     from biollm.slurm import training
 
-    how = {"rank": rank, "length": length, "epochs": epochs, "learning_rate": learning_rate}
     progress = Progress()
-    job = training.train(*_plan(model, file, name, time, gpus, **how), lambda job: progress.say(state_line(job)))
+    job = training.train(
+        *_plan(model, file, name, time, gpus, rank, length, epochs, learning_rate),
+        lambda job: progress.say(state_line(job)),
+    )
     progress.clear()
     print(job.reason)
 

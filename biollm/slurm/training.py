@@ -30,9 +30,9 @@ class Training:
     output: Path
     rank: int = 16
     length: int = 2048
-    batch: int = 8
     epochs: float = 3.0
     learning_rate: float = 2e-4
+    batch: int = 8
 
 
 # What takes memory, as docs/tuning.md explains it, with sources; not measured on a GPU.

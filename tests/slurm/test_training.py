@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -158,8 +159,13 @@ def test_the_commands_fit_and_render(biollm: Biollm, tmp_path: Path) -> None:
     assert json.loads(biollm("tune", "fit", "llama-3.3-70b", "--json").out)["gpus"] == 2
     assert biollm("tune", "fit", "llama-3.3-70b", "--gpus", "1").code == 78
     (tmp_path / "train.jsonl").write_text("{}\n")
-    ran = biollm("tune", "render", "qwen-coder-32b", tmp_path / "train.jsonl", "--epochs", "5")
+    options = ("--rank", "8", "--length", "512", "--epochs", "5", "--learning-rate", "0.001")
+    ran = biollm("tune", "render", "qwen-coder-32b", tmp_path / "train.jsonl", *options)
     assert ran.code == 0
+    words = shlex.split(ran.out.partition('"$@"')[2].partition("&")[0].replace("\\\n", ""))
+    values = dict(zip(words[::2], words[1::2], strict=True))
+    assert all(values[name] == value for name, value in zip(options[::2], ("8", "512", "5.0", "0.001"), strict=True))
+    assert values["--batch"] == "8"
     assert "  --name qwen-coder-32b-tuned \\\n" in ran.out
     assert ran.out.rstrip().endswith('exit "$code"')
     for name in ("llama-3.3-70b", "two\nlines"):
