@@ -275,7 +275,9 @@ def autoscale(as_json: Json = False) -> None:
     if not scaling.scaled(settings):
         raise UsageError("No model has `scale`.", hint="Add `scale: {min: 0, max: 2}` to a local model in models.yaml.")
     with scaling.controlling(settings.cluster) as alone:
-        decisions = scaling.look(settings, ledger(), ending_budgets(settings, ledger())) if alone else {}
+        decisions = (
+            scaling.look(settings, ledger(settings), ending_budgets(settings, ledger(settings))) if alone else {}
+        )
     if not alone:
         print("Another controller runs: the gateway, or another `biollm autoscale`. It decides.", file=sys.stderr)
     if as_json:

@@ -303,7 +303,7 @@ class Client:
         from biollm._runtime import ledger, ratings
 
         checked({"rating": rating}, RATINGS)
-        ledger().flush()
+        ledger(self.config).flush()
         return ratings().rate(answer if isinstance(answer, str) else answer.id, rating, correction)[1]
 
     def __enter__(self) -> Client:

@@ -252,7 +252,9 @@ def _scale(config: Config, end: threading.Event, say: Callable[[str], None]) -> 
         try:
             with scaling.controlling(config.cluster) as alone:
                 while alone and not end.is_set():
-                    for model, decision in scaling.look(config, ledger(), ending_budgets(config, ledger())).items():
+                    for model, decision in scaling.look(
+                        config, ledger(config), ending_budgets(config, ledger(config))
+                    ).items():
                         if decision.change:
                             say(f"{model}: {decision.line}")
                     end.wait(_LOOK)

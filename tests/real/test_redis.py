@@ -92,6 +92,23 @@ def test_a_limit_is_exact_over_eight_processes_on_four_hosts_with_clocks_of_thei
         assert ledger.used(SCOPE, [month]) != [], "a limit added later is counted from every host's history"
 
 
+def test_a_server_that_lost_its_data_grants_at_most_one_limit_more(tmp_path: Path, server: RedisServer) -> None:
+    hosts = [Ledger(tmp_path / name, server=server.server) for name in ("ann", "ben")]
+    limits = per(20, "min"), per(30, "day")
+
+    def granted() -> int:
+        return sum(isinstance(reserve(hosts[number % 2], *limits), int) for number in range(60))
+
+    assert granted() == 20
+    server.call("FLUSHALL")
+    server.call("SCRIPT", "FLUSH")
+    for host in hosts:
+        host.refresh()
+    assert granted() == 20
+    for host in hosts:
+        host.close()
+
+
 def test_every_key_has_the_prefix_and_ends_by_itself(tmp_path: Path, server: RedisServer) -> None:
     with contextlib.closing(Ledger(tmp_path, server=server.server)) as ledger:
         limits = per(5, "min"), per(1000, "min", "tokens"), per(5, "day"), per(9, "month", "usd")
