@@ -203,7 +203,7 @@ class _Run:
     async def _ask(self, given: Input, arm: str) -> Completion:
         asked = self._asked
         options: Json = {"system": asked.system, "response_model": asked.schema, **asked.options}
-        options |= {"attachments": [given.file] if given.file else [], "tags": {"compare": arm}}
+        options |= {"attachments": [given.file] if given.file else [], "tags": {"compare": arm}, "cache": False}
         prompt = _prompt(given, asked.prompt)
         if arm.startswith(_ENSEMBLE):
             return await self._client.aensemble(prompt, members=_members(arm), **options)
@@ -233,7 +233,7 @@ class _Run:
             return None
         said: list[str] = []
         pinned = address(self._client.config, str(self._asked.judge))
-        options: Json = {**pinned, "fallback": False, "response_model": scoring.VERDICT}
+        options: Json = {**pinned, "fallback": False, "response_model": scoring.VERDICT, "cache": False}
         question = _prompt(given, self._asked.prompt)
         text = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
         for first, second in ((one, other), (other, one)):

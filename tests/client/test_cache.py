@@ -24,6 +24,7 @@ from conftest import until
 from provider import Loopback, Server
 from pydantic import BaseModel
 
+from biollm import evals
 from biollm._runtime import ledger
 from biollm.client import Client, CompletionError, DeadlineError, UsageError, cache_key, get_model_client, normalize_log
 from biollm.client import cache as caching
@@ -140,6 +141,22 @@ def test_a_typed_answer_is_parsed_again(wanted: Any, net: Loopback, waterfall: W
     first, second = (client.complete("why?", response_model=wanted, cache=True) for _ in range(2))
     assert (first.parsed, second.cached, len(server.completions)) == (second.parsed, True, 1)
     assert isinstance(second.parsed, dict if wanted is SCHEMA else Answer)
+
+
+def test_ensembles_and_comparisons_bypass_it(waterfall: Write, server: Server, state: Path, tmp_path: Path) -> None:
+    waterfall(first=server)
+    client = get_model_client(sender="direct", cache=True)
+    server.answer = lambda body: {
+        "role": "assistant",
+        "content": '{"winner": 1, "answer": 1, "reason": "x"}'
+        if "Answer 1" in str(body)
+        else f"answer {len(server.completions)}",
+    }
+    client.ensemble("why?", members=["small", "small"], method="judge")
+    (inputs := tmp_path / "inputs.jsonl").write_text('{"prompt": "why?"}\n')
+    evals.compare([inputs], ["small", "first/small"], client=client)
+    assert len(server.completions) == 3 + 2
+    assert not (state / "cache.db").exists()
 
 
 # --- the key -------------------------------------------------------------------------------------------------------
