@@ -83,8 +83,11 @@ def _plan(
     base: str, data: Path, name: str, time: str | None, gpus: int | None, *how: Any
 ) -> tuple[Model, Cluster, Training, Options]:
     from biollm.config.paths import models_dir
+    from biollm.evals import tuning
     from biollm.slurm.training import Training
 
+    if not [*tuning.read(data)]:  # before a GPU waits
+        raise UsageError(f"{data} has no examples.", hint="`biollm tune export` writes some.")
     settings, name = config.load_config(), name or f"{base}-tuned"
     (model,) = local_models(settings, [base])
     known = settings.models.get(name)

@@ -101,7 +101,6 @@ def train(model: Model, cluster: Cluster, training: Training, options: Options, 
         kept = replace(training, data=training.output / "train.jsonl")  # a node may not see the user's file
         write_private(kept.data, training.data.read_text())
         named = model.model_copy(update={"key": training.name})
-        return jobs.wait_until_over(
-            jobs.submit(render(model, cluster, kept, options), named, cluster), cluster, on_state
-        )
+        submission = jobs.submit(render(model, cluster, kept, options), named, cluster)
+        return jobs.wait_until_over(submission, cluster, on_state)
     return jobs.wait_until_over(active[0].submission, cluster, on_state)

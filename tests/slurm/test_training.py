@@ -158,7 +158,8 @@ def test_the_commands_fit_and_render(biollm: Biollm, tmp_path: Path) -> None:
     assert (ran.code, ran.out.splitlines()[1].split()) == (0, ["weights", "61.0"])
     assert json.loads(biollm("tune", "fit", "llama-3.3-70b", "--json").out)["gpus"] == 2
     assert biollm("tune", "fit", "llama-3.3-70b", "--gpus", "1").code == 78
-    (tmp_path / "train.jsonl").write_text("{}\n")
+    chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "memory"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": chat}))
     options = ("--rank", "8", "--length", "512", "--epochs", "5", "--learning-rate", "0.001")
     ran = biollm("tune", "render", "qwen-coder-32b", tmp_path / "train.jsonl", *options)
     assert ran.code == 0
@@ -171,3 +172,7 @@ def test_the_commands_fit_and_render(biollm: Biollm, tmp_path: Path) -> None:
     for name in ("llama-3.3-70b", "two\nlines"):
         ran = biollm("tune", "render", "qwen-coder-32b", tmp_path / "train.jsonl", "--name", name)
         assert (ran.code, "cannot be the name of an adapter of qwen-coder-32b" in ran.err) == (2, True)
+    for text, message in (("", "has no examples"), ("{}\n", "train.jsonl:1 is no conversation")):
+        (tmp_path / "train.jsonl").write_text(text)
+        ran = biollm("tune", "render", "qwen-coder-32b", tmp_path / "train.jsonl")
+        assert (ran.code, message in ran.err) == (2, True)
