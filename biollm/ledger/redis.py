@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "biollm:"
 _BATCH = 200  # jobs in one call: other clients wait for it, some 10 us for each
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 _JITTER = 0.1  # seconds by which two measurements of the server's clock may differ
 
 
@@ -76,7 +77,7 @@ class RedisStore:
             self._served()
             missing: list[Any] = []
             for job, answer in zip(batch, answers, strict=True):
-                if "recall" in (answer or ()):
+                if job.operation == "reserve" and "recall" in answer:
                     missing += self._histories(job.arguments[0].scope, answer["recall"])
                     waiting.insert(0, job)
                 else:
@@ -114,7 +115,7 @@ class RedisStore:
         """
         began = self._clock()
         own = {} if self._clock is time.time else {"now": began}
-        request = json.dumps({"jobs": jobs, **own}, ensure_ascii=False).encode(errors="replace")
+        request = _encode({"jobs": jobs, **own}).encode(errors="replace")
         try:
             self._script = script = self._script or self._opened()
             reply: dict[str, Any] = json.loads(script([_PREFIX], [request]))
