@@ -132,6 +132,8 @@ def read(given: Json, headers: Mapping[str, str], config: Config, tags: Mapping[
     checked(ours, {**RULES, "cache_similar": _SIMILAR}, "biollm.")
     if similar := ours.pop("cache_similar", False):
         ours["cache_key"] = partial(normalize_log, names=[] if similar is True else similar)
+    if texts := ours.get("attachments"):  # a text is a text here: no caller learns which files this host has
+        ours["attachments"] = [{"name": "text", "text": each} if isinstance(each, str) else each for each in texts]
     ensemble = _ensemble(ours.pop("ensemble", None), chat=chat)
     stream, prompt, schema = body.get("stream", False), _prompt(body, chat=chat), _schema(body)
     options: Json = {**address(config, body.get("model", GROUP)), **ours, "extra": _extra(body, schema)}

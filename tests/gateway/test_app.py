@@ -491,6 +491,14 @@ def test_it_runs_on_the_loop_that_asks_too(net: Loopback, waterfall: Callable[..
     assert asyncio.run_coroutine_threadsafe(ask(), background().loop).result(60) == ["same loop"] * 2
 
 
+def test_no_caller_learns_which_files_the_host_has(net: Loopback, serve: Any, tmp_path: Path) -> None:
+    (file := tmp_path / "a.log").touch()
+    client = serve(first=(server := net.serve()))
+    for text in (str(file), str(tmp_path / "gone.log")):
+        assert client.post(CHAT, json={**HI, "biollm": {"attachments": [text]}}).status_code == 200
+        assert text in server.completions[-1].body["messages"][-1]["content"]
+
+
 ENSEMBLES = [
     # biollm.ensemble, who answered, status, what the error names
     pytest.param(2, ["first/small", "second/small"], 200, "", id="number"),
