@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -67,7 +68,15 @@ def read(paths: Sequence[Path]) -> tuple[list[Input], dict[str, Any]]:
             found += _of_file(path)
     if not found:
         raise UsageError("There are no inputs.", hint="Name log files, a folder of them, or JSONL files.")
-    return found, settings
+    return list(_apart(found)), settings
+
+
+def _apart(found: Sequence[Input]) -> Iterator[Input]:
+    """Yield the inputs with ids that differ: a second "a.log" is "a.log#2"."""
+    seen = Counter[str]()
+    for each in found:
+        seen[each.id] += 1
+        yield each if seen[each.id] == 1 else replace(each, id=f"{each.id}#{seen[each.id]}")
 
 
 def _of_file(path: Path) -> Iterator[Input]:

@@ -162,6 +162,8 @@ def report(
     stopped: str,
 ) -> Report:
     """Return the report; `began` in seconds since the epoch."""
+    order = {each.id: at for at, each in enumerate(inputs)}
+    answers = sorted(answers, key=lambda each: (order[each.id], arms.index(each.arm)))
     by_arm = {arm: {each.id: each for each in answers if each.arm == arm} for arm in arms}
     hours = gpu_hours(config, began, time.time())
     judged = {(each.one, each.other, each.id): each for each in verdicts}

@@ -136,6 +136,7 @@ def test_a_folder_without_jsonl_is_its_files_and_the_inputs_of_one_file_are_a_cl
     assert [each.id for each in found] == ["a.log", "b.log"]
     found, _ = inputs.read([lines(tmp_path, [{"file": "a.log", "prompt": each} for each in "xy"])])
     assert len({each.cluster for each in found}) == 1
+    assert [each.id for each in found] == ["a.log", "a.log#2"], "each has an answer of its own"
 
 
 WRONG = [
