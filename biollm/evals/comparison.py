@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import combinations
@@ -185,7 +185,8 @@ class _Run:
     async def _answer(self, given: Input, arm: str) -> Answer | None:
         key = self._asked.key(given, arm)
         if known := self._known.get(key):
-            return Answer.of(known)
+            kept = Answer.of({**known, "id": given.id})
+            return replace(kept, score=await self._score(given, kept.text or "", kept.parsed))
         if self._spending.over:
             return None
         error, answer = "", None
@@ -194,7 +195,7 @@ class _Run:
             self._spending.add(arm, answer)
         except CompletionError as failure:
             error = str(failure)
-        score = await self._score(given, answer) if answer else None
+        score = await self._score(given, answer.text, answer.parsed) if answer else None
         made = Answer.made(given, arm, answer, score, error)
         if not error:
             self._write({"key": key, **_as_dataset(given, self._asked), **asdict(made)})

@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 
 from biollm.errors import UsageError
 from biollm.evals.inputs import Input
-from biollm.types import Completion, Json
+from biollm.types import Json
 
-Score = Callable[[Input, Completion], Awaitable[float | None]]
+Score = Callable[[Input, str, Any], Awaitable[float | None]]  # of an answer: its text, and its object if it has one
 Winner = Literal["first", "second", "tie"]
 VERDICT: Json = {
     "title": "verdict",
@@ -37,14 +37,13 @@ def by_expected(name: str | None) -> Score:
     A structured answer must have that value in the field `name`; a text must contain it.
     """
 
-    async def score(given: Input, answer: Completion) -> float | None:
+    async def score(given: Input, text: str, parsed: Any) -> float | None:
         expected: Any = given.expected(name)
         if expected is None:
             return None
-        parsed: Any = answer.parsed
         if isinstance(parsed, dict) and name:
             return float(plain(str(cast("Json", parsed).get(name))) == plain(str(expected)))
-        return float(plain(str(expected)) in plain(answer.text))
+        return float(plain(str(expected)) in plain(text))
 
     return score
 
@@ -58,13 +57,13 @@ def by_command(command: str) -> Score:
     if not any("{answer}" in word for word in words):
         raise UsageError("--command has no {answer}.", hint="Write {answer} where the file with the answer belongs.")
 
-    async def score(given: Input, answer: Completion) -> float | None:
+    async def score(given: Input, text: str, parsed: Any) -> float | None:
         with tempfile.TemporaryDirectory(prefix="biollm-") as folder:
             question = given.question if isinstance(given.question, str) else json.dumps(given.question)
-            texts = {"answer": answer.text, "input": question, "expected": str(given.expected(None) or "")}
+            texts = {"answer": text, "input": question, "expected": str(given.expected(None) or "")}
             line = words
-            for name, text in texts.items():
-                (Path(folder) / name).write_text(text)
+            for name, content in texts.items():
+                (Path(folder) / name).write_text(content)
                 line = [word.replace(f"{{{name}}}", f"{folder}/{name}") for word in line]
             try:
                 process = await asyncio.create_subprocess_exec(*line, stdout=asyncio.subprocess.PIPE)

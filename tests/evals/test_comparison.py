@@ -258,6 +258,17 @@ def test_a_run_that_was_killed_goes_on(net: Loopback, waterfall: Write, tmp_path
     assert sum(len(each.completions) for each in servers.values()) == 17 + 16, "another question has other answers"
 
 
+def test_what_was_answered_is_scored_anew(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    servers = arms(net, waterfall, a="yes", b="no")
+    out, names = tmp_path / "out.jsonl", ["model-a", "model-b"]
+    twice = [{"input": "q", "target": "no", "id": each} for each in "xy"]
+    assert [arm.score for arm in evals.compare([lines(tmp_path, twice)], names, results=out).arms] == [0, 1]
+    corrected = [{**each, "target": "yes"} for each in twice]
+    found = evals.compare([lines(tmp_path, corrected)], names, results=out)
+    assert [(arm.score, arm.answers) for arm in found.arms] == [(1, 2), (0, 2)]
+    assert [len(each.completions) for each in servers.values()] == [2, 2]
+
+
 def test_errors_are_asked_again(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
     a, b = net.serve(then=HTTP_400), net.serve(text="x")  # which rests nothing
     waterfall(a={"base_url": a.url, "models": ["a"]}, b={"base_url": b.url, "models": ["b"]})
@@ -308,8 +319,9 @@ def test_no_difference_is_not_a_claim_of_equality(net: Loopback, waterfall: Writ
 def test_results_are_a_dataset_of_inspect(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
     arms(net, waterfall, a=knows(), b=knows())
     evals.compare([DIAGNOSIS], ["model-a", "model-b"], results=tmp_path / "out.jsonl", limit=2)
-    first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
-    assert (first["id"], first["target"]) == ("nextflow_oom.log", "memory")
+    found = map(json.loads, (tmp_path / "out.jsonl").open())
+    first = next(each for each in found if each["id"] == "nextflow_oom.log")
+    assert first["target"] == "memory"
     assert "exit status (137)" in first["input"][0]["content"]
     assert (tmp_path / "out.jsonl").stat().st_mode & 0o777 == 0o600
 
