@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from biollm.evals.report import Report
 
 _BAR = 20  # columns
+_LEAST_HOURS = 0.01  # of GPUs that are worth a line
 
 
 def compare(
@@ -116,7 +117,7 @@ def _show(found: Report) -> None:
     for line in lines(found):
         print(line)
     for arm in found.arms:
-        if arm.gpu_hours:
+        if arm.gpu_hours and arm.gpu_hours >= _LEAST_HOURS:
             print(f"{arm.name}: {arm.gpu_hours:.2f} GPU hours.")
         if arm.changed:
             print(f"{arm.name}: {arm.changed} inputs were condensed or redacted for it.")
