@@ -30,6 +30,7 @@ def add(
     budget: Budgets = None,
     tag: Tags = None,
     start_local: Annotated[bool, Option("--start-local", help="Its requests may start servers on Slurm.")] = False,
+    pages: Annotated[bool, Option("--pages", help="It also opens the page and the metrics of all usage.")] = False,
 ) -> None:
     """Make a key and print it, once.
 
@@ -41,7 +42,7 @@ def add(
     entry: dict[str, Any] = {
         "tags": {key: value for each in tag or () for key, value in tags_of(each, "--tag").items()},
         "rate_limit": rate_limit, "token_limit": token_limit, "token_budget": token_budget, "budget": budget,
-        "start_local": start_local,
+        "start_local": start_local, "pages": pages,
     }  # fmt: skip
     key, file = keys.add(name, {field: value for field, value in entry.items() if value})
     print(key)

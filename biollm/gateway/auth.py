@@ -41,7 +41,7 @@ _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:]+))(?::[0-9]+)?")
 
 
 class Admission:
-    """ASGI middleware: a key opens every route, as a bearer token or as Anthropic's x-api-key.
+    """ASGI middleware: a key opens every route but, for some, the pages; as a bearer token or as Anthropic's x-api-key.
 
     Browsers give it as HTTP Basic to see the pages; that opens nothing else, since browsers also send it with the
     requests of other sites. /health is open.
@@ -95,6 +95,9 @@ class Admission:
             return _refusal(path, 401, message, "invalid_api_key", {"www-authenticate": "Bearer"})
         if scheme == "basic" and request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return _refusal(path, 403, "Requests from other sites are refused.", "cross_site")
+        if path in _PAGES and not key.pages:
+            message = "This key does not open the pages. GET /usage shows what was used with it."
+            return _refusal(path, 403, message, "no_pages")
         scope["biollm.tags"] = {"key": key.name, **key.tags}
         scope["biollm.start_local"] = key.start_local
         scope["biollm.key"] = key

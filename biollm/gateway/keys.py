@@ -47,13 +47,15 @@ class _Entry(BaseModel):
     budget: values.Dollars = ()
     resets: values.Resets = None
     start_local: bool = False
+    pages: bool | None = None
 
 
 @dataclass(frozen=True)
 class Key:
     """A key: its limits, the tags of its usage records, and whether it may start servers on Slurm.
 
-    A key derived for an agent also has a data policy and an expiry, in epoch seconds. `secret` is "" where the file has
+    `pages`: whether it opens the pages and metrics, which show what everybody uses; by default not where the file has
+    only its hash, which is how keys are made for others. A key derived for an agent also has a data policy and an expiry, in epoch seconds. `secret` is "" where the file has
     only the key's hash: then no agent's key can be derived from it.
     """
 
@@ -65,6 +67,7 @@ class Key:
     policy: str = "any"
     expires: float = math.inf
     hashed: bytes = field(default=b"", repr=False)
+    pages: bool = True
 
     @property
     def digest(self) -> bytes:
@@ -258,4 +261,5 @@ def _key(name: str, entry: _Entry) -> Key:
     listed = (*entry.rate_limit, *entry.token_limit, *entry.token_budget, *entry.budget)
     limits = [replace(each, resets=None if each.rolling else entry.resets) for each in listed]
     secret, digest = ("", bytes.fromhex(hashed[1])) if hashed else (entry.key, b"")
-    return Key(name, secret, entry.tags, limits, entry.start_local, hashed=digest)
+    pages = not hashed if entry.pages is None else entry.pages
+    return Key(name, secret, entry.tags, limits, entry.start_local, hashed=digest, pages=pages)
