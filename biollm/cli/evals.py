@@ -51,6 +51,8 @@ def compare(
     """Compare the answers of several models."""
     from biollm import evals
 
+    if html and {html.resolve(), html.resolve().parent} & {each.resolve() for each in (*inputs, results)}:
+        raise UsageError(f"--html {html} is among the inputs or results.", hint="Name a file elsewhere.")
     given = {"max_tokens": max_tokens, "temperature": temperature, "local_only": local_only or None}
     progress, began = Progress(), time.monotonic()
 

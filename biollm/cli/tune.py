@@ -48,6 +48,7 @@ def export(
     from biollm.ledger.ratings import Ratings
     from biollm.providers import credentials
 
+    file, beside = tuning.places(file, source)
     accounts = [(each, account) for each in config.load_config().providers for account in each.accounts]
     keys = [credentials.find(*each, state_dir(), exchange=False) for each in accounts]
     secrets = [key.secret for key in keys if not isinstance(key, str)]
@@ -56,7 +57,7 @@ def export(
     if not train:
         message = f"There are {len(held_out)} different examples, of fewer than two runs."
         raise UsageError(message, hint="Rate more answers (`biollm rate`), or give a file: --from FILE.")
-    beside = tuning.write(train, held_out, file)
+    tuning.write(train, held_out, file, beside)
     print(f"{file}: {len(train)} examples\n{beside}: {len(held_out)} examples, held out")
 
 
@@ -91,7 +92,11 @@ def _plan(
     settings, name = config.load_config(), name or f"{base}-tuned"
     (model,) = local_models(settings, [base])
     known = settings.models.get(name)
-    if not re.fullmatch(r"[A-Za-z0-9][\w./@+-]*", name) or (known and known.base != model.key):
+    if (
+        not re.fullmatch(r"[A-Za-z0-9][\w./@+-]*", name)
+        or ".." in Path(name).parts
+        or (known and known.base != model.key)
+    ):
         raise UsageError(f"{name!r} cannot be the name of an adapter of {base}.", hint="Choose another --name.")
     training = Training(name, data.resolve(), models_dir(settings.cluster) / "adapters" / name, *how)
     return model, settings.cluster, training, slurm_options(time, gpus=gpus)

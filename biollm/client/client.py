@@ -267,7 +267,11 @@ class Client:
         from biollm.client import ensemble
 
         whole: Options = await _aloaded({**self._defaults, **check(options)})
-        found = await apart(partial(self.explain, prompt or "", **whole)) if isinstance(members, int) else ()
+        found = (
+            await apart(partial(self.explain, prompt or (None if whole.get("messages") else ""), **whole))
+            if isinstance(members, int)
+            else ()
+        )
         return await ensemble.ask(
             self, prompt, whole, found, members=members, method=method, quorum=quorum, judge=judge
         )

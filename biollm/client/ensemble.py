@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Method = Literal["vote", "judge"]
 _OF_JUDGE = ("local_only", "data_policy", "tags", "timeout", "attachments", "redact", "redact_names", "sender")
+_MOST = 16  # members: each is a request of its own
 _ASK = "Below are {} answers to one question. Choose the one that is most correct and useful; length is no merit."
 
 
@@ -97,6 +98,8 @@ async def ask(
         raise UsageError(f"quorum is {needed}; with {len(names)} members it must be 1 to {len(names)}.")
     if method not in (None, "vote", "judge"):
         raise UsageError(f"method is {method!r}; it must be 'vote' or 'judge'.")
+    if judge is not None:
+        _check_name(client, judge)  # before anything is paid for
     one: Options = {**options, "fallback": False, "allow_degraded": False, "cache": False}
     one.pop("deadline", None)  # it holds for all of them together
     asked = [asyncio.ensure_future(client.acomplete(prompt, **_pinned(client, one, name))) for name in names]
@@ -131,13 +134,14 @@ def _names(client: Asked, candidates: Sequence[Candidate], members: int | Sequen
     Where there are fewer deployments than members, they are asked several times.
     """
     if not isinstance(members, int):
+        if isinstance(members, str) or not all(isinstance(name, str) for name in members):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"members is {members!r}; it must be a number, or a list of models.")
         for name in members:
-            check_names(client.config, *map(address(client.config, name).get, ("provider", "model")))
-        if not members:
-            raise UsageError("An ensemble needs at least one member.")
+            _check_name(client, name)
+    if not 1 <= (count := members if isinstance(members, int) else len(members)) <= _MOST:
+        raise UsageError(f"An ensemble has 1 to {_MOST} members, not {count}.")
+    if not isinstance(members, int):
         return list(members)
-    if members < 1:
-        raise UsageError(f"members is {members}; it must be a number from 1 up, or a list of models.")
     ready = [each.deployment for each in candidates if each.status == "ready" and not each.deployment.embedded]
     if not ready:
         attempts = [Attempt(each.deployment.id, "skipped", each.reason) for each in candidates if each.reason]
@@ -149,6 +153,10 @@ def _names(client: Asked, candidates: Sequence[Candidate], members: int | Sequen
         turns[each.scope] += 1
     unique = list(dict.fromkeys(name for *_, name in sorted(ranked)))
     return [unique[at % len(unique)] for at in range(members)]
+
+
+def _check_name(client: Asked, name: str) -> None:
+    check_names(client.config, *map(address(client.config, name).get, ("provider", "model")))
 
 
 def _pinned(client: Asked, options: Options, name: str) -> Options:
@@ -272,6 +280,7 @@ def _data(parsed: Any) -> Any:
 
 def _few_values(schema: Json, name: str) -> bool:
     """Return whether a field is an enumeration, a boolean or an integer."""
-    spec: Json = schema.get("properties", {}).get(name, {})
+    spec: Json = schema.get("properties", {}).get(name) or {}
+    spec = spec if isinstance(spec, dict) else {}  # true: any value  # pyright: ignore[reportUnnecessaryIsInstance]
     spec = schema.get("$defs", {}).get(spec.get("$ref", "").rpartition("/")[2], spec)
     return "enum" in spec or "const" in spec or spec.get("type") in ("boolean", "integer")

@@ -29,6 +29,7 @@ from biollm.evals.report import Answer, Report, Verdict, report
 from biollm.inputs.read import read_input
 from biollm.routing.attachments import add_text
 from biollm.routing.candidates import address, check_names
+from biollm.routing.normalize import Rule, checked, is_number
 from biollm.types import Json
 
 _EXCERPT = 4_000  # tokens of a file in the results
@@ -87,10 +88,14 @@ class Comparison:
         """Raise a UsageError for arms that cannot be compared, or ways to score that do not go together."""
         if len(set(self.arms)) < max(2, len(self.arms)):
             raise UsageError("A comparison needs two different arms.", hint="Name them: --a MODEL --b MODEL.")
+        amount: Rule = ("a number of at least 0", lambda given: given is None or is_number(given, 0))
+        checked({"wait": self.wait, "spend_limit": self.spend_limit}, {"wait": amount, "spend_limit": amount})
         if len([each for each in (self.expect, self.command, self.judge) if each]) > 1:
             raise UsageError("--expect, --command and --judge exclude each other.", hint="Choose one.")
         for arm in (*self.arms, *([self.judge] if self.judge else [])):
             members = _members(arm) if arm.startswith(_ENSEMBLE) else [arm]
+            if members == 0:
+                raise UsageError(f"{arm} has no members.", hint="Write ensemble:3, or ensemble:x,y,z.")
             for name in members if isinstance(members, list) else ():
                 check_names(client.config, *map(address(client.config, name).get, ("provider", "model")))
 
@@ -125,7 +130,7 @@ def compare(
     Raises:
         UsageError: An input, an arm or a setting is wrong.
     """
-    found, given = inputs.read([Path(path) for path in paths])
+    found, given = inputs.read([Path(path) for path in paths], Path(results) if results else None)
     comparison = Comparison(
         arms=arms, **{**given, **{key: value for key, value in settings.items() if value is not None}}
     )
@@ -145,6 +150,8 @@ class _Run:
     ) -> None:
         self._asked, self._client, self._inputs, self._progress = comparison, client, found, progress
         self._path = Path(results) if results else None
+        if self._path:
+            os.close(self._open(self._path))  # that it cannot be written must be known before anything is paid for
         self._known = _results(self._path) if self._path else {}
         self._spending = _Spending(comparison.spend_limit)
         by_command = scoring.by_command(comparison.command) if comparison.command else None
@@ -227,7 +234,7 @@ class _Run:
     async def _judged(self, given: Input, one: Answer, other: Answer) -> Verdict | None:
         key = self._asked.key(given, one.arm, other.arm, str(self._asked.judge), str(one.text), str(other.text))
         if known := self._known.get(key):
-            return Verdict(**known["verdict"])
+            return Verdict(**known["verdict"] | {"id": given.id})
         if one.same_as(other):
             return Verdict(given.id, one.arm, other.arm, "tie", contradicted=False)
         if self._spending.over:
@@ -254,9 +261,13 @@ class _Run:
 
     def _write(self, line: Json) -> None:
         if self._path:
-            mode = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-            with os.fdopen(os.open(self._path, mode, 0o600), "w") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            text = json.dumps(line, ensure_ascii=False) + "\n"  # half a surrogate pair stays as JSON writes it
+            with os.fdopen(self._open(self._path), "wb", buffering=0) as file:
+                file.write(text.encode(errors="backslashreplace"))
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 
 def _members(arm: str) -> int | list[str]:
@@ -282,16 +293,17 @@ def _as_dataset(given: Input, asked: Comparison) -> Json:
 
 def _results(path: Path) -> dict[str, Json]:
     """Return the lines of earlier results by their keys; what an interrupted run left of a line is ended."""
-    if not path.exists() or not (text := path.read_text()):
+    if not path.is_file() or not path.stat().st_size:
         return {}
     found: dict[str, Json] = {}
-    for line in text.splitlines():
+    for _, line in inputs.numbered_lines(path):
         with suppress(ValueError, KeyError, TypeError):
             record: Json = json.loads(line)
             found[record["key"]] = record
     if not found:
         raise UsageError(f"{path} holds no results of a comparison.", hint="Name another file with -o.")
-    if not text.endswith("\n"):
-        with path.open("a") as file:
-            file.write("\n")
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.write(b"\n")
     return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +15,9 @@ import yaml
 from biollm.errors import UsageError, nearest
 
 SETTINGS = "compare.yaml"  # of a folder
-_KEYS = ("prompt", "system", "schema", "expect")
+_KEYS = {"prompt": str, "system": str, "schema": dict, "expect": str}
 _TARGETS = ("target", "expected")  # Inspect's name, and ours
+_FORM = 'Write {"input": "..."} or {"messages": [{"role": "user", "content": "..."}]}.'
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,24 @@ class Input:
         return next((self.record[each] for each in ([name] if name else _TARGETS) if each in self.record), None)
 
 
-def read(paths: Sequence[Path]) -> tuple[list[Input], dict[str, Any]]:
+def read(paths: Sequence[Path], results: Path | None = None) -> tuple[list[Input], dict[str, Any]]:
     """Return the inputs, and the settings of a folder's compare.yaml: prompt, system, schema, expect.
 
     A JSONL line has `messages`, `input` or `prompt`, and a `file` that it is about. A folder's inputs are the lines of
-    its JSONL files, or its other files.
+    its JSONL files, or its other files; `results`, which the run writes, is none.
 
     Raises:
         UsageError: A file cannot be read, or has no input; it names the line.
     """
     found: list[Input] = []
     settings: dict[str, Any] = {}
+    own = results and results.resolve()
     for path in paths:
         if path.is_dir():
             settings |= _settings(path)
-            files = sorted(each for each in path.iterdir() if each.is_file() and each.name[0] != ".")
+            files = sorted(
+                each for each in path.iterdir() if each.is_file() and each.name[0] != "." and each.resolve() != own
+            )
             lines = [each for each in files if each.suffix == ".jsonl"]
             found += [each for file in lines or files if file.name != SETTINGS for each in _of_file(file)]
         else:
@@ -73,10 +77,13 @@ def read(paths: Sequence[Path]) -> tuple[list[Input], dict[str, Any]]:
 
 def _apart(found: Sequence[Input]) -> Iterator[Input]:
     """Yield the inputs with ids that differ: a second "a.log" is "a.log#2"."""
-    seen = Counter[str]()
+    seen = set[str]()
     for each in found:
-        seen[each.id] += 1
-        yield each if seen[each.id] == 1 else replace(each, id=f"{each.id}#{seen[each.id]}")
+        ident = next(
+            name for name in chain([each.id], (f"{each.id}#{number}" for number in count(2))) if name not in seen
+        )
+        seen.add(ident)
+        yield replace(each, id=ident)
 
 
 def _of_file(path: Path) -> Iterator[Input]:
@@ -85,9 +92,19 @@ def _of_file(path: Path) -> Iterator[Input]:
     if path.suffix != ".jsonl":
         yield Input(path.name, str(path), file=path)
         return
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in numbered_lines(path):
         if line.strip():
             yield _of_line(path, number, line)
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number, line) of a JSONL file; raise UsageError if it is not text."""
+    try:
+        text = path.read_text()
+    except UnicodeError:
+        raise UsageError(f"{path} is not UTF-8 text.", hint="Convert it: iconv -f latin1 -t utf-8.") from None
+    lines = text.removesuffix("\n").split("\n") if text else ()  # JSON may hold the other characters that end lines
+    yield from enumerate(lines, 1)
 
 
 def _of_line(path: Path, number: int, line: str) -> Input:
@@ -100,6 +117,8 @@ def _of_line(path: Path, number: int, line: str) -> Input:
         raise UsageError(f"{where} is not a JSON object.")
     record = cast("dict[str, Any]", record)
     question = next((record[name] for name in ("messages", "input", "prompt") if record.get(name)), "")
+    if not isinstance(question, str) and not _are_messages(question):
+        raise UsageError(f"{where}: the input is no text and no list of messages.", hint=_FORM)
     file = path.parent / str(record["file"]) if record.get("file") else None
     if not (question or file):
         raise UsageError(f"{where} has no input.", hint="Write messages, input, prompt or file.")
@@ -107,10 +126,18 @@ def _of_line(path: Path, number: int, line: str) -> Input:
         raise UsageError(f"{where}: {file}: no such file.")
     ident = str(record.get("id") or record.get("file") or where)
     found = Input(ident, str(record.get("cluster") or file or where), question, file, record)
-    if record.get("messages") and record["messages"][-1].get("role") == "assistant":  # training data
-        *asked, last = record["messages"]
-        found = replace(found, question=asked, record={_TARGETS[0]: last["content"], **record})
+    if (
+        record.get("messages") and not isinstance(question, str) and question[-1]["role"] == "assistant"
+    ):  # training data
+        *asked, last = question
+        found = replace(found, question=asked, record={_TARGETS[0]: last.get("content"), **record})
     return found
+
+
+def _are_messages(given: Any) -> bool:
+    return isinstance(given, list) and all(
+        isinstance(each, dict) and "role" in each for each in cast("list[Any]", given)
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -124,4 +151,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     for name in given.keys() - _KEYS:
         hint = nearest(name, _KEYS) or f"Known: {', '.join(_KEYS)}."
         raise UsageError(f"{path}: there is no key {name!r}.", hint=hint)
+    for name, value in given.items():
+        if not isinstance(value, _KEYS[name]):
+            needs = "a mapping" if _KEYS[name] is dict else "a text"
+            raise UsageError(f"{path}: {name} must be {needs}.")
     return given

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shlex
+import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -39,7 +41,7 @@ def by_expected(name: str | None) -> Score:
 
     async def score(given: Input, text: str, parsed: Any) -> float | None:
         expected: Any = given.expected(name)
-        if expected is None:
+        if expected in (None, ""):  # a file of results has "" where nothing is expected
             return None
         if isinstance(parsed, dict) and name:
             return float(plain(str(cast("Json", parsed).get(name))) == plain(str(expected)))
@@ -53,17 +55,24 @@ def by_command(command: str) -> Score:
 
     {answer}, {input} and {expected} stand for files with these texts. No shell is started.
     """
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"--command cannot be read: {error}.", hint="Close every quotation mark.") from None
     if not any("{answer}" in word for word in words):
         raise UsageError("--command has no {answer}.", hint="Write {answer} where the file with the answer belongs.")
+    if not shutil.which(words[0]):  # found out before anything is paid for
+        raise UsageError(f"--command names {words[0]}, which is not a program here.", hint="Check its path and mode.")
 
     async def score(given: Input, text: str, parsed: Any) -> float | None:
         with tempfile.TemporaryDirectory(prefix="biollm-") as folder:
             question = given.question if isinstance(given.question, str) else json.dumps(given.question)
+            if given.file and not question:
+                question = given.file.read_text(errors="replace")
             texts = {"answer": text, "input": question, "expected": str(given.expected(None) or "")}
             line = words
             for name, content in texts.items():
-                (Path(folder) / name).write_text(content)
+                (Path(folder) / name).write_text(content, errors="replace")
                 line = [word.replace(f"{{{name}}}", f"{folder}/{name}") for word in line]
             try:
                 process = await asyncio.create_subprocess_exec(*line, stdout=asyncio.subprocess.PIPE)
@@ -75,9 +84,10 @@ def by_command(command: str) -> Score:
                 process.kill()
                 return 0.0
         try:
-            return float(out.split()[-1])
+            found = float(out.split()[-1])
         except (IndexError, ValueError):
-            return float(process.returncode == 0)
+            found = math.nan
+        return found if math.isfinite(found) else float(process.returncode == 0)
 
     return score
 

@@ -18,6 +18,7 @@ import yaml
 
 from biollm._files import write_private
 from biollm.errors import UsageError
+from biollm.evals.inputs import numbered_lines
 from biollm.inputs.normalize_log import normalize_log
 from biollm.inputs.redact import Redaction
 from biollm.ledger.ratings import RatedAnswer
@@ -39,11 +40,12 @@ class Example:
 
 def read(file: Path) -> Iterator[Example]:
     """Yield the examples of a JSONL file; raise UsageError at a line that is none."""
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in numbered_lines(file):
         try:
             found: Any = json.loads(line)
-            messages: list[Json] = [{key: str(each[key]) for key in ("role", "content")} for each in found["messages"]]
-            ends_well = messages[1:] and messages[-1]["role"] == "assistant"
+            messages: list[Json] = [{key: each[key] for key in ("role", "content")} for each in found["messages"]]
+            texts = all(isinstance(value, str) for each in messages for value in each.values())  # TRL's text alone
+            ends_well = texts and messages[1:] and messages[-1]["role"] == "assistant"
         except (ValueError, KeyError, TypeError):
             found, messages, ends_well = {}, [], False
         if not ends_well:
@@ -77,13 +79,24 @@ def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     return [e for e in examples if places[e.run] > most], [e for e in examples if places[e.run] <= most]
 
 
-def write(train: Sequence[Example], held_out: Sequence[Example], file: Path) -> Path:
+def places(file: Path, source: Path | None) -> tuple[Path, Path]:
+    """Return where the training data and the held-out data go; raise UsageError where that is no file to write."""
+    if not file.name or file.is_dir():
+        raise UsageError(f"{file} is a folder.", hint="Name a file: -o train.jsonl.")
+    found = file, file.with_suffix(".held-out.jsonl")
+    for path in found:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a file.", hint="Name another one with -o.")
+        if source and path.exists() and path.samefile(source):
+            raise UsageError(f"{path} would be replaced by what is made of it.", hint="Name another file with -o.")
+    return found
+
+
+def write(train: Sequence[Example], held_out: Sequence[Example], file: Path, beside: Path) -> None:
     """Write chat JSONL for TRL and, beside it, what `biollm compare` reads: questions with expected answers."""
-    beside = file.with_suffix(".held-out.jsonl")
     rows = [{"messages": each.messages[:-1], "expected": each.messages[-1]["content"]} for each in held_out]
     for path, lines in ((file, [{"messages": each.messages} for each in train]), (beside, rows)):
-        write_private(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return beside
+        write_private(path.resolve(), "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def entry(name: str, base: str, adapter: Path) -> str:

@@ -98,7 +98,7 @@ class Admission:
         if path in _PAGES and not key.pages:
             message = "This key does not open the pages. GET /usage shows what was used with it."
             return _refusal(path, 403, message, "no_pages")
-        scope["biollm.tags"] = {"key": key.name, **key.tags}
+        scope["biollm.tags"] = {**key.tags, "key": key.name}
         scope["biollm.start_local"] = key.start_local
         scope["biollm.key"] = key
         if key.policy != "any":

@@ -25,9 +25,9 @@ SUMS = (  # of a period and a scope: requests, tokens, USD
     " AND outcome NOT IN ('skipped', 'cached') AND ? IN (provider || '/' || account, provider || '/' || account || ':' || model)"
 )
 UNSERVED = "SELECT model, at FROM attempt WHERE at >= ? AND outcome = 'skipped' ORDER BY at"
-SUMS_OF_KEY = (  # of a period and a gateway's key, whose name is a tag
-    "SELECT count(DISTINCT request), total(prompt_tokens + completion_tokens), total(cost_usd) FROM attempt"
-    " WHERE at >= ? AND at < ? AND instr(tags, ?)"
+SUMS_OF_KEY = (  # of a period and a gateway's key, whose name is a tag; a stored answer used nothing
+    "SELECT count(DISTINCT request), total(CASE outcome WHEN 'cached' THEN 0 ELSE prompt_tokens + completion_tokens END),"
+    " total(CASE outcome WHEN 'cached' THEN 0 ELSE cost_usd END) FROM attempt WHERE at >= ? AND at < ? AND instr(tags, ?)"
 )
 # What the tables of earlier versions lack.
 _ADDED = {

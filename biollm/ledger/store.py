@@ -163,7 +163,7 @@ class Ledger:
         if reservation is not None:
             used = (record.prompt_tokens + record.completion_tokens, record.cost_usd or 0.0)
             self._count(Job("finish", record.at, (scope, reservation, used)))
-        if self.finished:
+        if self.finished and record.outcome != "cached":  # then nothing was used
             self.finished(record)
         self._process().history.put(record)
 

@@ -36,6 +36,17 @@ def ensemble(net: Loopback, waterfall: Write, *texts: str | Behaviour) -> Client
     return get_model_client(sender="direct")
 
 
+def test_messages_are_asked_too(net: Loopback, waterfall: Write) -> None:
+    client = ensemble(net, waterfall, "yes", "yes", "yes")
+    assert client.ensemble(messages=[{"role": "user", "content": "Is it?"}]).text == "yes"
+
+
+def test_a_field_of_any_value_is_voted_on(net: Loopback, waterfall: Write) -> None:
+    client = ensemble(net, waterfall, *['{"a": 1}'] * 3)
+    schema = {"type": "object", "properties": {"a": True}, "required": ["a"]}
+    assert client.ensemble("Why?", response_model=schema).by_field == {"a": 1.0}
+
+
 VOTES = [
     # answers, the result's category, agreement as a whole, by field
     pytest.param([says("memory", "a"), says("memory", "b"), says("disk", "c")], "memory", 2 / 3, id="majority"),
@@ -185,8 +196,12 @@ def test_the_embedded_model_is_no_member(net: Loopback, waterfall: Write) -> Non
     ("options", "error", "match"),
     [
         ({"members": ["nothing"]}, UnknownNameError, "nothing"),
-        ({"members": 0}, UsageError, "members is 0"),
-        ({"members": []}, UsageError, "at least one member"),
+        ({"members": 0}, UsageError, "1 to 16 members, not 0"),
+        ({"members": 17}, UsageError, "1 to 16 members, not 17"),
+        ({"members": [1]}, UsageError, "it must be a number, or a list of models"),
+        ({"members": "m1"}, UsageError, "it must be a number, or a list of models"),
+        ({"judge": "nothing"}, UnknownNameError, "nothing"),
+        ({"members": []}, UsageError, "1 to 16 members, not 0"),
         ({"quorum": 4}, UsageError, "quorum is 4; with 3 members it must be 1 to 3"),
         ({"method": "average"}, UsageError, "method is 'average'; it must be 'vote' or 'judge'"),
         ({"temprature": 1}, UsageError, "no option 'temprature'"),

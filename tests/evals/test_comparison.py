@@ -139,6 +139,38 @@ def test_a_folder_without_jsonl_is_its_files_and_the_inputs_of_one_file_are_a_cl
     assert [each.id for each in found] == ["a.log", "a.log#2"], "each has an answer of its own"
 
 
+def test_inputs_of_one_name_and_questions_about_one_file_are_told_apart(
+    net: Loopback, waterfall: Write, tmp_path: Path
+) -> None:
+    arms(net, waterfall, a="disk", b="memory")
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "run.log").write_text(folder)
+    path = lines(tmp_path, [{"file": "x/run.log", "prompt": each, "target": each} for each in ("disk", "memory")])
+    found = evals.compare([tmp_path / "x", tmp_path / "y", path], ["model-a", "model-b"])
+    assert [each.answers for each in found.arms] == [4, 4]
+    assert list(found.expected) == ["run.log", "run.log#2", "x/run.log", "x/run.log#2"]
+    assert [each.score for each in found.arms] == [0.5, 0.5]
+
+
+def test_a_line_may_hold_other_ends_of_lines(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    servers = arms(net, waterfall, a="one\u2028two\x85", b="\ud83d")
+    path, out = tmp_path / "inputs.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"input": "a\u2028b\x85c"}, ensure_ascii=False))
+    for _ in range(2):
+        assert [each.answers for each in evals.compare([path], ["model-a", "model-b"], results=out).arms] == [1, 1]
+    assert [len(each.completions) for each in servers.values()] == [1, 1]
+
+
+def test_the_results_in_a_folder_are_no_inputs(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    servers = arms(net, waterfall, a="x", b="y")
+    (logs := tmp_path / "logs").mkdir()
+    (logs / "run.log").write_text("x")
+    for _ in range(2):
+        assert evals.compare([logs], ["model-a", "model-b"], results=logs / "out.jsonl").inputs == 1
+    assert [len(each.completions) for each in servers.values()] == [1, 1]
+
+
 WRONG = [
     # content of inputs.jsonl, compare.yaml beside it, the error
     ("{", None, r"inputs.jsonl:1 is not JSON"),
@@ -146,14 +178,21 @@ WRONG = [
     ('{"target": "x"}', None, r"inputs.jsonl:1 has no input"),
     ('{"file": "gone.log"}', None, r"inputs.jsonl:1: .*gone.log: no such file"),
     ("", None, "There are no inputs"),
+    ('{"input": 5}', None, r"inputs.jsonl:1: the input is no text and no list of messages"),
+    ('{"messages": {"role": "user"}}', None, r"inputs.jsonl:1: the input is no text"),
+    ('{"messages": ["x"]}', None, r"inputs.jsonl:1: the input is no text"),
+    (b'{"input": "caf\xe9"}', None, "inputs.jsonl is not UTF-8 text"),
+    ('{"input": "x"}', "prompt: [x]", "prompt must be a text"),
     ('{"input": "x"}', "promt: x", "there is no key 'promt'"),
     ('{"input": "x"}', "- x", "is not a YAML mapping"),
 ]
 
 
 @pytest.mark.parametrize(("content", "settings", "problem"), WRONG)
-def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, content: str, settings: str | None, problem: str) -> None:
-    (tmp_path / "inputs.jsonl").write_text(content)
+def test_what_cannot_be_read_is_one_sentence(
+    tmp_path: Path, content: str | bytes, settings: str | None, problem: str
+) -> None:
+    (tmp_path / "inputs.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     if settings:
         (tmp_path / "compare.yaml").write_text(settings)
     with pytest.raises(UsageError, match=problem):
@@ -168,7 +207,12 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, content: str, setti
         (["model-a", "nothing"], {}, "nothing"),
         (["model-a", "ensemble:model-a,nothing"], {}, "nothing"),
         (["model-a", "model-b"], {"expect": "x", "judge": "model-a"}, "exclude each other"),
+        (["model-a", "ensemble:0"], {}, "has no members"),
         (["model-a", "model-b"], {"expect": None, "command": "check it"}, "has no {answer}"),
+        (["model-a", "model-b"], {"command": "check '{answer}"}, "cannot be read"),
+        (["model-a", "model-b"], {"command": "no-such-program {answer}"}, "is not a program here"),
+        (["model-a", "model-b"], {"spend_limit": float("nan")}, "spend_limit is nan"),
+        (["model-a", "model-b"], {"results": "/proc/no/such/folder"}, "No such file"),
     ],
 )
 def test_what_cannot_be_compared_is_one_sentence(
@@ -199,6 +243,7 @@ def test_a_text_must_contain_what_is_expected(
         (f"{sys.executable} -c 'import sys; print(len(open(sys.argv[1]).read()))' {{answer}}", [3.0, 2.0]),
         ("diff -q {answer} {expected}", [1.0, 0.0]),
         ("sh -c 'exit 3' {answer}", [0.0, 0.0]),
+        ("sh -c 'echo nan; exit 3' {answer}", [0.0, 0.0]),
     ],
 )
 def test_a_command_scores_by_its_exit_code_or_its_last_number(
@@ -267,6 +312,15 @@ def test_what_was_answered_is_scored_anew(net: Loopback, waterfall: Write, tmp_p
     found = evals.compare([lines(tmp_path, corrected)], names, results=out)
     assert [(arm.score, arm.answers) for arm in found.arms] == [(1, 2), (0, 2)]
     assert [len(each.completions) for each in servers.values()] == [2, 2]
+
+
+def test_a_corrected_target_scores_the_answers_anew(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    servers, out = arms(net, waterfall, a="disk", b="memory"), tmp_path / "out.jsonl"
+    for target, scores in (("disk", [1, 0]), ("memory", [0, 1]), ("", [None, None])):
+        path = lines(tmp_path, [{"input": "q", "target": target}])
+        found = evals.compare([path], ["model-a", "model-b"], results=out)
+        assert [each.score for each in found.arms] == scores
+    assert [len(each.completions) for each in servers.values()] == [1, 1]
 
 
 def test_errors_are_asked_again(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
@@ -352,6 +406,15 @@ def test_the_command_line_compares(
 
 
 @pytest.mark.slow
+def test_a_page_never_replaces_an_input(net: Loopback, waterfall: Write, tmp_path: Path, biollm: Any) -> None:
+    arms(net, waterfall, a="x", b="x")
+    content = (path := lines(tmp_path, [{"input": "q"}])).read_text()
+    for inputs_, html in ((path, path), (tmp_path, tmp_path / "page.html")):
+        ran = biollm("compare", "--a", "model-a", "--b", "model-b", inputs_, "--html", html)
+        assert (ran.code, "is among the inputs" in ran.err) == (2, True)
+    assert path.read_text() == content
+
+
 def test_an_interrupt_says_how_to_go_on(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
     import signal
 

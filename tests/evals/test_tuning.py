@@ -94,6 +94,7 @@ def test_few_runs_hold_one_out() -> None:
         '{"messages": []}',
         '{"messages": [{"role": "user", "content": "x"}]}',
         '{"messages": [1, 2]}',
+        '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "x"}]}',
     ],
 )
 def test_a_line_that_is_no_conversation_is_named(tmp_path: Path, line: str) -> None:
@@ -141,6 +142,16 @@ def test_a_file_of_ones_own_is_exported_and_too_few_examples_are_refused(biollm:
     assert ran.code == 2
     assert "There are 2 different examples, of fewer than two runs." in ran.err
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("out", ["own.jsonl", "own", ".", "link.jsonl"])
+def test_what_is_read_is_not_replaced(biollm: Biollm, tmp_path: Path, out: str) -> None:
+    own = jsonl(tmp_path / "own.jsonl", chat("a", run="1"), chat("b", run="2"))
+    own = own.rename(tmp_path / "own.held-out.jsonl") if out == "own" else own
+    (tmp_path / "link.jsonl").symlink_to(own)
+    content = own.read_text()
+    assert biollm("tune", "export", "--from", own, "-o", tmp_path / out).code == 2
+    assert own.read_text() == content
 
 
 @pytest.mark.parametrize(("rank", "more"), [(16, {}), (32, {"lora_rank": 32})])

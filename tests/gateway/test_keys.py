@@ -164,6 +164,31 @@ def test_a_refused_request_takes_nothing_of_the_keys_other_limits(biollm: Any, f
     assert used == {"9/day": 1, "60 tokens/month": 60}
 
 
+def test_a_stored_answer_uses_up_requests_but_no_tokens(biollm: Any, file: Path, state: Path) -> None:
+    ann = biollm("keys", "add", "ann", "--rate-limit", "9/day", "--token-budget", "120/month").out.strip()
+    client = gateway()
+    for _ in range(4):
+        assert client.post(CHAT, json={**HI, "biollm": {"cache": True}}, headers=bearer(ann)).status_code == 200
+
+    def used() -> list[float]:
+        ledger(load_config()).flush()
+        return [limit["used"] for limit in biollm("keys", "list", "--json").json[0]["limits"]]
+
+    assert used() == [4, 60]
+    ledger(load_config()).close()
+    for each in state.glob("quotas.db*"):
+        each.unlink()
+    assert ask(client, ann) == 200
+    assert used() == [5, 120], "also as the history has it"
+
+
+def test_no_tag_stands_for_another_key(biollm: Any, file: Path) -> None:
+    ben = biollm("keys", "add", "ben", "--tag", "key=ann").out.strip()
+    client = gateway()
+    assert ask(client, ben) == 200
+    assert client.get("/usage", headers=bearer(ben)).json()["total"]["requests"] == 1
+
+
 def test_a_lost_count_of_a_key_is_taken_from_the_history(biollm: Any, file: Path, state: Path) -> None:
     ann = biollm("keys", "add", "ann", "--rate-limit", "2/day", "--budget", "100 USD/month").out.strip()
     client = gateway()
