@@ -248,7 +248,7 @@ def _sentence(one: str, other: str, facts: Json, needed: int) -> str:
             f"{better} is better: {facts[most]} to {facts[least]} of {count} inputs (p = {facts['p']:.2g}); {interval}"
         )
     more = f"about {needed} inputs are needed to see {_SEEN:g} points"
-    return f"no difference shown: {unequal} of {count} inputs differ; {interval}; {more}"
+    return f"no difference shown: {unequal} of {count} inputs differ (p = {facts['p']:.2g}); {interval}; {more}"
 
 
 def lines(found: Report) -> Iterator[str]:

@@ -366,7 +366,9 @@ def test_an_unknown_price_ends_a_run_with_a_spend_limit(net: Loopback, waterfall
 def test_no_difference_is_not_a_claim_of_equality(net: Loopback, waterfall: Write) -> None:
     arms(net, waterfall, a=knows(), b=knows(*list(EXPECTED)[:23]))
     sentence = pair(evals.compare([DIAGNOSIS], ["model-a", "model-b"])).sentence
-    assert sentence.startswith("no difference shown: 1 of 24 inputs differ; 95% interval -12.5 to +0.0 points; about ")
+    assert sentence.startswith(
+        "no difference shown: 1 of 24 inputs differ (p = 1); 95% interval -12.5 to +0.0 points; about "
+    )
     assert sentence.endswith("inputs are needed to see 5 points")
 
 

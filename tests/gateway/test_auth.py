@@ -302,7 +302,7 @@ def test_the_variable_holds_a_key_too(waterfall: Waterfall, monkeypatch: pytest.
         (
             f"ann: {{key: {ANN}, colour: red}}\n",
             0o600,
-            "is not a known key. Known: key, tags, rate_limit, token_limit, token_budget, budget, resets, start_local.",
+            "is not a known key. Known: key, tags, rate_limit, token_limit, token_budget, budget, resets, start_local, pages.",
         ),
         (f"ann: {{key: {ANN}, rate_limit: fast}}\n", 0o600, "ann.rate_limit: 'fast' is not a"),
         ("ann: {tags: {a: b}}\n", 0o600, "ann.key: is missing."),

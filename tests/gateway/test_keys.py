@@ -52,11 +52,11 @@ def ask(client: TestClient, key: str) -> int:
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_key_for_another_opens_the_pages_only_where_it_may(biollm: Any, file: Path, allowed: bool) -> None:
     key = biollm("keys", "add", "ann", *(["--pages"] if allowed else [])).out.strip()
-    with gateway() as client:
-        for page in ("/", "/metrics"):
-            assert client.get(page, headers=bearer(key)).status_code == (200 if allowed else 403)
-        assert client.get("/usage", headers=bearer(key)).status_code == 200
-        assert client.get("/v1/models", headers=bearer(key)).status_code == 200
+    client = gateway()
+    for page in ("/", "/metrics"):
+        assert client.get(page, headers=bearer(key)).status_code == (200 if allowed else 403)
+    for path in ("/usage", "/v1/models"):
+        assert client.get(path, headers=bearer(key)).status_code == 200
 
 
 # --- The commands -----------------------------------------------------------------------------------------------------
