@@ -117,12 +117,8 @@ def serve(
     os.environ["BIOLLM_GATEWAY"] = "off"  # it answers itself
     mine, busy, end = identity(), _Busy(workers), threading.Event()
     with Client(sender="direct") as client, _alone(home()) as folder:
-        app, path, url, where = (
-            make_app(client, touched=busy.touched, draining=lambda: busy.draining),
-            folder / SOCKET,
-            None,
-            None,
-        )
+        app = make_app(client, touched=busy.touched, draining=lambda: busy.draining)
+        path, url, where = folder / SOCKET, None, None
         listening, notes = [(_server(app), _unix(path))], [f"listening on {path} (pid {os.getpid()})"]
         if port is not None:
             server, listener, url, where = _with_keys(app, client.config, host, port, names)
@@ -144,10 +140,7 @@ def serve(
         write_private(folder / RECORD, json.dumps({**facts, "lacks": _lacks(client.config)}))
         for line in notes:
             say(line)
-        if client.config.alerts.active:
-            threading.Thread(target=_alert, args=(client.config, end, say), name="biollm-alerts", daemon=True).start()
-        if scaling.scaled(client.config):
-            threading.Thread(target=_scale, args=(client.config, end, say), name="biollm-scaling", daemon=True).start()
+        _watch(client.config, end, say)
         _warm_up(client)
         try:
             _until_the_end(end, busy, idle, path, inode)
@@ -164,6 +157,16 @@ def serve(
         _drain(servers, running, busy)
         for child in children:
             os.waitpid(child, 0)
+
+
+def _watch(config: Config, end: threading.Event, say: Callable[[str], None]) -> None:
+    """Evaluate the alerts and scale the models, each in a thread of its own, where they are configured."""
+    for name, wanted, work in (
+        ("alerts", config.alerts.active, _alert),
+        ("scaling", scaling.scaled(config), _scale),
+    ):
+        if wanted:
+            threading.Thread(target=work, args=(config, end, say), name=f"biollm-{name}", daemon=True).start()
 
 
 def _use_uvloop() -> None:

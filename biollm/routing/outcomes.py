@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from biollm._runtime import ratings
 from biollm.ledger import Record
 from biollm.providers.credentials import Credential, hide, origin
 from biollm.routing import host_check, pricing
@@ -27,7 +28,7 @@ class Outcomes:
     """Judges and records the attempts on one pool of deployments."""
 
     def __init__(self, pool: DeploymentPool, balance: Balance) -> None:
-        self._pool, self._balance = pool, balance
+        self._pool, self._balance, self._ratings = pool, balance, ratings()
 
     def fail(self, run: Run, inflight: InFlight, failure: Failure) -> Attempt:
         """Put on cooldown what the failure concerns, decide what is tried next, and record the attempt."""
@@ -230,7 +231,25 @@ class Outcomes:
         )
         self._record(run, inflight, attempt, usage, completion.cost_usd)
         self._learn(run, deployment, usage)
+        self._keep(run, inflight, completion)
         return completion
+
+    def _keep(self, run: Run, inflight: InFlight, completion: Completion) -> None:
+        """Keep the prompt and the answer, where the configuration says so, so that they can be rated."""
+        config, request, fitted = self._pool.config, run.request, run.fits.get(inflight.deployment.id)
+        local_only = "local_only" in (request.requirements.policy, self._pool.policy)
+        if not config.store_rated or request.middle or (local_only and not config.store_rated_local):
+            return
+        self._ratings.keep(
+            run.id,
+            inflight.at,
+            fitted.messages if fitted else request.messages,
+            completion.text,
+            model=completion.model,
+            tags=request.tags,
+            local_only=local_only,
+            seconds=config.store_rated,
+        )
 
     def _usage(self, run: Run, inflight: InFlight) -> Usage:
         if not inflight.answer:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from biollm._runtime import apart, called, ratings
+from biollm._runtime import apart, called
 from biollm.errors import DeadlineError, InterruptedStreamError
 from biollm.inputs.redact import Redaction, Restorer
 from biollm.ledger import Claim
@@ -32,7 +32,7 @@ from biollm.routing.request import InFlight, Request, Run
 from biollm.routing.senders import Sender, Senders
 from biollm.routing.structured import Message, ResponseSchema, repair
 from biollm.slurm.endpoints import START
-from biollm.types import BLOCKED, DATA_POLICIES, Attempt, Completion, Json, StreamChunk, StreamRestarted, part
+from biollm.types import BLOCKED, Attempt, Completion, Json, StreamChunk, StreamRestarted, part
 
 CONNECT_S = 3.0  # that a host has to accept a connection
 _TOKEN_MARGIN_S = 120.0  # that a short-lived token must still be good for
@@ -55,7 +55,6 @@ class Waterfall:
         self._outcomes = Outcomes(pool, self._balance)
         self._origins = Origins(pool.ledger, pool.state)
         self._refreshed = -_REFRESH_S
-        self._ratings = ratings()
 
     def discard(self) -> None:
         """Take back what was registered with LiteLLM; requests under way go on."""
@@ -237,26 +236,7 @@ class Waterfall:
         assert inflight.answer  # noqa: S101
         completion = self._outcomes.complete(run, inflight, inflight.answer, parsed=parsed, before=before)
         self._origins.note(completion.model, part(completion.raw["choices"][0], "message"))
-        if self.pool.config.store_rated:
-            self._keep(run, inflight, completion)
         return completion
-
-    def _keep(self, run: Run, inflight: InFlight, completion: Completion) -> None:
-        """Keep the prompt and the answer, so that they can be rated."""
-        config, request, fitted = self.pool.config, run.request, run.fits.get(inflight.deployment.id)
-        local_only = max(request.requirements.policy, self.pool.policy, key=DATA_POLICIES.index) == "local_only"
-        if request.middle or not (config.store_rated_local or not local_only):
-            return
-        self._ratings.keep(
-            run.id,
-            inflight.at,
-            fitted.messages if fitted else request.messages,
-            completion.text,
-            model=completion.model,
-            tags=request.tags,
-            local_only=local_only,
-            seconds=config.store_rated or 0,
-        )
 
     def _drop_spare(self, run: Run) -> None:
         """Give up the answer that was kept in case no other deployment has a longer one."""
