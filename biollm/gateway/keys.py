@@ -149,9 +149,10 @@ def add(name: str, entry: Mapping[str, Any]) -> tuple[str, Path]:
     written = {"key": f"sha256:{sha256(key.encode()).hexdigest()}", **entry}
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UsageError(f"{name!r} cannot be a key's name.", hint="Use letters, digits, dots, dashes and underscores.")
-    with _edited() as file:
-        old = file.read_text() if file.exists() else ""
-        if name in [each.name for each in listed()]:
+    with _edited() as (file, old):
+        if there := _names(old):
+            listed()  # which raises for a wrong entry
+        if name in there:
             raise UsageError(
                 f"{file} has a key named {name!r} already.", hint="Give it another name, or revoke that one."
             )
@@ -162,7 +163,7 @@ def add(name: str, entry: Mapping[str, Any]) -> tuple[str, Path]:
             raise UsageError(f"{str(each['loc'][0]).replace('_', ' ')}: {sentence(each)}") from None
         old = old.rstrip().removesuffix("{}")
         text = pyyaml.safe_dump({name: written}, sort_keys=False, allow_unicode=True)
-        _replace(file, f"{old.rstrip()}\n{text}".lstrip(), {*_names(old), name})
+        _replace(file, f"{old.rstrip()}\n{text}".lstrip(), {*there, name})
     return key, file
 
 
@@ -172,8 +173,7 @@ def revoke(name: str) -> Path:
     Raises:
         UsageError: There is no such key.
     """
-    with _edited() as file:
-        old = file.read_text() if file.exists() else ""
+    with _edited() as (file, old):
         if name not in (there := _names(old)):
             hint = nearest(name, there) or (f"There are: {', '.join(there)}." if there else "There is none.")
             raise UsageError(f"{file} has no key named {name!r}.", hint=hint)
@@ -193,9 +193,16 @@ def _file() -> Path:
 
 
 @contextmanager
-def _edited() -> Generator[Path]:
+def _edited() -> Generator[tuple[Path, str]]:
+    """Yield gateway_keys.yaml and its text, which no other command changes meanwhile."""
     with locked(gateway_key.random_key_file(state_dir()).with_name("gateway_keys.lock")):
-        yield _file().resolve()
+        file = _file().resolve()
+        try:
+            text = file.read_text() if file.exists() else ""
+            _names(text)
+        except (ValueError, TypeError, pyyaml.YAMLError):
+            raise UsageError(f"{file} is no YAML file of keys.", hint="Write NAME: {key: ...}, or delete it.") from None
+        yield file, text
 
 
 def _names(text: str) -> dict[str, int]:

@@ -121,6 +121,23 @@ def test_a_wrong_command_changes_nothing(biollm: Any, file: Path, command: str, 
     assert (done.out, file.read_text()) == ("", text)
 
 
+@pytest.mark.parametrize("text", [b"[ann]\n", b"ann\n", b"ann: [\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize("command", ["add ben", "revoke ann"])
+def test_a_file_that_holds_no_keys_is_left_as_it_is(biollm: Any, file: Path, text: bytes, command: str) -> None:
+    file.write_bytes(text)
+    file.chmod(0o600)
+    done = biollm("keys", *command.split())
+    assert (done.code, done.out, file.read_bytes()) == (2, "", text)
+    assert "is no YAML file of keys." in done.err
+
+
+def test_an_empty_file_takes_a_key(biollm: Any, file: Path) -> None:
+    file.write_text("")
+    file.chmod(0o600)
+    assert biollm("keys", "add", "ann").code == 0
+    assert [each.name for each in keys.listed()] == ["ann"]
+
+
 @pytest.mark.parametrize("command", ["add ben", "revoke ann"])
 def test_a_file_in_one_line_is_left_to_its_owner(biollm: Any, file: Path, command: str) -> None:
     text = "{ann: {key: ann-0123456789abcdef}, cy: {key: cyy-0123456789abcdef}}\n"
