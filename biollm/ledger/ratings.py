@@ -11,7 +11,8 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +69,17 @@ class RatedAnswer:
 def marks(directory: Path, since: float, until: float) -> dict[str, Rating]:
     """Return request id -> rating of the answers of `since` <= at < `until`, from the folder of the databases."""
     query = "SELECT request, rating FROM rating WHERE at >= ? AND at < ?"
-    return dict(read(directory / FILE, query, (since, until), patience=_WAIT))
+    with _usable(directory):
+        return dict(read(directory / FILE, query, (since, until), patience=_WAIT))
+
+
+@contextmanager
+def _usable(directory: Path) -> Generator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        hint = "Make the folder writable, or set BIOLLM_STATE_DIR to another."
+        raise UsageError(f"The ratings in {directory} cannot be used: {error}.", hint=hint) from None
 
 
 class Ratings:
@@ -112,22 +123,23 @@ class Ratings:
             correction: What the answer should have been.
 
         Raises:
-            UsageError: There is no such answer in the history, or several.
+            UsageError: There is no such answer in the history, or several; or the files cannot be used.
         """
         self.close()
-        ident, at = self._find(request)
-        kept = bool(read(self._path, "SELECT 1 FROM kept WHERE request = ?", (ident,), patience=_WAIT))
-        row = (ident, at, rating, correction if kept else None)
-        file = self._database()
-        file.write(lambda db: db.execute("INSERT OR REPLACE INTO rating VALUES (?, ?, ?, ?)", row) and None)
-        file.close()
+        with _usable(self._path.parent):
+            ident, at = self._find(request)
+            kept = bool(read(self._path, "SELECT 1 FROM kept WHERE request = ?", (ident,), patience=_WAIT))
+            row = (ident, at, rating, correction if kept else None)
+            file = self._database()
+            file.write(lambda db: db.execute("INSERT OR REPLACE INTO rating VALUES (?, ?, ?, ?)", row) and None)
+            file.close()
         return ident, kept
 
     def rated(self) -> Iterator[RatedAnswer]:
         """Yield the rated answers whose prompts were kept, oldest first."""
-        for ident, at, messages, answer, rating, correction, model, tags, local in read(
-            self._path, _RATED, patience=_WAIT
-        ):
+        with _usable(self._path.parent):
+            rows = read(self._path, _RATED, patience=_WAIT)
+        for ident, at, messages, answer, rating, correction, model, tags, local in rows:
             yield RatedAnswer(
                 ident, at, json.loads(messages), answer, rating, correction, model, json.loads(tags), bool(local)
             )

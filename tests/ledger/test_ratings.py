@@ -116,6 +116,7 @@ def test_the_command_line_rates_by_id(net: Loopback, waterfall: Write, biollm: A
     client(net, waterfall, KEEP)
     (right := tmp_path / "right.txt").write_text("disk full")
     ident = biollm("complete", "hi", "--json").json["id"]
+    ratings().close()  # as at the end of its own process
     ran = biollm("rate", ident[:8], "down", "--correction", right)
     assert (ran.code, ran.out) == (0, f"{ident}: rated down.\n")
     assert biollm("rate", "last", "up").code == 0
@@ -148,3 +149,14 @@ def test_what_cannot_be_rated_is_one_sentence(
     assert problem in ran.err
     with pytest.raises(UsageError):
         get_model_client(sender="direct").rate("last", "sideways")  # type: ignore[arg-type]
+
+
+def test_a_file_that_cannot_be_used_is_one_sentence(
+    net: Loopback, waterfall: Write, state: Path, biollm: Any, tmp_path: Path
+) -> None:
+    client(net, waterfall, {}).complete("Why?")
+    ledger().flush()
+    (state / FILE).mkdir()
+    for command in ("rate last up", "usage --by rating", f"tune export -o {tmp_path}/train.jsonl"):
+        ran = biollm(*command.split())
+        assert (ran.code, f"The ratings in {state} cannot be used: " in ran.err) == (2, True)
