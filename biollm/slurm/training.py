@@ -54,6 +54,8 @@ def memory(model: Model, cluster: Cluster, rank: int, length: int, gpus: int | N
     if (arch := model.architecture) is None or arch.dtype not in ("bfloat16", "float16", "float32"):
         why = "is published with quantized weights" if arch else "has no `architecture:` in models.yaml"
         raise DoesNotFitError(f"{model.key} {why}: its training cannot be sized.", hint="Choose a 16-bit model.")
+    if (gpus or 0) > cluster.gpus_per_node:
+        raise DoesNotFitError(f"A node has {cluster.gpus_per_node} GPUs, not {gpus}, and training uses one node.")
     sizes = {"weights": 2 * arch.parameters, "adapter": 16 * adapter_parameters(arch, rank)}
     sizes["activations"] = (2 * arch.layers + 34) * length * arch.hidden
     once = {"logits": 10 * length * arch.vocab / GIB, "runtime": OVERHEAD_GIB}
@@ -63,7 +65,7 @@ def memory(model: Model, cluster: Cluster, rank: int, length: int, gpus: int | N
         if sum(parts.values()) <= cluster.gpu_memory_gib:
             return count, parts
     need = f"{sum(parts.values()):.1f} GiB on each of {count} GPUs, which have {cluster.gpu_memory_gib:g}"
-    hint = "Try a shorter --length, more --gpus or a smaller model."
+    hint = f"Try a shorter --length, {'more --gpus ' if count < cluster.gpus_per_node else ''}or a smaller model."
     raise DoesNotFitError(f"Training {model.key} needs {need}.", hint=hint)
 
 

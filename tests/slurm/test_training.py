@@ -67,6 +67,7 @@ def test_more_gpus_share_what_they_can(model: Model, length: int, gpus: int | No
         (MINIMAX, 2048, None, "is published with quantized weights"),
         (LLAMA, 2048, 1, "needs 1.* GiB on each of 1 GPUs, which have 79.1"),
         (QWEN, 100_000, None, "GiB on each of 8 GPUs"),
+        (QWEN, 2048, 9, "A node has 8 GPUs, not 9"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(model: Model, length: int, gpus: int | None, message: str) -> None:
