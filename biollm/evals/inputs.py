@@ -120,18 +120,16 @@ def _of_line(path: Path, number: int, line: str) -> Input:
     if not isinstance(question, str) and not _are_messages(question):
         raise UsageError(f"{where}: the input is no text and no list of messages.", hint=_FORM)
     file = path.parent / str(record["file"]) if record.get("file") else None
-    if not (question or file):
+    asked, right = question, dict[str, Any]()
+    if record.get("messages") and not isinstance(question, str) and question[-1]["role"] == "assistant":
+        *asked, last = question  # training data
+        right = {_TARGETS[0]: last.get("content")}
+    if not (file or (asked.strip() if isinstance(asked, str) else asked)):
         raise UsageError(f"{where} has no input.", hint="Write messages, input, prompt or file.")
     if file and not file.is_file():
         raise UsageError(f"{where}: {file}: no such file.")
     ident = str(record.get("id") or record.get("file") or where)
-    found = Input(ident, str(record.get("cluster") or file or where), question, file, record)
-    if (
-        record.get("messages") and not isinstance(question, str) and question[-1]["role"] == "assistant"
-    ):  # training data
-        *asked, last = question
-        found = replace(found, question=asked, record={_TARGETS[0]: last.get("content"), **record})
-    return found
+    return Input(ident, str(record.get("cluster") or file or where), asked, file, {**right, **record})
 
 
 def _are_messages(given: Any) -> bool:

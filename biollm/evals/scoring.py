@@ -36,7 +36,8 @@ def plain(text: str) -> str:
 def by_expected(name: str | None) -> Score:
     """Score 1 where the answer has what the input expects, else 0; None where it expects nothing.
 
-    A structured answer must have that value in the field `name`; a text must contain it.
+    A structured answer must have that value in the field `name`; a text must contain it,
+    or one of a list.
     """
 
     async def score(given: Input, text: str, parsed: Any) -> float | None:
@@ -45,7 +46,10 @@ def by_expected(name: str | None) -> Score:
             return None
         if isinstance(parsed, dict) and name:
             return float(plain(str(cast("Json", parsed).get(name))) == plain(str(expected)))
-        return float(plain(str(expected)) in plain(text))
+        either = cast(
+            "list[Any]", expected if isinstance(expected, list) else [expected]
+        )  # as Inspect's datasets have it
+        return float(any(plain(str(each)) in plain(text) for each in either))
 
     return score
 

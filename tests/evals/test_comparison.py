@@ -178,6 +178,8 @@ WRONG = [
     ('{"target": "x"}', None, r"inputs.jsonl:1 has no input"),
     ('{"file": "gone.log"}', None, r"inputs.jsonl:1: .*gone.log: no such file"),
     ("", None, "There are no inputs"),
+    ('{"input": " "}', None, r"inputs.jsonl:1 has no input"),
+    ('{"messages": [{"role": "assistant", "content": "x"}]}', None, r"inputs.jsonl:1 has no input"),
     ('{"input": 5}', None, r"inputs.jsonl:1: the input is no text and no list of messages"),
     ('{"messages": {"role": "user"}}', None, r"inputs.jsonl:1: the input is no text"),
     ('{"messages": ["x"]}', None, r"inputs.jsonl:1: the input is no text"),
@@ -227,9 +229,11 @@ def test_what_cannot_be_compared_is_one_sentence(
 # --- how answers are scored ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("expected", "score"), [("out of memory", 1.0), ("OUT of  memory.", 1.0), ("disk", 0.0)])
+@pytest.mark.parametrize(
+    ("expected", "score"), [("out of memory", 1.0), ("OUT of  memory.", 1.0), ("disk", 0.0), (["disk", "memory"], 1.0)]
+)
 def test_a_text_must_contain_what_is_expected(
-    net: Loopback, waterfall: Write, tmp_path: Path, expected: str, score: float
+    net: Loopback, waterfall: Write, tmp_path: Path, expected: str | list[str], score: float
 ) -> None:
     arms(net, waterfall, a="It ran out of memory.", b="?")
     found = evals.compare([lines(tmp_path, [{"input": "q", "target": expected}])], ["model-a", "model-b"])
