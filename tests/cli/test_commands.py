@@ -332,6 +332,8 @@ USAGE = [
     (["complete", "why?", "--max-tokens", "many"], "It must be a whole number."),
     (["complete", "why?", "--deadline", "soon"], "It must be a number."),
     (["serve", "--host", "0.0.0.0"], "--host needs --port."),
+    (["serve", "--drain", "nan"], "--drain is nan; it must be a finite number of seconds."),
+    (["serve", "--idle-timeout", "inf"], "--idle-timeout is inf; it must be a finite number"),
     (["login", "first"], "first needs no login.\nIt takes a key: set FIRST_KEY."),
     (["login", "frist"], "There is no provider named 'frist'.\nDid you mean 'first'?"),
     (["top", "--html", "/nowhere/now.html"], "/nowhere/now.html cannot be written: there is no folder /nowhere."),
