@@ -86,9 +86,9 @@ def compare(
     finally:
         progress.clear()
     if html:
-        from biollm._files import write_for_user
+        from biollm._files import write_private
 
-        write_for_user(html, found.html())
+        write_private(html, found.html())
     if as_json:
         output.as_json(found)
     else:

@@ -222,11 +222,12 @@ def _pair(
         return Pair(one=one, other=other, inputs=count, differ=differ, sentence=f"{differ} of {count} answers differ")
     wins, losses = sum(value > 0 for value in values), sum(value < 0 for value in values)
     groups = list(clusters.values())
-    low, high = (100 * bound for bound in statistics.bootstrap(groups))
     facts: Json = {
-        "p": statistics.sign_test(wins, losses), "low": low, "high": high, "points": 100 * fmean(values),
-        "wins": wins, "losses": losses, "ties": len(values) - wins - losses,
+        "points": 100 * fmean(values), "wins": wins, "losses": losses, "ties": len(values) - wins - losses,
     }  # fmt: skip
+    if len(groups) > 1:
+        low, high = (100 * bound for bound in statistics.bootstrap(groups))
+        facts |= {"p": statistics.sign_test(wins, losses), "low": low, "high": high}
     contradicted = [each.contradicted for (first, second, _), each in judged.items() if (first, second) == (one, other)]
     return Pair(
         one=one,
@@ -241,6 +242,8 @@ def _pair(
 
 def _sentence(one: str, other: str, facts: Json, needed: int) -> str:
     unequal, count = facts["wins"] + facts["losses"], facts["wins"] + facts["losses"] + facts["ties"]
+    if "p" not in facts:
+        return f"{unequal} of {count} inputs differ; inputs about one file say nothing about others"
     interval = f"95% interval {facts['low']:+.1f} to {facts['high']:+.1f} points"
     if facts["p"] < _CHANCE and not facts["low"] <= 0 <= facts["high"]:
         better, most, least = (other, "wins", "losses") if facts["points"] > 0 else (one, "losses", "wins")

@@ -376,6 +376,14 @@ def test_no_difference_is_not_a_claim_of_equality(net: Loopback, waterfall: Writ
     assert sentence.endswith("inputs are needed to see 5 points")
 
 
+def test_inputs_about_one_file_are_no_evidence(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    arms(net, waterfall, a="yes", b="no")
+    records = [{"input": f"question {n}", "target": "yes", "cluster": "a.log"} for n in range(8)]
+    found = pair(evals.compare([lines(tmp_path, records)], ["model-a", "model-b"]))
+    assert found.sentence == "8 of 8 inputs differ; inputs about one file say nothing about others"
+    assert (found.p, found.low, found.high, found.losses) == (None, None, None, 8)
+
+
 def test_results_are_a_dataset_of_inspect(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
     arms(net, waterfall, a=knows(), b=knows())
     evals.compare([DIAGNOSIS], ["model-a", "model-b"], results=tmp_path / "out.jsonl", limit=2)
@@ -406,6 +414,7 @@ def test_the_command_line_compares(
     assert b.split()[:4] == ["model-b", "100%", "24", "0"]
     assert "model-b is better" in ran.out
     assert "model-a" in (tmp_path / "out.html").read_text()
+    assert (tmp_path / "out.html").stat().st_mode & 0o777 == 0o600
     found = biollm("compare", "--a", "model-a", "--b", "model-b", DIAGNOSIS, "--json").json
     assert found["pairs"][0]["wins"] == pytest.approx(24 * (found["arms"][1]["score"] - found["arms"][0]["score"]))
     assert biollm("compare", "--a", "model-a", "--b", "model-b", "gone.log").code == 2
