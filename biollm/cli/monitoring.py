@@ -178,6 +178,7 @@ def top(
 
     `q` quits.
     """
+    output.finite(interval=interval)
     from functools import partial
 
     from biollm.config import load_config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 import typer
@@ -46,9 +45,7 @@ def serve(
 
     if host and port is None:
         raise UsageError("--host needs --port.", hint="Add --port N; 0 is any free one.")
-    for option, seconds in (("--idle-timeout", idle_timeout), ("--drain", drain)):
-        if seconds is not None and not math.isfinite(seconds):  # Typer takes nan for any range
-            raise UsageError(f"{option} is {seconds:g}; it must be a finite number of seconds.")
+    output.finite(idle_timeout=idle_timeout, drain=drain)
     host = host or "127.0.0.1"
     if not detach:
         server.serve(

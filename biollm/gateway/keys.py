@@ -34,6 +34,7 @@ from biollm.providers import gateway_key
 from biollm.providers.gateway_key import KEYS, SHORTEST
 
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})")
+_OURS = ("environment", "random")  # of BIOLLM_GATEWAY_KEY, and of the file in the state folder
 _log = logging.getLogger("biollm")
 
 
@@ -99,7 +100,7 @@ def keys(*, may_be_empty: bool = False) -> tuple[tuple[Key, ...], str]:
         if len(key := key.strip()) < SHORTEST:
             why, hint = f"has fewer than {SHORTEST} characters.", "Make one: openssl rand -hex 16."
             raise ConfigError([Problem("BIOLLM_GATEWAY_KEY", 0, "", why, hint)])
-        found.append(Key("environment", key))
+        found.append(Key(_OURS[0], key))
     if (file := _file()).exists():
         listed, source = _read(file), str(file)
         if not listed and not may_be_empty:
@@ -108,7 +109,7 @@ def keys(*, may_be_empty: bool = False) -> tuple[tuple[Key, ...], str]:
     if not any(key.secret for key in found):
         file = gateway_key.random_key_file(state_dir())
         source = source if found or may_be_empty else str(file)
-        found.append(Key("random", _random(file)))
+        found.append(Key(_OURS[1], _random(file)))
     return tuple(found), source
 
 
@@ -149,6 +150,8 @@ def add(name: str, entry: Mapping[str, Any]) -> tuple[str, Path]:
     written = {"key": f"sha256:{sha256(key.encode()).hexdigest()}", **entry}
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UsageError(f"{name!r} cannot be a key's name.", hint="Use letters, digits, dots, dashes and underscores.")
+    if name in _OURS:
+        raise UsageError(f"{name!r} is the name of a key of the gateway itself.", hint="Choose another name.")
     with _edited() as (file, old):
         if there := _names(old):
             listed()  # which raises for a wrong entry

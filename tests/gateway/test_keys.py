@@ -105,6 +105,7 @@ def test_revoking_leaves_the_others_and_their_comments(biollm: Any, file: Path) 
     [
         ("add ann", "has a key named 'ann' already."),
         ("add a/b", "'a/b' cannot be a key's name."),
+        ("add random", "'random' is the name of a key of the gateway itself."),
         ("add ben --rate-limit fast", "rate limit: 'fast' is not a valid limit"),
         ("add ben --budget 10", "budget: '10' is not a valid limit"),
         ("add ben --tag user", "--tag has 'user', which is not key=value."),
