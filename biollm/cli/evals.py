@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from biollm.cli import output
 from biollm.cli.complete import LocalOnly, MaxTokens, System, json_schema
 from biollm.cli.output import Json, Progress
-from biollm.errors import UsageError
+from biollm.errors import CompletionError, UsageError
 
 if TYPE_CHECKING:
     from biollm.evals.report import Report
@@ -93,6 +93,8 @@ def compare(
         output.as_json(found)
     else:
         _show(found)
+    if not all(arm.answers for arm in found.arms):
+        raise Exit(CompletionError.exit_code)  # an arm that never answers compares nothing
 
 
 def _show(found: Report) -> None:
@@ -117,7 +119,7 @@ def _show(found: Report) -> None:
     output.table(head, rows)
     print()
     for line in lines(found):
-        print(line)
+        output.paragraph(line)
     for arm in found.arms:
         if arm.gpu_hours and arm.gpu_hours >= _LEAST_HOURS:
             print(f"{arm.name}: {arm.gpu_hours:.2f} GPU hours.")
@@ -142,10 +144,12 @@ def rate(
         text = correction.read_text() if correction else None
     except (OSError, UnicodeError) as error:
         raise UsageError(f"{correction} cannot be read: {error}.") from None
+    if text is not None and (rating == "up" or not text.strip()):
+        why = "goes with `down`" if rating == "up" else f"is empty: {correction}"
+        raise UsageError(f"A correction {why}.", hint="Write what the answer should have been into the file.")
     ident, kept = Ratings(state_dir()).rate(answer, rating, text)
     print(f"{ident}: rated {rating}.")
     if not kept:
         lost = " The correction is not kept either." if text else ""
-        print(
-            f"Its prompt was not kept, so it cannot be used for fine-tuning: set store_rated in providers.yaml.{lost}"
-        )
+        where = "see store_rated and store_rated_local of providers.yaml"
+        print(f"Its prompt was not kept, so it cannot be used for fine-tuning: {where}.{lost}")

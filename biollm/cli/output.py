@@ -96,6 +96,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
             print(" " * (sum(widths[:-1]) + 2 * len(padded)) + line)
 
 
+def paragraph(text: str) -> None:
+    """Print a sentence; at a terminal, in lines that end between words."""
+    lines = [text] if width() == math.inf else textwrap.wrap(text, int(width()), break_on_hyphens=False)
+    print("\n".join(lines))
+
+
 def width() -> float:
     """Return the columns of the terminal; without one there is no limit."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf

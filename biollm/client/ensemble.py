@@ -177,7 +177,7 @@ def _too_few(members: Sequence[Member], count: int, needed: int) -> CompletionEr
     lines = [f"  {each.name}: {_line(each.answer)}" for each in members if isinstance(each.answer, CompletionError)]
     attempts = [attempt for each in members for attempt in each.answer.attempts]
     message = "\n".join([f"{count} of {len(members)} members answered, {needed} are needed.", *lines])
-    return CompletionError(message, attempts, hint="Lower the quorum, or name other members.")
+    return CompletionError(message, attempts, hint="Name other members, or ask for fewer of them.")
 
 
 def _line(error: CompletionError) -> str:

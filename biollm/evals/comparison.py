@@ -19,17 +19,18 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
-from biollm._runtime import background
+from biollm._runtime import apart, background, ledger
 from biollm.client import AllLimitedError, Client, Completion, CompletionError
 from biollm.client.local import gather
 from biollm.errors import UsageError
 from biollm.evals import inputs, scoring
 from biollm.evals.inputs import Input
-from biollm.evals.report import Answer, Report, Verdict, report
+from biollm.evals.report import Answer, Report, Used, Verdict, report
 from biollm.inputs.read import read_input
 from biollm.routing.attachments import add_text
 from biollm.routing.candidates import address, check_names
 from biollm.routing.normalize import Rule, checked, is_number
+from biollm.routing.pricing import price
 from biollm.types import Json
 
 _EXCERPT = 4_000  # tokens of a file in the results
@@ -37,24 +38,33 @@ _COOLDOWN_S = 60.0  # that an arm is waited for which cools down after a failure
 _ENSEMBLE = "ensemble:"
 
 
+# What attempts without an answer have used, by arm: they are paid for, too.
+_LOST = """
+SELECT json_extract(tags, '$.compare') AS arm, sum(cost_usd), total(prompt_tokens), total(completion_tokens)
+FROM attempt WHERE at >= ? AND outcome != 'ok' AND arm IS NOT NULL AND prompt_tokens + completion_tokens > 0 GROUP BY arm
+"""
+
+
 @dataclass
 class _Spending:
-    """What the run has cost; `over` says why nothing more is sent. Requests in flight may exceed the limit."""
+    """What the run has cost in USD; `over` says why nothing more is sent. Requests in flight may exceed the limit."""
 
     limit: float | None
-    usd: float = 0.0
+    answered: float = 0.0
+    lost: Mapping[str, Used] = field(default_factory=dict[str, Used])
     over: str = ""
 
-    def add(self, arm: str, answer: Completion) -> None:
-        self.usd += answer.cost_usd or 0.0
-        if self.limit is None:
-            return
-        if answer.cost_usd is None:
-            self.over = (
-                f"the price of {arm} is unknown, so the spend limit cannot be kept: set costs.per_million_tokens"
-            )
-        elif self.usd >= self.limit:
-            self.over = f"the spend limit of {self.limit:g} USD is reached"
+    @property
+    def usd(self) -> float:
+        return self.answered + sum(each.usd or 0.0 for each in self.lost.values())
+
+    def add(self, answer: Completion) -> None:
+        self.answered += answer.cost_usd or 0.0
+        self.check()
+
+    def check(self) -> None:
+        if self.limit is not None and self.usd >= self.limit:
+            self.over = f"the spend limit of {self.limit:.6f} USD is reached"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +107,11 @@ class Comparison:
             if members == 0:
                 raise UsageError(f"{arm} has no members.", hint="Write ensemble:3, or ensemble:x,y,z.")
             for name in members if isinstance(members, list) else ():
-                check_names(client.config, *map(address(client.config, name).get, ("provider", "model")))
+                where = address(client.config, name)
+                check_names(client.config, where.get("provider"), where.get("model"))
+                if self.spend_limit is not None and not _priced(client, where):
+                    message = f"The price of {name} is unknown, so the spend limit cannot be kept."
+                    raise UsageError(message, hint="Set costs.per_million_tokens in providers.yaml.")
 
     def key(self, given: Input, *arms: str) -> str:
         """Return what identifies an answer in a file of results: the input, the arm, and what it is asked."""
@@ -153,12 +167,12 @@ class _Run:
         if self._path:
             os.close(self._open(self._path))  # that it cannot be written must be known before anything is paid for
         self._known = _results(self._path) if self._path else {}
-        self._spending = _Spending(comparison.spend_limit)
+        self._spending, self._began = _Spending(comparison.spend_limit), time.time()
         by_command = scoring.by_command(comparison.command) if comparison.command else None
-        self._score = by_command or scoring.by_expected(comparison.expect)
+        self._score = by_command or (scoring.unscored if comparison.judge else scoring.by_expected(comparison.expect))
 
     async def report(self) -> Report:
-        began, arms = time.time(), self._asked.arms
+        arms = self._asked.arms
         turns = [
             (given, arms[(at + turn) % len(arms)])  # interleaved, so that a bad hour hits all arms alike
             for at, given in enumerate(self._inputs)
@@ -178,8 +192,8 @@ class _Run:
             verdicts = await self._all([partial(self._judged, *pair) for pair in pairs])
         found = [each for each in verdicts if each]
         return report(
-            arms, self._inputs, list(by_place.values()), found, self._asked.expect, self._client.config, began,
-            stopped=self._spending.over,
+            arms, self._inputs, list(by_place.values()), found, self._asked.expect, self._client.config, self._began,
+            lost=self._spending.lost, stopped=self._spending.over,
         )  # fmt: skip
 
     async def _all(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -199,9 +213,11 @@ class _Run:
         error, answer = "", None
         try:
             answer = await self._patiently(partial(self._ask, given, arm))
-            self._spending.add(arm, answer)
+            self._spending.add(answer)
         except CompletionError as failure:
             error = str(failure)
+            self._spending.lost = await apart(self._lost)
+            self._spending.check()
         score = await self._score(given, answer.text, answer.parsed) if answer else None
         made = Answer.made(given, arm, answer, score, error)
         if not error:
@@ -242,6 +258,7 @@ class _Run:
         said: list[str] = []
         pinned = address(self._client.config, str(self._asked.judge))
         options: Json = {**pinned, "fallback": False, "response_model": scoring.VERDICT, "cache": False}
+        options["tags"] = {"compare": "judge"}
         question = _prompt(given, self._asked.prompt)
         text = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
         for first, second in ((one, other), (other, one)):
@@ -252,12 +269,19 @@ class _Run:
                 answer = await self._patiently(ask)
             except CompletionError:
                 return None
-            self._spending.add(str(self._asked.judge), answer)
+            self._spending.add(answer)
             said.append(answer.parsed["winner"])
         winner, contradicted = scoring.verdict(*said)
         made = Verdict(given.id, one.arm, other.arm, winner, contradicted)
         self._write({"key": key, "verdict": asdict(made)})
         return made
+
+    def _lost(self) -> dict[str, Used]:
+        book = ledger(self._client.config)
+        book.flush()
+        with book.reading() as db:
+            rows = db.execute(_LOST, (self._began,)).fetchall() if db else ()
+        return {arm: Used(*used) for arm, *used in rows}
 
     def _write(self, line: Json) -> None:
         if self._path:
@@ -273,6 +297,15 @@ class _Run:
 def _members(arm: str) -> int | list[str]:
     given = arm.removeprefix(_ENSEMBLE)
     return int(given) if given.isdecimal() else given.split(",")
+
+
+def _priced(client: Client, where: Json) -> bool:
+    """Return whether every deployment at an address has a known price."""
+    found = [each.deployment for each in client.explain()]
+    named = [
+        each for each in found if each.model == where["model"] and where.get("provider") in (None, each.provider.name)
+    ]
+    return all(price(each, client.config) for each in named)
 
 
 def _prompt(given: Input, prompt: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -19,6 +19,7 @@ from biollm.monitoring.usage import gpu_hours, quantiles
 from biollm.types import Completion, Json, known
 
 _SEEN = 5.0  # points: the difference that a report says how many inputs would show
+_UNSCORED = "No answer is scored: the inputs have no right answers (`target`, or the field that --expect names)."
 _CHANCE = 0.05  # p-values from which a difference may be chance
 
 
@@ -81,13 +82,26 @@ class Verdict:
     contradicted: bool  # it chose the other one when the order was swapped
 
 
+@dataclass(frozen=True)
+class Used:
+    """What was used without an answer: USD (None where the price is unknown) and tokens."""
+
+    usd: float | None = 0.0
+    prompt_tokens: float = 0.0
+    completion_tokens: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """Sums of one arm's answers; latencies in ms, money in USD; None where there is no value."""
+    """Sums of one arm; latencies in ms, money in USD; None where there is no value.
+
+    Tokens and cost are those of its answers, and of what this run used without getting one.
+    """
 
     name: str
     answers: int
     errors: int
+    reasons: Mapping[str, int]  # why there is no answer -> how often
     score: float | None  # mean, 0 to 1: the agreement with what was expected
     p50_ms: float | None
     p95_ms: float | None
@@ -159,6 +173,7 @@ def report(
     config: Config,
     began: float,
     *,
+    lost: Mapping[str, Used],
     stopped: str,
 ) -> Report:
     """Return the report; `began` in seconds since the epoch."""
@@ -168,7 +183,7 @@ def report(
     hours = gpu_hours(config, began, time.time())
     judged = {(each.one, each.other, each.id): each for each in verdicts}
     return Report(
-        arms=tuple(_arm(arm, list(found.values()), hours) for arm, found in by_arm.items()),
+        arms=tuple(_arm(arm, list(found.values()), hours, lost.get(arm, Used())) for arm, found in by_arm.items()),
         pairs=tuple(_pair(one, other, inputs, by_arm, judged) for one, other in combinations(arms, 2)),
         inputs=len(inputs),
         stopped=stopped,
@@ -177,20 +192,21 @@ def report(
     )
 
 
-def _arm(name: str, found: Sequence[Answer], hours: Mapping[str, float]) -> Arm:
+def _arm(name: str, found: Sequence[Answer], hours: Mapping[str, float], lost: Used) -> Arm:
     answered = [each for each in found if not each.error]
     scores = [each.score for each in answered if each.score is not None]
-    costs = [each.cost_usd for each in answered]
+    costs = [*(each.cost_usd for each in answered), lost.usd]
     p50, p95 = quantiles({each.latency_ms: 1 for each in answered}, (0.5, 0.95))
     return Arm(
         name=name,
         answers=len(answered),
         errors=len(found) - len(answered),
+        reasons=Counter(each.error.splitlines()[-1].strip() for each in found if each.error),
         score=fmean(scores) if scores else None,
         p50_ms=p50,
         p95_ms=p95,
-        prompt_tokens=sum(each.prompt_tokens for each in answered),
-        completion_tokens=sum(each.completion_tokens for each in answered),
+        prompt_tokens=sum(each.prompt_tokens for each in answered) + int(lost.prompt_tokens),
+        completion_tokens=sum(each.completion_tokens for each in answered) + int(lost.completion_tokens),
         cost_usd=None if None in costs else sum(cost for cost in costs if cost is not None),
         gpu_hours=hours.get(name.rpartition("/")[2]),
         changed=sum(bool(each.notes) for each in answered),
@@ -244,24 +260,29 @@ def _sentence(one: str, other: str, facts: Json, needed: int) -> str:
     unequal, count = facts["wins"] + facts["losses"], facts["wins"] + facts["losses"] + facts["ties"]
     if "p" not in facts:
         return f"{unequal} of {count} inputs differ; inputs about one file say nothing about others"
-    interval = f"95% interval {facts['low']:+.1f} to {facts['high']:+.1f} points"
-    if facts["p"] < _CHANCE and not facts["low"] <= 0 <= facts["high"]:
-        better, most, least = (other, "wins", "losses") if facts["points"] > 0 else (one, "losses", "wins")
-        return (
-            f"{better} is better: {facts[most]} to {facts[least]} of {count} inputs (p = {facts['p']:.2g}); {interval}"
-        )
+    better, most, least = (other, "wins", "losses") if facts["points"] >= 0 else (one, "losses", "wins")
+    low, high = (facts["low"], facts["high"]) if better == other else (0.0 - facts["high"], 0.0 - facts["low"])
+    lead = f"lead {low:+.1f} to {high:+.1f} points (95% interval)"
+    if facts["p"] < _CHANCE and low > 0:
+        return f"{better} is better: {facts[most]} to {facts[least]} of {count} inputs (p = {facts['p']:.2g}); {lead}"
     more = f"about {needed} inputs are needed to see {_SEEN:g} points"
-    return f"no difference shown: {unequal} of {count} inputs differ (p = {facts['p']:.2g}); {interval}; {more}"
+    shown = f"no difference shown: {unequal} of {count} inputs differ (p = {facts['p']:.2g})"
+    return f"{shown}; {better}'s {lead}; {more}"
 
 
 def lines(found: Report) -> Iterator[str]:
     """Yield the sentences under the table."""
+    for arm in found.arms:
+        for reason, count in arm.reasons.items():
+            yield f"{arm.name}: {count} without an answer: {reason}"
+    if any(arm.answers for arm in found.arms) and not any(pair.wins + pair.losses + pair.ties for pair in found.pairs):
+        yield _UNSCORED
     for pair in found.pairs:
         left_out = found.inputs - pair.inputs
         yield f"{pair.one} and {pair.other}: {pair.sentence}."
         if left_out:
             yield f"  {left_out} of {found.inputs} inputs are left out: an answer or a score is missing."
         if pair.contradicted is not None:
-            yield f"  The judge contradicted itself on {pair.contradicted} inputs when the order was swapped: ties."
+            yield f"  The judge contradicted itself in {pair.contradicted} of them when the order was swapped: ties."
     if found.stopped:
         yield f"Stopped: {found.stopped}."

@@ -54,6 +54,10 @@ def by_expected(name: str | None) -> Score:
     return score
 
 
+async def unscored(_given: Input, _text: str, _parsed: Any) -> None:
+    """Score nothing: a judge compares."""
+
+
 def by_command(command: str) -> Score:
     """Score with a program: the number that it prints last, else 1 where it exits with 0.
 

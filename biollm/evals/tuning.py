@@ -49,7 +49,9 @@ def read(file: Path) -> Iterator[Example]:
         except (ValueError, KeyError, TypeError):
             found, messages, ends_well = {}, [], False
         if not ends_well:
-            raise UsageError(f"{file}:{number} is no conversation that ends with an answer.", hint=f"Write {_FORM}.")
+            raise UsageError(
+                f"{file}:{number} must be a conversation that ends with an answer.", hint=f"Write {_FORM}."
+            )
         yield Example(messages, str(found.get("run", "")))
 
 

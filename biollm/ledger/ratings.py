@@ -37,7 +37,7 @@ _RATED = (
 )
 _FIND = (
     "SELECT request, at FROM attempt WHERE outcome = 'ok' AND substr(request, 1, ?) = ? ORDER BY at DESC LIMIT 2",
-    "SELECT request, at FROM attempt WHERE outcome = 'ok' ORDER BY at DESC LIMIT 1",
+    "SELECT request, at FROM attempt WHERE outcome = 'ok' AND tags NOT LIKE '%\"compare\": %' ORDER BY at DESC LIMIT 1",
 )
 _WAIT = 2.0  # seconds for a file that others write to
 _LEAST = 6  # letters of an id that may stand for it

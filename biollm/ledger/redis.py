@@ -235,7 +235,7 @@ def library() -> Any:
     try:
         return import_module("redis")
     except ModuleNotFoundError:
-        hint = "pip install 'biollm[redis]'"
+        hint = "pip install 'redis>=8,<9'"
         raise UnavailableError("The ledger is on Redis, and its client is not installed.", hint=hint) from None
 
 

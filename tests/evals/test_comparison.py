@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -352,16 +353,32 @@ def test_it_stops_at_the_spend_limit(net: Loopback, waterfall: Write, tmp_path: 
     waterfall(a=paid(server, "a"), b=paid(server, "b", "gpt-4o"))
     path = lines(tmp_path, [{"input": f"question {n}"} for n in range(20)])
     found = evals.compare([path], ["a/gpt-4o-mini", "b/gpt-4o"], spend_limit=1e-9, concurrency=1)
-    assert "the spend limit of 1e-09 USD is reached" in found.stopped
+    assert "the spend limit of 0.000000 USD is reached" in found.stopped
     assert len(server.completions) == 1
 
 
-def test_an_unknown_price_ends_a_run_with_a_spend_limit(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+def test_a_spend_limit_needs_known_prices(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
     servers = arms(net, waterfall, a="x", b="x")
-    path = lines(tmp_path, [{"input": f"question {n}"} for n in range(20)])
-    found = evals.compare([path], ["model-a", "model-b"], spend_limit=1, concurrency=1)
-    assert "price of model-a is unknown" in found.stopped
-    assert sum(len(each.completions) for each in servers.values()) == 1
+    with pytest.raises(UsageError, match=r"The price of model-a is unknown, so the spend limit cannot be kept\."):
+        evals.compare([lines(tmp_path, [{"input": "q"}])], ["model-a", "model-b"], spend_limit=1)
+    assert not any(each.completions for each in servers.values())
+
+
+def test_what_is_paid_for_without_an_answer_counts(net: Loopback, waterfall: Write, tmp_path: Path, paid: Any) -> None:
+    good, bad = net.serve(text='{"n": 1}'), net.serve(text="no JSON")
+    waterfall(a=paid(good, "a"), b=paid(bad, "b", "gpt-4o"))
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    path = lines(tmp_path, [{"input": f"question {n}", "n": 1} for n in range(12)])
+    arms = ["a/gpt-4o-mini", "b/gpt-4o"]
+    found = evals.compare([path], arms, schema=schema, expect="n")
+    a, b = found.arms
+    assert (a.answers, b.errors) == (12, 12)
+    assert b.cost_usd and a.cost_usd and b.cost_usd > a.cost_usd, "gpt-4o was paid for its wrong answers"
+    assert b.prompt_tokens > 0
+    (reason,) = b.reasons
+    assert "the answer does not match the schema" in reason
+    stopped = evals.compare([path], arms, schema=schema, expect="n", spend_limit=b.cost_usd / 3, concurrency=1)
+    assert "the spend limit" in stopped.stopped
 
 
 # --- what it says --------------------------------------------------------------------------------------------------
@@ -371,7 +388,7 @@ def test_no_difference_is_not_a_claim_of_equality(net: Loopback, waterfall: Writ
     arms(net, waterfall, a=knows(), b=knows(*list(EXPECTED)[:23]))
     sentence = pair(evals.compare([DIAGNOSIS], ["model-a", "model-b"])).sentence
     assert sentence.startswith(
-        "no difference shown: 1 of 24 inputs differ (p = 1); 95% interval -12.5 to +0.0 points; about "
+        "no difference shown: 1 of 24 inputs differ (p = 1); model-a's lead +0.0 to +12.5 points (95% interval); about "
     )
     assert sentence.endswith("inputs are needed to see 5 points")
 
@@ -418,6 +435,19 @@ def test_the_command_line_compares(
     found = biollm("compare", "--a", "model-a", "--b", "model-b", DIAGNOSIS, "--json").json
     assert found["pairs"][0]["wins"] == pytest.approx(24 * (found["arms"][1]["score"] - found["arms"][0]["score"]))
     assert biollm("compare", "--a", "model-a", "--b", "model-b", "gone.log").code == 2
+
+
+def test_an_arm_without_an_answer_is_named_with_its_reason(
+    net: Loopback, waterfall: Write, biollm: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ok, down = net.serve(text="yes"), net.serve(then=HTTP_400)
+    waterfall(a={"base_url": down.url, "models": ["a"]}, b={"base_url": ok.url, "models": ["b"]})
+    path = lines(tmp_path, [{"input": "Is it?"}, {"input": "Was it?"}])
+    ran = biollm("compare", "--a", "a", "--b", "b", path)
+    assert ran.code == 69
+    assert re.search("^a: 2 without an answer: .*HTTP 400", ran.out, re.MULTILINE)
+    assert "No answer is scored: the inputs have no right answers" in ran.out
 
 
 @pytest.mark.slow

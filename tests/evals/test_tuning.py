@@ -100,7 +100,7 @@ def test_few_runs_hold_one_out() -> None:
 def test_a_line_that_is_no_conversation_is_named(tmp_path: Path, line: str) -> None:
     file = jsonl(tmp_path / "own.jsonl", chat("x"))
     file.write_text(file.read_text() + line + "\n")
-    with pytest.raises(UsageError, match=r"own\.jsonl:2 is no conversation that ends with an answer"):
+    with pytest.raises(UsageError, match=r"own\.jsonl:2 must be a conversation that ends with an answer"):
         list(tuning.read(file))
 
 

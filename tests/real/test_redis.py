@@ -355,7 +355,7 @@ def test_without_the_client_the_error_names_the_extra(net: Loopback, waterfall: 
         env=os.environ | {"LITELLM": ""},
     )
     assert done.returncode != 0
-    assert "pip install 'biollm[redis]'" in done.stderr
+    assert "pip install 'redis>=8,<9'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

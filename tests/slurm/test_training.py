@@ -173,7 +173,7 @@ def test_the_commands_fit_and_render(biollm: Biollm, tmp_path: Path) -> None:
     for name in ("llama-3.3-70b", "two\nlines"):
         ran = biollm("tune", "render", "qwen-coder-32b", tmp_path / "train.jsonl", "--name", name)
         assert (ran.code, "cannot be the name of an adapter of qwen-coder-32b" in ran.err) == (2, True)
-    for text, message in (("", "has no examples"), ("{}\n", "train.jsonl:1 is no conversation")):
+    for text, message in (("", "has no examples"), ("{}\n", "train.jsonl:1 must be a conversation")):
         (tmp_path / "train.jsonl").write_text(text)
         ran = biollm("tune", "render", "qwen-coder-32b", tmp_path / "train.jsonl")
         assert (ran.code, message in ran.err) == (2, True)
