@@ -23,6 +23,7 @@ def show(
 
     from biollm.client.cache import Cache
     from biollm.config import load_config
+    from biollm.types import span
 
     limits, cache = load_config().cache, Cache()
     with _reported(cache.path):
@@ -33,9 +34,10 @@ def show(
         facts = {"file": str(cache.path), "bytes": size, "max_mb": limits.max_mb, "ttl_s": limits.ttl}
         output.as_json({**facts, "answers": count, "newest": newest})
         return
-    ttl = f"{limits.ttl / 86400:g} days" if limits.ttl >= 86400 else f"{limits.ttl / 3600:g} hours"
     path = output.short_path(str(cache.path))
-    print(f"{count} answer{'s' * (count != 1)} of the last {ttl}, {size / 1e6:.1f} of {limits.max_mb:g} MB: {path}")
+    print(
+        f"{count} answer{'s' * (count != 1)} of the last {span(limits.ttl)}, {size / 1e6:.1f} of {limits.max_mb:g} MB: {path}"
+    )
     if newest:
         print()
         rows = [(each["made_at"][:16].replace("T", " "), each["deployment"], each["about"]) for each in newest]

@@ -63,12 +63,12 @@ def test_what_an_answer_of_unknown_price_saved_is_not_called_zero(server: Server
 
 def test_show_and_clear(server: Server, biollm: Biollm, state: Path) -> None:
     empty = biollm("cache", "show")
-    assert (empty.code, empty.out) == (0, f"0 answers of the last 12 hours, 0.0 of 50 MB: {state / 'cache.db'}\n")
+    assert (empty.code, empty.out) == (0, f"0 answers of the last 12 h, 0.0 of 50 MB: {state / 'cache.db'}\n")
     assert biollm("cache", "clear").out == "0 answers deleted.\n"
     for question in ("why?", "and why not?"):
         biollm("complete", question, "--cache")
     shown = biollm("cache", "show").out.splitlines()
-    assert shown[0].startswith("2 answers of the last 12 hours, 0.0 of 50 MB: ")
+    assert shown[0].startswith("2 answers of the last 12 h, 0.0 of 50 MB: ")
     assert shown[2].split() == ["made", "(UTC)", "deployment", "for"]
     assert [line.split("  ")[1:] for line in shown[3:]] == [["first/small", "and why not?"], ["first/small", "why?"]]
     facts = biollm("cache", "show", "--json", "-n", "1").json
