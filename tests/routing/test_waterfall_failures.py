@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -175,14 +176,16 @@ def test_a_slip_is_asked_once_more_and_rests_nothing(net: Loopback, waterfall: W
     assert [record.outcome for record in ledger().history()] == ["failed", "ok"]
 
 
-def test_what_is_known_to_fail_is_asked_once(net: Loopback, waterfall: Write) -> None:
+def test_what_is_known_to_fail_is_asked_once(net: Loopback, waterfall: Write, state: Path) -> None:
     first = net.serve(then=HTTP_500)
     waterfall(first=first, last=net.serve())
     client = get_model_client()
     client.complete("hi")
     assert len(first.completions) == 2
-    for key in list(ledger().blocked()):  # its cooldown is over
-        ledger()._blocked[key] = ledger()._blocked[key]._replace(until=0.0)
+    ledger().flush()
+    with sqlite3.connect(state / "quotas.db") as db:
+        db.execute("UPDATE cooldown SET until = ?", (time.time() - 1,))  # its cooldown is over
+    ledger().refresh()
     client.complete("hi")
     assert len(first.completions) == 3
 
