@@ -1,7 +1,7 @@
 """Ratings of answers, and the rated prompts and answers themselves where `store_rated` keeps them.
 
 history.db has neither prompts nor answers, and its attempts may be pruned; so this is a file of its own, ratings.db.
-A prompt that nobody rates is deleted after the time that is configured.
+A prompt that is not rated is deleted after the configured time.
 """
 
 from __future__ import annotations
