@@ -26,7 +26,7 @@ from biollm.client.cache_key import key_of
 from biollm.config.paths import own_dir, state_dir
 from biollm.config.schema import Cache as Limits
 from biollm.ledger import Record
-from biollm.ledger.sqlite import BOUND, Database, on_network, read
+from biollm.ledger.sqlite import BOUND, Database, databases, on_network, read
 from biollm.routing.answers import content, content_text, tool_calls
 from biollm.routing.request import Request
 from biollm.types import Completion, Fields, Json, Usage, known, seconds_of
@@ -84,7 +84,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path | None = None, *, network: bool | None = None) -> None:
-        folder = folder or own_dir(state_dir())
+        folder = databases(folder or own_dir(state_dir()))
         self.path, network = folder / "cache.db", on_network(folder) if network is None else network
         synchronous = "OFF" if network else "NORMAL"  # what a power failure costs is asked for again
         self._file = Database(self.path, SCHEMA, network, synchronous, patience=BOUND, shrinks=True)

@@ -193,6 +193,14 @@ def test_files_that_vanish_are_made_anew(asking: tuple[Client, Server], share: S
     assert len(server.completions) == 5
 
 
+def test_each_host_has_its_own_stored_answers(asking: tuple[Client, Server], share: Share) -> None:
+    client, _ = asking
+    client.complete("hi", cache=True)
+    assert client.complete("hi", cache=True).cached
+    (file,) = share.source.rglob("cache.db")
+    assert file.relative_to(share.source).parts[:2] == ("state", "hosts"), "two hosts would damage a common file"
+
+
 # --- records and locks -----------------------------------------------------------------------------------------------
 
 
