@@ -116,7 +116,7 @@ async def ask(
     schema, verdict = options.get("response_model"), None
     if schema is not None and method != "judge":
         result = _vote_by_field(answers, ResponseSchema(schema))
-    elif method == "vote" or len({_plain(each.text) for each in answers}) == 1:
+    elif method == "vote" or len({plain(each.text) for each in answers}) == 1:
         result = _vote(answers)
     else:
         judging: Options = {name: options[name] for name in _OF_JUDGE if name in options}  # type: ignore[assignment]
@@ -186,9 +186,9 @@ def _line(error: CompletionError) -> str:
 
 def _vote(answers: Sequence[Completion]) -> EnsembleCompletion:
     """Return the text that most give; of equally many, that of the earliest member."""
-    count = Counter(_plain(each.text) for each in answers)
+    count = Counter(plain(each.text) for each in answers)
     top = max(count.values())
-    best = next(each for each in answers if count[_plain(each.text)] == top)
+    best = next(each for each in answers if count[plain(each.text)] == top)
     return _ensemble(best, agreement=top / len(answers), reason=f"{top} of {len(answers)} give this answer")
 
 
@@ -245,7 +245,7 @@ async def _judged(
         return _ensemble(answers[0], reason=f"the judge did not answer ({_line(error)}): the first answer"), None
     choice: Json = verdict.parsed
     chosen = answers[int(choice["answer"]) - 1]
-    agree = sum(_plain(each.text) == _plain(chosen.text) for each in answers) / len(answers)
+    agree = sum(plain(each.text) == plain(chosen.text) for each in answers) / len(answers)
     return _ensemble(chosen, agreement=agree, reason=choice["reason"]), verdict
 
 
@@ -266,12 +266,13 @@ def _summed(result: EnsembleCompletion, parts: Sequence[Completion | CompletionE
     )
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Return a text without what does not count when answers are compared: case, white space, a last full stop."""
     return " ".join(text.split()).casefold().rstrip(".")
 
 
 def _key(value: Any) -> Hashable:
-    return _plain(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return plain(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def _data(parsed: Any) -> Any:

@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from biollm.client.ensemble import plain
 from biollm.config import Config
 from biollm.evals import statistics
 from biollm.evals.inputs import Input
-from biollm.evals.scoring import Winner, plain
+from biollm.evals.scoring import Winner
 from biollm.monitoring.usage import gpu_hours, quantiles
 from biollm.types import Completion, Json, known
 

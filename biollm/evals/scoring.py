@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from biollm.client.ensemble import plain
 from biollm.errors import UsageError
 from biollm.evals.inputs import Input
 from biollm.types import Json
@@ -26,11 +27,6 @@ VERDICT: Json = {
 }
 _ASK = "Which of two answers to one question is more correct and useful? Length is no merit; say tie if neither is."
 _COMMAND_S = 60.0  # seconds that a command may take
-
-
-def plain(text: str) -> str:
-    """Return a text without what does not count when answers are compared: case, white space, a last full stop."""
-    return " ".join(text.split()).casefold().rstrip(".")
 
 
 def by_expected(name: str | None) -> Score:
