@@ -17,7 +17,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from biollm._runtime import apart, background, ledger
 from biollm.client import AllLimitedError, Client, Completion, CompletionError
@@ -32,6 +32,10 @@ from biollm.routing.candidates import address, check_names
 from biollm.routing.normalize import Rule, checked, is_number
 from biollm.routing.pricing import price
 from biollm.types import Json
+
+if TYPE_CHECKING:
+    from biollm.config import Config
+    from biollm.routing.deployments import Deployment
 
 _EXCERPT = 4_000  # tokens of a file in the results
 _COOLDOWN_S = 60.0  # that an arm is waited for which cools down after a failure
@@ -102,6 +106,7 @@ class Comparison:
         checked({"wait": self.wait, "spend_limit": self.spend_limit}, {"wait": amount, "spend_limit": amount})
         if len([each for each in (self.expect, self.command, self.judge) if each]) > 1:
             raise UsageError("--expect, --command and --judge exclude each other.", hint="Choose one.")
+        found = [] if self.spend_limit is None else [each.deployment for each in client.explain()]
         for arm in (*self.arms, *([self.judge] if self.judge else [])):
             members = _members(arm) if arm.startswith(_ENSEMBLE) else [arm]
             if members == 0:
@@ -109,7 +114,7 @@ class Comparison:
             for name in members if isinstance(members, list) else ():
                 where = address(client.config, name)
                 check_names(client.config, where.get("provider"), where.get("model"))
-                if self.spend_limit is not None and not _priced(client, where):
+                if self.spend_limit is not None and not _priced(found, client.config, where):
                     message = f"The price of {name} is unknown, so the spend limit cannot be kept."
                     raise UsageError(message, hint="Set costs.per_million_tokens in providers.yaml.")
 
@@ -299,13 +304,14 @@ def _members(arm: str) -> int | list[str]:
     return int(given) if given.isdecimal() else given.split(",")
 
 
-def _priced(client: Client, where: Json) -> bool:
+def _priced(found: Sequence[Deployment], config: Config, where: Json) -> bool:
     """Return whether every deployment at an address has a known price."""
-    found = [each.deployment for each in client.explain()]
     named = [
-        each for each in found if each.model == where["model"] and where.get("provider") in (None, each.provider.name)
+        each
+        for each in found
+        if where.get("model") in (None, each.model) and where.get("provider") in (None, each.provider.name)
     ]
-    return all(price(each, client.config) for each in named)
+    return all(price(each, config) for each in named)
 
 
 def _prompt(given: Input, prompt: str) -> Any:
