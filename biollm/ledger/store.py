@@ -250,9 +250,12 @@ class Ledger:
 
     def origins(self, digests: Sequence[str]) -> dict[str, str]:
         """Return the model that gave what has each digest, of the last 900, where it is known; may take 250 ms."""
-        if asked := [digest for digest in digests if digest not in self._origins]:
-            self._origins.update(self._ask(lambda store: store.origins(asked)) or {})
-        return {digest: self._origins[digest] for digest in digests if digest in self._origins}
+        known = {digest: model for digest in digests if (model := self._origins.get(digest))}
+        if asked := [digest for digest in digests if digest not in known]:
+            found = self._ask(lambda store: store.origins(asked)) or {}
+            self._origins.update(found)
+            known |= found
+        return known
 
     def history(self, since: float | None = None, until: float | None = None) -> Iterator[Record]:
         """Yield the attempts of `since` <= at < `until`, oldest first. No lock is held between them."""
@@ -369,8 +372,8 @@ class Ledger:
 
     def _reserve_alone(self, process: _Process, claim: Claim, reservation: int) -> int | Refused:
         now = self._clock()
-        known = [(key, self._blocked[key]) for key in (*claim.cooling, claim.limited_by) if key in self._blocked]
-        blocks = [Block(found.until, found.reason, key, shut=True) for key, found in known if found.until > now]
+        known = [(key, self._blocked.get(key)) for key in (*claim.cooling, claim.limited_by)]
+        blocks = [Block(each.until, each.reason, key, shut=True) for key, each in known if each and each.until > now]
         with process.lock:
             if abs(now - process.pruned) > PRUNE:
                 quotas.prune(process.memory, now)
@@ -392,11 +395,11 @@ class Ledger:
 
     def _adopt(self, found: Mapping[str, Cooldown]) -> None:
         """Take over what other processes changed in the store; what this process has just written is newer."""
-        for key in self._filed.keys() - found.keys():
-            if self._blocked.get(key) == self._filed[key]:
+        filed, self._filed = self._filed, dict(found)  # at once: several threads come here
+        for key in filed.keys() - found.keys():
+            if self._blocked.get(key) == filed[key]:
                 self._blocked.pop(key, None)
-        self._blocked.update({key: each for key, each in found.items() if each != self._filed.get(key)})
-        self._filed = dict(found)
+        self._blocked.update({key: each for key, each in found.items() if each != filed.get(key)})
 
     def _ask(self, question: Callable[[QuotaStore], T]) -> T | None:
         """Return the store's answer, or None while it cannot be read."""
