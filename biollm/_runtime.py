@@ -11,10 +11,11 @@ import atexit
 import os
 import queue
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import CancelledError as FutureCancelled
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from biollm.config import Cluster, Config
@@ -40,7 +41,8 @@ class Background:
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.pid = os.getpid()
         self.loop = loop or asyncio.new_event_loop()
-        self.kept: dict[Any, Any] = {}  # made once per process: ledgers, waterfalls, HTTP sessions
+        self.kept: dict[Hashable, Any] = {}  # made once per process: ledgers, waterfalls, HTTP sessions
+        self._making = threading.RLock()  # one `make` may need another
         self.closing: list[Callable[[], Awaitable[None]]] = []
         self._thread = threading.Thread(target=self.loop.run_forever, name=THREAD, daemon=True)
         self._thread.start()
@@ -102,6 +104,13 @@ class Background:
                 raise item.error
         finally:
             pump.cancel()
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what this process keeps under `key`, from any thread; `make` is called on first use."""
+        with self._making:
+            if key not in self.kept:
+                self.kept[key] = make()
+            return self.kept[key]
 
     def stop_first(self) -> None:
         """Stop, at interpreter exit, before whatever was registered until now."""
@@ -208,25 +217,28 @@ def background() -> Background:
 def ledger(config: Config | None = None) -> Ledger:
     """Return the process's ledger: of the state folder, and of the server that `config` names."""
     server = config.ledger if config and config.ledger.url else None
-    here, key = background(), ("ledger", state_dir(), server)
-    if key not in here.kept:
-        here.kept[key] = Ledger(state_dir(), server=server)
+    here, folder = background(), state_dir()
+
+    def make() -> Ledger:
+        made = Ledger(folder, server=server)
         here.stop_first()  # what is cancelled at exit is then still written
-    return here.kept[key]
+        return made
+
+    return here.once(("ledger", folder, server), make)
 
 
 def ratings() -> Ratings:
     """Return the process's ratings of the state folder."""
-    here, key = background(), ("ratings", state_dir())
-    if key not in here.kept:
-        here.kept[key] = Ratings(state_dir())
+    here, folder = background(), state_dir()
+
+    def make() -> Ratings:
+        made = Ratings(folder)
         here.stop_first()
-    return here.kept[key]
+        return made
+
+    return here.once(("ratings", folder), make)
 
 
 def watch(cluster: Cluster) -> Watch:
     """Return the process's view of the site's running servers."""
-    kept, key = background().kept, ("watch", run_dir(cluster), cluster.trusted_owners)
-    if key not in kept:
-        kept[key] = Watch(cluster)
-    return kept[key]
+    return background().once(("watch", run_dir(cluster), cluster.trusted_owners), partial(Watch, cluster))

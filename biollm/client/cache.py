@@ -71,10 +71,7 @@ def about(request: Request) -> str:
 
 def of_process() -> Cache:
     """Return this process's cache."""
-    kept, key = background().kept, ("cache", state_dir())
-    if key not in kept:
-        kept[key] = Cache()
-    return kept[key]
+    return background().once(("cache", state_dir()), Cache)
 
 
 class Cache:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from biollm._runtime import Background, apart, background, called, ledger, started, watch
+from biollm._runtime import Background, apart, background, called, ledger, watch
 from biollm.client import cache, cache_key
 from biollm.config import load_config
 from biollm.config.paths import state_dir
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from biollm.slurm.endpoints import Watch
 
 T = TypeVar("T")
+_Key = tuple[str, DataPolicy, Path]  # of a waterfall: the configuration, the policy, the state folder
 _STEP = 1.0  # seconds between two checks of a server that starts
 _WATERFALLS = 8  # kept in a process
 
@@ -48,9 +49,7 @@ class Local:
         self.config, self._policy = load_config(folder), policy
         self._key = repr(self.config)
         self._watched: tuple[Background, Watch] | None = None
-        kept = here.kept if (here := started()) else {}
-        for key in [key for key in kept if key[:2] == ("waterfall", self._key)]:  # keys may have changed
-            _let_go(kept.pop(key))
+        self._stale = True
 
     @cached_property
     def identity(self) -> str:
@@ -77,18 +76,22 @@ class Local:
     async def waterfall(self) -> Waterfall:
         """Return the process's waterfall for this configuration; made on first use, which imports LiteLLM."""
         here, policy = background(), self._policy()
-        kept = here.kept
         if self._watched is None or self._watched[0] is not here:
             self._watched = here, watch(self.config.cluster)
         servers = self._watched[1]
         if not servers.awake:
             await apart(servers.alive)
-        key = ("waterfall", self._key, policy, state_dir())
+        kept = here.once("waterfalls", dict[_Key, "asyncio.Future[Waterfall]"])  # changed on the loop alone
+        if self._stale:  # keys may have changed
+            self._stale = False
+            for old in [each for each in kept if each[0] == self._key]:
+                _let_go(kept.pop(old))
+        key = (self._key, policy, state_dir())
         making = kept.pop(key, None)
         if making is None or (making.done() and (making.cancelled() or making.exception())):
             making = asyncio.ensure_future(apart(self._make, policy, servers))
         kept[key] = making  # the one that was used last is the last
-        for old in [each for each in kept if each[0] == "waterfall"][:-_WATERFALLS]:
+        for old in list(kept)[:-_WATERFALLS]:
             _let_go(kept.pop(old))
         return await asyncio.shield(making)
 
@@ -250,7 +253,7 @@ async def gather(
             task.cancel()
 
 
-def _let_go(making: asyncio.Future[Waterfall] | None) -> None:
+def _let_go(making: asyncio.Future[Waterfall]) -> None:
     """Unregister a waterfall's callbacks from LiteLLM; requests in flight go on."""
-    if making and making.done() and not making.cancelled() and not making.exception():
+    if making.done() and not making.cancelled() and not making.exception():
         making.result().discard()

@@ -228,16 +228,17 @@ def _session(*, fresh: bool) -> aiohttp.ClientSession:
     """Return the process's connections; `fresh`: those that are used once."""
     import aiohttp
 
-    here, name = background(), f"direct{fresh}"
-    if name not in here.kept:
+    here = background()
+
+    def make() -> aiohttp.ClientSession:
         pool: dict[str, Any] = {"force_close": True} if fresh else {"keepalive_timeout": _IDLE_S}
         connector = aiohttp.TCPConnector(limit=_CONNECTIONS, ttl_dns_cache=_IDLE_S, **pool)
         timeout, cookies = aiohttp.ClientTimeout(total=None), aiohttp.DummyCookieJar()
-        here.kept[name] = made = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, cookie_jar=cookies, read_bufsize=1 << 18
-        )
+        made = aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=cookies, read_bufsize=1 << 18)
         here.closing.append(made.close)
-    return here.kept[name]
+        return made
+
+    return here.once(f"direct{fresh}", make)
 
 
 @cache

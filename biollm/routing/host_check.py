@@ -153,7 +153,7 @@ def _origin(url: str) -> str:
 
 def trust() -> Trust:
     """Return the process's one Trust."""
-    return background().kept.setdefault("trust", Trust())
+    return background().once("trust", Trust)
 
 
 class FixedServers:

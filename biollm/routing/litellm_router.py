@@ -96,11 +96,14 @@ class LiteLLMRouter:
 def _session() -> aiohttp.ClientSession:
     """Return the one pool of connections of this process, made on its loop."""
     here = background()
-    if "session" not in here.kept:
+
+    def make() -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, keepalive_timeout=_IDLE_S, ttl_dns_cache=_IDLE_S)
-        here.kept["session"] = made = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        made = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         here.closing.append(made.close)
-    return here.kept["session"]
+        return made
+
+    return here.once("session", make)
 
 
 def _bypass_proxies(found: Sequence[Deployment]) -> None:

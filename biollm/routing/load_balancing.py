@@ -128,4 +128,4 @@ def _loads(servers: Mapping[str, _Server], own: Counter[str]) -> dict[str, Load]
 
 def of_process() -> Balance:
     """Return the process's one Balance."""
-    return background().kept.setdefault("balance", Balance())
+    return background().once("balance", Balance)

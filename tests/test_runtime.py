@@ -1,0 +1,81 @@
+"""What a process makes once is made once, whichever of its threads needs it first."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+from provider import Loopback
+
+from biollm._runtime import background
+from biollm.client import get_model_client
+
+
+def test_threads_that_need_the_same_thing_share_one() -> None:
+    made: list[object] = []
+
+    def make() -> object:
+        time.sleep(0.05)  # the other threads come meanwhile
+        made.append(object())
+        return made[-1]
+
+    key, start = object(), threading.Barrier(8)
+
+    def need(_: int) -> object:
+        start.wait()
+        return background().once(key, make)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(need, range(8))) == set(made) and len(made) == 1
+
+
+def test_making_one_thing_may_need_another() -> None:
+    here, keys = background(), (object(), object())
+    assert here.once(keys[0], lambda: [here.once(keys[1], lambda: "inner")]) == ["inner"]
+
+
+@contextmanager
+def frequent_switches(work: Callable[[int], object]) -> Iterator[None]:
+    """Switch threads as often as possible while another thread calls `work` with 0, 1, 2 ..."""
+    ended, interval = threading.Event(), sys.getswitchinterval()
+
+    def run() -> None:
+        for number in count():
+            if ended.is_set():
+                return
+            work(number)
+
+    thread = threading.Thread(target=run)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
+
+
+def test_requests_are_answered_while_other_threads_make_things(net: Loopback, waterfall: Callable[..., Path]) -> None:
+    waterfall(first=net.serve())
+    client, here = get_model_client(), background()
+    client.complete("hi")
+
+    def make_and_forget(number: int) -> None:
+        here.once(("test", number), object)
+        here.kept.pop(("test", number - 100), None)
+
+    async def fifty() -> list[str]:
+        return [answer.provider for answer in await asyncio.gather(*(client.acomplete("hi") for _ in range(50)))]
+
+    with frequent_switches(make_and_forget):
+        for _ in range(3):
+            assert asyncio.run(fifty()) == ["first"] * 50
+            client = get_model_client()
