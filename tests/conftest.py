@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -36,7 +37,13 @@ Candidate = Server | str | Mapping[str, Any]
 
 
 def pytest_configure() -> None:
-    """End at once if another LiteLLM is installed than pyproject.toml or `make test LITELLM=...` asks for."""
+    """Check the LiteLLM that is installed, and let the programs that tests start be interrupted.
+
+    It must be the one that pyproject.toml or `make test LITELLM=...` asks for. A shell's background jobs, and what they
+    start, ignore SIGINT.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     wanted = next(each for each in map(Requirement, project["dependencies"]) if each.name == "litellm").specifier
     chosen = os.environ.get("LITELLM")

@@ -604,13 +604,7 @@ def test_only_completions_import_litellm(argv: list[str], waterfall: Waterfall) 
 def test_ctrl_c_ends_at_once_with_130(net: Loopback, waterfall: Waterfall) -> None:
     server = net.serve(then=HANG)
     waterfall(first=server)
-    process = subprocess.Popen(
-        [PROGRAM, "complete", "why?"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )
+    process = subprocess.Popen([PROGRAM, "complete", "why?"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _until(lambda: server.completions)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)

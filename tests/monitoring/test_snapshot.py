@@ -204,11 +204,6 @@ def test_the_page_can_be_written_to_a_file(waterfall: Write, tmp_path: Path, bio
     assert "first/small" in (tmp_path / "now.html").read_text()
 
 
-def _at_a_terminal() -> None:
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background may have been told to ignore it
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("end", "code"), [(b"q", 0), (b"\003", 130), (signal.SIGTERM, 143)])
 def test_the_terminal_is_left_as_it_was(waterfall: Write, end: bytes | int, code: int) -> None:
@@ -220,7 +215,7 @@ def test_the_terminal_is_left_as_it_was(waterfall: Write, end: bytes | int, code
     command = [sys.executable, "-c", "from biollm.cli import main; main()", "top", "--interval", "0.2"]
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
-        preexec_fn=_at_a_terminal,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     seen, ready = b"", select.poll()  # select() knows no descriptor above 1023
     ready.register(ours, select.POLLIN)
