@@ -146,6 +146,7 @@ def entry(model: Base, name: Name = "") -> None:
     from biollm.config.paths import models_dir
     from biollm.evals import tuning
 
-    name = name or f"{model}-tuned"
-    adapter = models_dir(config.load_config().cluster) / "adapters" / name / "adapter"
-    print(tuning.entry(name, model, adapter), end="")
+    settings, name = config.load_config(), name or f"{model}-tuned"
+    (base,) = local_models(settings, [model])
+    adapter = models_dir(settings.cluster) / "adapters" / name / "adapter"
+    print(tuning.entry(name, base, settings.cluster, adapter), end="")

@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from biollm._files import write_private
+from biollm.config import Cluster, Model
+from biollm.config.paths import weights_dir
 from biollm.errors import UsageError
 from biollm.evals.inputs import numbered_lines
 from biollm.inputs.normalize_log import normalize_log
@@ -101,11 +103,16 @@ def write(train: Sequence[Example], held_out: Sequence[Example], file: Path, bes
         write_private(path.resolve(), "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def entry(name: str, base: str, adapter: Path) -> str:
-    """Return the entry of models.yaml for a trained adapter; raise UsageError if there is none."""
+def entry(name: str, model: Model, cluster: Cluster, adapter: Path) -> str:
+    """Return the entry of models.yaml for a trained adapter; raise UsageError if there is none, or of another model."""
     try:
-        rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+        trained = json.loads((adapter / "adapter_config.json").read_text())
+        rank, base = trained["r"], trained.get("base_model_name_or_path")
     except (OSError, ValueError, KeyError):
-        raise UsageError(f"There is no adapter in {adapter}.", hint=f"Train it: biollm tune up {base} FILE.") from None
-    own = {"base": base, "lora": str(adapter)} | ({"lora_rank": rank} if rank != 16 else {})
+        hint = f"Train it: biollm tune up {model.key} FILE."
+        raise UsageError(f"There is no adapter in {adapter}.", hint=hint) from None
+    folders = {weights_dir(model, cluster).name, Path(model.hf_id or "").name}  # they may have been moved since
+    if base and Path(base).name not in folders:
+        raise UsageError(f"The adapter in {adapter} is of {base}, not of {model.key}.", hint="Name the model it is of.")
+    own = {"base": model.key, "lora": str(adapter)} | ({"lora_rank": rank} if rank != 16 else {})
     return yaml.safe_dump({"models": {name: own}}, sort_keys=False)

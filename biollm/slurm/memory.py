@@ -80,11 +80,7 @@ def fit(
         gpu_memory_utilization: Share of each GPU that vLLM may use, 0 to 1.
         quantization: "fp8", "int8", "awq", ...
     """
-    if model.architecture is None:
-        raise DoesNotFitError(
-            f"The size of {model.key} is unknown: it has no `architecture:` in models.yaml.",
-            hint=f"`biollm models add {model.hf_id} --config config.json` writes the numbers.",
-        )
+    arch = architecture(model)
     args: dict[str, Any] = model.vllm_args
     kv_dtype: str = args.get("kv_cache_dtype", "auto")
     setup = Setup(
@@ -106,8 +102,19 @@ def fit(
         raise UsageError(f"{model.key}: GPUs must be at least 1, gpu_memory_utilization above 0 and at most 1.")
     if quantization and _bits(quantization) is None:
         raise UsageError(f"Unknown quantization {quantization!r}.", hint=f"Known: {', '.join(_BITS)}.")
-    report = compute(model.architecture, setup)
-    return report if report.fits else replace(report, suggestions=tuple(_suggest(model.architecture, setup, report)))
+    report = compute(arch, setup)
+    return report if report.fits else replace(report, suggestions=tuple(_suggest(arch, setup, report)))
+
+
+def architecture(model: Model) -> Architecture:
+    """Return a model's numbers; raise DoesNotFitError with how to get them, where models.yaml has none."""
+    if model.architecture is None:
+        source = f"{model.hf_id or 'ORG/NAME'} --config {model.path or '.'}/config.json"
+        raise DoesNotFitError(
+            f"The size of {model.key} is unknown: it has no `architecture:` in models.yaml.",
+            hint=f"`biollm models add {source} --name NEW` writes an entry with the numbers, to use or to copy.",
+        )
+    return model.architecture
 
 
 def compute(arch: Architecture, setup: Setup) -> FitReport:

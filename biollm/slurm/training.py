@@ -16,7 +16,7 @@ from biollm.config import Cluster, Model
 from biollm.config.paths import weights_dir
 from biollm.errors import DoesNotFitError, UnavailableError, UsageError
 from biollm.slurm import jobs, script
-from biollm.slurm.memory import GIB, OVERHEAD_GIB, adapter_parameters
+from biollm.slurm.memory import GIB, OVERHEAD_GIB, adapter_parameters, architecture
 from biollm.slurm.script import LaunchScript, Options
 from biollm.slurm.submissions import Job
 
@@ -51,9 +51,10 @@ def memory(model: Model, cluster: Cluster, rank: int, length: int, gpus: int | N
     Raises:
         DoesNotFitError: The model's size is unknown, its weights are quantized, or they do not fit.
     """
-    if (arch := model.architecture) is None or arch.dtype not in ("bfloat16", "float16", "float32"):
-        why = "is published with quantized weights" if arch else "has no `architecture:` in models.yaml"
-        raise DoesNotFitError(f"{model.key} {why}: its training cannot be sized.", hint="Choose a 16-bit model.")
+    arch = architecture(model)
+    if arch.dtype not in ("bfloat16", "float16", "float32"):
+        message = f"{model.key} is published with quantized weights: its training cannot be sized."
+        raise DoesNotFitError(message, hint="Choose a 16-bit model.")
     if (gpus or 0) > cluster.gpus_per_node:
         raise DoesNotFitError(f"A node has {cluster.gpus_per_node} GPUs, not {gpus}, and training uses one node.")
     sizes = {"weights": 2 * arch.parameters, "adapter": 16 * adapter_parameters(arch, rank)}

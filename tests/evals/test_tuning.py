@@ -14,12 +14,14 @@ from conftest import Ran
 from provider import Loopback
 
 from biollm.client import get_model_client
+from biollm.config import Cluster, Model
 from biollm.errors import UsageError
 from biollm.evals import tuning
 from biollm.evals.tuning import Example
 
 Biollm = Callable[..., Ran]
 KEY = "planted-key-of-an-account-0123"
+MINE = Model(key="mine", hf_id="lab/Mine-7B", path=Path("/weights/weights-of-mine"))
 
 
 def chat(question: str, answer: str = "out of memory", **more: Any) -> dict[str, Any]:
@@ -157,10 +159,23 @@ def test_what_is_read_is_not_replaced(biollm: Biollm, tmp_path: Path, out: str) 
 @pytest.mark.parametrize(("rank", "more"), [(16, {}), (32, {"lora_rank": 32})])
 def test_the_entry_of_an_adapter(tmp_path: Path, rank: int, more: dict[str, int]) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
-    text = tuning.entry("tuned", "mine", tmp_path)
+    text = tuning.entry("tuned", MINE, Cluster(), tmp_path)
     assert yaml.safe_load(text) == {"models": {"tuned": {"base": "mine", "lora": str(tmp_path), **more}}}
+
+
+@pytest.mark.parametrize(
+    ("base", "accepted"),
+    [(None, True), ("lab/Mine-7B", True), ("/old/place/weights-of-mine", True), ("lab/Other-7B", False)],
+)
+def test_an_adapter_of_another_base_has_no_entry(tmp_path: Path, base: str | None, accepted: bool) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 16, "base_model_name_or_path": base}))
+    if accepted:
+        assert tuning.entry("tuned", MINE, Cluster(), tmp_path)
+    else:
+        with pytest.raises(UsageError, match=r"is of lab/Other-7B, not of mine\."):
+            tuning.entry("tuned", MINE, Cluster(), tmp_path)
 
 
 def test_without_an_adapter_there_is_no_entry(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="There is no adapter in"):
-        tuning.entry("tuned", "mine", tmp_path)
+        tuning.entry("tuned", MINE, Cluster(), tmp_path)

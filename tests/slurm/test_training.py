@@ -63,7 +63,7 @@ def test_more_gpus_share_what_they_can(model: Model, length: int, gpus: int | No
 @pytest.mark.parametrize(
     ("model", "length", "gpus", "message"),
     [
-        (MINE, 2048, None, "has no `architecture:` in models.yaml"),
+        (MINE, 2048, None, "The size of mine is unknown: it has no `architecture:` in models.yaml"),
         (MINIMAX, 2048, None, "is published with quantized weights"),
         (LLAMA, 2048, 1, "needs 1.* GiB on each of 1 GPUs, which have 79.1"),
         (QWEN, 100_000, None, "GiB on each of 8 GPUs"),
