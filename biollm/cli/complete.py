@@ -97,6 +97,8 @@ def complete(
     quiet: Annotated[bool, Option("-q", "--quiet", help="Print nothing but the answer.")] = False,
 ) -> None:
     """Answer a prompt with the first available model."""
+    if cache_similar and cache is False:
+        raise UsageError("--cache-similar uses the cache, and --no-cache does not.", hint="Give one of them.")
     if wait is not None and not start:
         print("--wait has no effect without --start.", file=sys.stderr)
     if cache_name and not cache_similar:
@@ -115,7 +117,7 @@ def complete(
         "deadline": deadline, "start_local": start, "wait": wait, "tags": _tags(tag or []),
         "response_model": response_schema, "allow_degraded": schema is None and not no_degraded,
         "condense": not no_condense, "redact": redact, "redact_names": redact_name or [],
-        "cache": cache_similar if cache is None else cache,
+        "cache": cache or cache_similar,
         "cache_key": partial(normalize_log, names=cache_name or []) if cache_similar else None,
     }  # fmt: skip
     progress = Progress(quiet=quiet)

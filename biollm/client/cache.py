@@ -87,9 +87,15 @@ class Cache:
         self._file = Database(self.path, SCHEMA, network, synchronous, patience=BOUND, shrinks=True)
         self._lock, self._failed_at, self._warned = threading.Lock(), -_RETRY, False
 
-    async def join(self, request: Request, configuration: str, limits: Limits) -> Flight:
-        """Return the stored answer, or else the right to send: once no identical request is under way."""
-        flight, found = await apart(self._begin, request, configuration, limits)
+    async def join(self, request: Request, identity: Callable[[], str], limits: Limits) -> Flight:
+        """Return the stored answer, or else the right to send: once no identical request is under way.
+
+        Args:
+            request: What is asked.
+            identity: Returns what else an answer depends on; called in a thread.
+            limits: Of the cache.
+        """
+        flight, found = await apart(self._begin, request, identity, limits)
         pause, lease, changed = 0.0, None, 0.0
         while True:
             body, *now = found
@@ -108,8 +114,8 @@ class Cache:
             await asyncio.sleep(pause)
             found = await apart(self._look, flight)
 
-    def _begin(self, *what: Any) -> tuple[Flight, Sequence[Any]]:
-        flight = Flight(self, *what)
+    def _begin(self, request: Request, identity: Callable[[], str], limits: Limits) -> tuple[Flight, Sequence[Any]]:
+        flight = Flight(self, request, identity(), limits)
         return flight, self._look(flight)
 
     def _look(self, flight: Flight) -> Sequence[Any]:

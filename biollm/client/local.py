@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from biollm._runtime import Background, apart, background, called, ledger, watch
 from biollm.client import cache, cache_key
-from biollm.config import load_config
-from biollm.config.paths import state_dir
+from biollm.config import Config, load_config
+from biollm.config.paths import state_dir, weights_dir
 from biollm.errors import (
     BiollmError,
     CompletionError,
@@ -51,9 +52,12 @@ class Local:
         self._watched: tuple[Background, Watch] | None = None
         self._stale = True
 
-    @cached_property
     def identity(self) -> str:
-        """Return what the configuration adds to the key of a stored answer."""
+        """Return what configuration and weights add to the key of a stored answer; looks at the folders of weights."""
+        return f"{self._configured} {_changed_at(self.config)}"
+
+    @cached_property
+    def _configured(self) -> str:
         return cache_key.identity(self.config)
 
     def check_names(self, provider: str | None, model: str | None) -> None:
@@ -251,6 +255,17 @@ async def gather(
     finally:  # an error of `progress` or `on_send`, or an interrupt, ends the others too
         for task in tasks:
             task.cancel()
+
+
+def _changed_at(config: Config) -> dict[str, int]:
+    """Return when the weights of each local model were changed: an adapter may be trained again in its folder."""
+    changed: dict[str, int] = {}
+    for model in config.models.values():
+        if model.type == "local" and (model.path or model.hf_id):
+            for folder in filter(None, (model.lora, weights_dir(model, config.cluster))):
+                with suppress(OSError):  # there is none
+                    changed[str(folder)] = max((entry.stat().st_mtime_ns for entry in os.scandir(folder)), default=0)
+    return changed
 
 
 def _let_go(making: asyncio.Future[Waterfall]) -> None:

@@ -43,7 +43,9 @@ def test_the_same_failure_of_another_run(server: Server, biollm: Biollm, tmp_pat
     assert other.out == "answer 1\n"
     assert "for a similar request: why?; tumor_7.log: JOB 4711 ON node4711 CANCELLED\n" in other.err
     assert ask("liver_2").out == "answer 2\n"
-    assert ask("liver_2", "--no-cache").out == "answer 3\n"
+    both = ask("liver_2", "--no-cache")
+    assert (both.code, "--cache-similar uses the cache, and --no-cache does not." in both.err) == (2, True)
+    assert len(server.completions) == 2
 
 
 def test_options_without_effect_are_reported(server: Server, biollm: Biollm) -> None:

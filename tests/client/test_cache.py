@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from behaviours import HTTP_400, OK, Behaviour
 from conftest import until
 from provider import Loopback, Server
@@ -203,12 +204,30 @@ SAME: dict[str, dict[str, Any]] = {
 def key(client: Client, options: dict[str, Any]) -> str:
     given = {"cache": True, **BASE, **options}
     request = client._request(given.pop("prompt"), given)  # type: ignore[arg-type]
-    return cache_key.key_of(request, client._load().identity, request.cache_key)
+    return cache_key.key_of(request, client._load().identity(), request.cache_key)
 
 
 def test_requests_that_could_have_other_answers_have_other_keys(client: Client) -> None:
     keys = {name: key(client, options) for name, options in {"base": {}, **DIFFERENT}.items()}
     assert len(set(keys.values())) == len(keys)
+
+
+@pytest.mark.parametrize("changed", ["adapter/adapter_model.safetensors", "base/config.json"])
+def test_weights_that_were_trained_again_share_no_answer(
+    changed: str, waterfall: Write, server: Server, tmp_path: Path
+) -> None:
+    files = [tmp_path / name for name in ("adapter/adapter_model.safetensors", "base/config.json")]
+    for file in files:
+        file.parent.mkdir()
+        file.touch()
+    models = {"mine": {"path": str(files[1].parent)}, "tuned": {"base": "mine", "lora": str(files[0].parent)}}
+    folder = waterfall(first=server)
+    (folder / "models.yaml").write_text(yaml.safe_dump({"models": models}))
+    client = get_model_client(sender="direct")
+    first = client.complete("why?", cache=True)
+    assert client.complete("why?", cache=True).cached
+    os.utime(tmp_path / changed, (0, time.time() + 9))
+    assert str(client.complete("why?", cache=True)) != str(first)
 
 
 @pytest.mark.parametrize("name", SAME)
