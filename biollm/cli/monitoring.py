@@ -97,18 +97,23 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _show(report: Report) -> None:
+    from biollm.monitoring.usage import ATTEMPTS
     from biollm.types import short
 
     total, precision = report.total, "exact" if report.exact else "within 2%"
     print(f"{_minute(report.since)} to {_minute(report.until)} UTC; percentiles are {precision}.\n")
-    head = (report.by, "requests", "errors", "tokens in", "out", "p50", "p95", "p99", "first token", "fallback", "USD")
-    rows = [(*head, "avoided"), *(_cells(row) for row in (*report.rows, total))]
+    counted, last = "requests", total
+    if report.by in ATTEMPTS:
+        counted, last = "attempts", _sum(report)
+    head = (report.by, counted, "errors", "tokens in", "out", "p50", "p95", "p99", "first token", "fallback", "USD")
+    rows = [(*head, "avoided"), *(_cells(row) for row in (*report.rows, last))]
     if output.width() < _WIDE:
         rows = [[cell for name, cell in zip(rows[0], row, strict=True) if name not in _ROOMY] for row in rows]
     output.table([str(cell) for cell in rows[0]], rows[1:])
     if report.by in ("day", "hour"):
         _plot(report.rows)
     for said in (
+        last is not total and f"Requests: {total.requests}, of which {total.errors} had no answer.",
         total.fallbacks and f"Fallbacks: {_counts(total.fallbacks)}",
         total.failures and f"Failures: {_counts(total.failures)}",
         total.unpriced and f"The price of {total.unpriced} attempts is unknown: set costs.per_million_tokens.",
@@ -132,6 +137,16 @@ def _show(report: Report) -> None:
         [(each.model, f"{each.gpu_hours:.1f}", each.tokens, _usd(each.cost_usd), _usd(each.per_million_usd),
           _usd(each.reference_per_million_usd)) for each in report.local],
     )  # fmt: skip
+
+
+def _sum(report: Report) -> Row:
+    """Return the total of rows that count attempts: a request can have several."""
+    from dataclasses import replace
+
+    total, attempts = report.total, sum(row.requests for row in report.rows)
+    errors, fallbacks = sum(row.errors for row in report.rows), sum(report.total.fallbacks.values())
+    shares = {"error_rate": errors / attempts, "fallback_rate": fallbacks / attempts} if attempts else {}
+    return replace(total, requests=attempts, errors=errors, **shares)
 
 
 def _cells(row: Row) -> Sequence[object]:

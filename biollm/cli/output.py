@@ -140,11 +140,10 @@ def warn_unwritable(state: Path) -> None:
     from biollm.ledger.sqlite import databases
 
     state = databases(state)
-    if not state.exists():
-        return
-    files = [state, *(file for name in ("quotas.db", "history.db") if (file := state / name).exists())]
-    full = os.statvfs(state).f_bavail == 0
-    if full or not all(os.access(file, os.W_OK) for file in files):
+    place = next(each for each in (state, *state.parents) if each.exists())  # in which it would be made
+    files = [place, *(file for name in ("quotas.db", "history.db") if (file := state / name).exists())]
+    full = os.statvfs(place).f_bavail == 0
+    if full or not place.is_dir() or not all(os.access(file, os.W_OK) for file in files):
         why = "is on a full disk" if full else "cannot be written"
         print(f"{short_path(str(state))} {why}: requests since then are missing here.", file=sys.stderr)
 

@@ -31,7 +31,7 @@ Price = tuple[float, float] | None  # USD per token of prompt and of answer
 WEEK = 7 * 86400.0  # seconds: a report's default length, and how long Slurm's jobs are remembered
 _IN_USE, _SOON = 600.0, 1800.0  # seconds
 _GRAIN = {"day": 24, "hour": 1}  # hours
-_ATTEMPTS = ("provider", "account", "model")  # whose rows count attempts: a request can use several of them
+ATTEMPTS = ("provider", "account", "model")  # whose rows count attempts: a request can use several of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ def _rows(
     else:
         whole = [sum(counts, Counter[float]()) for counts in zip(*counted.values(), strict=True)]
     rows = [
-        _row(name, group, counted[name], price, embedded, attempts=by in _ATTEMPTS) for name, group in groups.items()
+        _row(name, group, counted[name], price, embedded, attempts=by in ATTEMPTS) for name, group in groups.items()
     ]
     rows.sort(key=(lambda row: row.name) if by in ("day", "hour") else (lambda row: -row.requests))
     return tuple(rows), _row("total", cells, whole, price, embedded, attempts=False)

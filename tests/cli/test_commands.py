@@ -772,6 +772,15 @@ def test_an_option_without_effect_is_said(net: Loopback, waterfall: Waterfall, b
     assert "--wait has no effect without --start.\n" in biollm("complete", "hi", "--wait", "3").err
 
 
+def test_a_state_folder_that_cannot_be_made_is_said(
+    waterfall: Waterfall, net: Loopback, biollm: Biollm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waterfall(first=net.serve())
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BIOLLM_STATE_DIR", str(tmp_path / "file" / "state"))
+    assert "file/state cannot be written: requests since then are missing here.\n" in biollm("usage").err
+
+
 @pytest.mark.skipif(os.getuid() != 0 or not Path("/dev/full").exists(), reason="mounts a small file system")
 @pytest.mark.parametrize("command", ["usage", "providers", "top"])
 def test_a_full_state_folder_is_said(

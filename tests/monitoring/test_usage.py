@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from behaviours import Behaviour
+from behaviours import HTTP_404, Behaviour
 from conftest import Ran
 from provider import Loopback
 
@@ -419,6 +419,25 @@ def test_the_table_names_the_fallback(used: Path, biollm: Callable[..., Any]) ->
     assert (ran.code, ran.err) == (0, "")
     assert "percentiles are exact" in ran.out and "Fallbacks: no key 1" in ran.out
     assert biollm("usage", "--by", "day").out.count("█" * 40) == 1
+
+
+def test_rows_of_attempts_add_up_and_requests_are_named_apart(
+    net: Loopback, waterfall: Callable[..., Path], biollm: Callable[..., Any]
+) -> None:
+    waterfall(first=net.serve(then=HTTP_404), second=net.serve())
+    get_model_client(sender="direct").complete("why?")
+    ledger().flush()
+
+    def table(by: str) -> list[list[str]]:
+        return [line.split()[:3] for line in biollm("usage", "--by", by).out.splitlines()[2:]]
+
+    rows = table("provider")
+    assert rows[0] == ["provider", "attempts", "errors"]
+    assert sorted(rows[1:3]) == [["first", "1", "100.0%"], ["second", "1", "0.0%"]]
+    assert rows[3] == ["total", "2", "50.0%"]
+    assert "\nRequests: 1, of which 0 had no answer.\n" in biollm("usage").out
+    rows = table("day")
+    assert (rows[0][1], rows[2]) == ("requests", ["total", "1", "0.0%"])
 
 
 def test_json_and_csv_hold_the_same(used: Path, biollm: Callable[..., Any]) -> None:
