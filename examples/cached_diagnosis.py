@@ -11,10 +11,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from biollm.client import CompletionError, get_model_client, normalize_log
+from biollm.client import BiollmError, get_model_client, normalize_log
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python examples/cached_diagnosis.py LOG [NAME ...]")
     log, names = Path(sys.argv[1]), sys.argv[2:]
     client = get_model_client(sender="direct", tags={"agent": "ArrayDiagnosis"})
     try:
@@ -25,7 +27,7 @@ def main() -> None:
             cache_key=partial(normalize_log, names=names),
             deadline=120,
         )
-    except CompletionError as error:
+    except BiollmError as error:
         sys.exit(str(error))
     for note in answer.notes:
         print(f"({note})")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from biollm.client import CompletionError, get_model_client
+from biollm.client import BiollmError, get_model_client
 
 
 class Diagnosis(BaseModel):
@@ -20,6 +20,8 @@ class Diagnosis(BaseModel):
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python examples/ensemble.py LOG")
     try:
         answer = get_model_client().ensemble(
             "Diagnose why this run failed.",
@@ -28,7 +30,7 @@ def main() -> None:
             attachments=[Path(sys.argv[1])],
             tags={"agent": "Ensemble"},
         )
-    except CompletionError as error:
+    except BiollmError as error:
         sys.exit(str(error))
     print(f"{answer.parsed.category} ({answer.agreement:.0%} agree): {answer.parsed.cause}")
     for member in answer.members:

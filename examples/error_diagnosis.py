@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from biollm.client import CompletionError, get_model_client
+from biollm.client import BiollmError, get_model_client
 
 
 class Diagnosis(BaseModel):
@@ -22,6 +22,8 @@ class Diagnosis(BaseModel):
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python examples/error_diagnosis.py LOG")
     try:
         answer = get_model_client().complete(
             "Diagnose why this Nextflow run failed.",
@@ -29,7 +31,7 @@ def main() -> None:
             response_model=Diagnosis,
             tags={"agent": "ErrorDiagnosis"},
         )
-    except CompletionError as error:
+    except BiollmError as error:
         sys.exit(str(error))  # names each provider and why it could not answer
     found = answer.parsed
     print(f"category    {found.category}\ncause       {found.cause}\nfix         {found.fix}")

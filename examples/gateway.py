@@ -49,7 +49,7 @@ def main(prompt: str) -> None:
         except openai.AuthenticationError as error:
             print("no key  HTTP", error.status_code)
     except openai.APIStatusError as error:
-        sys.exit(f"no answer: {error.message.splitlines()[0]}")
+        sys.exit(f"no answer: {error.body['message']}")
     finally:
         biollm("serve", "stop")
 

@@ -14,7 +14,11 @@ from biollm.client import Completion, condense, get_model_client
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python examples/many_logs.py FOLDER")
     logs = sorted(Path(sys.argv[1]).glob("*.log"))
+    if not logs:
+        sys.exit(f"{sys.argv[1]} has no *.log files")
     prompts = [f"Why did this job fail? One sentence.\n\n{condense(log)}" for log in logs]
     client = get_model_client(allow_degraded=True)
     with Progress() as bar:

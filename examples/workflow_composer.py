@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from biollm.client import CompletionError, get_model_client
+from biollm.client import BiollmError, get_model_client
 
 Tool = Literal[
     "FASTQC", "TRIMGALORE", "STAR_ALIGN", "BWA_MEM", "SAMTOOLS_SORT", "MARKDUPLICATES",
@@ -40,6 +40,8 @@ class Workflow(BaseModel):
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python examples/workflow_composer.py SENTENCE")
     try:
         answer = get_model_client().complete(
             f"Compose a bioinformatics pipeline: {sys.argv[1]}",
@@ -47,7 +49,7 @@ def main() -> None:
             response_model=Workflow,
             tags={"agent": "WorkflowComposer"},
         )
-    except CompletionError as error:
+    except BiollmError as error:
         sys.exit(str(error))
     workflow: Workflow = answer.parsed
     for number, step in enumerate(workflow.steps, 1):

@@ -68,6 +68,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return example
 
 
+@pytest.mark.parametrize("name", ["cached_diagnosis", "ensemble", "error_diagnosis", "many_logs", "workflow_composer"])
+def test_without_its_argument_an_example_shows_its_usage(run: Run, name: str) -> None:
+    ran = run(f"{name}.py")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith(f"usage: python examples/{name}.py ")
+
+
+def test_a_file_that_is_missing_is_one_sentence(run: Run) -> None:
+    assert run("error_diagnosis.py", "/nowhere.log").err == "/nowhere.log: No such file or directory."
+    assert run("many_logs.py", "/nowhere").err == "/nowhere has no *.log files"
+
+
 def snippet(name: str, words: str) -> dict[str, Any]:
     """Run a snippet that must stand in the file word for word; return its variables."""
     assert words in (EXAMPLES / name).read_text()
