@@ -57,8 +57,26 @@ def check(config: Config, today: date, prices: Mapping[str, Facts], source: str)
     in_map = [(key, f"{said} in {source}.", fix) for key, said, fix in found]
     return [
         config.problem(*each)
-        for each in (*in_map, *_shares(config), *_training(config), *_capabilities(config), *_flags(config))
-    ]
+        for each in (
+            *in_map, *_shares(config), *_training(config), *_capabilities(config), *_flags(config), *_seconds(config)
+        )
+    ]  # fmt: skip
+
+
+def _seconds(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Yield spans of seconds where hours or days are usual: a number without a unit is taken for seconds."""
+    cluster, alerts = config.cluster, config.alerts
+    spans = {
+        "cache.ttl": config.cache.ttl,
+        "store_rated": config.store_rated,
+        "cluster.idle_timeout": cluster.idle_timeout,
+    }
+    spans |= {"alerts.expires": alerts.expires, "alerts.window": alerts.window}
+    for model in config.models.values():
+        spans |= {f"models.{model.key}.{name}": getattr(model, name) for name in ("start_timeout", "idle_timeout")}
+    for key, span in spans.items():
+        if span and span < 60:  # 0 turns off
+            yield key, f"is {span} seconds.", "Write the unit of a longer time: 7d, 12h or 30min."
 
 
 def _shares(config: Config) -> Iterator[tuple[str, str, str]]:

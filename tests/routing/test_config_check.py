@@ -182,3 +182,12 @@ def test_shares_that_are_more_than_the_whole_are_named(warn: Check, shares: list
     accounts = [{"name": f"a{at}", "env_key": f"KEY_{at}", "share": share} for at, share in enumerate(shares)]
     found = warn({"openai": {"models": ["gpt-odd"], "accounts": accounts}})
     assert [f"the shares of the limits add up to {total}." in said for said in found] == ([True] if total else [])
+
+
+@pytest.mark.parametrize("span", [7, "7d", 0])
+def test_a_few_seconds_where_days_are_usual_are_named(warn: Check, span: int | str) -> None:
+    models = {"mine": {"path": "/weights", "start_timeout": span}}
+    found = [each for each in warn({}, models, cache={"ttl": span}, store_rated=span) if "seconds" in each]
+    keys = ("cache.ttl", "store_rated", "models.mine.start_timeout") if span == 7 else ()
+    message = "is 7 seconds. Write the unit of a longer time: 7d, 12h or 30min."
+    assert [each.partition(" ")[2] for each in found] == [f"{key}: {message}" for key in keys]
