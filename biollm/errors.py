@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from biollm.types import Attempt, known
 
@@ -158,3 +161,18 @@ class UnavailableError(BiollmError):
 def nearest(name: str, choices: Iterable[str], show: Callable[[str], str] = str) -> str:
     """Return "Did you mean X?" with the one of `choices` that looks most like `name`; "" where none does."""
     return "".join(f"Did you mean {show(near)}?" for near in get_close_matches(name, list(choices), n=1))
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds an extra to this installation, from where biollm itself was installed."""
+    from importlib.metadata import distributions  # late: only where something is missing
+
+    texts = (each.read_text("direct_url.json") for each in distributions(name="biollm"))
+    origin: dict[str, Any] = json.loads(next(texts, None) or "{}")  # PEP 610; an index leaves none
+    url, flag = str(origin.get("url", "")), ""
+    wanted = f"biollm[{extra}] @ {url}" if url else f"biollm[{extra}]"
+    if (folder := origin.get("dir_info")) is not None:
+        wanted, flag = f"{unquote(urlsplit(url).path)}[{extra}]", "-e " if folder.get("editable") else ""
+    elif vcs := origin.get("vcs_info"):
+        wanted = f"biollm[{extra}] @ {vcs['vcs']}+{url}@{vcs['commit_id']}"
+    return f"pip install {flag}{shlex.quote(wanted)}"

@@ -2,7 +2,7 @@
 
     python examples/gateway.py "Why would STAR end with exit status 137?"
 
-Needs `pip install 'biollm[serve]' openai`. A gateway that runs already must be stopped first.
+Needs `pip install '.[serve]' openai` in the checkout. A gateway that runs already must be stopped first.
 """
 
 import json

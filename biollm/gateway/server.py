@@ -30,7 +30,7 @@ from biollm._ownership import is_private
 from biollm._runtime import background, ledger, start_background
 from biollm.client.remote import RECORD, SOCKET, connect, folders, identity, record
 from biollm.config.paths import own_dir, state_dir
-from biollm.errors import ConfigError, UnavailableError, UsageError
+from biollm.errors import ConfigError, UnavailableError, UsageError, install_command
 from biollm.slurm import scaling
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def module(name: str) -> Any:
     try:
         return import_module(f"biollm.gateway.{name}")
     except ImportError as error:
-        raise UnavailableError(f"{error.name} is not installed.", hint="pip install 'biollm[serve]'") from None
+        raise UnavailableError(f"{error.name} is not installed.", hint=install_command("serve")) from None
 
 
 def _warm_up(client: Client) -> None:

