@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from statistics import fmean
 
 import numpy as np
@@ -42,14 +43,48 @@ def test_the_standard_error_of_clusters_is_that_of_their_sums() -> None:
         assert statistics.standard_error(clusters) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_bootstrap_interval_is_scipys_within_its_own_error() -> None:
+def test_the_bootstrap_of_two_values_is_scipys_binomial_distribution() -> None:
+    chance = random.Random(4)
+    for _ in range(CASES):
+        count = chance.randrange(2, 200)
+        ones = chance.randrange(count + 1)
+        found = statistics.bootstrap([[1.0]] * ones + [[0.0]] * (count - ones))
+        assert found == tuple(stats.binom.ppf((0.025, 0.975), count, ones / count) / count)
+
+
+DIFFERENCES: list[Callable[[random.Random], float]] = [
+    lambda chance: chance.choice((-1.0, 0.0, 0.0, 1.0)),
+    lambda chance: chance.choice((-1.0, -0.3, 0.0, 0.5, 0.7)),
+    lambda chance: chance.gauss(0, 1),
+]
+
+
+def bounds(resamples: np.ndarray, low: float, high: float) -> bool:
+    """Return whether 2.5% of resamples lie beyond each end, within four errors of two such shares of 10,000."""
+    error, near = 4 * math.sqrt(2 * 0.025 * 0.975 / 10_000), 1e-9
+    below, above = np.mean(resamples < low - near), np.mean(resamples > high + near)
+    to_low, from_high = np.mean(resamples <= low + near), np.mean(resamples >= high - near)
+    return bool(max(below, above) <= 0.025 + error and min(to_low, from_high) >= 0.025 - error)
+
+
+@pytest.mark.parametrize("draw", DIFFERENCES)
+def test_the_bootstrap_interval_is_scipys_within_its_own_error(draw: Callable[[random.Random], float]) -> None:
     chance = random.Random(4)
     for _ in range(10):
-        values = [chance.choice((-1.0, 0.0, 0.0, 1.0)) for _ in range(40)]
-        low, high = statistics.bootstrap([[value] for value in values])
-        theirs = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
-        error = 4 * stats.sem(values) / math.sqrt(500)  # of a 2.5% quantile of 10,000
-        assert (low, high) == (pytest.approx(theirs.low, abs=error), pytest.approx(theirs.high, abs=error))
+        values = [draw(chance) for _ in range(40)]
+        found = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=1)
+        assert bounds(found.bootstrap_distribution, *statistics.bootstrap([[value] for value in values]))
+
+
+def test_the_bootstrap_interval_of_unequal_clusters_is_scipys_of_their_sums() -> None:
+    chance = random.Random(6)
+    clusters = [[chance.choice((-1.0, 0.0, 1.0)) for _ in range(chance.randrange(1, 6))] for _ in range(40)]
+
+    def mean(chosen: np.ndarray) -> float:
+        return fmean(value for at in chosen for value in clusters[int(at)])
+
+    found = stats.bootstrap((np.arange(40),), mean, vectorized=False, n_resamples=10_000, method="percentile", rng=1)
+    assert bounds(found.bootstrap_distribution, *statistics.bootstrap(clusters))
 
 
 def test_inputs_of_one_file_count_as_one() -> None:
