@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Method = Literal["vote", "judge"]
 _OF_JUDGE = ("local_only", "data_policy", "tags", "timeout", "attachments", "redact", "redact_names", "sender")
-_MOST = 16  # members: each is a request of its own
+MOST = 16  # members: each is a request of its own
 _ASK = "Below are {} answers to one question. Choose the one that is most correct and useful; length is no merit."
 
 
@@ -138,8 +138,8 @@ def _names(client: Asked, candidates: Sequence[Candidate], members: int | Sequen
             raise UsageError(f"members is {members!r}; it must be a number, or a list of models.")
         for name in members:
             _check_name(client, name)
-    if not 1 <= (count := members if isinstance(members, int) else len(members)) <= _MOST:
-        raise UsageError(f"An ensemble has 1 to {_MOST} members, not {count}.")
+    if not 1 <= (count := members if isinstance(members, int) else len(members)) <= MOST:
+        raise UsageError(f"An ensemble has 1 to {MOST} members, not {count}.")
     if not isinstance(members, int):
         return list(members)
     ready = [each.deployment for each in candidates if each.status == "ready" and not each.deployment.embedded]

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from biollm._runtime import apart, background, ledger
 from biollm.client import AllLimitedError, Client, Completion, CompletionError
+from biollm.client.ensemble import MOST
 from biollm.client.local import gather
 from biollm.errors import UsageError
 from biollm.evals import inputs, scoring
 from biollm.evals.inputs import Input
 from biollm.evals.report import Answer, Report, Used, Verdict, report
+from biollm.evals.results import Results, opened
 from biollm.inputs.read import read_input
+from biollm.monitoring.usage import gpu_hours
 from biollm.routing.attachments import add_text
 from biollm.routing.candidates import address, check_names
-from biollm.routing.normalize import Rule, checked, is_number
+from biollm.routing.normalize import Rule, at_least, checked, is_number
 from biollm.routing.pricing import price
-from biollm.types import Json
+from biollm.types import Json, known
 
 if TYPE_CHECKING:
     from biollm.config import Config
@@ -47,28 +48,6 @@ _LOST = """
 SELECT json_extract(tags, '$.compare') AS arm, sum(cost_usd), total(prompt_tokens), total(completion_tokens)
 FROM attempt WHERE at >= ? AND outcome != 'ok' AND arm IS NOT NULL AND prompt_tokens + completion_tokens > 0 GROUP BY arm
 """
-
-
-@dataclass
-class _Spending:
-    """What the run has cost in USD; `over` says why nothing more is sent. Requests in flight may exceed the limit."""
-
-    limit: float | None
-    answered: float = 0.0
-    lost: Mapping[str, Used] = field(default_factory=dict[str, Used])
-    over: str = ""
-
-    @property
-    def usd(self) -> float:
-        return self.answered + sum(each.usd or 0.0 for each in self.lost.values())
-
-    def add(self, answer: Completion) -> None:
-        self.answered += answer.cost_usd or 0.0
-        self.check()
-
-    def check(self) -> None:
-        if self.limit is not None and self.usd >= self.limit:
-            self.over = f"the spend limit of {self.limit:.6f} USD is reached"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +82,17 @@ class Comparison:
         if len(set(self.arms)) < max(2, len(self.arms)):
             raise UsageError("A comparison needs two different arms.", hint="Name them: --a MODEL --b MODEL.")
         amount: Rule = ("a number of at least 0", lambda given: given is None or is_number(given, 0))
-        checked({"wait": self.wait, "spend_limit": self.spend_limit}, {"wait": amount, "spend_limit": amount})
+        checked(vars(self), {"wait": amount, "spend_limit": amount, "concurrency": at_least(1)})
         if len([each for each in (self.expect, self.command, self.judge) if each]) > 1:
             raise UsageError("--expect, --command and --judge exclude each other.", hint="Choose one.")
         found = [] if self.spend_limit is None else [each.deployment for each in client.explain()]
         for arm in (*self.arms, *([self.judge] if self.judge else [])):
-            members = _members(arm) if arm.startswith(_ENSEMBLE) else [arm]
-            if members == 0:
-                raise UsageError(f"{arm} has no members.", hint="Write ensemble:3, or ensemble:x,y,z.")
-            for name in members if isinstance(members, list) else ():
+            members = _members(arm)
+            if isinstance(members, int):
+                if not 1 <= members <= MOST:
+                    raise UsageError(f"{arm}: an ensemble has 1 to {MOST} members.", hint="Write ensemble:3.")
+                continue
+            for name in members:
                 where = address(client.config, name)
                 check_names(client.config, where.get("provider"), where.get("model"))
                 if self.spend_limit is not None and not _priced(found, client.config, where):
@@ -139,8 +120,8 @@ def compare(
     Args:
         paths: Logs, folders of logs, JSONL files; see `inputs.read`.
         arms: The models to compare; see `Comparison`.
-        results: A JSONL file, which Inspect reads as a dataset too. What it has is not asked again: a run that was
-            interrupted goes on. None keeps nothing.
+        results: A JSONL file, which Inspect reads as a dataset too. What it has is not asked again: an interrupted run
+            resumes. None keeps nothing.
         limit: Use the first inputs only.
         client: Another than the usual one.
         progress: Called with (done, all, USD) after each answer.
@@ -149,84 +130,77 @@ def compare(
     Raises:
         UsageError: An input, an arm or a setting is wrong.
     """
-    found, given = inputs.read([Path(path) for path in paths], Path(results) if results else None)
-    comparison = Comparison(
-        arms=arms, **{**given, **{key: value for key, value in settings.items() if value is not None}}
-    )
+    file = Path(results) if results else None
+    checked({"limit": 1 if limit is None else limit}, {"limit": at_least(1)})
+    found, given = inputs.read([Path(path) for path in paths], file)
+    given |= {key: value for key, value in settings.items() if value is not None}
+    comparison = Comparison(arms=arms, **given)
     client = client or Client(sender="direct")
     comparison.check(client)
-    return background().run(_Run(comparison, client, found[:limit], results, progress).report())
+    run = _Run(comparison, client, found[:limit], progress)
+    answers, verdicts = background().run(run.answers(file))
+    hours = gpu_hours(client.config, run.began, time.time())
+    return report(arms, run.inputs, answers, verdicts, comparison.expect, hours, run.lost, run.stopped)
 
 
 class _Run:
+    """One run: the answers and verdicts that are not known yet, and what they cost."""
+
     def __init__(
         self,
         comparison: Comparison,
         client: Client,
         found: Sequence[Input],
-        results: str | Path | None,
         progress: Callable[[int, int, float], None] | None,
     ) -> None:
-        self._asked, self._client, self._inputs, self._progress = comparison, client, found, progress
-        self._path = Path(results) if results else None
-        if self._path:
-            os.close(self._open(self._path))  # that it cannot be written must be known before anything is paid for
-        self._known = _results(self._path) if self._path else {}
-        self._spending, self._began = _Spending(comparison.spend_limit), time.time()
+        self._asked, self._client, self._progress, self._results = comparison, client, progress, Results()
+        self.inputs, self.began, self.stopped = found, time.time(), ""  # why nothing more is sent
+        self._usd, self._failed, self.lost = 0.0, False, dict[str, Used]()  # by attempts without an answer
         by_command = scoring.by_command(comparison.command) if comparison.command else None
         self._score = by_command or (scoring.unscored if comparison.judge else scoring.by_expected(comparison.expect))
 
-    async def report(self) -> Report:
+    async def answers(self, file: Path | None) -> tuple[list[Answer], list[Verdict]]:
+        """Return every answer, and a judge's verdicts on each pair of them."""
         arms = self._asked.arms
-        turns = [
-            (given, arms[(at + turn) % len(arms)])  # interleaved, so that a bad hour hits all arms alike
-            for at, given in enumerate(self._inputs)
-            for turn in range(len(arms))
-        ]
-        answers = await self._all([partial(self._answer, *turn) for turn in turns])
-        by_place = {(each.id, each.arm): each for each in answers if each}
-        verdicts: list[Verdict | None] = []
-        if self._asked.judge:
-            pairs = [
-                (given, one, other)
-                for given in self._inputs
-                for pair in combinations(arms, 2)
-                for one, other in [tuple(by_place.get((given.id, arm)) for arm in pair)]
-                if one and other and one.text is not None and other.text is not None
-            ]
-            verdicts = await self._all([partial(self._judged, *pair) for pair in pairs])
-        found = [each for each in verdicts if each]
-        return report(
-            arms, self._inputs, list(by_place.values()), found, self._asked.expect, self._client.config, self._began,
-            lost=self._spending.lost, stopped=self._spending.over,
-        )  # fmt: skip
+        with opened(file) as self._results:
+            answers: list[Answer] = await self._all(
+                partial(self._answer, given, arms[(at + turn) % len(arms)])  # interleaved: a bad hour hits all alike
+                for at, given in enumerate(self.inputs)
+                for turn in range(len(arms))
+            )
+            found = {(each.id, each.arm): each for each in answers if not each.error}
+            verdicts: list[Verdict] = await self._all(
+                partial(self._judged, given, found[given.id, one], found[given.id, other])
+                for given in (self.inputs if self._asked.judge else ())
+                for one, other in combinations(arms, 2)
+                if {(given.id, one), (given.id, other)} <= found.keys()
+            )
+        if self._failed:
+            self.lost = await apart(self._unanswered)
+        return answers, verdicts
 
-    async def _all(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        def report(done: int, count: int) -> None:
+    async def _all(self, calls: Iterable[Callable[[], Any]]) -> list[Any]:
+        """Return what the calls return, without what was not asked because the run was stopped."""
+
+        def show(done: int, count: int) -> None:
             if self._progress:
-                self._progress(done, count, self._spending.usd)
+                self._progress(done, count, self._spent())
 
-        return cast("list[Any]", await gather(calls, self._asked.concurrency, report))
+        return [each for each in await gather(list(calls), self._asked.concurrency, show) if each]
 
     async def _answer(self, given: Input, arm: str) -> Answer | None:
         key = self._asked.key(given, arm)
-        if known := self._known.get(key):
-            kept = Answer.of({**known, "id": given.id})
-            return replace(kept, score=await self._score(given, kept.text or "", kept.parsed))
-        if self._spending.over:
+        if kept := self._results.known.get(key):
+            made = known(Answer, kept | {"id": given.id})
+            return replace(made, score=await self._score(given, made.text, made.parsed))
+        if self.stopped:
             return None
-        error, answer = "", None
-        try:
-            answer = await self._patiently(partial(self._ask, given, arm))
-            self._spending.add(answer)
-        except CompletionError as failure:
-            error = str(failure)
-            self._spending.lost = await apart(self._lost)
-            self._spending.check()
-        score = await self._score(given, answer.text, answer.parsed) if answer else None
-        made = Answer.made(given, arm, answer, score, error)
-        if not error:
-            self._write({"key": key, **_as_dataset(given, self._asked), **asdict(made)})
+        answer = await self._paid(partial(self._ask, given, arm))
+        if isinstance(answer, CompletionError):
+            return Answer(id=given.id, arm=arm, error=str(answer))
+        score = await self._score(given, answer.text, answer.parsed)
+        made = known(Answer, vars(answer) | vars(answer.usage) | {"id": given.id, "arm": arm, "score": score})
+        self._results.add(key, _as_dataset(given, self._asked) | vars(made))
         return made
 
     async def _ask(self, given: Input, arm: str) -> Completion:
@@ -239,7 +213,24 @@ class _Run:
         pinned = address(self._client.config, arm)
         return await self._client.acomplete(prompt, **options, **pinned, fallback=False, allow_degraded=True)
 
-    async def _patiently(self, ask: Callable[[], Any]) -> Completion:
+    async def _paid(self, ask: Callable[[], Awaitable[Completion]]) -> Completion | CompletionError:
+        """Return an answer, or why there is none, and add up the cost. Requests in flight may exceed the limit."""
+        answer: Completion | CompletionError
+        try:
+            answer = await self._patiently(ask)
+            self._usd += answer.cost_usd or 0.0
+        except CompletionError as error:
+            answer = error
+        failed = any(each.outcome == "failed" for each in answer.attempts)
+        self._failed |= failed
+        if (limit := self._asked.spend_limit) is not None:
+            if failed:
+                self.lost = await apart(self._unanswered)
+            if self._spent() >= limit:
+                self.stopped = f"the spend limit of {limit:.6f} USD is reached"
+        return answer
+
+    async def _patiently(self, ask: Callable[[], Awaitable[Completion]]) -> Completion:
         """Wait where the arm is at a limit, and less long where it cools down: no other model may answer for it."""
         began = time.monotonic()
         while True:
@@ -253,53 +244,46 @@ class _Run:
                 await asyncio.sleep(error.retry_after + 0.1)
 
     async def _judged(self, given: Input, one: Answer, other: Answer) -> Verdict | None:
-        key = self._asked.key(given, one.arm, other.arm, str(self._asked.judge), str(one.text), str(other.text))
-        if known := self._known.get(key):
-            return Verdict(**known["verdict"] | {"id": given.id})
+        key = self._asked.key(given, one.arm, other.arm, str(self._asked.judge), one.text, other.text)
+        if kept := self._results.known.get(key):
+            return Verdict(**kept["verdict"] | {"id": given.id})
         if one.same_as(other):
             return Verdict(given.id, one.arm, other.arm, "tie", contradicted=False)
-        if self._spending.over:
+        if self.stopped:
             return None
-        said: list[str] = []
-        pinned = address(self._client.config, str(self._asked.judge))
-        options: Json = {**pinned, "fallback": False, "response_model": scoring.VERDICT, "cache": False}
-        options["tags"] = {"compare": "judge"}
-        question = _prompt(given, self._asked.prompt)
-        text = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
+        winners: list[str] = []
         for first, second in ((one, other), (other, one)):
-            prompt = scoring.judge_prompt(text, str(first.text), str(second.text))
-            kept = {"attachments": [given.file] if given.file else [], **self._asked.options}
-            try:
-                ask = partial(self._client.acomplete, prompt, **(kept | options))
-                answer = await self._patiently(ask)
-            except CompletionError:
+            answer = await self._paid(partial(self._judge, given, first, second))
+            if isinstance(answer, CompletionError):
                 return None
-            self._spending.add(answer)
-            said.append(answer.parsed["winner"])
-        winner, contradicted = scoring.verdict(*said)
-        made = Verdict(given.id, one.arm, other.arm, winner, contradicted)
-        self._write({"key": key, "verdict": asdict(made)})
+            winners.append(answer.parsed["winner"])
+        made = Verdict(given.id, one.arm, other.arm, *scoring.verdict(*winners))
+        self._results.add(key, {"verdict": vars(made)})
         return made
 
-    def _lost(self) -> dict[str, Used]:
+    async def _judge(self, given: Input, first: Answer, second: Answer) -> Completion:
+        question = _prompt(given, self._asked.prompt)
+        text = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
+        prompt = scoring.judge_prompt(text, first.text, second.text)
+        options: Json = {"attachments": [given.file] if given.file else [], **self._asked.options}
+        options |= {"response_model": scoring.VERDICT, "tags": {"compare": "judge"}, "cache": False, "fallback": False}
+        return await self._client.acomplete(prompt, **options, **address(self._client.config, str(self._asked.judge)))
+
+    def _spent(self) -> float:
+        return self._usd + sum(each.usd or 0.0 for each in self.lost.values())
+
+    def _unanswered(self) -> dict[str, Used]:
         book = ledger(self._client.config)
         book.flush()
         with book.reading() as db:
-            rows = db.execute(_LOST, (self._began,)).fetchall() if db else ()
+            rows = db.execute(_LOST, (self.began,)).fetchall() if db else ()
         return {arm: Used(*used) for arm, *used in rows}
-
-    def _write(self, line: Json) -> None:
-        if self._path:
-            text = json.dumps(line, ensure_ascii=False) + "\n"  # half a surrogate pair stays as JSON writes it
-            with os.fdopen(self._open(self._path), "wb", buffering=0) as file:
-                file.write(text.encode(errors="backslashreplace"))
-
-    @staticmethod
-    def _open(path: Path) -> int:
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 
 def _members(arm: str) -> int | list[str]:
+    """Return the models of an arm, or of how many an ensemble consists."""
+    if not arm.startswith(_ENSEMBLE):
+        return [arm]
     given = arm.removeprefix(_ENSEMBLE)
     return int(given) if given.isdecimal() else given.split(",")
 
@@ -328,21 +312,3 @@ def _as_dataset(given: Input, asked: Comparison) -> Json:
         excerpt = read_input(given.file).digest.cut(_EXCERPT).text
         question = add_text([{"role": "user", "content": question}] if isinstance(question, str) else question, excerpt)
     return {"input": question, "target": "" if target is None else str(target)}
-
-
-def _results(path: Path) -> dict[str, Json]:
-    """Return the lines of earlier results by their keys; what an interrupted run left of a line is ended."""
-    if not path.is_file() or not path.stat().st_size:
-        return {}
-    found: dict[str, Json] = {}
-    for _, line in inputs.numbered_lines(path):
-        with suppress(ValueError, KeyError, TypeError):
-            record: Json = json.loads(line)
-            found[record["key"]] = record
-    if not found:
-        raise UsageError(f"{path} holds no results of a comparison.", hint="Name another file with -o.")
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read() != b"\n":
-            file.write(b"\n")
-    return found

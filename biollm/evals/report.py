@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from biollm.client.ensemble import plain
-from biollm.config import Config
 from biollm.evals import statistics
 from biollm.evals.inputs import Input
 from biollm.evals.scoring import Winner
-from biollm.monitoring.usage import gpu_hours, quantiles
-from biollm.types import Completion, Json, known
+from biollm.monitoring.usage import quantiles
+from biollm.types import Json
 
 _SEEN = 5.0  # points: the difference that a report says how many inputs would show
 _UNSCORED = "No answer is scored: the inputs have no right answers (`target`, or the field that --expect names)."
@@ -30,7 +28,7 @@ class Answer:
 
     id: str  # the input's
     arm: str
-    text: str | None = None
+    text: str = ""
     parsed: Any = None
     score: float | None = None
     error: str = ""
@@ -39,37 +37,13 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float | None = None
-    notes: tuple[str, ...] = ()  # what was cut, condensed or redacted for this arm
-
-    @classmethod
-    def made(cls, given: Input, arm: str, answer: Completion | None, score: float | None, error: str) -> Answer:
-        """Return it from what the client gave."""
-        if answer is None:
-            return cls(id=given.id, arm=arm, error=error)
-        return cls(
-            id=given.id,
-            arm=arm,
-            text=answer.text,
-            parsed=answer.parsed,
-            score=score,
-            deployment=answer.deployment,
-            latency_ms=answer.latency_ms,
-            prompt_tokens=answer.usage.prompt_tokens,
-            completion_tokens=answer.usage.completion_tokens,
-            cost_usd=answer.cost_usd,
-            notes=answer.notes,
-        )
-
-    @classmethod
-    def of(cls, line: Json) -> Answer:
-        """Return it from a line of results."""
-        return known(cls, {**line, "notes": tuple(line["notes"])})
+    notes: Sequence[str] = ()  # what was cut, condensed or redacted for this arm
 
     def same_as(self, other: Answer) -> bool:
         """Return whether two answers say the same: equal objects, or equal texts."""
         if self.parsed is not None:
             return bool(self.parsed == other.parsed)
-        return plain(self.text or "") == plain(other.text or "")
+        return plain(self.text) == plain(other.text)
 
 
 @dataclass(frozen=True)
@@ -171,24 +145,21 @@ def report(
     answers: Sequence[Answer],
     verdicts: Sequence[Verdict],
     expect: str | None,
-    config: Config,
-    began: float,
-    *,
+    hours: Mapping[str, float],
     lost: Mapping[str, Used],
     stopped: str,
 ) -> Report:
-    """Return the report; `began` in seconds since the epoch."""
-    order = {each.id: at for at, each in enumerate(inputs)}
-    answers = sorted(answers, key=lambda each: (order[each.id], arms.index(each.arm)))
-    by_arm = {arm: {each.id: each for each in answers if each.arm == arm} for arm in arms}
-    hours = gpu_hours(config, began, time.time())
+    """Return the report; `hours` of GPUs by model, `lost` by arm."""
+    by_arm: dict[str, dict[str, Answer]] = {arm: {} for arm in arms}
+    for each in answers:
+        by_arm[each.arm][each.id] = each
     judged = {(each.one, each.other, each.id): each for each in verdicts}
     return Report(
         arms=tuple(_arm(arm, list(found.values()), hours, lost.get(arm, Used())) for arm, found in by_arm.items()),
         pairs=tuple(_pair(one, other, inputs, by_arm, judged) for one, other in combinations(arms, 2)),
         inputs=len(inputs),
         stopped=stopped,
-        answers=tuple(answers),
+        answers=tuple(found[each.id] for each in inputs for found in by_arm.values() if each.id in found),
         expected={each.id: each.expected(expect) for each in inputs},
     )
 

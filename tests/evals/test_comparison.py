@@ -210,11 +210,14 @@ def test_what_cannot_be_read_is_one_sentence(
         (["model-a", "nothing"], {}, "nothing"),
         (["model-a", "ensemble:model-a,nothing"], {}, "nothing"),
         (["model-a", "model-b"], {"expect": "x", "judge": "model-a"}, "exclude each other"),
-        (["model-a", "ensemble:0"], {}, "has no members"),
+        (["model-a", "ensemble:0"], {}, "ensemble:0: an ensemble has 1 to 16 members"),
+        (["model-a", "ensemble:17"], {}, "ensemble:17: an ensemble has 1 to 16 members"),
         (["model-a", "model-b"], {"expect": None, "command": "check it"}, "has no {answer}"),
         (["model-a", "model-b"], {"command": "check '{answer}"}, "cannot be read"),
         (["model-a", "model-b"], {"command": "no-such-program {answer}"}, "is not a program here"),
         (["model-a", "model-b"], {"spend_limit": float("nan")}, "spend_limit is nan"),
+        (["model-a", "model-b"], {"concurrency": 0}, "concurrency is 0; it must be a whole number of at least 1"),
+        (["model-a", "model-b"], {"limit": 0}, "limit is 0; it must be a whole number of at least 1"),
         (["model-a", "model-b"], {"results": "/proc/no/such/folder"}, "No such file"),
     ],
 )
@@ -306,6 +309,20 @@ def test_a_run_that_was_killed_goes_on(net: Loopback, waterfall: Write, tmp_path
     assert again.arms == found.arms
     evals.compare([path], ["model-a", "model-b"], results=out, system="Be brief.")
     assert sum(len(each.completions) for each in servers.values()) == 17 + 16, "another question has other answers"
+
+
+def test_a_file_of_results_belongs_to_one_run_at_a_time(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    path, out = lines(tmp_path, [{"input": "q"}]), tmp_path / "out.jsonl"
+
+    def while_asked(_body: Json) -> Json:
+        with pytest.raises(UsageError, match=r"out\.jsonl is in use by another comparison"):
+            evals.compare([path], ["model-a", "model-b"], results=out)
+        return {"role": "assistant", "content": "x"}
+
+    servers = arms(net, waterfall, a=while_asked, b=while_asked)
+    for _ in range(2):
+        assert [each.answers for each in evals.compare([path], ["model-a", "model-b"], results=out).arms] == [1, 1]
+    assert [len(each.completions) for each in servers.values()] == [1, 1]
 
 
 def test_what_was_answered_is_scored_anew(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
