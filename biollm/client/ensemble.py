@@ -133,14 +133,10 @@ def _names(client: Asked, candidates: Sequence[Candidate], members: int | Sequen
 
     Where there are fewer deployments than members, they are asked several times.
     """
+    count_of(members)
     if not isinstance(members, int):
-        if isinstance(members, str) or not all(isinstance(name, str) for name in members):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UsageError(f"members is {members!r}; it must be a number, or a list of models.")
         for name in members:
             _check_name(client, name)
-    if not 1 <= (count := members if isinstance(members, int) else len(members)) <= MOST:
-        raise UsageError(f"An ensemble has 1 to {MOST} members, not {count}.")
-    if not isinstance(members, int):
         return list(members)
     ready = [each.deployment for each in candidates if each.status == "ready" and not each.deployment.embedded]
     if not ready:
@@ -153,6 +149,15 @@ def _names(client: Asked, candidates: Sequence[Candidate], members: int | Sequen
         turns[each.scope] += 1
     unique = list(dict.fromkeys(name for *_, name in sorted(ranked)))
     return [unique[at % len(unique)] for at in range(members)]
+
+
+def count_of(members: int | Sequence[str]) -> int:
+    """Return how many requests an ensemble sends, without its judge's."""
+    if isinstance(members, str) or not (isinstance(members, int) or all(isinstance(name, str) for name in members)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UsageError(f"members is {members!r}; it must be a number, or a list of models.")
+    if not 1 <= (count := members if isinstance(members, int) else len(members)) <= MOST:
+        raise UsageError(f"An ensemble has 1 to {MOST} members, not {count}.")
+    return count
 
 
 def _check_name(client: Asked, name: str) -> None:

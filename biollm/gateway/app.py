@@ -25,6 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from biollm._runtime import apart, ledger
+from biollm.client.ensemble import count_of
 from biollm.client.options import make_request
 from biollm.errors import BiollmError, UsageError
 from biollm.gateway import dialects, messages_api, openai_api
@@ -104,6 +105,12 @@ class _Gateway:
             }
             if asked.options.get("start_local") and not request.scope.get("biollm.start_local", True):
                 return _refused(dialect, UsageError("This key may not start servers.", hint=_MAY), 403)
+            if (
+                asked.ensemble
+                and (further := request.scope.get("biollm.further"))
+                and (refusal := await further(count_of(asked.ensemble["members"]) - 1))
+            ):
+                return refusal
         except BiollmError as error:
             return _refused(dialect, error)
         try:

@@ -12,7 +12,7 @@ import re
 import socket
 import time
 from base64 import b64decode
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from ipaddress import ip_address
@@ -28,7 +28,7 @@ from biollm.config import Config
 from biollm.gateway.dialects import Dialect
 from biollm.gateway.keys import Key, Known
 from biollm.gateway.openai_api import problem
-from biollm.ledger import Record, Refused
+from biollm.ledger import Claim, Record, Refused
 from biollm.monitoring.page import key_needed
 from biollm.providers import gateway_key
 from biollm.types import DATA_POLICIES
@@ -104,7 +104,7 @@ class Admission:
         if key.policy != "any":
             _tighten(scope, key.policy)
         asks = request.method == "POST" and path.startswith("/v1/") and not path.endswith("/count_tokens")
-        return await self._limited(key, path) if asks and key.limits else None
+        return await self._limited(key, scope) if asks and key.limits else None
 
     def _knows(self, host: str) -> bool:
         """Return whether a Host header is an address or one of our names, with an optional port and nothing else."""
@@ -123,11 +123,23 @@ class Admission:
         whole = (key for key, fits in zip(known, same, strict=True) if fits and given)
         return next(whole, None) or next(filter(None, (_derived(given, each) for each in known if each.secret)), None)
 
-    async def _limited(self, key: Key, path: str) -> Response | None:
-        """Count a request against the key's limits; return the refusal where one is used up."""
-        counts, granted = ledger(self._config), list[tuple[int, str]]()
-        counts.finished = self._charge
-        for claim in (key.requests, key.usage):
+    async def _limited(self, key: Key, scope: Scope) -> Response | None:
+        """Count a request against the key's limits; return the refusal where one is used up.
+
+        The request counts more with `scope["biollm.further"]`, which on a refusal counts it no more.
+        """
+        ledger(self._config).finished = self._charge
+        granted: list[tuple[int, str]] = []
+
+        def further(count: int) -> Awaitable[Response | None]:
+            return self._reserve([key.requests] * count, granted, scope["path"])
+
+        scope["biollm.further"] = further
+        return await self._reserve((key.requests, key.usage), granted, scope["path"])
+
+    async def _reserve(self, claims: Sequence[Claim], granted: list[tuple[int, str]], path: str) -> Response | None:
+        counts = ledger(self._config)
+        for claim in claims:
             found = await counts.reserve(claim)
             if isinstance(found, Refused):
                 for reservation in granted:

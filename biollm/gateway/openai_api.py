@@ -172,7 +172,7 @@ def _ensemble(given: Any, *, chat: bool) -> Json | None:
     if not chat:
         raise errors.UsageError("An ensemble answers chats only.", hint="Use /v1/chat/completions.")
     if isinstance(given, dict):
-        return _checked(cast("Json", given), _MEMBERS, "biollm.ensemble.", closed=True)
+        return {"members": 3} | _checked(cast("Json", given), _MEMBERS, "biollm.ensemble.", closed=True)
     return {"members": given}
 
 

@@ -200,6 +200,34 @@ def test_a_stored_answer_uses_up_requests_but_no_tokens(biollm: Any, file: Path,
     assert used() == [5, 120], "also as the history has it"
 
 
+@pytest.mark.parametrize("ensemble", [3, ["small", "small", "small"], {"method": "vote"}, {"members": 3}])
+def test_each_member_of_an_ensemble_counts(biollm: Any, waterfall: Waterfall, net: Loopback, ensemble: Any) -> None:
+    server = net.serve()
+    waterfall(first=server)
+    ann = biollm("keys", "add", "ann", "--rate-limit", "5/day", "--budget", "100 USD/month").out.strip()
+    client = gateway()
+
+    def ask_all() -> httpx.Response:
+        answer = client.post(CHAT, json={**HI, "biollm": {"ensemble": ensemble}}, headers=bearer(ann))
+        ledger(load_config()).flush()
+        return answer
+
+    assert ask_all().status_code == 200
+    sent = len(server.completions)
+    refused = ask_all()
+    assert (refused.status_code, len(server.completions)) == (429, sent)
+    assert "5/day used by gateway/ann" in refused.json()["error"]["message"]
+    limits = client.get("/usage", headers=bearer(ann)).json()["limits"]
+    assert limits[0]["used"] == 3, "what was not sent does not count"
+    assert [ask(client, ann) for _ in range(3)] == [200, 200, 429]
+
+
+def test_an_ensemble_of_no_size_counts_once(biollm: Any, file: Path) -> None:
+    ann = biollm("keys", "add", "ann", "--rate-limit", "5/day").out.strip()
+    answer = gateway().post(CHAT, json={**HI, "biollm": {"ensemble": 1_000_000}}, headers=bearer(ann))
+    assert (answer.status_code, "1 to 16 members" in answer.text) == (400, True)
+
+
 def test_no_tag_stands_for_another_key(biollm: Any, file: Path) -> None:
     ben = biollm("keys", "add", "ben", "--tag", "key=ann").out.strip()
     client = gateway()
