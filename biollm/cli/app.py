@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -27,7 +28,7 @@ from biollm.cli import (
     slurm,
     tune,
 )
-from biollm.errors import BiollmError
+from biollm.errors import BiollmError, UsageError
 from biollm.routing import litellm_private
 
 _EPILOG = (
@@ -108,7 +109,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        app()
+        _checked(typer.main.get_command(app))()
     except SystemExit as end:  # Typer has said what is wrong with the command line
         if end.code == 130:
             typer.echo("biollm: interrupted", err=True)
@@ -124,6 +125,23 @@ def _run() -> int:
     except OSError as error:
         return _failed(error, str(error.filename or ("" if _takes_more(1) else "stdout")))
     return 0
+
+
+def _checked(command: Any) -> Any:
+    """Return a command of click's whose options take finite numbers only: Typer takes nan for any range."""
+    for parameter in command.params:
+        if "float" in parameter.type.name:
+            parameter.callback = _finite
+    for each in getattr(command, "commands", {}).values():
+        _checked(each)
+    return command
+
+
+def _finite(_: object, parameter: Any, given: float | None) -> float | None:
+    if given is not None and not math.isfinite(given):
+        unit = " of seconds" if parameter.metavar == "SECONDS" else ""
+        raise UsageError(f"{parameter.opts[0]} is {given:g}; it must be a finite number{unit}.")
+    return given
 
 
 def _failed(error: OSError, what: str) -> int:

@@ -193,7 +193,6 @@ def top(
 
     `q` quits.
     """
-    output.finite(interval=interval)
     from functools import partial
 
     from biollm.config import load_config

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 from typer import Option
 
 from biollm.config.paths import data_dir
-from biollm.errors import UsageError
 
 _LAST, _LEAST = 18, 10  # columns of a terminal that the last column, and each of the others, keeps
 # Green for what may be used, yellow for what will be, red for what needs a hand, faint for what is not set up.
@@ -63,14 +62,6 @@ def open_streams() -> bool:
         raw = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115 # for the rest of the process
         sys.stderr = _Tolerant(raw, "utf-8", "backslashreplace", write_through=True)
     return 1 not in closed
-
-
-def finite(**seconds: float | None) -> None:
-    """Raise a UsageError for an option, by its name in Python, that is nan or infinite: Typer takes nan for any range."""
-    for name, given in seconds.items():
-        if given is not None and not math.isfinite(given):
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} is {given:g}; it must be a finite number of seconds.")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -45,7 +45,6 @@ def serve(
 
     if host and port is None:
         raise UsageError("--host needs --port.", hint="Add --port N; 0 is any free one.")
-    output.finite(idle_timeout=idle_timeout, drain=drain)
     host = host or "127.0.0.1"
     if not detach:
         server.serve(

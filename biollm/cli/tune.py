@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,9 +99,8 @@ def _plan(
     ):
         raise UsageError(f"{name!r} cannot be the name of an adapter of {base}.", hint="Choose another --name.")
     training = Training(name, data.resolve(), models_dir(settings.cluster) / "adapters" / name, *how)
-    for option, value in (("--epochs", training.epochs), ("--learning-rate", training.learning_rate)):
-        if not 0 < value < math.inf:
-            raise UsageError(f"{option} is {value:g}; it must be a finite number above 0.")
+    if not training.learning_rate:
+        raise UsageError("--learning-rate is 0; it must be above 0.")
     return model, settings.cluster, training, slurm_options(time, gpus=gpus)
 
 
