@@ -40,6 +40,11 @@ def short(amount: float, digits: int = 3) -> str:
     return f"{amount / size:.{digits}g}{letter}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return 1 input, 2 inputs."""
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 def span(seconds: float) -> str:
     """Return seconds as people write them: 45 s, 12 min, 3 h, 2 days."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, Exit, Option
 
@@ -13,12 +13,9 @@ from biollm.cli import output
 from biollm.cli.complete import LocalOnly, MaxTokens, System, json_schema
 from biollm.cli.output import Json, Progress
 from biollm.errors import CompletionError, UsageError
-
-if TYPE_CHECKING:
-    from biollm.evals.report import Report
+from biollm.types import counted
 
 _BAR = 20  # columns
-_LEAST_HOURS = 0.01  # of GPUs that are worth a line
 
 
 def compare(
@@ -50,6 +47,7 @@ def compare(
 ) -> None:
     """Compare the answers of several models."""
     from biollm import evals
+    from biollm.evals.report import HEAD, lines, rows
 
     if html and {html.resolve(), html.resolve().parent} & {each.resolve() for each in (*inputs, results)}:
         raise UsageError(f"--html {html} is among the inputs or results.", hint="Name a file elsewhere.")
@@ -60,7 +58,7 @@ def compare(
         left = (time.monotonic() - began) / done * (count - done)
         bar = ("#" * (_BAR * done // count)).ljust(_BAR, "-")
         if sys.stderr.isatty():
-            progress.say(f"[{bar}] {done} of {count} answers, about {left:.0f} s left, {usd:.4f} USD")
+            progress.say(f"[{bar}] {done} of {counted(count, 'answer')}, about {left:.0f} s left, {usd:.4f} USD")
 
     try:
         found = evals.compare(
@@ -92,39 +90,12 @@ def compare(
     if as_json:
         output.as_json(found)
     else:
-        _show(found)
+        output.table(HEAD, [*rows(found)])
+        print()
+        for line in lines(found):
+            output.paragraph(line)
     if not all(arm.answers for arm in found.arms):
         raise Exit(CompletionError.exit_code)  # an arm that never answers compares nothing
-
-
-def _show(found: Report) -> None:
-    from biollm.evals.report import lines
-    from biollm.monitoring.dashboard import seconds
-    from biollm.types import short
-
-    head = ("arm", "score", "answers", "errors", "p50", "p95", "tokens in", "out", "USD")
-    rows = [
-        (
-            arm.name,
-            "-" if arm.score is None else f"{arm.score:.0%}",
-            arm.answers,
-            arm.errors,
-            *("-" if ms is None else seconds(ms) for ms in (arm.p50_ms, arm.p95_ms)),
-            short(arm.prompt_tokens),
-            short(arm.completion_tokens),
-            "unknown" if arm.cost_usd is None else f"{arm.cost_usd:.4f}",
-        )
-        for arm in found.arms
-    ]
-    output.table(head, rows)
-    print()
-    for line in lines(found):
-        output.paragraph(line)
-    for arm in found.arms:
-        if arm.gpu_hours and arm.gpu_hours >= _LEAST_HOURS:
-            print(f"{arm.name}: {arm.gpu_hours:.2f} GPU hours.")
-        if arm.changed:
-            print(f"{arm.name}: {arm.changed} inputs were condensed or redacted for it.")
 
 
 def rate(

@@ -14,6 +14,7 @@ from biollm.cli import output
 from biollm.cli.output import Json, Progress
 from biollm.cli.slurm import Gpus, Time, local_models, prepared, slurm_options, state_line, warn
 from biollm.errors import UsageError
+from biollm.types import counted
 
 if TYPE_CHECKING:
     from biollm.config import Cluster, Model
@@ -55,10 +56,10 @@ def export(
     examples = tuning.read(source) if source else tuning.of_ratings(Ratings(state_dir()).rated())
     train, held_out = tuning.split(tuning.prepared(examples, name or [], secrets))
     if not train:
-        message = f"There are {len(held_out)} different examples, of fewer than two runs."
+        message = f"Found {counted(len(held_out), 'different example')}, of fewer than two runs."
         raise UsageError(message, hint="Rate more answers (`biollm rate`), or give a file: --from FILE.")
     tuning.write(train, held_out, file, beside)
-    print(f"{file}: {len(train)} examples\n{beside}: {len(held_out)} examples, held out")
+    print(f"{file}: {counted(len(train), 'example')}\n{beside}: {counted(len(held_out), 'example')}, held out")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast
 from biollm.errors import CompletionError, UsageError
 from biollm.routing.candidates import Candidate, address, check_names
 from biollm.routing.structured import ResponseSchema
-from biollm.types import Attempt, Completion, Fields, Json, Parsed, Usage
+from biollm.types import Attempt, Completion, Fields, Json, Parsed, Usage, counted
 
 if TYPE_CHECKING:
     from biollm.client.options import Options, Prompt
@@ -95,7 +95,7 @@ async def ask(
     names = _names(client, candidates, members)
     needed = len(names) // 2 + 1 if quorum is None else quorum
     if not 1 <= needed <= len(names):
-        raise UsageError(f"quorum is {needed}; with {len(names)} members it must be 1 to {len(names)}.")
+        raise UsageError(f"quorum is {needed}; with {counted(len(names), 'member')} it must be 1 to {len(names)}.")
     if method not in (None, "vote", "judge"):
         raise UsageError(f"method is {method!r}; it must be 'vote' or 'judge'.")
     if judge is not None:
@@ -181,7 +181,7 @@ def _settled(outcome: Completion | BaseException, deadline: float | None) -> Com
 def _too_few(members: Sequence[Member], count: int, needed: int) -> CompletionError:
     lines = [f"  {each.name}: {_line(each.answer)}" for each in members if isinstance(each.answer, CompletionError)]
     attempts = [attempt for each in members for attempt in each.answer.attempts]
-    message = "\n".join([f"{count} of {len(members)} members answered, {needed} are needed.", *lines])
+    message = "\n".join([f"{count} of {counted(len(members), 'member')} answered; at least {needed} must.", *lines])
     return CompletionError(message, attempts, hint="Name other members, or ask for fewer of them.")
 
 

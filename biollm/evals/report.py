@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -14,12 +14,15 @@ from biollm.client.ensemble import plain
 from biollm.evals import statistics
 from biollm.evals.inputs import Input
 from biollm.evals.scoring import Winner
+from biollm.monitoring.dashboard import seconds
 from biollm.monitoring.usage import quantiles
-from biollm.types import Json
+from biollm.types import counted, short
 
 _SEEN = 5.0  # points: the difference that a report says how many inputs would show
 _UNSCORED = "No answer is scored: the inputs have no right answers (`target`, or the field that --expect names)."
 _CHANCE = 0.05  # p-values from which a difference may be chance
+_LEAST_HOURS = 0.01  # of GPUs that are worth a line
+HEAD = ("arm", "score", "answers", "errors", "p50", "p95", "tokens in", "out", "USD")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,9 @@ class Report:
         for each in self.answers:
             by_input[each.id].append(each)
         differing = {ident for ident, found in by_input.items() if any(not each.same_as(found[0]) for each in found)}
-        return page.render(report=self, by_input=by_input, differing=differing)
+        return page.render(
+            report=self, head=HEAD, rows=rows(self), lines=lines(self), by_input=by_input, differing=differing
+        )
 
 
 def report(
@@ -156,7 +161,10 @@ def report(
     judged = {(each.one, each.other, each.id): each for each in verdicts}
     return Report(
         arms=tuple(_arm(arm, list(found.values()), hours, lost.get(arm, Used())) for arm, found in by_arm.items()),
-        pairs=tuple(_pair(one, other, inputs, by_arm, judged) for one, other in combinations(arms, 2)),
+        pairs=tuple(
+            _pair(one, other, [(each, by_arm[one].get(each.id), by_arm[other].get(each.id)) for each in inputs], judged)
+            for one, other in combinations(arms, 2)
+        ),
         inputs=len(inputs),
         stopped=stopped,
         answers=tuple(found[each.id] for each in inputs for found in by_arm.values() if each.id in found),
@@ -188,58 +196,75 @@ def _arm(name: str, found: Sequence[Answer], hours: Mapping[str, float], lost: U
 def _pair(
     one: str,
     other: str,
-    inputs: Sequence[Input],
-    by_arm: Mapping[str, Mapping[str, Answer]],
+    found: Sequence[tuple[Input, Answer | None, Answer | None]],
     judged: Mapping[tuple[str, str, str], Verdict],
 ) -> Pair:
     clusters: defaultdict[str, list[float]] = defaultdict(list)
+    contradicted: list[bool] = []
     differ = count = 0
-    for each in inputs:
-        first, second = by_arm[one].get(each.id), by_arm[other].get(each.id)
+    for given, first, second in found:
         if not first or not second or first.error or second.error:
             continue
         count += 1
         differ += not first.same_as(second)
-        verdict = judged.get((one, other, each.id))
-        if verdict:
-            clusters[each.cluster].append({"first": -1.0, "second": 1.0, "tie": 0.0}[verdict.winner])
+        if verdict := judged.get((one, other, given.id)):
+            clusters[given.cluster].append({"first": -1.0, "second": 1.0, "tie": 0.0}[verdict.winner])
+            contradicted.append(verdict.contradicted)
         elif first.score is not None and second.score is not None:
-            clusters[each.cluster].append(second.score - first.score)
+            clusters[given.cluster].append(second.score - first.score)
     values = [value for cluster in clusters.values() for value in cluster]
     if not values:
-        return Pair(one=one, other=other, inputs=count, differ=differ, sentence=f"{differ} of {count} answers differ")
+        return Pair(one=one, other=other, inputs=count, differ=differ, sentence=_differing(differ, count, "answer"))
     wins, losses = sum(value > 0 for value in values), sum(value < 0 for value in values)
-    groups = list(clusters.values())
-    facts: Json = {
-        "points": 100 * fmean(values), "wins": wins, "losses": losses, "ties": len(values) - wins - losses,
-    }  # fmt: skip
-    if len(groups) > 1:
-        low, high = (100 * bound for bound in statistics.bootstrap(groups))
-        facts |= {"p": statistics.sign_test(wins, losses), "low": low, "high": high}
-    contradicted = [each.contradicted for (first, second, _), each in judged.items() if (first, second) == (one, other)]
-    return Pair(
+    pair = Pair(
         one=one,
         other=other,
         inputs=len(values),
+        wins=wins,
+        losses=losses,
+        ties=len(values) - wins - losses,
         differ=differ,
+        points=100 * fmean(values),
         contradicted=sum(contradicted) if contradicted else None,
-        sentence=_sentence(one, other, facts, statistics.inputs_needed(groups, _SEEN / 100)),
-        **facts,
     )
+    if len(clusters) == 1:
+        few = f"{_differing(wins + losses, len(values), 'input')}; inputs about one file say nothing about others"
+        return replace(pair, sentence=few)
+    p, groups = statistics.sign_test(wins, losses), list(clusters.values())
+    low, high = (100 * bound for bound in statistics.bootstrap(groups))
+    needed = statistics.inputs_needed(groups, _SEEN / 100)
+    return replace(pair, p=p, low=low, high=high, sentence=_sentence(pair, p, low, high, needed))
 
 
-def _sentence(one: str, other: str, facts: Json, needed: int) -> str:
-    unequal, count = facts["wins"] + facts["losses"], facts["wins"] + facts["losses"] + facts["ties"]
-    if "p" not in facts:
-        return f"{unequal} of {count} inputs differ; inputs about one file say nothing about others"
-    better, most, least = (other, "wins", "losses") if facts["points"] >= 0 else (one, "losses", "wins")
-    low, high = (facts["low"], facts["high"]) if better == other else (0.0 - facts["high"], 0.0 - facts["low"])
+def _sentence(pair: Pair, p: float, low: float, high: float, needed: int) -> str:
+    """Return what the difference is worth, as the lead of the arm with the higher score."""
+    better, most, least = pair.other, pair.wins, pair.losses
+    if pair.points and pair.points < 0:
+        better, most, least, low, high = pair.one, least, most, 0.0 - high, 0.0 - low
     lead = f"lead {low:+.1f} to {high:+.1f} points (95% interval)"
-    if facts["p"] < _CHANCE and low > 0:
-        return f"{better} is better: {facts[most]} to {facts[least]} of {count} inputs (p = {facts['p']:.2g}); {lead}"
-    more = f"about {needed} inputs are needed to see {_SEEN:g} points"
-    shown = f"no difference shown: {unequal} of {count} inputs differ (p = {facts['p']:.2g})"
-    return f"{shown}; {better}'s {lead}; {more}"
+    if p < _CHANCE and low > 0:
+        return f"{better} is better: {most} to {least} of {counted(pair.inputs, 'input')} (p = {p:.2g}); {lead}"
+    shown = f"no difference shown: {_differing(most + least, pair.inputs, 'input')} (p = {p:.2g})"
+    return f"{shown}; {better}'s {lead}; about {needed} inputs are needed to see {_SEEN:g} points"
+
+
+def _differing(unequal: int, count: int, noun: str) -> str:
+    return f"{unequal} of {counted(count, noun)} differ" + "s" * (unequal == 1)
+
+
+def rows(found: Report) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table, one per arm, under `HEAD`."""
+    for arm in found.arms:
+        yield (
+            arm.name,
+            "-" if arm.score is None else f"{arm.score:.0%}",
+            str(arm.answers),
+            str(arm.errors),
+            *("-" if ms is None else seconds(ms) for ms in (arm.p50_ms, arm.p95_ms)),
+            short(arm.prompt_tokens),
+            short(arm.completion_tokens),
+            "unknown" if arm.cost_usd is None else f"{arm.cost_usd:.4f}",
+        )
 
 
 def lines(found: Report) -> Iterator[str]:
@@ -247,13 +272,16 @@ def lines(found: Report) -> Iterator[str]:
     for arm in found.arms:
         for reason, count in arm.reasons.items():
             yield f"{arm.name}: {count} without an answer: {reason}"
+        if arm.changed:
+            yield f"{arm.name}: {counted(arm.changed, 'input')} condensed or redacted."
+        if (arm.gpu_hours or 0) >= _LEAST_HOURS:
+            yield f"{arm.name}: {arm.gpu_hours:.2f} GPU hours."
     if any(arm.answers for arm in found.arms) and not any(pair.wins + pair.losses + pair.ties for pair in found.pairs):
         yield _UNSCORED
     for pair in found.pairs:
-        left_out = found.inputs - pair.inputs
         yield f"{pair.one} and {pair.other}: {pair.sentence}."
-        if left_out:
-            yield f"  {left_out} of {found.inputs} inputs are left out: an answer or a score is missing."
+        if left_out := found.inputs - pair.inputs:
+            yield f"  Left out: {left_out} of {counted(found.inputs, 'input')}, without an answer or a score."
         if pair.contradicted is not None:
             yield f"  The judge contradicted itself in {pair.contradicted} of them when the order was swapped: ties."
     if found.stopped:

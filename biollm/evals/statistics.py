@@ -76,8 +76,8 @@ def standard_error(clusters: Sequence[Sequence[float]]) -> float:
 def inputs_needed(clusters: Sequence[Sequence[float]], difference: float) -> int:
     """Return how many inputs show a mean difference of that size with 80% power, as different as these are.
 
-    Where none of n differs, as if 3 of n did: the upper 95% bound of what is possible (rule of three).
+    Where none of n differs, as if 3 of n did: the upper 95% bound of what is possible (rule of three). One shows nothing.
     """
     count = sum(map(len, clusters))
     variance = standard_error(clusters) ** 2 * count or min(1.0, 3 / count)
-    return math.ceil(_QUANTILES**2 * variance / difference**2)
+    return max(2, math.ceil(_QUANTILES**2 * variance / difference**2))

@@ -19,6 +19,7 @@ from biollm.slurm import jobs, script
 from biollm.slurm.memory import GIB, OVERHEAD_GIB, adapter_parameters, architecture
 from biollm.slurm.script import LaunchScript, Options
 from biollm.slurm.submissions import Job
+from biollm.types import counted
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def memory(model: Model, cluster: Cluster, rank: int, length: int, gpus: int | N
         message = f"{model.key} is published with quantized weights: its training cannot be sized."
         raise DoesNotFitError(message, hint="Choose a 16-bit model.")
     if (gpus or 0) > cluster.gpus_per_node:
-        raise DoesNotFitError(f"A node has {cluster.gpus_per_node} GPUs, not {gpus}, and training uses one node.")
+        raise DoesNotFitError(
+            f"A node has {counted(cluster.gpus_per_node, 'GPU')}, not {gpus}, and training uses one node."
+        )
     sizes = {"weights": 2 * arch.parameters, "adapter": 16 * adapter_parameters(arch, rank)}
     sizes["activations"] = (2 * arch.layers + 34) * length * arch.hidden
     once = {"logits": 10 * length * arch.vocab / GIB, "runtime": OVERHEAD_GIB}
@@ -65,7 +68,7 @@ def memory(model: Model, cluster: Cluster, rank: int, length: int, gpus: int | N
         parts = {what: size / GIB / count for what, size in sizes.items()} | once
         if sum(parts.values()) <= cluster.gpu_memory_gib:
             return count, parts
-    need = f"{sum(parts.values()):.1f} GiB on each of {count} GPUs, which have {cluster.gpu_memory_gib:g}"
+    need = f"{sum(parts.values()):.1f} GiB per GPU on {counted(count, 'GPU')} of {cluster.gpu_memory_gib:g} GiB"
     hint = f"Try a shorter --length, {'more --gpus ' if count < cluster.gpus_per_node else ''}or a smaller model."
     raise DoesNotFitError(f"Training {model.key} needs {need}.", hint=hint)
 

@@ -405,7 +405,7 @@ def test_no_difference_is_not_a_claim_of_equality(net: Loopback, waterfall: Writ
     arms(net, waterfall, a=knows(), b=knows(*list(EXPECTED)[:23]))
     sentence = pair(evals.compare([DIAGNOSIS], ["model-a", "model-b"])).sentence
     assert sentence.startswith(
-        "no difference shown: 1 of 24 inputs differ (p = 1); model-a's lead +0.0 to +12.5 points (95% interval); about "
+        "no difference shown: 1 of 24 inputs differs (p = 1); model-a's lead +0.0 to +12.5 points (95% interval); about "
     )
     assert sentence.endswith("inputs are needed to see 5 points")
 
@@ -432,7 +432,7 @@ def test_the_page_shows_the_answers_side_by_side(net: Loopback, waterfall: Write
     arms(net, waterfall, a="<script>alert(1)</script>", b="no")
     page = evals.compare([lines(tmp_path, [{"input": "q", "target": "no"}])], ["model-a", "model-b"]).html()
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page
-    assert "1 of 1 have different answers" in page
+    assert "Different answers, open below: 1 of 1." in page
     assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
 
 

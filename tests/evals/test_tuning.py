@@ -124,7 +124,7 @@ def test_rated_answers_are_exported(
     ran = biollm("tune", "export", "-o", tmp_path / "train.jsonl")
     held_out = tmp_path / "train.held-out.jsonl"
     assert ran.code == 0
-    assert ran.out == f"{tmp_path / 'train.jsonl'}: 1 examples\n{held_out}: 1 examples, held out\n"
+    assert ran.out == f"{tmp_path / 'train.jsonl'}: 1 example\n{held_out}: 1 example, held out\n"
     (trained,), (expected,) = read(tmp_path / "train.jsonl"), read(held_out)
     assert [message["role"] for message in trained["messages"]] == ["user", "assistant"]
     assert [message["role"] for message in expected["messages"]] == ["user"]
@@ -142,7 +142,7 @@ def test_a_file_of_ones_own_is_exported_and_too_few_examples_are_refused(biollm:
     one = jsonl(tmp_path / "one.jsonl", chat("a", run="1"), chat("b", run="1"))
     ran = biollm("tune", "export", "--from", one, "-o", tmp_path / "none.jsonl")
     assert ran.code == 2
-    assert "There are 2 different examples, of fewer than two runs." in ran.err
+    assert "Found 2 different examples, of fewer than two runs." in ran.err
     assert not (tmp_path / "none.jsonl").exists()
 
 

@@ -65,8 +65,8 @@ def test_more_gpus_share_what_they_can(model: Model, length: int, gpus: int | No
     [
         (MINE, 2048, None, "The size of mine is unknown: it has no `architecture:` in models.yaml"),
         (MINIMAX, 2048, None, "is published with quantized weights"),
-        (LLAMA, 2048, 1, "needs 1.* GiB on each of 1 GPUs, which have 79.1"),
-        (QWEN, 100_000, None, "GiB on each of 8 GPUs"),
+        (LLAMA, 2048, 1, "needs 1.* GiB per GPU on 1 GPU of 79.1 GiB"),
+        (QWEN, 100_000, None, "GiB per GPU on 8 GPUs of"),
         (QWEN, 2048, 9, "A node has 8 GPUs, not 9"),
     ],
 )
