@@ -51,6 +51,8 @@ def compare(
 
     if html and {html.resolve(), html.resolve().parent} & {each.resolve() for each in (*inputs, results)}:
         raise UsageError(f"--html {html} is among the inputs or results.", hint="Name a file elsewhere.")
+    if html and (html.is_dir() or not html.parent.is_dir()):
+        raise UsageError(f"--html {html} is not a file in a folder that exists.")
     given = {"max_tokens": max_tokens, "temperature": temperature, "local_only": local_only or None}
     progress, began = Progress(), time.monotonic()
 

@@ -15,12 +15,14 @@ from functools import partial
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from biollm._runtime import apart, background, ledger
 from biollm.client import AllLimitedError, Client, Completion, CompletionError
 from biollm.client.ensemble import MOST
 from biollm.client.local import gather
+from biollm.client.options import Options
+from biollm.client.options import check as check_options
 from biollm.errors import UsageError
 from biollm.evals import inputs, scoring
 from biollm.evals.inputs import Input
@@ -32,6 +34,7 @@ from biollm.routing.attachments import add_text
 from biollm.routing.candidates import address, check_names
 from biollm.routing.normalize import Rule, at_least, checked, is_number
 from biollm.routing.pricing import price
+from biollm.routing.structured import ResponseSchema
 from biollm.types import Json, known
 
 if TYPE_CHECKING:
@@ -83,6 +86,9 @@ class Comparison:
             raise UsageError("A comparison needs two different arms.", hint="Name them: --a MODEL --b MODEL.")
         amount: Rule = ("a number of at least 0", lambda given: given is None or is_number(given, 0))
         checked(vars(self), {"wait": amount, "spend_limit": amount, "concurrency": at_least(1)})
+        check_options(cast("Options", self.options))
+        if self.schema:
+            ResponseSchema(self.schema).check("schema")
         if len([each for each in (self.expect, self.command, self.judge) if each]) > 1:
             raise UsageError("--expect, --command and --judge exclude each other.", hint="Choose one.")
         found = [] if self.spend_limit is None else [each.deployment for each in client.explain()]
@@ -195,7 +201,10 @@ class _Run:
             return replace(made, score=await self._score(given, made.text, made.parsed))
         if self.stopped:
             return None
-        answer = await self._paid(partial(self._ask, given, arm))
+        try:
+            answer = await self._paid(partial(self._ask, given, arm))
+        except UsageError as error:
+            raise UsageError(f"{given.id}: {error}", hint=error.hint) from None
         if isinstance(answer, CompletionError):
             return Answer(id=given.id, arm=arm, error=str(answer))
         score = await self._score(given, answer.text, answer.parsed)

@@ -214,7 +214,8 @@ def _pair(
             clusters[given.cluster].append(second.score - first.score)
     values = [value for cluster in clusters.values() for value in cluster]
     if not values:
-        return Pair(one=one, other=other, inputs=count, differ=differ, sentence=_differing(differ, count, "answer"))
+        sentence = _differing(differ, count, "answer") if count else "no input has an answer of both"
+        return Pair(one=one, other=other, inputs=count, differ=differ, sentence=sentence)
     wins, losses = sum(value > 0 for value in values), sum(value < 0 for value in values)
     pair = Pair(
         one=one,

@@ -34,13 +34,15 @@ def opened(path: Path | None) -> Generator[Results]:
     """Open the file (0600) for one run alone.
 
     Raises:
-        UsageError: Another run uses it, or it holds something else.
-        OSError: It cannot be written.
+        UsageError: It cannot be written, another run uses it, or it holds something else.
     """
     if path in (None, Path(os.devnull)):
         yield Results()
         return
-    path.touch(mode=0o600)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}.", hint="Name another file with -o.") from None
     with locked(path.resolve(), wait=False) as alone, path.open("ab", buffering=0) as file:
         if not alone:
             hint = "Wait until that ends, or name another file with -o."

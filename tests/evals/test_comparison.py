@@ -218,16 +218,32 @@ def test_what_cannot_be_read_is_one_sentence(
         (["model-a", "model-b"], {"spend_limit": float("nan")}, "spend_limit is nan"),
         (["model-a", "model-b"], {"concurrency": 0}, "concurrency is 0; it must be a whole number of at least 1"),
         (["model-a", "model-b"], {"limit": 0}, "limit is 0; it must be a whole number of at least 1"),
-        (["model-a", "model-b"], {"results": "/proc/no/such/folder"}, "No such file"),
+        (["model-a", "model-b"], {"results": "/proc/no/such/folder"}, "folder cannot be written: No such file"),
+        (["model-a", "model-b"], {"results": "/proc"}, "/proc cannot be written: Is a directory"),
+        (["model-a", "model-b"], {"options": {"temperature": 5}}, "^temperature is 5; it must be a number from 0 to 2"),
+        (["model-a", "model-b"], {"schema": {"type": 5}}, "^schema is no JSON Schema"),
     ],
 )
 def test_what_cannot_be_compared_is_one_sentence(
     net: Loopback, waterfall: Write, tmp_path: Path, names: list[str], settings: Json, problem: str
 ) -> None:
     servers = arms(net, waterfall, a="x", b="x")
-    with pytest.raises(Exception, match=problem):
+    with pytest.raises(UsageError, match=problem):
         evals.compare([lines(tmp_path, [{"input": "q"}])], names, **settings)
     assert not any(each.completions for each in servers.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"", "The prompt is empty"), (b"\x1f\x8b\x08?", "The prompt is empty"), (b"\x89PNG\r\n\x1a\n", "is not text")],
+)
+def test_an_input_that_cannot_be_asked_is_named(
+    net: Loopback, waterfall: Write, tmp_path: Path, content: bytes, problem: str
+) -> None:
+    arms(net, waterfall, a="x", b="x")
+    (tmp_path / "run.log").write_bytes(content)
+    with pytest.raises(UsageError, match=rf"^run\.log: .*{problem}"):
+        evals.compare([tmp_path / "run.log"], ["model-a", "model-b"])
 
 
 # --- how answers are scored ----------------------------------------------------------------------------------------
@@ -471,9 +487,14 @@ def test_an_arm_without_an_answer_is_named_with_its_reason(
 def test_a_page_never_replaces_an_input(net: Loopback, waterfall: Write, tmp_path: Path, biollm: Any) -> None:
     arms(net, waterfall, a="x", b="x")
     content = (path := lines(tmp_path, [{"input": "q"}])).read_text()
-    for inputs_, html in ((path, path), (tmp_path, tmp_path / "page.html")):
+    for inputs_, html, problem in (
+        (path, path, "is among the inputs"),
+        (tmp_path, tmp_path / "page.html", "is among the inputs"),
+        (path, tmp_path, "is not a file in a folder that exists"),
+        (path, tmp_path / "none" / "page.html", "is not a file in a folder that exists"),
+    ):
         ran = biollm("compare", "--a", "model-a", "--b", "model-b", inputs_, "--html", html)
-        assert (ran.code, "is among the inputs" in ran.err) == (2, True)
+        assert (ran.code, problem in ran.err) == (2, True)
     assert path.read_text() == content
 
 
