@@ -111,6 +111,9 @@ def locked(path: Path, *, wait: bool = True) -> Generator[bool]:
         except OSError:  # NFS without a lock daemon
             pass
         yield held
+        if held:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)
 

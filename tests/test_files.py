@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,6 +104,21 @@ def test_a_full_disk_leaves_the_old_text_and_nothing_else(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space"):
         write_private(tmp_path / "key", "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("key", "old")]
+
+
+# --- Locks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_does_not_keep_a_lock_that_its_parent_has_released(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock"):
+        if (child := os.fork()) == 0:
+            signal.pause()
+    try:
+        with locked(tmp_path / "lock", wait=False) as held:
+            assert held
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 # --- What lies in the place of a file of ours is not ours ----------------------------------------------------------
