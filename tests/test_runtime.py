@@ -16,6 +16,7 @@ from provider import Loopback
 
 from biollm._runtime import background
 from biollm.client import get_model_client
+from biollm.routing import candidates
 
 
 def test_threads_that_need_the_same_thing_share_one() -> None:
@@ -79,3 +80,18 @@ def test_requests_are_answered_while_other_threads_make_things(net: Loopback, wa
         for _ in range(3):
             assert asyncio.run(fifty()) == ["first"] * 50
             client = get_model_client()
+
+
+def test_what_a_model_refused_is_looked_up_while_another_thread_notes_more(
+    net: Loopback, waterfall: Callable[..., Path]
+) -> None:
+    waterfall(first=net.serve())
+    [candidate] = get_model_client().explain()
+
+    def note(number: int) -> None:
+        if number < 3000:
+            candidates.note_refusal(candidate.deployment, frozenset({f"kind {number}"}))
+
+    with frequent_switches(note):
+        for _ in range(300):
+            assert not candidates.refuses(candidate.deployment, frozenset({"image"}))

@@ -334,7 +334,7 @@ def note_refusal(deployment: Deployment, media: frozenset[str]) -> None:
 def refuses(deployment: Deployment, media: frozenset[str]) -> bool:
     """Return whether this model refused a request with these media, or fewer, within the last hour."""
     since, place = time.monotonic() - _REMEMBERED, (deployment.provider.name, deployment.model)
-    return any(at > since and known[:2] == place and known[2] <= media for known, at in _refused.items())
+    return any(at > since and known[:2] == place and known[2] <= media for known, at in _refused.copy().items())
 
 
 def cooling_keys(deployment: Deployment, credential: Credential) -> tuple[str, ...]:
