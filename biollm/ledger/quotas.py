@@ -133,9 +133,11 @@ def release(db: sqlite3.Connection, at: float, scope: str, reservation: int) -> 
 
 
 def grant(db: sqlite3.Connection, at: float, claim: Claim, reservation: int) -> None:
-    """Count a request that may be sent."""
+    """Count a request that may be sent; only once, also where `reserve` counted it after its caller had decided alone."""
     if claim.limits:
-        db.execute("INSERT INTO sent (id, scope, at) VALUES (?, ?, ?)", (reservation, claim.scope, at))
+        sql = "INSERT OR IGNORE INTO sent (id, scope, at) VALUES (?, ?, ?)"
+        if not db.execute(sql, (reservation, claim.scope, at)).rowcount:
+            return
     if claim.tokens or claim.usd:
         values = (reservation, claim.scope, at, claim.tokens, claim.usd)
         db.execute("INSERT INTO reserved (id, scope, at, tokens, usd) VALUES (?, ?, ?, ?, ?)", values)

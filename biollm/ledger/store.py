@@ -137,7 +137,7 @@ class Ledger:
 
         Exact over all processes. Limits of tokens and USD are exceeded by no more than the requests in flight use
         beyond their reservations; a request larger than a whole limit passes when nothing else counts. After 250 ms
-        without an answer this process's own count decides. A cancelled caller may leave its request counted.
+        without an answer this process's own count decides. A caller that is cancelled leaves nothing counted.
         """
         process, reservation = self._process(), secrets.randbits(53)  # which Lua's numbers hold
         if self._availability.usable():
@@ -150,6 +150,10 @@ class Ledger:
             timer = loop.call_later(BOUND, self._give_up, future, began, began)
             try:
                 answer = await future
+            except BaseException:  # where the caller is cancelled after it was answered; else `_resolve` takes it back
+                if not (future.cancel() or future.cancelled()) and isinstance(granted := future.result(), int):
+                    self.release(granted, claim.scope)
+                raise
             finally:
                 timer.cancel()
             if answer is not None:
@@ -357,7 +361,14 @@ class Ledger:
                 loops[job.future.get_loop()].append(job)
         for loop, waiting in loops.items():
             with suppress(RuntimeError):  # the loop is closed: no caller waits there
-                loop.call_soon_threadsafe(_resolve, waiting)
+                loop.call_soon_threadsafe(self._resolve, waiting)
+
+    def _resolve(self, waiting: Sequence[Job]) -> None:
+        for job in waiting:
+            if job.future and not job.abandoned:
+                job.future.set_result(job.answer)
+            elif job.future and job.future.cancelled() and isinstance(job.answer, int):
+                self.release(job.answer, job.arguments[0].scope)
 
     def _give_up(self, future: asyncio.Future[int | Refused | None], began: float, looked: float) -> None:
         if future.done():
@@ -426,9 +437,3 @@ class Ledger:
             name, advice = (store.name, store.advice) if store else (self.directory, SqliteStore.advice)
             text = "The ledger %s cannot be used (%s): limits hold within this process and records wait in memory until it can. %s"
             _log.warning(text, name, error, advice)
-
-
-def _resolve(waiting: Sequence[Job]) -> None:
-    for job in waiting:
-        if job.future and not job.abandoned:
-            job.future.set_result(job.answer)

@@ -16,9 +16,10 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
+from conftest import until
 
 from biollm.config import Limit
-from biollm.ledger import Claim, Ledger, Record, Refused
+from biollm.ledger import Claim, Ledger, Record, Refused, quotas
 from biollm.ledger import history as _rollup
 from biollm.ledger.quotas import Cooldown
 from biollm.ledger.sqlite import Database, locks_are_local, on_network
@@ -841,15 +842,40 @@ def test_a_job_that_can_never_be_written_holds_up_no_other(ledger: Ledger, caplo
     assert len(caplog.messages) == 1
 
 
-def test_a_caller_that_went_away_breaks_nothing(ledger: Ledger) -> None:
+@pytest.mark.parametrize("answered", [False, True], ids=["before its answer", "with its answer"])
+def test_a_caller_that_is_cancelled_leaves_nothing_counted(ledger: Ledger, answered: bool) -> None:
+    limit = per(1, "day")
+
+    def stand_still() -> None:
+        until(lambda: ledger.used(SCOPE, [limit])[0][1] == 1)
+        time.sleep(0.1)
+
     async def leave() -> None:
-        asking = asyncio.ensure_future(ledger.reserve(Claim(SCOPE, (per(5, "min"),))))
-        await asyncio.sleep(0)
+        asking = asyncio.ensure_future(ledger.reserve(Claim(SCOPE, (limit,))))
+        await asyncio.sleep(0)  # the job is handed in
+        stand_still()  # while it is done
+        if answered:
+            await asyncio.sleep(0)
         asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
 
     asyncio.run(leave())
-    assert isinstance(reserve(ledger, per(5, "min")), int)
-    assert ledger.used(SCOPE, [per(5, "min")])[0][1] <= 2
+    ledger.flush()
+    assert isinstance(reserve(ledger, limit), int)
+
+
+def test_a_request_that_its_caller_granted_itself_is_counted_once() -> None:
+    """The store had counted it, but the answer came too late; all that is written with it must stay."""
+    claim = Claim(SCOPE, (per(9, "min"), per(9, "day"), per(900, "min", "tokens")), tokens=100)
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        db.executescript(quotas.SCHEMA)
+        quotas.reserve(db, NOON, claim, 7)
+        quotas.grant(db, NOON, claim, 7)
+        used = [
+            quotas.used_of(lambda *query: db.execute(*query).fetchall(), SCOPE, each, NOON) for each in claim.limits
+        ]
+    assert [amount for amount, _ in used] == [1, 1, 100]
 
 
 # Files
