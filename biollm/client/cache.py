@@ -96,6 +96,13 @@ class Cache:
             limits: Of the cache.
         """
         flight, found = await apart(self._begin, request, identity, limits)
+        try:
+            return await self._wait(flight, request, found)
+        except BaseException:  # the caller leaves, or its deadline has passed
+            await flight.leave()
+            raise
+
+    async def _wait(self, flight: Flight, request: Request, found: Sequence[Any]) -> Flight:
         pause, lease, changed = 0.0, None, 0.0
         while True:
             body, *now = found
@@ -173,7 +180,7 @@ class Flight:
         self.ttl = limits.ttl if wanted is None else min(wanted, limits.ttl)
         self.answer: Completion | None = None
         self.saved_usd: float | None = None
-        self.leads = self._kept = False
+        self.leads = self.left = self._kept = False
         self._failures = 0
 
     def take(self, body: str) -> None:
@@ -212,6 +219,12 @@ class Flight:
             body = {"answer": facts, "about": about(self._request), "exact": self._exact, "at": time.time()}
             await self._cache.write(partial(_keep, self, json.dumps(body), self._limits.ttl, self._limits.max_mb * 1e6))
 
+    async def leave(self) -> None:
+        """Let another lead, also where a thread is just about to make this one the leader."""
+        self.left = True
+        if self.leads:
+            await self._cache.write(partial(_lead, self, "", 0))
+
     async def __aenter__(self) -> Flight:
         self._renewing = asyncio.ensure_future(self._renew())
         return self
@@ -233,8 +246,9 @@ def _join(flight: Flight, db: sqlite3.Connection, now: float) -> tuple[str | Non
     under_way = (until or 0) > now
     if not body and not (under_way and (leader or failures >= _TRIES)):
         flight.leads = True
-        row = (flight.key, flight.id, now + LEASE, failures if under_way else 0)
-        db.execute("INSERT OR REPLACE INTO flight VALUES (?, ?, ?, ?)", row)
+        if not flight.left:  # looked at after `leads` is set, as `leave` does the other way round
+            row = (flight.key, flight.id, now + LEASE, failures if under_way else 0)
+            db.execute("INSERT OR REPLACE INTO flight VALUES (?, ?, ?, ?)", row)
     return body, under_way and bool(leader)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -529,6 +531,32 @@ def test_a_waiter_keeps_its_own_deadline_and_notes_its_wait(client: Client, serv
     assert noted == ["waiting for the answer to the same request, which is under way"]
     assert str(client.complete("why?")) == "answer 2"  # without the cache nothing waits
     leader.join()
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Keep other writers of a file waiting."""
+    with lock.open("r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_caller_that_leaves_while_it_joins_leads_nobody(client: Client, server: Server, state: Path) -> None:
+    client.complete("another", cache=True)  # makes the file
+
+    async def leave() -> None:
+        asking = asyncio.ensure_future(client.acomplete("why?", cache=True))
+        with held(state / "cache.lock"):
+            await asyncio.sleep(0.3)  # it waits for the file, in a thread that cannot be cancelled
+            asking.cancel()
+            await asyncio.sleep(0.1)
+        await asyncio.gather(asking, return_exceptions=True)
+
+    asyncio.run(leave())
+    until(lambda: not any(thread.name == "biollm-apart" for thread in threading.enumerate()))
+    began = time.monotonic()
+    assert str(client.complete("why?", cache=True)) == "answer 2"
+    assert time.monotonic() < began + LEASE / 2
 
 
 def test_a_leader_that_is_cancelled_leaves_at_once(client: Client, server: Server) -> None:
