@@ -216,6 +216,7 @@ class _Gateway:
                 first.result()
         except BaseException:
             first.cancel()
+            await asyncio.gather(first, return_exceptions=True)  # a generator that runs cannot be closed
             await pieces.aclose()
             raise
         if first.done() and not sent_to:  # a stored answer

@@ -114,6 +114,21 @@ def test_who_leaves_before_the_first_chunk_takes_the_request_along(net: Loopback
     assert until(lambda: not server.tasks) < 1
 
 
+def test_who_leaves_before_the_headers_takes_the_request_along_without_an_error(
+    net: Loopback, serve: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = net.serve(then=Behaviour(hang=0))
+    client = serve(first=server)
+    body = json.dumps(HI).encode()
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.connect(client._transport._pool._uds)
+        raw.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body))
+        until(lambda: server.tasks)
+    until(lambda: not server.tasks)
+    assert client.get("/health").status_code == 200
+    assert capsys.readouterr().err == ""
+
+
 def test_an_error_after_the_headers_is_an_event_that_agents_try_again_after(net: Loopback, serve: Any) -> None:
     top = {"routing": {"headers_after": 0.1, "stream_timeout": 0.4}}
     [error] = events(serve(top, first=net.serve(then=Behaviour(hang=0))).post(CHAT, json=AGENT))
