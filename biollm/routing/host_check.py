@@ -59,17 +59,22 @@ class Reach:
             through = urlsplit(proxy)
             host, port, tls = through.hostname or "", through.port or 80, False
         opening = asyncio.ensure_future(asyncio.open_connection(host, port, ssl=_any_certificate() if tls else None))
+        opening.add_done_callback(_close)
         try:
             # In steps, so that a loop that was blocked (LiteLLM's imports take seconds) loses one step, not the whole wait.
             for _ in range(_STEPS):
                 if (await asyncio.wait({opening}, timeout=self._patience / _STEPS))[0]:
-                    if not opening.exception():  # else the host is there, and the request itself gets the error
-                        opening.result()[1].close()
-                    return True
+                    return True  # also after an error: the host is there, and the request itself gets that
             scope.reschedule(asyncio.get_running_loop().time())
             return False
         finally:
             opening.cancel()
+
+
+def _close(opening: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
+    """Close a connection that was opened, also if nothing waits for it any more."""
+    if not opening.cancelled() and not opening.exception():
+        opening.result()[1].close()
 
 
 class Trust:
