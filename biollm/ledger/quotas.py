@@ -40,7 +40,7 @@ COOLDOWNS = "SELECT key, until, reason, kind, stated, times FROM cooldown WHERE 
 _RECOVER = "DELETE FROM cooldown WHERE key = ? AND until <= ? AND (until <= ? OR NOT stated)"
 MEMORY = 86400.0  # seconds for which a cooldown that ended is still a step of the ladder
 _TOGETHER = 1.0  # seconds: failures so near each other are one step, if the first step is no cooldown
-_FARTHEST = 32 * 86400.0  # seconds; no cooldown is longer
+FARTHEST = 32 * 86400.0  # seconds; no cooldown is longer
 
 
 class Cooldown(NamedTuple):
@@ -171,7 +171,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
     db.execute("DELETE FROM sent WHERE abs(at - ?) > 3660", (now,))
     db.execute("DELETE FROM total WHERE until < ?", (now - _DAY,))  # for attempts still under way
     db.execute("DELETE FROM origin WHERE abs(at - ?) > ?", (now, _DAY))
-    db.execute("DELETE FROM cooldown WHERE until <= ? OR until > ?", (now - MEMORY, now + _FARTHEST))
+    db.execute("DELETE FROM cooldown WHERE until <= ? OR until > ?", (now - MEMORY, now + FARTHEST))
 
 
 def used_of(query: Query, scope: str, limit: Limit, now: float) -> tuple[float, float | None]:

@@ -1,7 +1,7 @@
 -- The operations of the ledger on a Redis server; redis.py calls them. One call is one transaction.
 --
 -- KEYS[1]: the prefix of every key. ARGV[1]: JSON {jobs: [[operation, at, ...], ...], now}; times in seconds since the
--- epoch by this server's clock, which is also `now` unless a test gives it. Returns JSON {now, cooldowns, answers}.
+-- epoch by this server's clock, which is also `now` unless a test gives it. Returns JSON {now, answers, cooldowns}.
 -- The operations and their arguments are those of quotas.py; it has the reasons.
 
 local request, prefix = cjson.decode(ARGV[1]), KEYS[1]
@@ -13,21 +13,20 @@ local WINDOWS = 3660 -- no window is longer
 local MEMORY, FARTHEST = DAY, 32 * DAY -- of cooldowns
 local SOON, TOGETHER = 1, 1
 local LEAST = {requests = 1, tokens = 1, usd = 1e-6}
+local TRIM = 16 -- one in so many requests removes old ones
 
-local function key(...)
-    return prefix .. table.concat({...}, ':')
+local COOLDOWNS, RATIOS = prefix .. 'cooldowns', prefix .. 'ratio'
+
+local function key(kind, name)
+    return prefix .. kind .. ':' .. name
+end
+
+local function total(scope, period)
+    return key('total', scope) .. ':' .. period.start .. ':' .. period.ends
 end
 
 local function number(value) -- Lua's own text of a number has 14 digits
     return ('%.17g'):format(value)
-end
-
-local function text(reservation)
-    return ('%.0f'):format(reservation)
-end
-
-local function total(scope, period)
-    return key('total', scope, period.start, period.ends)
 end
 
 -- The days and months of a scope that have been begun, and include `at`.
@@ -45,15 +44,15 @@ end
 local function open(scope, period)
     local index = key('periods', scope)
     redis.call('ZADD', index, period.ends, period.start .. ' ' .. period.ends)
-    redis.call('ZREMRANGEBYSCORE', index, '-inf', number(now - DAY))
+    redis.call('ZREMRANGEBYSCORE', index, '-inf', now - DAY)
     redis.call('EXPIRE', index, FARTHEST)
     redis.call('EXPIRE', total(scope, period), math.ceil(math.max(period.ends - now, 0)) + DAY)
 end
 
-local function cooldown(name)
-    local row = redis.call('HGET', key('cooldown'), name)
+-- The cooldown in a row of the store; nil if there is none, or none that still counts.
+local function cooldown(row)
     row = row and cjson.decode(row)
-    return row and row[1] > now - MEMORY and row[1] <= now + FARTHEST and row or nil
+    return row and row.ends > now - MEMORY and row.ends <= now + FARTHEST and row or nil
 end
 
 -- The next requests of a rolling window, oldest first, after the first `place`: reservation, time, reservation ...
@@ -62,8 +61,12 @@ local function window(scope, limit, place, count)
     return redis.call('ZRANGEBYSCORE', key('sent', scope), since, '+inf', 'WITHSCORES', 'LIMIT', place, count)
 end
 
-local function used_by(scope, kind, reservation)
-    return kind == 'requests' and 1 or tonumber(redis.call('HGET', key(kind, scope), reservation) or 0)
+local function used_by(scope, kind, id)
+    if kind == 'requests' then
+        return 1
+    end
+    local tokens, usd = (redis.call('HGET', key('used', scope), id) or '0 0'):match('(%S+) (%S+)')
+    return tonumber(kind == 'tokens' and tokens or usd)
 end
 
 local function used_between(scope, kind, after, at)
@@ -91,34 +94,30 @@ local function spent(scope, limit, store)
     return sum
 end
 
--- What is used of a limit, without reservations, and when its period ends or its oldest request leaves it.
+-- What is used of a limit, without reservations.
 local function settled(scope, limit, store)
     if limit.start then
-        return tonumber(redis.call('HGET', total(scope, limit), limit.kind) or 0), tonumber(limit.ends)
+        return tonumber(redis.call('HGET', total(scope, limit), limit.kind) or 0)
+    elseif limit.kind == 'requests' then
+        return redis.call('ZCOUNT', key('sent', scope), '(' .. number(now - limit.window), '+inf')
     end
-    local oldest, used = window(scope, limit, 0, 1)[2], 0
-    if limit.kind == 'requests' then
-        used = redis.call('ZCOUNT', key('sent', scope), '(' .. number(now - limit.window), '+inf')
-    else
-        used = spent(scope, limit, store)
-    end
-    return used, oldest and oldest + limit.window
+    return spent(scope, limit, store)
 end
 
--- What requests under way have reserved of a limit. Those of processes that died are added to `lost`.
-local function reserved(scope, limit, lost)
-    local sum = 0
-    if limit.kind ~= 'requests' then
-        local since, rows = tonumber(limit.start or now - limit.window), redis.call('HGETALL', key('reserved', scope))
-        for place = 1, #rows, 2 do
-            local at, tokens, usd = rows[place + 1]:match('(%S+) (%S+) (%S+)')
-            if tonumber(at) > since then
-                sum = sum + tonumber(limit.kind == 'tokens' and tokens or usd)
-            end
-            if lost and math.abs(now - at) > DAY then
-                lost[rows[place]] = {tonumber(at), {tonumber(tokens), tonumber(usd)}}
-            end
-        end
+-- What requests under way have reserved.
+local function reservations(scope)
+    local found, rows = {}, redis.call('HGETALL', key('reserved', scope))
+    for place = 1, #rows, 2 do
+        local at, tokens, usd = rows[place + 1]:match('(%S+) (%S+) (%S+)')
+        found[#found + 1] = {id = rows[place], at = tonumber(at), tokens = tonumber(tokens), usd = tonumber(usd)}
+    end
+    return found
+end
+
+local function reserved(limit, under_way)
+    local sum, since = 0, tonumber(limit.start or now - limit.window)
+    for _, each in ipairs(under_way) do
+        sum = sum + (each.at > since and each[limit.kind] or 0)
     end
     return sum
 end
@@ -128,10 +127,10 @@ local function excess(limit, used, expected)
 end
 
 -- When a limit has room for a claim again, and whether it has none for any request; nil if it has room now.
-local function full(claim, limit, lost)
-    local used, ends = settled(claim.scope, limit, true)
+local function full(claim, limit, under_way)
+    local used = settled(claim.scope, limit, true)
     local over = excess(limit, used, claim[limit.kind] or 0)
-    if over + reserved(claim.scope, limit, lost) <= 0 then
+    if over + reserved(limit, under_way) <= 0 then
         return nil
     elseif over <= 0 then
         return now + SOON, false
@@ -150,31 +149,32 @@ local function full(claim, limit, lost)
         first = first + 100
         sent = window(claim.scope, limit, first, 100)
     end
-    return ends or now + SOON, shut
+    return tonumber(limit.ends) or now + SOON, shut
 end
 
--- Removes what no window includes any more, and requests of a clock that ran ahead.
+-- Removes what no window includes any more, and requests of a clock that ran ahead: less than 100 since the last time.
 local function trim(scope)
     local sent = key('sent', scope)
     for low, high in pairs({['-inf'] = number(now - WINDOWS), ['(' .. number(now + WINDOWS)] = '+inf'}) do
         for _, id in ipairs(redis.call('ZRANGEBYSCORE', sent, low, high, 'LIMIT', 0, 100)) do
             redis.call('ZREM', sent, id)
-            redis.call('HDEL', key('tokens', scope), id)
-            redis.call('HDEL', key('usd', scope), id)
+            redis.call('HDEL', key('used', scope), id)
         end
     end
-    redis.call('EXPIRE', sent, 2 * WINDOWS)
 end
 
 local operations = {}
 
-function operations.grant(at, claim, reservation)
-    local scope, id = claim.scope, text(reservation)
+function operations.grant(at, claim, id)
+    local scope = claim.scope
     if #claim.limits > 0 then
         if redis.call('ZADD', key('sent', scope), 'NX', at, id) == 0 then
             return -- this server had counted it when it did not answer in time
         end
-        trim(scope)
+        redis.call('EXPIRE', key('sent', scope), 2 * WINDOWS)
+        if id % TRIM == 0 then
+            trim(scope)
+        end
     end
     if claim.tokens > 0 or claim.usd > 0 then
         local row = table.concat({number(at), number(claim.tokens), number(claim.usd)}, ' ')
@@ -182,22 +182,20 @@ function operations.grant(at, claim, reservation)
         redis.call('EXPIRE', key('reserved', scope), FARTHEST)
     end
     for _, period in ipairs(claim.periods) do
-        redis.call('HINCRBY', total(scope, period), 'requests', 1)
-        open(scope, period)
+        if redis.call('HINCRBY', total(scope, period), 'requests', 1) == 1 then
+            open(scope, period)
+        end
     end
 end
 
-function operations.finish(at, scope, reservation, used)
-    local id = text(reservation)
+function operations.finish(at, scope, id, used)
     redis.call('HDEL', key('reserved', scope), id)
     local sent = tonumber(redis.call('ZSCORE', key('sent', scope), id))
     if sent then
-        if redis.call('HSETNX', key('tokens', scope), id, used[1]) == 0 then
+        if redis.call('HSETNX', key('used', scope), id, number(used[1]) .. ' ' .. number(used[2])) == 0 then
             return
         end
-        redis.call('HSET', key('usd', scope), id, used[2])
-        redis.call('EXPIRE', key('tokens', scope), 2 * WINDOWS)
-        redis.call('EXPIRE', key('usd', scope), 2 * WINDOWS)
+        redis.call('EXPIRE', key('used', scope), 2 * WINDOWS)
         local sums = redis.call('HGETALL', key('sums', scope))
         for place = 1, #sums, 2 do
             local sum, left = sums[place + 1]:match('(%S+) (%S+)')
@@ -213,8 +211,7 @@ function operations.finish(at, scope, reservation, used)
     end
 end
 
-function operations.release(at, scope, reservation)
-    local id = text(reservation)
+function operations.release(at, scope, id)
     redis.call('HDEL', key('reserved', scope), id)
     if redis.call('ZREM', key('sent', scope), id) == 1 then
         for _, period in ipairs(periods(scope, at)) do
@@ -236,8 +233,8 @@ end
 
 -- Counts a request and returns no blocks; or what blocks it; or, as `recall`, the periods that lack a history: none
 -- where the client did not know this server's clock.
-function operations.reserve(_, claim, reservation, history)
-    local missing, blocks, lost = {}, {}, {}
+function operations.reserve(_, claim, id, history)
+    local missing, blocks = {}, {}
     for _, period in ipairs(claim.periods) do
         if now < period.start - 1 or now > period.ends + 1 then
             return {recall = {}}
@@ -249,60 +246,65 @@ function operations.reserve(_, claim, reservation, history)
     if #missing > 0 then
         return {recall = missing}
     end
-    for _, name in ipairs(claim.cooling) do
-        local row = cooldown(name)
-        if row and row[1] > now then
-            blocks[#blocks + 1] = {row[1], name, row[2]}
+    for place, row in ipairs(#claim.cooling > 0 and redis.call('HMGET', COOLDOWNS, unpack(claim.cooling)) or {}) do
+        row = cooldown(row)
+        if row and row.ends > now then
+            blocks[#blocks + 1] = {row.ends, claim.cooling[place], row.reason}
         end
     end
+    local under_way = reservations(claim.scope)
     for place, limit in ipairs(claim.limits) do
-        local ends, shut = full(claim, limit, lost)
+        local ends, shut = full(claim, limit, under_way)
         if ends then
             blocks[#blocks + 1] = {ends, place - 1, shut}
         end
     end
-    for id, row in pairs(lost) do
-        operations.finish(row[1], claim.scope, tonumber(id), row[2])
+    for _, each in ipairs(under_way) do
+        if math.abs(now - each.at) > DAY then -- of a process that died
+            operations.finish(each.at, claim.scope, each.id, {each.tokens, each.usd})
+        end
     end
     if #blocks == 0 then
-        operations.grant(now, claim, reservation)
+        operations.grant(now, claim, id)
     end
     return {blocks = blocks}
 end
 
 function operations.cool(at, name, reason, kind, seconds, ladder)
-    local before = cooldown(name)
+    local before = cooldown(redis.call('HGET', COOLDOWNS, name))
     local function step(times)
         return ladder[math.min(times, #ladder)]
     end
-    local past = before and before[3] == kind and before[5] or 0
+    local past = before and before.kind == kind and before.times or 0
     local near = past > 0 and step(past) == 0 and TOGETHER or 0
-    local times = past > 0 and before[1] + near > at and past or past + 1
+    local times = past > 0 and before.ends + near > at and past or past + 1
     local stated = seconds ~= cjson.null
-    local made = {at + (stated and seconds or step(times)), reason, kind, stated, times}
-    if before and before[1] > made[1] and (before[4] or not stated) then
+    local ends = at + (stated and seconds or step(times))
+    local made = {name = name, ends = ends, reason = reason, kind = kind, stated = stated, times = times}
+    if before and before.ends > ends and (before.stated or not stated) then
         made = before
     end
-    redis.call('HSET', key('cooldown'), name, cjson.encode(made))
-    redis.call('EXPIRE', key('cooldown'), FARTHEST + MEMORY)
-    for _, other in ipairs(redis.call('HKEYS', key('cooldown'))) do
-        if not cooldown(other) then
-            redis.call('HDEL', key('cooldown'), other)
+    redis.call('HSET', COOLDOWNS, name, cjson.encode(made))
+    redis.call('EXPIRE', COOLDOWNS, FARTHEST + MEMORY)
+    local rows = redis.call('HGETALL', COOLDOWNS)
+    for place = 1, #rows, 2 do
+        if not cooldown(rows[place + 1]) then
+            redis.call('HDEL', COOLDOWNS, rows[place])
         end
     end
     return made
 end
 
 function operations.recover(at, name, known)
-    local row = cooldown(name)
-    if row and row[1] <= at + known + 0.001 and (row[1] <= at or not row[4]) then
-        redis.call('HDEL', key('cooldown'), name)
+    local row = cooldown(redis.call('HGET', COOLDOWNS, name))
+    if row and row.ends <= at + known + 0.001 and (row.ends <= at or not row.stated) then
+        redis.call('HDEL', COOLDOWNS, name)
     end
 end
 
 function operations.learn(_, model, ratio)
-    redis.call('HSET', key('ratio'), model, ratio)
-    redis.call('EXPIRE', key('ratio'), 90 * DAY)
+    redis.call('HSET', RATIOS, model, ratio)
+    redis.call('EXPIRE', RATIOS, 90 * DAY)
 end
 
 function operations.note(_, digests, model)
@@ -314,16 +316,16 @@ end
 -- What only reads
 
 function operations.used(_, scope, limits)
-    local found = {}
+    local found, under_way = {}, reservations(scope)
     for place, limit in ipairs(limits) do
-        local used, ends = settled(scope, limit)
-        found[place] = {used + reserved(scope, limit), ends}
+        local ends, oldest = tonumber(limit.ends), limit.window and window(scope, limit, 0, 1)[2]
+        found[place] = {settled(scope, limit) + reserved(limit, under_way), ends or oldest and oldest + limit.window}
     end
     return found
 end
 
 function operations.ratios()
-    return redis.call('HGETALL', key('ratio'))
+    return redis.call('HGETALL', RATIOS)
 end
 
 function operations.origins(_, digests)
@@ -334,11 +336,9 @@ function operations.origins(_, digests)
     return found
 end
 
-local answers, cooldowns = {}, {}
+local answers = {}
 for place, job in ipairs(request.jobs) do
     answers[place] = operations[job[1]](unpack(job, 2)) or false
 end
-for _, name in ipairs(redis.call('HKEYS', key('cooldown'))) do
-    cooldowns[name] = cooldown(name)
-end
-return cjson.encode({now = now, cooldowns = cooldowns, answers = answers})
+local cooldowns = table.concat(redis.call('HVALS', COOLDOWNS), ',') -- they are JSON; to decode them would take longest
+return '{"now":' .. number(now) .. ',"answers":' .. cjson.encode(answers) .. ',"cooldowns":[' .. cooldowns .. ']}'

@@ -66,14 +66,14 @@ class RedisStore:
         self._clock, self._recalled, self._served = clock, recall, served
         self._library = library()
         self._ahead = 0.0  # seconds by which the server's clock is ahead of this host's
-        self._script: Any = None
+        self._opened: tuple[Any, Any] | None = None  # the script, and the writing thread's client
 
     def write(self, jobs: Sequence[Job]) -> Mapping[str, Cooldown]:  # noqa: D102
         found: Mapping[str, Cooldown] = {}
         waiting = [job for job in jobs if not job.abandoned]
         while waiting:
             batch, waiting = waiting[:_BATCH], waiting[_BATCH:]
-            answers, found = self._ask([self._encoded(job) for job in batch])
+            answers, found = self._ask([self._encoded(job) for job in batch], writing=True)
             self._served()
             missing: list[Any] = []
             for job, answer in zip(batch, answers, strict=True):
@@ -87,9 +87,9 @@ class RedisStore:
         return found
 
     def close(self) -> None:  # noqa: D102
-        if self._script:
-            self._script.registered_client.close()
-            self._script = None
+        if self._opened:
+            self._opened[0].registered_client.close()
+            self._opened = None
 
     def cooldowns(self) -> Mapping[str, Cooldown]:  # noqa: D102
         return self._ask([])[1]
@@ -106,7 +106,7 @@ class RedisStore:
         (answer,), _ = self._ask([["origins", 0, digests]])
         return {digest: model for digest, model in zip(digests, answer or (), strict=False) if model}
 
-    def _ask(self, jobs: Sequence[Any]) -> tuple[Sequence[Any], Mapping[str, Cooldown]]:
+    def _ask(self, jobs: Sequence[Any], *, writing: bool = False) -> tuple[Sequence[Any], Mapping[str, Cooldown]]:
         """Return the answers and the cooldowns.
 
         Raises:
@@ -117,20 +117,22 @@ class RedisStore:
         own = {} if self._clock is time.time else {"now": began}
         request = _encode({"jobs": jobs, **own}).encode(errors="replace")
         try:
-            self._script = script = self._script or self._opened()
-            reply: dict[str, Any] = json.loads(script([_PREFIX], [request]))
+            script, client = self._opened = self._opened or self._open()
+            reply: dict[str, Any] = json.loads(script([_PREFIX], [request], client if writing else None))
         except self._library.RedisError as error:
-            self._script = None  # its password may be another by now
+            self._opened = None  # its password may be another by now
             failed = type(error) is self._library.ResponseError and not re.match("[A-Z]+ ", str(error))
             raise (RuntimeError if failed else OSError)(str(error)) from error
         if abs(ahead := reply["now"] - (began + self._clock()) / 2 - self._ahead) > _JITTER and not own:
             self._ahead += ahead
-        rows: dict[str, Any] = reply["cooldowns"] or {}
-        return reply["answers"] or (), {key: self._cooldown(row) for key, row in rows.items()}
+        least, most = reply["now"] - quotas.MEMORY, reply["now"] + quotas.FARTHEST
+        rows = [row for row in reply["cooldowns"] if least < row["ends"] <= most]
+        return reply["answers"] or (), {row["name"]: self._cooldown(row) for row in rows}
 
-    def _opened(self) -> Any:
+    def _open(self) -> tuple[Any, Any]:
         opened = connect(self._library, self._server)
-        return opened.register_script((files("biollm.ledger") / "redis.lua").read_text())
+        script = opened.register_script((files("biollm.ledger") / "redis.lua").read_text())
+        return script, opened.client()  # the latter has a connection of its own: to take one from the pool takes longer
 
     def _encoded(self, job: Job) -> list[Any]:
         at = self._ahead + (self._clock() if job.operation == "reserve" else job.at)
@@ -174,8 +176,8 @@ class RedisStore:
             for until, what, why in answer["blocks"] or ()
         ]  # fmt: skip
 
-    def _cooldown(self, row: Sequence[Any]) -> Cooldown:
-        return Cooldown(row[0] - self._ahead, *row[1:])
+    def _cooldown(self, row: Mapping[str, Any]) -> Cooldown:
+        return Cooldown(row["ends"] - self._ahead, row["reason"], row["kind"], row["stated"], row["times"])
 
 
 @dataclass(frozen=True)
@@ -242,11 +244,13 @@ def library() -> Any:
 def connect(library: Any, server: LedgerServer) -> Any:
     """Return a client, which connects on first use; every answer is waited for 250 ms.
 
+    A connection that the server has closed is opened again: whatever is sent may be sent twice.
+
     Raises:
         OSError: Its password cannot be read.
     """
-    once = library.retry.Retry(library.backoff.NoBackoff(), 0)
-    waits = {"socket_timeout": BOUND, "socket_connect_timeout": BOUND, "retry": once}
+    retry = library.retry.Retry(library.backoff.NoBackoff(), 1, (library.ConnectionError,))
+    waits = {"socket_timeout": BOUND, "socket_connect_timeout": BOUND, "retry": retry}
     return library.Redis.from_url(server.url, password=_password(server), protocol=2, driver_info=None, **waits)
 
 

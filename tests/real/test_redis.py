@@ -121,9 +121,20 @@ def test_every_key_has_the_prefix_and_ends_by_itself(tmp_path: Path, server: Red
         ledger.learn_tokens("small", 10, 12)
         ledger.note_origins(["digest"], "small")
     keys = server.call("KEYS", "*")
-    assert len(keys) == 11
+    assert len(keys) == 10
     assert {key.partition(":")[0] for key in keys} == {"biollm"}
     assert all(0 < server.call("TTL", key) < 100 * 86400 for key in keys)
+
+
+def test_a_connection_that_the_server_closed_is_opened_again(
+    tmp_path: Path, server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(Ledger(tmp_path, server=server.server)) as ledger:
+        for used in (1, 2):
+            assert isinstance(reserve(ledger, per(5, "min")), int)
+            assert ledger.used(SCOPE, [per(5, "min")])[0][1] == used
+            server.call("CLIENT", "KILL", "TYPE", "normal")
+    assert not warnings(caplog)
 
 
 # --- Faults: completions go on, limits hold in the process, one warning says so ---------------------------------------
