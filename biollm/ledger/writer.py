@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import sqlite3
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,13 +34,17 @@ class Writer(Generic[Job]):
         close: Callable[[], None],
     ) -> None:
         self._name, self._write, self._settle, self._close = name, write, settle, close
-        self._waiting: queue.SimpleQueue[tuple[Job | threading.Event | None, bool]] = queue.SimpleQueue()
+        self._waiting: deque[tuple[Job | threading.Event | None, bool]] = deque()
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # gets whether the job is urgent
+        self._idle = False
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
     def put(self, job: Job | threading.Event | None, *, urgent: bool = False) -> None:
         """Hand in a job. A caller waits for one that is `urgent`; another may be held for 20 ms."""
-        self._waiting.put((job, urgent))
+        self._waiting.append((job, urgent))
+        if urgent or self._idle:  # waking a thread takes ten times as long as handing in a job
+            self._wake.put(urgent)
         if self._thread is None:
             with self._starting:
                 if self._thread is None:
@@ -88,17 +91,23 @@ class Writer(Generic[Job]):
             backlog.clear()
         self._settle(jobs, failure)
 
-    def _gather(self, patience: float | None) -> list[tuple[Job | threading.Event | None, bool]]:
-        batch: list[tuple[Job | threading.Event | None, bool]] = []
+    def _gather(self, patience: float | None) -> Sequence[tuple[Job | threading.Event | None, bool]]:
+        if not self._woken(_LINGER):
+            self._idle = True  # first: what is handed in from now on wakes this thread
+            urgent = bool(self._waiting) or self._woken(patience)
+            self._idle = False
+            if not urgent:
+                self._woken(_LINGER)
+        return [self._waiting.popleft() for _ in range(len(self._waiting))]
+
+    def _woken(self, patience: float | None) -> bool:
+        """Wait until put() wakes this thread; return whether for an urgent job."""
+        urgent = False
         with suppress(queue.Empty):
-            batch.append(self._waiting.get(timeout=patience))
-            until = time.monotonic() + _LINGER
-            while not batch[-1][1]:
-                batch.append(self._waiting.get(timeout=max(0.0, until - time.monotonic())))
-        with suppress(queue.Empty):
+            urgent = self._wake.get(timeout=patience)
             while True:
-                batch.append(self._waiting.get_nowait())
-        return batch
+                urgent |= self._wake.get_nowait()
+        return urgent
 
 
 def file_writer(
