@@ -15,7 +15,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from biollm._runtime import apart, background, ledger
 from biollm.client import AllLimitedError, Client, Completion, CompletionError
@@ -36,10 +36,6 @@ from biollm.routing.normalize import Rule, at_least, checked, is_number
 from biollm.routing.pricing import price
 from biollm.routing.structured import ResponseSchema
 from biollm.types import Json, known
-
-if TYPE_CHECKING:
-    from biollm.config import Config
-    from biollm.routing.deployments import Deployment
 
 _EXCERPT = 4_000  # tokens of a file in the results
 _COOLDOWN_S = 60.0  # that an arm is waited for which cools down after a failure
@@ -91,23 +87,21 @@ class Comparison:
             ResponseSchema(self.schema).check("schema")
         if len([each for each in (self.expect, self.command, self.judge) if each]) > 1:
             raise UsageError("--expect, --command and --judge exclude each other.", hint="Choose one.")
-        found = [] if self.spend_limit is None else [each.deployment for each in client.explain()]
         for arm in (*self.arms, *([self.judge] if self.judge else [])):
             members = _members(arm)
-            if isinstance(members, int):
-                if not 1 <= members <= MOST:
-                    raise UsageError(f"{arm}: an ensemble has 1 to {MOST} members.", hint="Write ensemble:3.")
-                continue
-            for name in members:
+            if isinstance(members, int) and not 1 <= members <= MOST:
+                raise UsageError(f"{arm}: an ensemble has 1 to {MOST} members.", hint="Write ensemble:3.")
+            for name in () if isinstance(members, int) else members:
                 where = address(client.config, name)
                 check_names(client.config, where.get("provider"), where.get("model"))
-                if self.spend_limit is not None and not _priced(found, client.config, where):
+                found = () if self.spend_limit is None else client.explain(**where)
+                if not all(price(each.deployment, client.config) for each in found):
                     message = f"The price of {name} is unknown, so the spend limit cannot be kept."
                     raise UsageError(message, hint="Set costs.per_million_tokens in providers.yaml.")
 
     def key(self, given: Input, *arms: str) -> str:
         """Return what identifies an answer in a file of results: the input, the arm, and what it is asked."""
-        asked = [given.digest(), arms, self.prompt, self.system, self.schema, dict(self.options)]
+        asked = [given.digest, arms, self.prompt, self.system, self.schema, dict(self.options)]
         return sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -201,8 +195,10 @@ class _Run:
             return replace(made, score=await self._score(given, made.text, made.parsed))
         if self.stopped:
             return None
+        asked = self._asked
+        options: Json = {"system": asked.system, "response_model": asked.schema, "tags": {"compare": arm}}
         try:
-            answer = await self._paid(partial(self._ask, given, arm))
+            answer = await self._paid(partial(self._ask, given, arm, given.prompt(asked.prompt), options))
         except UsageError as error:
             raise UsageError(f"{given.id}: {error}", hint=error.hint) from None
         if isinstance(answer, CompletionError):
@@ -212,11 +208,8 @@ class _Run:
         self._results.add(key, _as_dataset(given, self._asked) | vars(made))
         return made
 
-    async def _ask(self, given: Input, arm: str) -> Completion:
-        asked = self._asked
-        options: Json = {"system": asked.system, "response_model": asked.schema, **asked.options}
-        options |= {"attachments": [given.file] if given.file else [], "tags": {"compare": arm}, "cache": False}
-        prompt = _prompt(given, asked.prompt)
+    async def _ask(self, given: Input, arm: str, prompt: Any, options: Json) -> Completion:
+        options = {"attachments": [given.file] if given.file else [], "cache": False, **self._asked.options, **options}
         if arm.startswith(_ENSEMBLE):
             return await self._client.aensemble(prompt, members=_members(arm), **options)
         pinned = address(self._client.config, arm)
@@ -260,23 +253,18 @@ class _Run:
             return Verdict(given.id, one.arm, other.arm, "tie", contradicted=False)
         if self.stopped:
             return None
-        winners: list[str] = []
+        judge, question, winners = str(self._asked.judge), given.prompt(self._asked.prompt), list[str]()
+        text = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
+        options: Json = {"response_model": scoring.VERDICT, "tags": {"compare": "judge"}}
         for first, second in ((one, other), (other, one)):
-            answer = await self._paid(partial(self._judge, given, first, second))
+            prompt = scoring.judge_prompt(text, first.text, second.text)
+            answer = await self._paid(partial(self._ask, given, judge, prompt, options))
             if isinstance(answer, CompletionError):
                 return None
             winners.append(answer.parsed["winner"])
         made = Verdict(given.id, one.arm, other.arm, *scoring.verdict(*winners))
         self._results.add(key, {"verdict": vars(made)})
         return made
-
-    async def _judge(self, given: Input, first: Answer, second: Answer) -> Completion:
-        question = _prompt(given, self._asked.prompt)
-        text = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
-        prompt = scoring.judge_prompt(text, first.text, second.text)
-        options: Json = {"attachments": [given.file] if given.file else [], **self._asked.options}
-        options |= {"response_model": scoring.VERDICT, "tags": {"compare": "judge"}, "cache": False, "fallback": False}
-        return await self._client.acomplete(prompt, **options, **address(self._client.config, str(self._asked.judge)))
 
     def _spent(self) -> float:
         return self._usd + sum(each.usd or 0.0 for each in self.lost.values())
@@ -297,26 +285,9 @@ def _members(arm: str) -> int | list[str]:
     return int(given) if given.isdecimal() else given.split(",")
 
 
-def _priced(found: Sequence[Deployment], config: Config, where: Json) -> bool:
-    """Return whether every deployment at an address has a known price."""
-    named = [
-        each
-        for each in found
-        if where.get("model") in (None, each.model) and where.get("provider") in (None, each.provider.name)
-    ]
-    return all(price(each, config) for each in named)
-
-
-def _prompt(given: Input, prompt: str) -> Any:
-    """Return the question with the prompt of all inputs before it."""
-    if not isinstance(given.question, str):
-        return [{"role": "user", "content": prompt}, *given.question] if prompt else list(given.question)
-    return "\n\n".join(part for part in (prompt, given.question) if part)
-
-
 def _as_dataset(given: Input, asked: Comparison) -> Json:
     """Return an input with the names of Inspect's datasets, a file as its excerpt."""
-    target, question = given.expected(asked.expect), _prompt(given, asked.prompt)
+    target, question = given.expected(asked.expect), given.prompt(asked.prompt)
     if given.file:
         excerpt = read_input(given.file).digest.cut(_EXCERPT).text
         question = add_text([{"role": "user", "content": question}] if isinstance(question, str) else question, excerpt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
@@ -13,9 +14,13 @@ from typing import Any, cast
 import yaml
 
 from biollm.errors import UsageError, nearest
+from biollm.routing.normalize import Rule, checked
 
 SETTINGS = "compare.yaml"  # of a folder
-_KEYS = {"prompt": str, "system": str, "schema": dict, "expect": str}
+_KEYS: dict[str, Rule] = {
+    **dict.fromkeys(("prompt", "system", "expect"), ("a text", lambda given: isinstance(given, str))),
+    "schema": ("a mapping", lambda given: isinstance(given, dict)),
+}
 _TARGETS = ("target", "expected")  # Inspect's name, and ours
 _FORM = 'Write {"input": "..."} or {"messages": [{"role": "user", "content": "..."}]}.'
 
@@ -38,6 +43,13 @@ class Input:
     file: Path | None = None
     record: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    def prompt(self, before: str) -> Any:
+        """Return the question, after the prompt of all inputs."""
+        if isinstance(self.question, str):
+            return "\n\n".join(part for part in (before, self.question) if part)
+        return [*([{"role": "user", "content": before}] if before else ()), *self.question]
+
+    @cached_property
     def digest(self) -> str:
         """Return a hash of what an arm is asked."""
         content = self.file.read_bytes() if self.file else b""
@@ -79,9 +91,8 @@ def _apart(found: Sequence[Input]) -> Iterator[Input]:
     """Yield the inputs with ids that differ: a second "a.log" is "a.log#2"."""
     seen = set[str]()
     for each in found:
-        ident = next(
-            name for name in chain([each.id], (f"{each.id}#{number}" for number in count(2))) if name not in seen
-        )
+        names = chain([each.id], (f"{each.id}#{number}" for number in count(2)))
+        ident = next(name for name in names if name not in seen)
         seen.add(ident)
         yield replace(each, id=ident)
 
@@ -149,8 +160,4 @@ def _settings(folder: Path) -> dict[str, Any]:
     for name in given.keys() - _KEYS:
         hint = nearest(name, _KEYS) or f"Known: {', '.join(_KEYS)}."
         raise UsageError(f"{path}: there is no key {name!r}.", hint=hint)
-    for name, value in given.items():
-        if not isinstance(value, _KEYS[name]):
-            needs = "a mapping" if _KEYS[name] is dict else "a text"
-            raise UsageError(f"{path}: {name} must be {needs}.")
-    return given
+    return checked(given, _KEYS, f"{path}: ")

@@ -185,7 +185,7 @@ WRONG = [
     ('{"messages": {"role": "user"}}', None, r"inputs.jsonl:1: the input is no text"),
     ('{"messages": ["x"]}', None, r"inputs.jsonl:1: the input is no text"),
     (b'{"input": "caf\xe9"}', None, "inputs.jsonl is not UTF-8 text"),
-    ('{"input": "x"}', "prompt: [x]", "prompt must be a text"),
+    ('{"input": "x"}', "prompt: [x]", r"compare.yaml: prompt is .*; it must be a text"),
     ('{"input": "x"}', "promt: x", "there is no key 'promt'"),
     ('{"input": "x"}', "- x", "is not a YAML mapping"),
 ]
@@ -290,7 +290,8 @@ def test_a_judge_must_choose_the_same_in_both_orders(
     assert scoring.verdict(straight, swapped) == (winner, contradicted)
 
 
-def test_a_judge_sees_each_pair_twice(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", ["j", "ensemble:j"])
+def test_a_judge_sees_each_pair_twice(net: Loopback, waterfall: Write, tmp_path: Path, named: str) -> None:
     def judging(body: Json) -> Json:
         text = str(body["messages"][-1]["content"])
         winner = "1" if text.index("good") < text.index("bad") else "2"
@@ -300,11 +301,11 @@ def test_a_judge_sees_each_pair_twice(net: Loopback, waterfall: Write, tmp_path:
     a, b = net.serve(text="bad"), net.serve(text="good")
     waterfall(**{n: {"base_url": s.url, "models": [n]} for n, s in {"a": a, "b": b, "j": judge}.items()})
     path = lines(tmp_path, [{"input": f"question {n}"} for n in range(6)])
-    found = evals.compare([path], ["a", "b"], judge="j", results=tmp_path / "out.jsonl")
+    found = evals.compare([path], ["a", "b"], judge=named, results=tmp_path / "out.jsonl")
     assert len(judge.completions) == 12
     assert (pair(found).wins, pair(found).contradicted) == (6, 0)
     assert pair(found).sentence.startswith("b is better: 6 to 0 of 6 inputs (p = 0.031)")
-    evals.compare([path], ["a", "b"], judge="j", results=tmp_path / "out.jsonl")
+    evals.compare([path], ["a", "b"], judge=named, results=tmp_path / "out.jsonl")
     assert len(judge.completions) == 12, "verdicts are kept, too"
 
 
