@@ -30,14 +30,18 @@ def required() -> None:
     assert shutil.which("redis-server"), "required, but missing: redis-server"
 
 
+def free_port() -> int:
+    """Return a port of loopback that nothing uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class RedisServer:
     """A redis-server on a free port of loopback that writes nothing to disk."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        self.folder, self.options = folder, options
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.folder, self.options, self.port = folder, options, free_port()
         self.start()
 
     def start(self) -> None:
@@ -66,6 +70,11 @@ class RedisServer:
         """Return what it answers to a command."""
         with redis.Redis(port=self.port, decode_responses=True) as client:
             return client.execute_command(*command)
+
+    @property
+    def product(self) -> str:
+        """Return "Redis" or "Valkey": Debian's later releases install one as the other."""
+        return subprocess.check_output(["redis-server", "--version"], text=True).split()[0]
 
     @property
     def server(self) -> LedgerServer:

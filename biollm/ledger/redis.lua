@@ -13,7 +13,7 @@ local WINDOWS = 3660 -- no window is longer
 local MEMORY, FARTHEST = DAY, 32 * DAY -- of cooldowns
 local SOON, TOGETHER = 1, 1
 local LEAST = {requests = 1, tokens = 1, usd = 1e-6}
-local TRIM = 16 -- one in so many requests removes old ones
+local TRIM = 16 -- one request in so many removes old ones
 
 local COOLDOWNS, RATIOS = prefix .. 'cooldowns', prefix .. 'ratio'
 
@@ -152,7 +152,7 @@ local function full(claim, limit, under_way)
     return tonumber(limit.ends) or now + SOON, shut
 end
 
--- Removes what no window includes any more, and requests of a clock that ran ahead: less than 100 since the last time.
+-- Removes what no window includes any more, and requests of a clock that ran ahead; not all at once, as others wait.
 local function trim(scope)
     local sent = key('sent', scope)
     for low, high in pairs({['-inf'] = number(now - WINDOWS), ['(' .. number(now + WINDOWS)] = '+inf'}) do

@@ -187,6 +187,7 @@ class Facts:
     product: str  # and version: "Redis 7.0.15"
     major: int
     replica: bool
+    cluster: bool  # keeps only the keys of its slots
     evicts: str  # the policy by which it forgets keys once its memory is full; "" if it keeps them
     ahead: float  # seconds by which its clock is ahead of this host's
     ms: float  # of an answer, the quickest of five
@@ -216,7 +217,8 @@ def examine(server: LedgerServer) -> Facts:
     evicts = info["maxmemory_policy"] if info["maxmemory"] and info["maxmemory_policy"] != "noeviction" else ""
     major = int(version.partition(".")[0])
     took, ahead = min(looks)
-    return Facts(f"{name.title()} {version}", major, info["role"] != "master", evicts, ahead, took * 1000)
+    replica, cluster = info["role"] != "master", bool(info["cluster_enabled"])
+    return Facts(f"{name.title()} {version}", major, replica, cluster, evicts, ahead, took * 1000)
 
 
 def _limit(limit: Limit, at: float) -> dict[str, Any]:

@@ -135,6 +135,8 @@ def _ledger(config: Config) -> _Result:
     detail = f"{url}: {server.product}, answers in {server.ms:.1f} ms, its clock is {abs(server.ahead):.1f} s off this host's"
     if server.replica:
         return False, f"{url} is a read-only replica", "Write the primary's address into `ledger:`."
+    if server.cluster:
+        return False, f"{url} is a node of a Redis cluster, which keeps only some keys", "Use a server of its own."
     if server.major < _OLDEST:
         return False, detail, f"Install Redis {_OLDEST} or later, or Valkey."
     if server.evicts:

@@ -18,7 +18,7 @@ import pytest
 from provider import Loopback, Server
 
 pytest.importorskip("redis")
-from redis_server import RedisServer, SlowProxy, required
+from redis_server import RedisServer, SlowProxy, free_port, required
 
 from biollm._runtime import ledger as ledger_of
 from biollm.client import get_model_client
@@ -382,7 +382,7 @@ def checked() -> doctor.Check:
 def test_doctor_reports_the_server(net: Loopback, waterfall: Write, server: RedisServer) -> None:
     shared(net, waterfall, server.port)
     assert checked().ok
-    assert f"redis://127.0.0.1:{server.port}/0: Redis " in checked().detail
+    assert f"redis://127.0.0.1:{server.port}/0: {server.product} " in checked().detail
     assert " ms, its clock is " in checked().detail
 
 
@@ -404,6 +404,17 @@ def test_doctor_suggests_a_fix(
     assert not checked().ok
     assert found in checked().detail
     assert fix in checked().fix
+
+
+def test_doctor_refuses_a_node_of_a_cluster(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    required()
+    server = RedisServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    try:
+        shared(net, waterfall, server.port)
+        assert not checked().ok
+        assert "is a node of a Redis cluster" in checked().detail
+    finally:
+        server.stop()
 
 
 def test_commands_read_the_live_limits_of_the_server(
@@ -435,4 +446,4 @@ def test_the_rights_that_the_documentation_names_are_enough(tmp_path: Path, serv
         ledger.cool("account:a", 30, "429")
         ledger.flush()
         assert ledger._availability.failed_at is None
-    assert redis_ledger.examine(settings).product.startswith("Redis")
+    assert redis_ledger.examine(settings).product.startswith(server.product)
