@@ -1,7 +1,8 @@
 """SQLite files that many processes write to, on local disks and on network file systems.
 
 SQLite has no queue in front of its lock (waiters sleep up to 100 ms at a time and starve each other), its WAL does
-not work on network file systems, and it leaves a damaged file to the user.
+not work on network file systems, it leaves a damaged file to the user, and after a fork the child takes its parent's
+locks for its own: a fork therefore waits until no file is in use, and closes them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import re
 import socket
 import sqlite3
 import struct
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from biollm._files import create
 
@@ -91,10 +94,46 @@ def read(
             raise
 
 
-def reading(path: Path, patience: float) -> closing[sqlite3.Connection]:
+@contextmanager
+def reading(path: Path, patience: float) -> Generator[sqlite3.Connection]:
     """Open an existing file for reading; each query waits at most `patience` seconds."""
     # "rw" creates no file and falls back to reading; "ro" could not roll back what a killed writer left behind.
-    return closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=patience))
+    url = f"{path.absolute().as_uri()}?mode=rw"
+    with _in_use(), closing(sqlite3.connect(url, uri=True, timeout=patience)) as db:
+        yield db
+
+
+_lock = threading.Condition()  # of the two below; held during a fork
+_databases: WeakSet[Database] = WeakSet()
+_uses = 0  # of any file, at the moment
+
+
+@contextmanager
+def _in_use() -> Generator[None]:
+    global _uses
+    with _lock:
+        _uses += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _uses -= 1
+            _lock.notify_all()
+
+
+def _before_fork() -> None:
+    _lock.acquire()
+    if _lock.wait_for(lambda: _uses <= 0, BOUND):
+        for each in _databases:
+            each.close()
+
+
+def _after_fork_in_child() -> None:
+    global _lock, _uses
+    _lock, _uses = threading.Condition(), 0
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=lambda: _lock.release(), after_in_child=_after_fork_in_child)
 
 
 class Database:
@@ -121,30 +160,34 @@ class Database:
         self._pragmas = (*vacuum, f"journal_mode={'PERSIST' if network else 'WAL'}", f"synchronous={synchronous}")
         self._db: sqlite3.Connection | None = None
         self._inode = self._lock = -1
+        with _lock:
+            _databases.add(self)
 
     def write(self, work: Callable[[sqlite3.Connection], None]) -> None:
         """Run `work` in one transaction. A damaged file is set aside, and `work` runs on a new one.
 
         Raises sqlite3.Error if the file is locked for `patience` seconds or not writable; OSError for the folder.
         """
-        try:
+        with _in_use():
             try:
-                self._write(work)
-            except sqlite3.DatabaseError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
-                    raise
-                self._set_aside(error)
-                self._write(work)
-        except BaseException:
-            self.close()  # the next try starts from the folder up
-            raise
+                try:
+                    self._write(work)
+                except sqlite3.DatabaseError as error:
+                    if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                        raise
+                    self._set_aside(error)
+                    self._write(work)
+            except BaseException:
+                self.close()  # the next try starts from the folder up
+                raise
 
     def close(self) -> None:
-        """Close the file and its lock."""
-        self._disconnect()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        """Close the file and its lock; `write` opens them again."""
+        with _in_use():
+            self._disconnect()
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
 
     def _write(self, work: Callable[[sqlite3.Connection], None]) -> None:
         with self._locked(), self._connection() as db:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -351,6 +352,69 @@ def test_a_forked_child_writes_for_itself_and_leaves_its_parents_files_alone(tmp
     assert {entry.request for entry in ledger.history()} == {"child", "parent"}
     assert ledger.used(SCOPE, [limit])[0][1] == 10
     ledger.close()
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Do `work` in a fork, and return the child's process id; its exit status is 0 if nothing was raised."""
+    if child := os.fork():
+        return child
+    with contextlib.suppress(BaseException):
+        work()
+        os._exit(0)
+    os._exit(1)
+
+
+@both_journals
+def test_a_forked_child_writes_though_its_parent_was_writing(
+    tmp_path: Path, network: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite's locks of the moment are copied, and nothing would release them in the child."""
+    ledger, ended = Ledger(tmp_path, network=network), threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            ledger.finish(None, SCOPE, record(time.time(), request="parent"))
+            ledger.note_origins([f"{number}" for number in range(500)], "m")
+            ledger.flush()
+
+    def attempt(number: int) -> None:
+        got = reserve(ledger, per(1000, "day"))
+        assert isinstance(got, int)
+        ledger.finish(got, SCOPE, record(time.time(), request=f"child {number}"))
+        ledger.close()
+        assert not caplog.messages
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        statuses = {os.waitpid(in_a_child(partial(attempt, number)), 0)[1] for number in range(30)}
+    finally:
+        ended.set()
+        thread.join()
+    ledger.close()
+    assert statuses == {0}
+    assert len({entry.request for entry in ledger.history()}) == 31
+
+
+def test_a_forked_child_loses_nothing_when_its_parent_closes_the_files(tmp_path: Path) -> None:
+    """The last to close a file removes its WAL."""
+    ledger, limit = Ledger(tmp_path, network=False), per(10, "day")
+    reserve(ledger, limit)
+    go, waiting = os.pipe(), os.pipe()
+
+    def child() -> None:
+        reserve(ledger, limit)
+        os.write(waiting[1], b"-")
+        os.read(go[0], 1)
+        reserve(ledger, limit)
+        ledger.close()
+
+    pid = in_a_child(child)
+    os.read(waiting[0], 1)
+    ledger.close()
+    os.write(go[1], b"-")
+    assert os.waitpid(pid, 0)[1] == 0
+    assert Ledger(tmp_path, network=False).used(SCOPE, [limit])[0][1] == 3
 
 
 EXIT = """
