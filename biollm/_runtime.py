@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import os
 import queue
+import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import CancelledError as FutureCancelled
@@ -46,6 +47,9 @@ class Background:
         self.closing: list[Callable[[], Awaitable[None]]] = []
         self._thread = threading.Thread(target=self.loop.run_forever, name=THREAD, daemon=True)
         self._thread.start()
+        multiprocessing = sys.modules.get("multiprocessing")
+        if multiprocessing and multiprocessing.parent_process():  # its forked children end without `atexit`
+            multiprocessing.util.Finalize(None, self._end, exitpriority=0)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the loop and wait for it; an interrupt of the caller cancels it."""
@@ -116,6 +120,12 @@ class Background:
         """Stop, at interpreter exit, before whatever was registered until now."""
         atexit.unregister(self._stop)
         atexit.register(self._stop)
+
+    def _end(self) -> None:
+        self._stop()
+        for each in [*self.kept.values()]:
+            if isinstance(each, Ledger | Ratings):
+                each.close()
 
     def _stop(self) -> None:
         if self.pid != os.getpid() or not self.loop.is_running():

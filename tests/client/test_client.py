@@ -936,7 +936,7 @@ def _in_a_fork(queue: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_gets_a_loop_of_its_own(net: Loopback, waterfall: Write) -> None:
+def test_a_fork_gets_a_loop_of_its_own_and_writes_what_waits_when_it_ends(net: Loopback, waterfall: Write) -> None:
     waterfall(first=net.serve(text="fine"))
     assert get_model_client().complete("hi").text == "fine"
     context = multiprocessing.get_context("fork")
@@ -945,6 +945,8 @@ def test_a_fork_gets_a_loop_of_its_own(net: Loopback, waterfall: Write) -> None:
     child.start()
     assert queue.get(timeout=30) == "fine"
     child.join()
+    ledger().flush()
+    assert len(list(ledger().history())) == 2
 
 
 def test_cancelling_cancels_the_request(net: Loopback, waterfall: Write) -> None:
