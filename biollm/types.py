@@ -41,8 +41,8 @@ def short(amount: float, digits: int = 3) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return 1 input, 2 inputs."""
-    return f"{count} {noun}" + "s" * (count != 1)
+    """Return 1 input, 1,200 inputs."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def span(seconds: float) -> str:

@@ -12,6 +12,7 @@ from typer import Option
 from biollm.cli import output
 from biollm.cli.output import Json
 from biollm.errors import UsageError
+from biollm.types import counted, span
 
 
 def show(
@@ -23,7 +24,6 @@ def show(
 
     from biollm.client.cache import Cache
     from biollm.config import load_config
-    from biollm.types import span
 
     limits, cache = load_config().cache, Cache()
     with _reported(cache.path):
@@ -36,7 +36,7 @@ def show(
         return
     path = output.short_path(str(cache.path))
     print(
-        f"{count} answer{'s' * (count != 1)} of the last {span(limits.ttl)}, {size / 1e6:.1f} of {limits.max_mb:g} MB: {path}"
+        f"{counted(count, 'answer')} of the last {span(limits.ttl)}, {size / 1e6:.1f} of {limits.max_mb:g} MB: {path}"
     )
     if newest:
         print()
@@ -51,7 +51,7 @@ def clear() -> None:
     cache = Cache()
     with _reported(cache.path):
         count = cache.clear()
-    print(f"{count} answer{'s' * (count != 1)} deleted.")
+    print(f"{counted(count, 'answer')} deleted.")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typer import Argument, Option
 from biollm.cli import output
 from biollm.cli.output import Json
 from biollm.errors import Problem
+from biollm.types import counted, short
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,7 +63,6 @@ def providers(as_json: Json = False) -> None:
     """
     from biollm.client import Client
     from biollm.config.paths import state_dir
-    from biollm.types import short
 
     output.warn_unwritable(state_dir())
     seen: dict[str, dict[str, Any]] = {}
@@ -190,7 +190,9 @@ def config(
     if check and as_json:
         output.as_json({"providers": len(settings.providers), "models": len(settings.models), "warnings": warnings})
     elif check:
-        print(f"Configuration OK: {len(settings.providers)} providers, {len(settings.models)} models.")
+        print(
+            f"Configuration OK: {counted(len(settings.providers), 'provider')}, {counted(len(settings.models), 'model')}."
+        )
     elif litellm:
         _litellm(settings)
     elif as_json:

@@ -14,6 +14,7 @@ from typer import Option
 
 from biollm.cli import output
 from biollm.cli.output import Json
+from biollm.types import counted, short
 
 if TYPE_CHECKING:
     from biollm.monitoring.snapshot import Snapshot
@@ -53,9 +54,9 @@ def usage(
     output.warn_unwritable(state_dir())
     records, now = Ledger(state_dir()), time.time()
     for file in merge or ():
-        print(f"{file}: {history.merge(records, file)} records added.")
+        print(f"{file}: {counted(history.merge(records, file), 'record')} added.")
     if prune is not None:
-        print(f"{history.prune(records, reports.moment(prune, now))} records removed.")
+        print(f"{counted(history.prune(records, reports.moment(prune, now)), 'record')} removed.")
     if merge or prune is not None:
         return
     config = load_config()
@@ -98,14 +99,13 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 def _show(report: Report) -> None:
     from biollm.monitoring.usage import ATTEMPTS
-    from biollm.types import short
 
     total, precision = report.total, "exact" if report.exact else "within 2%"
     print(f"{_minute(report.since)} to {_minute(report.until)} UTC; percentiles are {precision}.\n")
-    counted, last = "requests", total
+    column, last = "requests", total
     if report.by in ATTEMPTS:
-        counted, last = "attempts", _sum(report)
-    head = (report.by, counted, "errors", "tokens in", "out", "p50", "p95", "p99", "first token", "fallback", "USD")
+        column, last = "attempts", _sum(report)
+    head = (report.by, column, "errors", "tokens in", "out", "p50", "p95", "p99", "first token", "fallback", "USD")
     rows = [(*head, "avoided"), *(_cells(row) for row in (*report.rows, last))]
     if output.width() < _WIDE:
         rows = [[cell for name, cell in zip(rows[0], row, strict=True) if name not in _ROOMY] for row in rows]
@@ -116,8 +116,8 @@ def _show(report: Report) -> None:
         last is not total and f"Requests: {total.requests}, of which {total.errors} had no answer.",
         total.fallbacks and f"Fallbacks: {_counts(total.fallbacks)}",
         total.failures and f"Failures: {_counts(total.failures)}",
-        total.unpriced and f"The price of {total.unpriced} attempts is unknown: set costs.per_million_tokens.",
-        total.estimated and f"The tokens of {total.estimated} attempts are estimates: the provider reported none.",
+        total.unpriced and f"The price of {counted(total.unpriced, 'attempt')} is unknown: set costs.per_million_tokens.",
+        total.estimated and f"The tokens of {counted(total.estimated, 'attempt')} are estimates: the provider reported none.",
         total.cached and f"Stored answers: {total.cached}, which saved {short(total.saved_tokens)} tokens"
         f"{'' if total.saved_usd is None else f' and {total.saved_usd:.2f} USD'}.",
         report.reference_model and total.cost_avoided_usd is None and not total.unpriced
@@ -151,7 +151,6 @@ def _sum(report: Report) -> Row:
 
 def _cells(row: Row) -> Sequence[object]:
     from biollm.monitoring.dashboard import seconds
-    from biollm.types import short
 
     times = [
         "-" if value is None else seconds(value) for value in (row.p50_ms, row.p95_ms, row.p99_ms, row.ttft_p50_ms)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from biollm.types import counted
+
 if TYPE_CHECKING:
     from biollm.config import Alerts
     from biollm.monitoring.snapshot import JobView, Snapshot
@@ -48,7 +50,7 @@ def holding(rules: Alerts, usage: Report, snapshot: Snapshot, down: Mapping[str,
 
 
 def _rates(rules: Alerts, row: Row) -> Iterator[Alert]:
-    many, p95 = f"{row.requests} requests", (row.p95_ms or 0.0) / 1000
+    many, p95 = counted(row.requests, "request"), (row.p95_ms or 0.0) / 1000
     for rule, value, text in (
         ("error_rate", row.error_rate, f"{row.error_rate:.0%} of {many} got no answer"),
         ("fallback_rate", row.fallback_rate, f"{row.fallback_rate:.0%} of {many} fell back to a later deployment"),

@@ -13,7 +13,7 @@ from biollm.inputs.digest import Digest, Excerpt
 from biollm.inputs.tokens import estimate
 from biollm.routing.deployments import WHOLE
 from biollm.routing.structured import Message
-from biollm.types import short
+from biollm.types import counted, short
 
 STDIN = "stdin"  # the name of piped text, which gets no heading
 
@@ -49,7 +49,7 @@ def whole_text(attachments: Sequence[Digest]) -> str:
     for each in attachments:
         excerpt = each.cut(WHOLE)
         if not excerpt.whole:
-            message = f"{each.name} is too long: {excerpt.lines:,} lines fit no context."
+            message = f"{each.name} is too long: no context holds its {counted(excerpt.lines, 'line')}."
             raise PromptTooLongError(message, hint="Let it be condensed: leave out --no-condense, condense=False.")
         texts.append(_headed(each.name, excerpt.text))
     return "\n\n".join(texts)
@@ -102,4 +102,4 @@ def _headed(name: str, text: str) -> str:
 def _note(name: str, excerpt: Excerpt, context: int | None, ratio: float) -> str:
     tokens = short(excerpt.tokens * ratio)
     of = f" of {short(context)}" if context else ""
-    return f"{name}: {excerpt.lines:,} lines condensed to {excerpt.kept:,} (about {tokens}{of} tokens)"
+    return f"{name}: {counted(excerpt.lines, 'line')} condensed to {excerpt.kept:,} (about {tokens}{of} tokens)"

@@ -18,6 +18,7 @@ from biollm.errors import Problem
 from biollm.routing.deployments import models_of
 from biollm.routing.pricing import listed, per_token, priced
 from biollm.slurm import vllm_flags
+from biollm.types import counted
 
 NEAR = 60  # days before a model's end at which it is named
 Facts = Mapping[str, object]
@@ -76,7 +77,7 @@ def _seconds(config: Config) -> Iterator[tuple[str, str, str]]:
         spans |= {f"models.{model.key}.{name}": getattr(model, name) for name in ("start_timeout", "idle_timeout")}
     for key, span in spans.items():
         if span and span < 60:  # 0 turns off
-            yield key, f"is {span} seconds.", "Write the unit of a longer time: 7d, 12h or 30min."
+            yield key, f"is {counted(int(span), 'second')}.", "Write the unit of a longer time: 7d, 12h or 30min."
 
 
 def _shares(config: Config) -> Iterator[tuple[str, str, str]]:
@@ -95,7 +96,7 @@ def _ends(offers: Iterable[_Offer], today: date) -> Iterator[tuple[str, str, str
         except ValueError:
             continue
         if left <= NEAR:
-            when = f"ends in {left} days, on" if left > 0 else "has ended on"
+            when = f"ends in {counted(left, 'day')}, on" if left > 0 else "has ended on"
             said = f"{offer.model} {when} {offer.facts['deprecation_date']}: listed as {offer.name}"
             yield f"providers.{offer.provider.name}.models", said, "Replace it with its successor."
 

@@ -24,7 +24,7 @@ from biollm.errors import BiollmError, SlurmError
 from biollm.ledger import Ledger
 from biollm.slurm import commands, jobs
 from biollm.slurm.endpoints import Records, load
-from biollm.types import span
+from biollm.types import counted, span
 
 UNSERVED_S = 120.0  # seconds for which a request that found no server counts
 _FULL = 0.8  # share of the slots that may be busy once a server has stopped
@@ -57,8 +57,8 @@ class Look:
 
     def __str__(self) -> str:
         if self.unserved and not self.ready:
-            return f"{_count(self.unserved, 'request')} found no server in 2 min"
-        return self.budget or f"{self.running} running and {self.waiting} waiting at {_count(self.ready, 'server')}"
+            return f"{counted(self.unserved, 'request')} found no server in 2 min"
+        return self.budget or f"{self.running} running and {self.waiting} waiting at {counted(self.ready, 'server')}"
 
 
 class Decision(NamedTuple):
@@ -98,7 +98,7 @@ def decide(
         because = f"min is {scale.min}" if have < scale.min else now
         return Decision(0, f"not scaled: {why}") if why else Decision(1, f"scaled up to {have + 1}: {because}")
     if now.coming and needed > now.ready:
-        return Decision(0, f"not scaled: {_count(now.coming, 'job')} pending or starting")
+        return Decision(0, f"not scaled: {counted(now.coming, 'job')} pending or starting")
     past = _since(looks, now.at - delays.quiet)
     if have > scale.min and now.at - past[0].at >= delays.quiet and have > max(map(_used, past)):
         return Decision(-1, f"scaled down to {have - 1}: quiet for {span(delays.quiet)}")
@@ -141,10 +141,6 @@ def _used(look: Look) -> int:
 def _since(looks: Sequence[Look], begin: float) -> Sequence[Look]:
     """Return the looks from the last one at or before `begin` on."""
     return looks[max((place for place, look in enumerate(looks) if look.at <= begin), default=0) :]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from biollm.config.paths import biollm_dir, cache_dir, data_dir, log_dir, models
 from biollm.errors import ConfigError, DoesNotFitError, Problem, UsageError, nearest
 from biollm.slurm import vllm_flags
 from biollm.slurm.memory import fit
+from biollm.types import counted
 
 _SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
@@ -207,7 +208,7 @@ def _sized(model: Model, options: Options) -> Model:
         args["tensor_parallel_size"] = max(1, gpus // others)
     if gpus and (size := int(str(args["tensor_parallel_size"])) * others) != gpus:
         raise UsageError(
-            f"{model.key} gets {gpus} GPUs, but its tensor x pipeline x data parallel size is {size}.",
+            f"{model.key} gets {counted(gpus, 'GPU')}, but its tensor x pipeline x data parallel size is {size}.",
             hint="Make gpus_required (or --gpus) and vllm_args agree.",
         )
     return model.model_copy(update={"vllm_args": args, "gpus_required": gpus})
@@ -220,7 +221,7 @@ def _nodes(models: Sequence[Model], cluster: Cluster) -> int:
         message = f"{names} need {gpus} GPUs together; a node has {cluster.gpus_per_node}."
         raise DoesNotFitError(message, hint="Start them in several jobs.")
     if nodes > 1 and (gpus % nodes or models[0].vllm_args.get("data_parallel_size", 1) != 1):
-        message = f"{names} cannot be divided among {nodes} nodes: {gpus} GPUs, in equal parts, no data parallelism."
+        message = f"{names} cannot be divided among {nodes} nodes: {counted(gpus, 'GPU')}, in equal parts, no data parallelism."
         raise DoesNotFitError(message, hint=f"Choose a multiple of {nodes} GPUs.")
     return nodes
 

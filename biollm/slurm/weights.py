@@ -21,6 +21,7 @@ from biollm.config import Cluster, Model
 from biollm.config.paths import weights_dir
 from biollm.errors import UnavailableError, UsageError
 from biollm.slurm import vllm_flags
+from biollm.types import counted
 
 _MARK = ".biollm-pull"  # in the folder from the first byte to the last
 _DUPLICATES = ("original/*", "onnx/*", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.ckpt")
@@ -44,7 +45,7 @@ def present(model: Model, cluster: Cluster) -> Path | str:
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"{incomplete}: {index.name} is broken. {fix}"
     if missing := sorted(needed - shards):
-        return f"{incomplete}: {len(missing)} files are missing, such as {missing[0]}. {fix}"
+        return f"{incomplete}: {counted(len(missing), 'file')} missing, such as {missing[0]}. {fix}"
     for name, adapter in vllm_flags.adapters(model.vllm_args):
         if not (Path(adapter) / "adapter_model.safetensors").is_file():
             return f"There is no adapter_model.safetensors in {adapter}. Correct `lora` of {name}, or remove {name}."

@@ -496,7 +496,7 @@ def test_config_check_says_yes_or_78(waterfall: Waterfall, biollm: Biollm) -> No
     waterfall(first="https://a.invalid/v1")
     ran = biollm("config", "--check")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.startswith("Configuration OK: 1 providers")
+    assert ran.out.startswith("Configuration OK: 1 provider,")
 
 
 def test_config_check_names_a_provider_that_would_be_the_gateway(

@@ -469,7 +469,7 @@ def test_what_it_cannot_do_is_one_sentence(used: Path, biollm: Callable[..., Any
 
 def test_prune_and_merge_from_the_command_line(used: Path, tmp_path: Path, biollm: Callable[..., Any]) -> None:
     wrote(tmp_path / "other", [replace(OK, request="x", at=time.time() - 60)]).close()
-    assert "1 records added" in biollm("usage", "--merge", tmp_path / "other" / "history.db").out
+    assert "1 record added" in biollm("usage", "--merge", tmp_path / "other" / "history.db").out
     assert "0 records removed" in biollm("usage", "--prune", "90d").out
     assert biollm("usage", "--json").json["total"]["requests"] == 3
 

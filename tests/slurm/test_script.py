@@ -349,7 +349,7 @@ def test_force_renders_what_does_not_fit() -> None:
             ConfigError,
             r"models\.mine\.vllm_args\.max_model_leng: .*max_model_len",
         ),
-        ({"vllm_args": {"tensor_parallel_size": 2}}, UsageError, "mine gets 1 GPUs, but .* size is 2"),
+        ({"vllm_args": {"tensor_parallel_size": 2}}, UsageError, "mine gets 1 GPU, but .* size is 2"),
         ({"vllm_args": {"tensor_parallel_size": 2}, "gpus_required": 4}, UsageError, "mine gets 4 GPUs"),
         ({"hf_id": None}, UsageError, "mine is not a local model"),
         ({"type": "api"}, UsageError, "mine is not a local model"),

@@ -174,7 +174,7 @@ def test_only_models_of_hugging_face_can_be_pulled(cluster: Cluster, tmp_path: P
         ({"config.json": "{}", "model.safetensors": "", ".biollm-pull": ""}, "incomplete: a download"),
         (
             {"config.json": "{}", "model.safetensors.index.json": json.dumps(INDEX)},
-            "2 files are missing, such as model-00001",
+            "2 files missing, such as model-00001",
         ),
         ({"config.json": "{}", "model.safetensors": ""}, None),
         ({"config.json": "{}", "pytorch_model.bin": ""}, None),

@@ -79,7 +79,13 @@ def train(job):
     )  # fmt: skip
     whole = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]  # which is written last
     newest = max(whole, key=lambda folder: int(folder.name[11:]), default=None)
-    note(job, "training", f"resuming from {newest.name}" if newest else f"starting with {len(chats)} examples")
+    note(
+        job,
+        "training",
+        f"resuming from {newest.name}"
+        if newest
+        else f"starting with {len(chats)} example{'' if len(chats) == 1 else 's'}",
+    )
     trainer.train(resume_from_checkpoint=newest and str(newest))
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if step < steps:
