@@ -35,6 +35,11 @@ _SECTIONS: dict[str, Any] = {
 }  # fmt: skip
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
 
+_NEW_MODEL = {  # how one of a type is defined
+    "local": "Add it there: `{}: {{hf_id: ORG/NAME}}`. A server that runs elsewhere is of `type: api`.",
+    "embedded": "Add it there: `{}: {{type: embedded, gguf: ORG/REPO/FILE.gguf}}`.",
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -172,7 +177,8 @@ def _check_between(layers: Layers) -> None:
                 layers.report(at, f"lists {model} twice.")
             elif kind in ("local", "embedded") and isinstance(model, str):
                 if model not in models:
-                    layers.report(at, f"{model} is not defined in models.yaml.", nearest(model, models) or None)
+                    hint = nearest(model, models) or _NEW_MODEL[kind].format(model)
+                    layers.report(at, f"{model} is not defined in models.yaml.", hint)
                 elif (other := models[model].get("type", "local")) != kind:
                     layers.report(at, f"{model} is of type {other}, and this provider of type {kind}.")
 
