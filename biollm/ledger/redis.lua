@@ -29,6 +29,17 @@ local function number(value) -- Lua's own text of a number has 14 digits
     return ('%.17g'):format(value)
 end
 
+-- The days and months in the limits of a claim, each once.
+local function calendar(claim)
+    local found = {}
+    for _, limit in ipairs(claim.limits) do
+        if limit.start then
+            found[limit.start .. ' ' .. limit.ends] = limit
+        end
+    end
+    return found
+end
+
 -- The days and months of a scope that have been begun, and include `at`.
 local function periods(scope, at)
     local found = {}
@@ -181,7 +192,7 @@ function operations.grant(at, claim, id)
         redis.call('HSET', key('reserved', scope), id, row)
         redis.call('EXPIRE', key('reserved', scope), FARTHEST)
     end
-    for _, period in ipairs(claim.periods) do
+    for _, period in pairs(calendar(claim)) do
         if redis.call('HINCRBY', total(scope, period), 'requests', 1) == 1 then
             open(scope, period)
         end
@@ -235,7 +246,7 @@ end
 -- where the client did not know this server's clock.
 function operations.reserve(_, claim, id, history)
     local missing, blocks = {}, {}
-    for _, period in ipairs(claim.periods) do
+    for _, period in pairs(calendar(claim)) do
         if now < period.start - 1 or now > period.ends + 1 then
             return {recall = {}}
         end

@@ -19,6 +19,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -95,7 +96,7 @@ class RedisStore:
         return self._ask([])[1]
 
     def used(self, scope: str, limits: Sequence[Limit]) -> list[tuple[float, float | None]]:  # noqa: D102
-        (answer,), _ = self._ask([["used", 0, scope, [_limit(each, self._clock() + self._ahead) for each in limits]]])
+        (answer,), _ = self._ask([["used", 0, scope, _limits(limits, self._clock() + self._ahead)]])
         return [(used, ends[0] - self._ahead if ends else None) for used, *ends in answer or ()]
 
     def ratios(self) -> Mapping[str, float]:  # noqa: D102
@@ -140,10 +141,8 @@ class RedisStore:
         return [job.operation, at, *arguments, *([self._history()] if job.operation == "reserve" else ())]
 
     def _claim(self, claim: Claim, at: float) -> dict[str, Any]:
-        periods = [_period(*each) for each in quotas.periods(claim, at)]
-        limits = [_limit(each, at) for each in claim.limits]
         return {"scope": claim.scope, "cooling": claim.cooling, "tokens": claim.tokens, "usd": claim.usd,
-                "limits": limits, "periods": periods}  # fmt: skip
+                "limits": _limits(claim.limits, at)}  # fmt: skip
 
     def _histories(self, scope: str, periods: Sequence[Mapping[str, str]]) -> list[Any]:
         """Return the operations that add to these days and months what the user's history has of them."""
@@ -221,13 +220,16 @@ def examine(server: LedgerServer) -> Facts:
     return Facts(f"{name.title()} {version}", major, replica, cluster, evicts, ahead, took * 1000)
 
 
+def _limits(limits: Sequence[Limit], at: float) -> Sequence[dict[str, Any]]:
+    return [_limit(each, at // 60 * 60) for each in limits]
+
+
+@lru_cache
 def _limit(limit: Limit, at: float) -> dict[str, Any]:
-    length = {"window": quotas.window(limit)} if limit.rolling else _period(*quotas.period(limit, at))
-    return {"kind": limit.kind, "amount": limit.amount, **length}
-
-
-def _period(start: float, ends: float) -> dict[str, Any]:
-    return {"start": f"{start:.0f}", "ends": f"{ends:.0f}"}  # they are part of a key's name
+    if limit.rolling:
+        return {"kind": limit.kind, "amount": limit.amount, "window": quotas.window(limit)}
+    start, ends = (f"{each:.0f}" for each in quotas.period(limit, at))  # they are part of a key's name
+    return {"kind": limit.kind, "amount": limit.amount, "start": start, "ends": ends}
 
 
 def library() -> Any:
