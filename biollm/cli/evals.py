@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,6 @@ from biollm.cli import output
 from biollm.cli.complete import LocalOnly, MaxTokens, System, json_schema
 from biollm.cli.output import Json, Progress
 from biollm.errors import CompletionError, UsageError
-from biollm.types import counted
 
 _BAR = 20  # columns
 
@@ -33,7 +33,7 @@ def compare(
     ] = None,
     judge: Annotated[str | None, Option(metavar="MODEL", help="Model that chooses between two answers.")] = None,
     results: Annotated[
-        Path, Option("-o", "--output", metavar="FILE", help="JSONL of answers; a run that was interrupted goes on.")
+        Path, Option("-o", "--output", metavar="FILE", help="JSONL of answers; an interrupted run resumes from it.")
     ] = Path("biollm-compare.jsonl"),
     limit: Annotated[int | None, Option(min=1, metavar="N", help="Use the first N inputs only.")] = None,
     spend_limit: Annotated[float | None, Option(min=0, metavar="USD", help="Stop when this much is spent.")] = None,
@@ -49,26 +49,17 @@ def compare(
     from biollm import evals
     from biollm.evals.report import HEAD, lines, rows
 
-    if html and {html.resolve(), html.resolve().parent} & {each.resolve() for each in (*inputs, results)}:
-        raise UsageError(f"--html {html} is among the inputs or results.", hint="Name a file elsewhere.")
-    if html and (html.is_dir() or not html.parent.is_dir()):
-        raise UsageError(f"--html {html} is not a file in a folder that exists.")
+    if html:
+        _check_page(html, (*inputs, results))
     given = {"max_tokens": max_tokens, "temperature": temperature, "local_only": local_only or None}
-    progress, began = Progress(), time.monotonic()
-
-    def show(done: int, count: int, usd: float) -> None:
-        left = (time.monotonic() - began) / done * (count - done)
-        bar = ("#" * (_BAR * done // count)).ljust(_BAR, "-")
-        if sys.stderr.isatty():
-            progress.say(f"[{bar}] {done} of {counted(count, 'answer')}, about {left:.0f} s left, {usd:.4f} USD")
-
+    progress = Progress(quiet=not sys.stderr.isatty())
     try:
         found = evals.compare(
             inputs,
             [arm for arm in (a, b, c, d) if arm],
             results=results,
             limit=limit,
-            progress=show,
+            progress=_bar(progress),
             prompt=prompt,
             system=system,
             schema=json_schema(schema) if schema else None,
@@ -98,6 +89,28 @@ def compare(
             output.paragraph(line)
     if not all(arm.answers for arm in found.arms):
         raise Exit(CompletionError.exit_code)  # an arm that never answers compares nothing
+
+
+def _check_page(html: Path, taken: Sequence[Path]) -> None:
+    """Raise a UsageError before anything is paid for, if the page would replace one of these or cannot be written."""
+    if {html.resolve(), html.resolve().parent} & {each.resolve() for each in taken}:
+        raise UsageError(f"--html {html} is among the inputs or results.", hint="Name a file elsewhere.")
+    if html.is_dir() or not html.parent.is_dir():
+        raise UsageError(f"--html {html} is not a file in a folder that exists.")
+
+
+def _bar(progress: Progress) -> Callable[[int, int, float], None]:
+    began = 0.0
+
+    def show(done: int, count: int, usd: float) -> None:
+        nonlocal began
+        if done == 1:  # of the answers, and then of a judge's verdicts
+            began = time.monotonic()
+        left = (time.monotonic() - began) / done * (count - done)
+        bar = ("#" * (_BAR * done // count)).ljust(_BAR, "-")
+        progress.say(f"[{bar}] {done} of {count}, about {left:.0f} s left, {usd:.4f} USD")
+
+    return show
 
 
 def rate(
