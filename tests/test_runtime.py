@@ -95,3 +95,20 @@ def test_what_a_model_refused_is_looked_up_while_another_thread_notes_more(
     with frequent_switches(note):
         for _ in range(300):
             assert not candidates.refuses(candidate.deployment, frozenset({"image"}))
+
+
+def test_requests_are_answered_while_another_thread_reloads_the_configuration(
+    net: Loopback, waterfall: Callable[..., Path]
+) -> None:
+    waterfall({"data_policy": "local_only"}, first=net.serve())
+    client, reloads = get_model_client(sender="direct"), set[int]()
+
+    def reload(number: int) -> None:
+        client.reload()
+        reloads.add(number)
+
+    with frequent_switches(reload):
+        while len(reloads) < 5:
+            assert client.policy() == "local_only"
+        for _ in range(20):
+            assert client.complete("hi").provider == "first"

@@ -62,14 +62,16 @@ class Client:
         self._defaults = check(
             {"provider": provider, "model": model, **defaults}, Options.__optional_keys__ - {"messages", "attachments"}
         )
+        self._local: Local | None = None
         self.reload()
 
     def reload(self) -> None:
         """Read the configuration again; requests in flight go on with the old one."""
-        self._identity, self._local = remote.identity(), None
+        identity, local = remote.identity(), None
         named = self._defaults.get("provider") or self._defaults.get("model")  # checked against the configuration
-        if self._dir or named or remote.named() or not remote.nearby(self._identity):
-            self._load()
+        if self._dir or named or remote.named() or not remote.nearby(identity):
+            local = self._read()
+        self._identity, self._local = identity, local  # at once: other threads send requests
 
     @property
     def config(self) -> Config:
@@ -77,13 +79,17 @@ class Client:
         return self._load().config
 
     def _load(self) -> Local:
-        if self._local is None:
-            from biollm.client.local import Local
+        if (local := self._local) is None:
+            identity, local = remote.identity(), self._read()
+            self._identity, self._local = identity, local
+        return local
 
-            self._identity = remote.identity()
-            self._local = Local(self._dir, self.policy)
-            self._local.check_names(self._defaults.get("provider"), self._defaults.get("model"))
-        return self._local
+    def _read(self) -> Local:
+        from biollm.client.local import Local
+
+        local = Local(self._dir, self.policy)
+        local.check_names(self._defaults.get("provider"), self._defaults.get("model"))
+        return local
 
     @overload
     def complete(
@@ -335,8 +341,8 @@ class Client:
         if wants_local_only() or any(options.get("local_only", False) for options in every):
             return "local_only"
         policies: list[DataPolicy] = [options.get("data_policy", "any") for options in every]
-        if self._local:
-            policies.append(self._local.config.data_policy)
+        if local := self._local:  # once: another thread may be in `reload`
+            policies.append(local.config.data_policy)
         return max(policies, key=DATA_POLICIES.index)
 
     def caches(self, options: Options) -> bool:
@@ -351,8 +357,8 @@ class Client:
         if isinstance(prompt, str) and not (prompt.strip() or options.get("attachments") or may_be_empty):
             raise UsageError("The prompt is empty.")
         request = make_request(prompt, self._defaults, options, self.policy)
-        if self._local:  # else the gateway checks them
-            self._local.check_names(request.requirements.provider, request.requirements.model)
+        if local := self._local:  # else the gateway checks them
+            local.check_names(request.requirements.provider, request.requirements.model)
         return request
 
     def _streamable(self, prompt: Prompt | None, options: Options) -> Request:
@@ -374,12 +380,12 @@ class Client:
 
     def _route(self, make: Callable[[], Request]) -> remote.Connection | LocalCall:
         """Return what answers a request: a connection to the gateway, or this process's waterfall."""
-        request = make()
+        local, request = self._local, make()
         if self._dir is None:
-            cluster = self._local.config.cluster if self._local else None
+            cluster = local.config.cluster if local else None
             if connection := remote.reach(remote.body_of(request), self._identity, cluster):
                 return connection
-        if self._local is None:
+        if local is None:
             self._load()
             request = make()  # again: the configuration has names to check, and a data policy
         return self._load().call(request)

@@ -27,7 +27,7 @@ from biollm.routing import answers, candidates, load_balancing
 from biollm.routing.candidates import Candidate, DeploymentPool
 from biollm.routing.request import Request
 from biollm.routing.waterfall import Waterfall
-from biollm.types import Completion, DataPolicy, Piece
+from biollm.types import DATA_POLICIES, Completion, DataPolicy, Piece
 
 if TYPE_CHECKING:
     from biollm.slurm.endpoints import Watch
@@ -47,7 +47,7 @@ class Local:
     """
 
     def __init__(self, folder: Path | None, policy: Callable[[], DataPolicy]) -> None:
-        self.config, self._policy = load_config(folder), policy
+        self.config, self._wanted = load_config(folder), policy
         self._key = repr(self.config)
         self._watched: tuple[Background, Watch] | None = None
         self._stale = True
@@ -59,6 +59,11 @@ class Local:
     @cached_property
     def _configured(self) -> str:
         return cache_key.identity(self.config)
+
+    def _policy(self) -> DataPolicy:
+        """Return the stricter of the two policies; a client that is reading its configuration again does not know this one."""
+        policies: tuple[DataPolicy, ...] = (self._wanted(), self.config.data_policy)
+        return max(policies, key=DATA_POLICIES.index)
 
     def check_names(self, provider: str | None, model: str | None) -> None:
         """Raise an UnknownNameError for a provider or a model that is not configured."""
