@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import sys
 import threading
 import time
@@ -16,7 +18,7 @@ from provider import Loopback
 
 from biollm._runtime import background
 from biollm.client import get_model_client
-from biollm.routing import candidates
+from biollm.routing import candidates, import_router
 
 
 def test_threads_that_need_the_same_thing_share_one() -> None:
@@ -112,3 +114,15 @@ def test_requests_are_answered_while_another_thread_reloads_the_configuration(
             assert client.policy() == "local_only"
         for _ in range(20):
             assert client.complete("hi").provider == "first"
+
+
+def test_threads_that_import_the_router_at_once_leave_the_process_as_it_was() -> None:
+    def work(_: int) -> None:
+        for _ in range(2000):
+            import_router()
+
+    import_router()
+    before = dict(os.environ)
+    with frequent_switches(lambda _: import_router()), ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    assert gc.isenabled() and dict(os.environ) == before
