@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import yaml
 
-from biollm._files import write_for_user
+from biollm._files import locked, write_for_user
+from biollm.config.paths import own_dir, state_dir
 from biollm.errors import UsageError
 
 
@@ -22,6 +23,11 @@ def add_model(file: Path, key: str, text: str) -> None:
         UsageError: The file has such a model, or is not written line by line.
     """
     file = file.resolve()  # a link into a folder of dotfiles stays one
+    with locked(own_dir(state_dir()) / "models.lock"):
+        _add(file, key, text)
+
+
+def _add(file: Path, key: str, text: str) -> None:
     old = file.read_text() if file.exists() else ""
     try:
         root: Any = cast("Any", yaml).compose(old, yaml.SafeLoader)

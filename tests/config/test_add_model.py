@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from test_memory import PUBLISHED
 
 from biollm.config import Cluster, load_config
+from biollm.config.edit import add_model
 from biollm.errors import UsageError
 from biollm.slurm.add_model import add, entry, unregistered
 from biollm.slurm.memory import fit
@@ -139,3 +141,10 @@ def test_a_model_that_is_in_no_registry(published: Path) -> None:
     model = unregistered(published / "config.json")
     assert (model.key, model.architecture and model.architecture.layers) == ("Llama-Test", 80)
     assert fit(model, A3, gpus=4).fits
+
+
+def test_models_that_are_added_at_once_are_all_added(tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda at: add_model(file, f"m{at}", f"m{at}: {{hf_id: me/m{at}}}\n"), range(8)))
+    assert set(yaml.safe_load(file.read_text())["models"]) == {f"m{at}" for at in range(8)}
