@@ -44,6 +44,11 @@ def write_private(path: Path, text: str) -> None:
     _replace(path, text, 0o600)
 
 
+def write_readable(path: Path, text: str) -> None:
+    """Replace a file of a private folder that others read (0644) atomically."""
+    _replace(path, text, 0o644, 0o644)
+
+
 def write_for_user(path: Path, text: str) -> None:
     """Replace a user's file atomically, keeping its mode and links to it; write to what is no file (/dev/stdout).
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_memory import PUBLISHED
 
-from biollm._files import locked, write_private
+from biollm._files import locked, write_private, write_readable
 
 Biollm = Callable[..., Any]
 WRITES = {  # command -> the file that it writes for the user
@@ -93,6 +93,22 @@ def test_a_private_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monke
     write_private(tmp_path / "sub" / "key", "secret")
     assert synced == [("secret", False), ("sub", True)]
     assert mode(tmp_path / "sub" / "key") == "0o600"
+
+
+def test_a_file_for_others_is_one_from_its_first_moment(
+    umask: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a rename and a chmod, other users would see a file that they cannot read."""
+    modes: list[str] = []
+    rename = Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        modes.append(mode(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write_readable(tmp_path / "nodes.json", "{}")
+    assert modes == [mode(tmp_path / "nodes.json")] == ["0o644"]
 
 
 def test_a_full_disk_leaves_the_old_text_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

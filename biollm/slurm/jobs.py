@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TypeVar
 
-from biollm._files import file_time, locked, private_folder, write_private
+from biollm._files import file_time, locked, private_folder, write_private, write_readable
 from biollm._ownership import uids
 from biollm.config import Cluster, Model
 from biollm.config.paths import biollm_dir, log_dir, run_dir
@@ -248,15 +248,12 @@ def prepare(cluster: Cluster, *, plain: bool = False) -> None:
     private_folder(log_dir(cluster))
     for path, text in node_files(cluster).items():
         if not path.exists():
-            write_private(path, text)
-            path.chmod(0o644)
+            write_readable(path, text)
         if path.stat().st_uid not in uids(cluster.trusted_owners) or path.read_text() != text:
             raise SlurmError(f"{path} is not what this version put there.", hint="Remove it, or use your own run_dir.")
     if plain and not (key := plain_key_file(cluster)).exists():
         write_private(key, secrets.token_urlsafe(32))
-    nodes = folder / f"nodes-{cluster.name}.json"
-    write_private(nodes, json.dumps(commands.nodes()))
-    nodes.chmod(0o644)
+    write_readable(folder / f"nodes-{cluster.name}.json", json.dumps(commands.nodes()))
 
 
 def plain_key_file(cluster: Cluster) -> Path:
