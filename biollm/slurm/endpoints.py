@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -153,6 +154,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._refreshed, self._wait_until = threading.Event(), 0.0
         self._used = self._read_s = 0.0
+        self._numbers, self._newest = count(1), 0  # of reads: one that began earlier may end later
 
     def alive(self) -> tuple[Endpoint, ...]:
         """Return the servers alive at most an interval ago; after a minute without use, wait up to 2 s for them."""
@@ -184,7 +186,7 @@ class Watch:
 
     def refresh(self) -> tuple[Endpoint, ...]:
         """Read the records, and probe the servers that are new or were not probed for a while."""
-        began = time.monotonic()
+        began, number = time.monotonic(), next(self._numbers)
         found, _ = self._records.read()
         now = time.monotonic()
         self._read_s = now - began
@@ -195,8 +197,10 @@ class Watch:
                 # A slow one counts as before, a new one by its record: it proves its start before a request is sent.
                 answered = probed.get(endpoint.start, (0.0, True))[1] if named is None else named == endpoint.start
                 probed[endpoint.start] = (now, answered)
-        self._alive = tuple(e for e in found if probed.get(e.start, (0.0, False))[1])
-        return self._alive
+        alive = tuple(e for e in found if probed.get(e.start, (0.0, False))[1])
+        if number > self._newest:
+            self._newest, self._alive = number, alive
+        return alive
 
     def _run(self, refreshed: threading.Event) -> None:
         while time.monotonic() - self._used < _UNUSED_S:

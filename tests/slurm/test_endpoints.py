@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import until
 from provider import Loopback
 
 from biollm._ownership import listener_trusted, uids
@@ -213,6 +214,22 @@ def test_a_new_server_that_is_slow_to_answer_counts_by_its_record(cluster: Clust
     server.pause = 1.5  # more than a look waits for
     publish(cluster, server.server_port)
     assert len(Watch(cluster).refresh()) == 1
+
+
+def test_a_look_that_began_earlier_does_not_take_back_what_a_later_one_found(cluster: Cluster, server: Server) -> None:
+    watch = Watch(cluster, interval=60)
+    publish(cluster, server.server_port)
+    server.pause = 0.8  # for the first look alone
+    earlier = threading.Thread(target=watch.refresh)
+    earlier.start()
+    until(lambda: server.asked)
+    server.pause = 0
+    with Server("f" * 32) as new:
+        publish(cluster, new.server_port, start="f" * 32)
+        assert len(watch.refresh()) == 2
+        earlier.join()
+        assert len(watch._alive) == 2
+        new.shutdown()
 
 
 def test_a_watch_works_in_the_child_of_a_fork(cluster: Cluster, server: Server) -> None:
