@@ -237,8 +237,9 @@ class Ledger:
             self._ratios.update(self._ask(lambda store: store.ratios()) or {})
         for key in [key for key in self._blocked.copy() if key.startswith("scope:")]:
             self._blocked.pop(key, None)
-        if (found := self._ask(lambda store: store.cooldowns())) is not None:
-            self._adopt(found)
+        before = self._filed
+        if (found := self._ask(lambda store: store.cooldowns())) is not None and self._filed is before:
+            self._adopt(found)  # else another thread has adopted what may be newer
 
     def used(self, scope: str, limits: Sequence[Limit]) -> list[tuple[Limit, float, float | None]]:
         """Return (limit, used, resets at): the end of its period, or when a window's oldest request leaves it."""
