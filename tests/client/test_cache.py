@@ -425,11 +425,13 @@ def test_the_same_failure_of_another_sample_gets_the_answer_and_what_it_was_made
         log = f"slurmstepd: error: JOB {job} ON node{job} CANCELLED\n{sample}.bam: exit status 137\n"
         return client.complete("why?", attachments=[{"name": f"{sample}.log", "text": log}], cache_key=key)
 
+    began = time.time()
     first, again, other = ask("tumor_7", 4711), ask("tumor_7", 4711), ask("liver_2", 99)
     assert (first.cached, first.notes, again.cached, again.notes) == (False, (), True, ())
     assert (other.cached, str(other), len(server.completions)) == (True, "answer 1", 1)
     (note,) = other.notes
-    assert note.startswith(f"This answer was made at {time.strftime('%Y-%m-%d', time.gmtime())} ")
+    days = [time.strftime("%Y-%m-%d", time.gmtime(at)) for at in (began, time.time())]
+    assert note.startswith(tuple(f"This answer was made at {day} " for day in days))
     assert note.endswith("for a similar request: why?; tumor_7.log: slurmstepd: error: JOB 4711 ON node4711 CANCELLED")
 
 

@@ -80,9 +80,7 @@ def test_headers_leave_with_the_first_reasoning(net: Loopback, serve: Any) -> No
 
 
 def test_one_silent_deployment_is_replaced_before_the_headers_leave(net: Loopback, serve: Any) -> None:
-    client = serve(
-        {"routing": {"stream_timeout": 0.3}}, first=net.serve(then=Behaviour(hang=0)), second=agent(net, "b")
-    )
+    client = serve({"routing": {"stream_timeout": 1}}, first=net.serve(then=Behaviour(hang=0)), second=agent(net, "b"))
     answer = client.post(CHAT, json=AGENT)
     assert answer.headers["x-biollm-attempts"] == "first/small=failed, second/small=ok"
     assert len(calls_of(events(answer))) == 2

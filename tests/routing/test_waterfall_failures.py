@@ -415,7 +415,7 @@ def test_patience_does_not_wait_for_an_estimate(net: Loopback, waterfall: Write)
 
 def test_a_first_token_that_is_late_rests_nothing_until_it_repeats(net: Loopback, waterfall: Write) -> None:
     first = net.serve(then=Behaviour(hang=1))
-    waterfall({"routing": {"stream_timeout": 0.5}}, first=first, last=net.serve())
+    waterfall({"routing": {"stream_timeout": 1}}, first=first, last=net.serve())
     client = get_model_client()
     for rests in (set(), {"deployment"}):
         assert ask(client, stream=True).provider == "last"

@@ -310,6 +310,7 @@ def test_200_servers_are_asked_for_without_file_access(cluster: Cluster) -> None
             start, host = f"{number:032x}", f"n{number}"
             publish(cluster, server.server_port, start=start, host=host, address=nodes[host], model=f"m{number}")
         watch = Watch(cluster)
+        assert watch.settle(60)  # `alive` would wait for 2 s
         assert len(watch.alive()) == 200
         began = time.perf_counter()
         for _ in range(1000):
