@@ -32,8 +32,7 @@ _COMMAND_S = 60.0  # seconds that a command may take
 def by_expected(name: str | None) -> Score:
     """Score 1 where the answer has what the input expects, else 0; None where it expects nothing.
 
-    A structured answer must have that value in the field `name`; a text must contain it,
-    or one of a list.
+    A structured answer must have that value in the field `name`; a text must contain it, or one of a list.
     """
 
     async def score(given: Input, text: str, parsed: Any) -> float | None:
@@ -42,9 +41,7 @@ def by_expected(name: str | None) -> Score:
             return None
         if isinstance(parsed, dict) and name:
             return float(plain(str(cast("Json", parsed).get(name))) == plain(str(expected)))
-        either = cast(
-            "list[Any]", expected if isinstance(expected, list) else [expected]
-        )  # as Inspect's datasets have it
+        either = cast("list[Any]", expected if isinstance(expected, list) else [expected])  # as in Inspect's datasets
         return float(any(plain(str(each)) in plain(text) for each in either))
 
     return score
