@@ -339,6 +339,23 @@ def test_a_refused_key_is_named_by_its_variable_or_file_and_a_host_by_its_name(
     assert "sk-planted" not in f"{first} {filed}"
 
 
+@pytest.mark.parametrize("sender", ["direct", "litellm"])
+@pytest.mark.parametrize("url", ["https://away.invalid/v1", "http://127.0.0.1:9/v1"])
+def test_a_request_that_reaches_no_host_does_not_count(
+    net: Loopback, waterfall: Write, biollm: Callable[..., Any], sender: Any, url: str
+) -> None:
+    waterfall(
+        first={"base_url": url, "rate_limit": ["2/day", "1/min"]},
+        last={"base_url": net.serve().url, "rate_limit": "9/day"},
+    )
+    assert get_model_client(sender=sender).complete("hi").provider == "last"
+    ledger().flush()
+    report = biollm("usage", "--json").json
+    used = {each["scope"].split("/")[0]: each["used"] for each in report["quotas"]}
+    assert used == {"first": 0, "last": 1}
+    assert {row["name"]: row["errors"] for row in report["rows"]} == {"first": 1, "last": 0}
+
+
 # --- patience, and what is merely late ------------------------------------------------------------------------------
 
 
