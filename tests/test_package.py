@@ -115,7 +115,7 @@ def test_the_wheel_works_far_from_its_source(wheel: Path, tmp_path: Path) -> Non
     for argv in (["config", "--check"], ["models"], ["explain"], ["render-slurm", "qwen-coder-32b"]):
         command = [sys.executable, "-c", code.format(argv)]
         ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-        assert ran.returncode == 0, ran.stderr
+        assert ran.returncode in ((0, 69) if argv == ["explain"] else (0,)), ran.stderr  # 69: no key, no weights
 
 
 def test_every_async_method_is_a_pair() -> None:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from biollm.cli import output
 from biollm.cli.complete import File, LocalOnly, MaxTokens, Model, NoCondense, NoDegraded, Provider, System
 from biollm.cli.output import Json
 from biollm.cli.prompt import read
+from biollm.errors import CompletionError
 
 if TYPE_CHECKING:
     from biollm.routing.candidates import Candidate
@@ -39,7 +40,7 @@ def explain(
 ) -> None:
     """Show which deployment would answer, and why not others.
 
-    Sends no prompt; replicas of a model are asked for their load.
+    Sends no prompt; replicas of a model are asked for their load. Exits 69 when none would.
     """
     from biollm.client import Client
 
@@ -54,10 +55,16 @@ def explain(
         tools=[{}] if tools else None,
         max_tokens=max_tokens,
     )
+    ready = [each for each in found if each.status == "ready"]
     if as_json:
         output.as_json([_facts(each) for each in found])
-        return
-    ready = [each for each in found if each.status == "ready"]
+    else:
+        _show(found, ready)
+    if not ready:
+        raise Exit(CompletionError.exit_code)
+
+
+def _show(found: Sequence[Candidate], ready: Sequence[Candidate]) -> None:
     first = min(ready, key=lambda each: (each.deployment.order, each.load.rank if each.load else ()), default=None)
     if found:
         output.table(("", "#", "deployment", "status", "reason"), _rows(found, first))

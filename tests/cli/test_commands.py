@@ -419,7 +419,9 @@ def test_explain_says_who_would_answer_and_sends_nothing(net: Loopback, waterfal
     assert [each["standing"] for each in fact] == ["keyless", "unfit"]
     names = {"deployment", "order", "provider", "account", "model", "standing", "reason", "until", "cost", "load"}
     assert set(fact[0]) == names
-    assert biollm("explain", "--tools").out.endswith("\nNo deployment is available.\n")
+    ran = biollm("explain", "--tools")
+    assert (ran.code, ran.out.endswith("\nNo deployment is available.\n")) == (69, True)
+    assert biollm("explain", "--tools", "--json").code == 69
     assert server.requests == []
 
 
