@@ -20,11 +20,17 @@ class BiollmError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
+        self._advise(hint)
+
+    def _advise(self, hint: str | None) -> None:
         self.hint = hint
+        if hint:
+            self.add_note(hint)  # a traceback shows it
 
     def to_json(self) -> dict[str, Any]:
         """Return what a gateway sends to its client: the class, the message and the fields."""
-        given = {name: value for name, value in vars(self).items() if name not in ("attempts", "partial", "problems")}
+        left_out = ("attempts", "partial", "problems", "__notes__")
+        given = {name: value for name, value in vars(self).items() if name not in left_out}
         attempts: Iterable[Attempt] = getattr(self, "attempts", ())
         facts = [dict(vars(each)) for each in attempts]
         return {"class": type(self).__name__, "message": str(self), **given, "attempts": facts}
@@ -36,7 +42,7 @@ class BiollmError(Exception):
         if not (isinstance(kind, type) and issubclass(kind, BiollmError)):
             kind = CompletionError
         error: BiollmError = kind.__new__(kind, given.get("message"))  # as unpickling does: constructors differ
-        error.hint = given.get("hint")
+        error._advise(given.get("hint"))
         vars(error).update({name: given[name] for name in ("retry_after", "kind", "name", "choices") if name in given})
         vars(error).update(attempts=tuple(known(Attempt, each) for each in given.get("attempts", ())), **fields)
         return error

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shlex
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from biollm.errors import install_command
+from biollm.errors import BiollmError, UsageError, install_command
+
+
+def test_a_traceback_shows_the_hint_here_and_through_a_gateway() -> None:
+    error = UsageError("x is wrong.", hint="Do y.")
+    given = error.to_json()
+    assert "__notes__" not in given
+    for each in (error, BiollmError.from_json(given), pickle.loads(pickle.dumps(error))):
+        assert traceback.format_exception(each)[-2:] == ["biollm.errors.UsageError: x is wrong.\n", "Do y.\n"]
 
 
 @pytest.mark.parametrize(

@@ -133,17 +133,17 @@ def health(
     if as_json:
         output.as_json(found)
     else:
-        keyless = [each.who for each in found if each.error.startswith(("no key", "not logged in"))]
+        keyless = [each.who for each in found if each.keyless]
         said = {True: "up", False: "down", None: "unknown"}
         rows = [
             (
                 each.who,
-                "keyless" if each.who in keyless else said[each.available],
+                "keyless" if each.keyless else said[each.available],
                 "-" if each.latency_ms is None else f"{each.latency_ms:.0f}",
                 _why(each),
             )
             for each in found
-            if each.who not in keyless or not sys.stdout.isatty()
+            if not (each.keyless and sys.stdout.isatty())
         ]
         output.table(("provider", "status", "ms", "remarks"), rows)
         _sum_up(keyless, {each.who: each.error for each in found})

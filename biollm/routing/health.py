@@ -31,6 +31,7 @@ class Health:
         available: Whether it lists its models; None where that could not be checked.
         latency_ms: Milliseconds of that answer.
         error: Why it is not available, or was not checked, one sentence.
+        keyless: Whether it has no key, or no login, to be checked with.
         missing: Models in the configuration that the provider does not list.
         resting: Why one of its models is on cooldown or at a limit all the same, and whether the time is an estimate.
     """
@@ -40,6 +41,7 @@ class Health:
     available: bool | None
     latency_ms: float | None = None
     error: str = ""
+    keyless: bool = False
     missing: tuple[str, ...] = ()
     resting: str = ""
 
@@ -104,7 +106,7 @@ async def _check(pool: DeploymentPool, group: list[Deployment], client: httpx.As
         first.provider.name, first.id if first.start else first.id.removesuffix(f"/{first.model}"), False
     )
     if known is None:
-        return replace(unavailable, error=pool.missing(first))
+        return replace(unavailable, error=pool.missing(first), keyless=first.provider.type == "api")
     if first.embedded:
         return replace(unavailable, available=True, latency_ms=0.0)
     if not (_address(first) or known.base_url):
@@ -114,7 +116,7 @@ async def _check(pool: DeploymentPool, group: list[Deployment], client: httpx.As
             if known.ends_within(0):  # `refresh` renews none
                 known = pool.note(first, await apart(pool.look, first))
             if known is None:
-                return replace(unavailable, error=pool.missing(first))
+                return replace(unavailable, error=pool.missing(first), keyless=first.provider.type == "api")
             if why := await host_check.trust().objection(first, known, pool.config.cluster):
                 return replace(unavailable, error=why)
             started = time.perf_counter()
