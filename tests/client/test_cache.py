@@ -464,7 +464,7 @@ for child in children:
 def test_of_50_processes_one_sends(waterfall: Write, server: Server) -> None:
     server.behaviour = Behaviour(hang=1, pause=2)
     waterfall(first=server)
-    ran = subprocess.run([sys.executable, "-c", FIFTY], capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run([sys.executable, "-c", FIFTY], capture_output=True, text=True, timeout=250, check=True)
     assert ran.stdout.splitlines() == ["answer 1"] * 50
     assert (len(server.completions), ran.stderr) == (1, "")
 
@@ -493,8 +493,8 @@ def test_a_leader_that_dies_is_replaced(client: Client, server: Server) -> None:
     assert len(server.completions) == 1
     os.kill(leader, signal.SIGKILL)
     os.waitpid(leader, 0)
-    took = until(lambda: not waiter.is_alive(), LEASE + 5)
-    assert (len(server.completions), took < LEASE + 3) == (2, True)
+    took = until(lambda: not waiter.is_alive(), 60)
+    assert (len(server.completions), took < 2 * LEASE) == (2, True)
 
 
 def test_a_leader_that_fails_is_followed_by_the_next(client: Client, server: Server) -> None:
