@@ -471,7 +471,7 @@ def test_health_exits_69_when_nobody_is_there(net: Loopback, waterfall: Waterfal
     )
     assert [request.path for request in up.requests] == ["/v1/models"]
     facts = biollm("health", "--json").json
-    assert set(facts[0]) == {"provider", "who", "available", "latency_ms", "error", "missing", "resting"}
+    assert set(facts[0]) == {"provider", "who", "available", "latency_ms", "error", "keyless", "missing", "resting"}
     waterfall(second=net.refusing())
     assert biollm("health").code == 69
 
