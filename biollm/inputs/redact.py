@@ -39,6 +39,14 @@ _HOME = re.compile(r"(?:/home(?:/[a-z]\d?)?|/Users|(?:/\w+)?/users?|/u)/([A-Za-z
 _USERS = re.compile(
     r"(?:\b(?:(?i:user-?_?(?:name|id))|user|login|owner|LOGNAME|USER)\s*[=:]\s*[\"']?|\b(?:uid=\d+\(|login ))([A-Za-z_][\w.-]{2,})"
 )
+# Of `ls -l`: the owner and the group.
+_LISTED = re.compile(r"^[bcdlps-](?:[r-][w-][xsStT-]){3}[.+@]?[ \t]+\d+[ \t]+([A-Za-z_][\w.-]*)[ \t]", re.MULTILINE)
+# The head of a table with a column of users: of squeue and ps; of sacct, above dashes or with bars.
+_HEAD = re.compile(
+    r"^(?:[ \t]*(?:[A-Z][A-Z()%:_-]+[ \t]+)*USER\b[A-Z()%:_ \t-]+"
+    r"|(?=.*\bUser\b)[\w \t]+(?=\n[ -]*---)|(?=.*\bUser\b)\w+(?:\|\w+)+\|?)$",
+    re.MULTILINE,
+)
 _COMMON = {"data", "group", "groups", "home", "lab", "nobody", "public", "root", "runner", "scratch", "share", "shared",
            "true", "false", "none", "null", "user", "username", "users", "work"}  # fmt: skip
 _PART = re.compile(r"<(?:[a-z]{1,8}(?:-\d{0,6})?)?$")
@@ -150,8 +158,27 @@ class Restorer:
 
 def _users(text: str) -> Iterable[str]:
     """Return the user names that a text shows: of home folders, and where it says that it is one."""
-    found = (*_HOME.findall(text), *_USERS.findall(text))
+    found = (*_HOME.findall(text), *_USERS.findall(text), *_LISTED.findall(text), *_in_tables(text))
     return (name for name in found if len(name) > 2 and name.lower() not in _COMMON)
+
+
+def _in_tables(text: str) -> Iterable[str]:
+    """Return the words below the head of a column of users, up to an empty line."""
+    heads = [*_HEAD.finditer(text)]
+    for head, end in zip(heads, [*(each.start() for each in heads[1:]), len(text)], strict=True):
+        rows = text[head.end() : end].lstrip("\n").partition("\n\n")[0].splitlines()
+        if "|" in head[0]:
+            at = [name.lower() for name in head[0].split("|")].index("user")
+            words = [cells[at] for row in rows if len(cells := row.split("|")) > at]
+        else:
+            column = next(found for found in re.finditer(r"\S+", head[0]) if found[0].lower() == "user")
+            words = [
+                each[0]
+                for row in rows
+                for each in re.finditer(r"\S+", row)
+                if each.start() < column.end() and each.end() > column.start()
+            ]
+        yield from (word for word in words if re.fullmatch(r"[A-Za-z_][\w.+-]*", word))
 
 
 def _changed(messages: Sequence[dict[str, Any]], change: Callable[[str], str]) -> list[dict[str, Any]]:

@@ -39,6 +39,21 @@ def hide(text: str, *names: str) -> tuple[str, Redaction]:
             "Process STAR (7e/1b09c4) exit: 137; d41d8cd98f00b204",
             "Process STAR (7e/1b09c4) exit: 137; d41d8cd98f00b204",
         ),
+        (
+            "-rw-r--r--+ 1 ann lab 12 Nov 24 10:15 a.bam\ndrwxr-s--- 2 root lab 4 Nov 24 b: ann",
+            "-rw-r--r--+ 1 <user-1> lab 12 Nov 24 10:15 a.bam\ndrwxr-s--- 2 root lab 4 Nov 24 b: <user-1>",
+        ),
+        (
+            "JobID             User      State \n------------ --------- ---------- \n42                 ann     FAILED \n42.batch                 FAILED ",
+            "JobID             User      State \n------------ --------- ---------- \n42                 <user-1>     FAILED \n42.batch                 FAILED ",
+        ),
+        ("JobID|User|State\n42|ann|FAILED\n42.0||FAILED", "JobID|User|State\n42|<user-1>|FAILED\n42.0||FAILED"),
+        (
+            "JOBID PARTITION NAME     USER ST\n   42       gpu star      ann  R\n\nnext fine",
+            "JOBID PARTITION NAME     USER ST\n   42       gpu star      <user-1>  R\n\nnext fine",
+        ),
+        ("USER  PID %CPU COMMAND\nann     7  0.0 STAR", "USER  PID %CPU COMMAND\n<user-1>     7  0.0 STAR"),
+        ("The User Guide\nsays nothing; USER\nset", "The User Guide\nsays nothing; USER\nset"),
         ("<user-1> of /home/ann and ann", "<user-1> of <home-1> and <user-2>"),
     ],
 )
