@@ -165,7 +165,7 @@ def _users(text: str) -> Iterable[str]:
 def _in_tables(text: str) -> Iterable[str]:
     """Return the words below the head of a column of users, up to an empty line."""
     heads = [*_HEAD.finditer(text)]
-    for head, end in zip(heads, [*(each.start() for each in heads[1:]), len(text)], strict=True):
+    for head, end in zip(heads, [*(each.start() for each in heads[1:]), len(text)], strict=False):
         rows = text[head.end() : end].lstrip("\n").partition("\n\n")[0].splitlines()
         if "|" in head[0]:
             at = [name.lower() for name in head[0].split("|")].index("user")
