@@ -63,7 +63,7 @@ def serve(
     _, log = server.detach(
         [*tcp, "--idle-timeout", str(idle), "--workers", str(workers), "--drain", str(drain), *names]
     )
-    typer.echo(log.read_text(errors="replace").strip())
+    typer.echo(log.read_text(errors="replace").strip() or "The gateway is running, but its log cannot be written.")
     typer.echo(f"exits after {idle / 3600:g} h without a request; log: {log}")
 
 

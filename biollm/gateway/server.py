@@ -425,8 +425,10 @@ def detach(arguments: Sequence[str], patience: float = 60) -> tuple[Record, Path
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         found = running()
-        if found and found["pid"] == child.pid and "listening on" in log.read_text(errors="replace"):
-            return found, log
+        if found and found["pid"] == child.pid:
+            late = time.time() > found["started"] + 2  # on a full disk the log stays empty
+            if late or "listening on" in log.read_text(errors="replace"):
+                return found, log
         if child.poll() is not None:
             written = log.read_text(errors="replace").strip().removeprefix("biollm: ")
             error = UnavailableError(written[-2000:] or f"The gateway ended with exit code {child.returncode}.")

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +172,28 @@ def test_code_in_the_working_directory_is_not_run(
     assert biollm("complete", "hi").code == 0
     assert biollm("serve", "stop").code == 0
     assert not marker.exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts a small file system")
+def test_it_starts_where_its_log_is_on_a_full_disk(
+    net: Loopback, waterfall: Waterfall, runtime: Path, state: Path, biollm: Biollm
+) -> None:
+    waterfall(first=net.serve(text="from the gateway"))
+    state.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", state]).returncode:
+        pytest.skip("may not mount here")
+    try:
+        with suppress(OSError):
+            (state / "filler").write_bytes(bytes(1 << 20))
+        started = biollm("serve", "--detach")
+        assert (started.code, started.out.split("\n")[0]) == (
+            0,
+            "The gateway is running, but its log cannot be written.",
+        )
+        assert "from the gateway" in biollm("complete", "hi").out
+        assert biollm("serve", "stop").code == 0
+    finally:
+        subprocess.run(["umount", "-l", state], check=True)
 
 
 def test_workers_share_the_sockets_and_the_limits(
