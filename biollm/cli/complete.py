@@ -8,7 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument, Option
 
@@ -196,13 +196,16 @@ def _tags(pairs: list[str]) -> dict[str, str]:
 
 
 def json_schema(file: Path) -> dict[str, Any]:
-    """Return the JSON Schema in a file."""
+    """Return the JSON Schema in a file; raise UsageError if there is none."""
+    from biollm.routing.structured import ResponseSchema
+
     try:
-        schema = json.loads(file.read_text())
+        schema: Any = json.loads(file.read_text())
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}.") from None
     except ValueError as error:
         raise UsageError(f"{file} is not JSON: {error}.") from None
     if not isinstance(schema, dict):
         raise UsageError(f"{file} is not a JSON Schema: it must be an object.")
-    return schema  # pyright: ignore[reportUnknownVariableType]
+    ResponseSchema(cast("dict[str, Any]", schema)).check(str(file))
+    return cast("dict[str, Any]", schema)

@@ -311,6 +311,23 @@ def test_missing_keys_are_named_once_per_account(waterfall: Waterfall, biollm: B
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", " is not JSON: "),
+        ("[]", " is not a JSON Schema: it must be an object."),
+        ('{"type": "objekt"}', " is no JSON Schema: 'objekt' is not valid"),
+    ],
+)
+def test_a_wrong_schema_is_named_with_its_file(
+    text: str, why: str, net: Loopback, waterfall: Waterfall, biollm: Biollm, tmp_path: Path
+) -> None:
+    waterfall(first=net.serve())
+    (file := tmp_path / "schema.json").write_text(text)
+    ran = biollm("complete", "why?", "--schema", file)
+    assert (ran.code, f"{file}{why}" in ran.err) == (2, True), ran.err
+
+
 USAGE = [
     (["complet"], "Did you mean 'complete'"),
     (["complete", "--provder", "x"], "--provider"),
