@@ -133,8 +133,8 @@ def rate(
     if text is not None and (rating == "up" or not text.strip()):
         why = "goes with `down`" if rating == "up" else f"is empty: {correction}"
         raise UsageError(f"A correction {why}.", hint="Write what the answer should have been into the file.")
-    ident, kept = Ratings(state_dir()).rate(answer, rating, text)
-    print(f"{ident}: rated {rating}.")
+    ident, kept, removed = Ratings(state_dir()).rate(answer, rating, text)
+    print(f"{ident}: rated {rating}." + " Its correction is removed." * removed)
     if not kept:
         lost = " The correction is not kept either." if text else ""
         where = "see store_rated and store_rated_local of providers.yaml"

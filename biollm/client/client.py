@@ -305,7 +305,7 @@ class Client:
         Args:
             answer: The answer, or its id: 6 letters or more, or "last".
             rating: "up" or "down".
-            correction: What the answer should have been.
+            correction: What the answer should have been; without it, "down" keeps the earlier one, and "up" removes it.
 
         Raises:
             UsageError: This user's history has no such answer, or several.

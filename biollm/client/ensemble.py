@@ -14,6 +14,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast
 
+from biollm._runtime import ratings
 from biollm.errors import CompletionError, UsageError
 from biollm.routing.candidates import Candidate, address, check_names
 from biollm.routing.structured import ResponseSchema
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from biollm.config import Config
 
 Method = Literal["vote", "judge"]
-_OF_JUDGE = ("local_only", "data_policy", "tags", "timeout", "attachments", "redact", "redact_names", "sender")
+_OF_JUDGE = ("local_only", "data_policy", "timeout", "attachments", "redact", "redact_names", "sender")
 MOST = 16  # members: each is a request of its own
 _ASK = "Below are {} answers to one question. Choose the one that is most correct and useful; length is no merit."
 
@@ -100,7 +101,9 @@ async def ask(
         raise UsageError(f"method is {method!r}; it must be 'vote' or 'judge'.")
     if judge is not None:
         _check_name(client, judge)  # before anything is paid for
+    tags = dict(options.get("tags", {}))
     one: Options = {**options, "fallback": False, "allow_degraded": False, "cache": False}
+    one["tags"] = tags | {"ensemble": "member"}
     one.pop("deadline", None)  # it holds for all of them together
     asked = [asyncio.ensure_future(client.acomplete(prompt, **_pinned(client, one, name))) for name in names]
     try:
@@ -120,10 +123,12 @@ async def ask(
         result = _vote(answers)
     else:
         judging: Options = {name: options[name] for name in _OF_JUDGE if name in options}  # type: ignore[assignment]
-        judging |= {"allow_degraded": False, "cache": False}
+        judging |= {"allow_degraded": False, "cache": False, "tags": tags | {"ensemble": "judge"}}
         if deadline is not None:
             judging["deadline"] = max(1.0, started + deadline - time.monotonic())
         result, verdict = await _judged(client, prompt or options.get("messages"), answers, judging, judge)
+    if "compare" not in tags:
+        ratings().show(result.id, result.text)
     parts = [*(each.answer for each in found), *([verdict] if verdict else [])]
     return _summed(replace(result, members=tuple(found), latency_ms=(time.monotonic() - started) * 1000), parts)
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from biollm._runtime import Background, apart, background, called, ledger, watch
+from biollm._runtime import Background, apart, background, called, ledger, ratings, watch
 from biollm.client import cache, cache_key
 from biollm.config import Config, load_config
 from biollm.config.paths import state_dir, weights_dir
@@ -153,6 +153,7 @@ class LocalCall:
             flight = await cache.of_process().join(request, self.local.identity, self.local.config.cache)
         if flight.answer:
             ledger(self.local.config).finish(None, "", flight.record())
+            ratings().show(flight.answer.id)
             if request.on_note:
                 for note in flight.answer.notes:
                     called(request.on_note, note)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biollm.errors import UsageError
-from biollm.ledger.sqlite import Database, databases, on_network, read, reading
+from biollm.ledger.sqlite import Database, databases, on_network, read
 from biollm.ledger.writer import Writer, file_writer
 
 Rating = Literal["up", "down"]
@@ -29,16 +29,23 @@ CREATE TABLE IF NOT EXISTS rating (request TEXT PRIMARY KEY, at REAL, rating TEX
 CREATE TABLE IF NOT EXISTS kept (request TEXT PRIMARY KEY, at REAL, messages TEXT, answer TEXT, model TEXT, tags TEXT,
     local_only INTEGER, until REAL);
 CREATE INDEX IF NOT EXISTS kept_until ON kept (until);
+CREATE TABLE IF NOT EXISTS shown (one INTEGER PRIMARY KEY CHECK (one = 1), at REAL, request TEXT);
 """
+_KEEP = "INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_SHOW = "INSERT OR REPLACE INTO shown VALUES (1, ?, ?)"
+_REPLACE = "UPDATE kept SET answer = ? WHERE request = ?"
+_RATE = """INSERT INTO rating VALUES (?, ?, ?, ?) ON CONFLICT (request) DO UPDATE SET at = excluded.at,
+rating = excluded.rating, correction = coalesce(excluded.correction, iif(excluded.rating = 'down', correction, NULL))"""
 _EXPIRE = "DELETE FROM kept WHERE until < ? AND request NOT IN (SELECT request FROM rating)"
 _RATED = (
     "SELECT request, kept.at, messages, answer, rating, correction, model, tags, local_only FROM rating JOIN kept"
     " USING (request) ORDER BY kept.at"
 )
-_FIND = (
-    "SELECT request, at FROM attempt WHERE outcome = 'ok' AND substr(request, 1, ?) = ? ORDER BY at DESC LIMIT 2",
-    "SELECT request, at FROM attempt WHERE outcome = 'ok' AND tags NOT LIKE '%\"compare\": %' ORDER BY at DESC LIMIT 1",
-)
+_FIND = "SELECT request, at FROM attempt WHERE outcome = 'ok' AND substr(request, 1, ?) = ? ORDER BY at DESC LIMIT 2"
+_NEWEST = """SELECT at, request FROM attempt WHERE outcome = 'ok' AND tags NOT LIKE '%"compare": %'
+AND tags NOT LIKE '%"ensemble": %' ORDER BY at DESC LIMIT 1"""
+_SHOWN = "SELECT at, request FROM shown"
+_CORRECTED = "SELECT 1 FROM rating WHERE request = ? AND correction IS NOT NULL"
 _WAIT = 2.0  # seconds for a file that others write to
 _LEAST = 6  # letters of an id that may stand for it
 
@@ -88,11 +95,13 @@ class Ratings:
     def __init__(self, directory: Path) -> None:
         directory = databases(directory)
         self._path, self._history = directory / FILE, directory / "history.db"
-        self._writer: Writer[tuple[Any, ...]] = file_writer(self._database(), _keep, self._warn)
+        self._writer: Writer[tuple[str, tuple[Any, ...]]] = file_writer(self._database(), _write, self._warn)
         self._warned = False
         atexit.register(self.close)
         if self._path.exists():
-            self._writer.put(())  # what has expired is deleted, also once nothing is kept any more
+            self._writer.put(
+                (_EXPIRE, (time.time(),))
+            )  # what has expired is deleted, also once nothing is kept any more
 
     def keep(
         self,
@@ -108,19 +117,27 @@ class Ratings:
     ) -> None:
         """Keep a prompt and its answer for so many seconds, or for good once it is rated."""
         texts = (json.dumps(messages, ensure_ascii=False), answer, model, json.dumps(dict(tags)))
-        self._writer.put((request, at, *texts, int(local_only), at + seconds))
+        self._writer.put((_KEEP, (request, at, *texts, int(local_only), at + seconds)))
+
+    def show(self, request: str, answer: str | None = None) -> None:
+        """Make an earlier answer the last one; `answer` replaces its text where that is kept."""
+        self._writer.put((_SHOW, (time.time(), request)))
+        if answer is not None:
+            self._writer.put((_REPLACE, (answer, request)))
 
     def close(self) -> None:
         """Write what waits, in at most 2 s; also done at interpreter exit."""
         self._writer.flush(_WAIT)
 
-    def rate(self, request: str, rating: Rating, correction: str | None = None) -> tuple[str, bool]:
-        """Mark an answer; return its full id, and whether its prompt is kept. A correction needs that.
+    def rate(self, request: str, rating: Rating, correction: str | None = None) -> tuple[str, bool, bool]:
+        """Mark an answer; return its full id, and whether its prompt is kept, and whether a correction was removed.
+
+        A correction needs a prompt that is kept.
 
         Args:
             request: The request's id, its first 6 letters or more, or "last".
             rating: "up" or "down"; it replaces an earlier one.
-            correction: What the answer should have been.
+            correction: What the answer should have been; without it, "down" keeps the earlier one, and "up" removes it.
 
         Raises:
             UsageError: There is no such answer in the history, or several; or the files cannot be used.
@@ -129,11 +146,12 @@ class Ratings:
         with _usable(self._path.parent):
             ident, at = self._find(request)
             kept = bool(read(self._path, "SELECT 1 FROM kept WHERE request = ?", (ident,), patience=_WAIT))
+            corrected = read(self._path, _CORRECTED, (ident,), patience=_WAIT)
             row = (ident, at, rating, correction if kept else None)
             file = self._database()
-            file.write(lambda db: db.execute("INSERT OR REPLACE INTO rating VALUES (?, ?, ?, ?)", row) and None)
+            file.write(lambda db: db.execute(_RATE, row) and None)
             file.close()
-        return ident, kept
+        return ident, kept, rating == "up" and bool(corrected) and not correction
 
     def rated(self) -> Iterator[RatedAnswer]:
         """Yield the rated answers whose prompts were kept, oldest first."""
@@ -145,13 +163,14 @@ class Ratings:
             )
 
     def _find(self, request: str) -> tuple[str, float]:
-        newest = request == "last"
-        if not newest and len(request) < _LEAST:
+        if request == "last":
+            newest = [*read(self._history, _NEWEST, patience=_WAIT), *read(self._path, _SHOWN, patience=_WAIT)]
+            if not newest:
+                raise UsageError("There is no answer yet.", hint="Get one first: biollm complete PROMPT.")
+            _, request = max(newest)
+        if len(request) < _LEAST:
             raise UsageError(f"{request!r} is too short for an id.", hint=f"Give {_LEAST} letters of it, or `last`.")
-        found: list[tuple[str, float]] = []
-        if self._history.exists():
-            with reading(self._history, _WAIT) as db:
-                found = db.execute(_FIND[newest], () if newest else (len(request), request)).fetchall()
+        found: list[tuple[str, float]] = read(self._history, _FIND, (len(request), request), patience=_WAIT)
         if len({ident for ident, _ in found}) == 1:
             return found[0]
         hint = "The id of an answer is in --json, and under it with -v; `last` is the newest."
@@ -166,6 +185,7 @@ class Ratings:
         return Database(self._path, _SCHEMA, on_network(self._path.parent), "NORMAL", patience=_WAIT)
 
 
-def _keep(db: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> None:
-    db.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [row for row in rows if row])
+def _write(db: sqlite3.Connection, jobs: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
+    for sql, values in jobs:
+        db.execute(sql, values)
     db.execute(_EXPIRE, (time.time(),))

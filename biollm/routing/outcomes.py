@@ -243,6 +243,8 @@ class Outcomes:
         local_only = "local_only" in (request.requirements.policy, self._pool.policy)
         if not config.store_rated or request.middle or (local_only and not config.store_rated_local):
             return
+        if "judge" in (request.tags.get("ensemble"), request.tags.get("compare")):  # a prompt of biollm's own
+            return
         self._ratings.keep(
             run.id,
             inflight.at,

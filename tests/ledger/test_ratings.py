@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import time
 from collections.abc import Callable
@@ -49,6 +50,56 @@ def test_a_rating_replaces_the_one_before(net: Loopback, waterfall: Write, state
     asking.rate(answer, "down", correction="no")
     asking.rate("last", "up")
     assert [(each.rating, each.correction) for each in kept(state)] == [("up", None)]
+
+
+def test_a_second_rating_keeps_the_correction(net: Loopback, waterfall: Write, state: Path, biollm: Any) -> None:
+    asking = client(net, waterfall, KEEP)
+    answer = asking.complete("Why?")
+    asking.rate(answer, "down", correction="disk full")
+    for correction, expected in ((None, "disk full"), ("no disk", "no disk")):
+        asking.rate(answer, "down", correction=correction)
+        assert [each.correction for each in kept(state)] == [expected]
+    assert biollm("rate", answer.id, "up").out == f"{answer.id}: rated up. Its correction is removed.\n"
+    assert biollm("rate", answer.id, "up").out == f"{answer.id}: rated up.\n"
+
+
+def test_the_last_answer_of_an_ensemble_is_its_result(
+    net: Loopback, waterfall: Write, state: Path, biollm: Any
+) -> None:
+    judge = net.serve(text=json.dumps({"answer": 1, "reason": "?"}))
+    members = {f"m{at}": net.serve(text=text) for at, text in enumerate(("one", "two"))}
+    waterfall(KEEP, **members, j={"base_url": judge.url, "models": ["judge"]})
+    asking = get_model_client(sender="direct")
+    answer = asking.ensemble("Why?", members=["m0/small", "m1/small"], judge="judge")
+    asking.rate("last", "up")
+    assert [(each.id, each.answer, each.messages[-1]["content"]) for each in kept(state)] == [
+        (answer.id, "one", "Why?")
+    ]
+    assert b"Below are 2 answers" not in b"".join(path.read_bytes() for path in state.iterdir() if path.is_file())
+    asking.complete("And now?", provider="m1")
+    ledger().flush()
+    assert answer.id not in biollm("rate", "last", "up").out
+
+
+def test_a_vote_is_kept_as_it_was_shown(net: Loopback, waterfall: Write, state: Path) -> None:
+    texts = [json.dumps({"a": a, "b": b, "c": c}) for a, b, c in ((1, 1, 2), (1, 2, 1), (3, 1, 1))]
+    waterfall(KEEP, **{f"m{at}": net.serve(text=text) for at, text in enumerate(texts)})
+    asking = get_model_client(sender="direct")
+    number = {"type": "integer"}
+    schema = {"type": "object", "properties": dict.fromkeys("abc", number), "required": ["a", "b", "c"]}
+    answer = asking.ensemble("Why?", members=3, response_model=schema)
+    assert answer.parsed == {"a": 1, "b": 1, "c": 1}, "none of the members gave this"
+    asking.rate("last", "up")
+    assert [(each.id, each.answer) for each in kept(state)] == [(answer.id, answer.text)]
+
+
+def test_the_last_answer_may_be_a_stored_one(net: Loopback, waterfall: Write, state: Path) -> None:
+    asking = client(net, waterfall, KEEP)
+    first = asking.complete("one", cache=True)
+    asking.complete("two")
+    assert asking.complete("one", cache=True).id == first.id
+    asking.rate("last", "up")
+    assert [each.id for each in kept(state)] == [first.id]
 
 
 POLICIES = [
@@ -133,7 +184,7 @@ def test_without_keeping_it_says_what_is_lost(net: Loopback, waterfall: Write, b
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["last", "up"], "No answer has the id last."),
+        (["last", "up"], "There is no answer yet."),
         (["abcdef12", "up"], "No answer has the id abcdef12."),
         (["abc", "up"], "'abc' is too short for an id."),
         (["last", "sideways"], "The rating is 'sideways'; it must be up or down."),
