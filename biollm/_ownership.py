@@ -16,12 +16,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 
-def objection(url: str, *, key: bool, local_hosts: Iterable[str], trusted_owners: Sequence[str]) -> str | None:
-    """Return why nothing may be sent to a URL, with or without a key, in one sentence, or None.
+def objection(url: str, *, local_hosts: Iterable[str], trusted_owners: Sequence[str]) -> str | None:
+    """Return why nothing may be sent to a URL, in one sentence, or None.
 
     Every sender calls this first, except to servers found by their record, which prove their start instead.
     """
-    if key and (reason := in_the_clear(url, local_hosts)):
+    if reason := in_the_clear(url, local_hosts):
         return reason
     if not listener_trusted(url, trusted_owners):
         return f"what listens at {url} belongs to another user (trusted_owners in cluster.yaml)"
@@ -29,11 +29,11 @@ def objection(url: str, *, key: bool, local_hosts: Iterable[str], trusted_owners
 
 
 def in_the_clear(url: str, local_hosts: Iterable[str]) -> str | None:
-    """Return why no key may be sent to a URL, in one sentence, or None."""
+    """Return why neither a key nor a prompt may be sent to a URL, in one sentence, or None."""
     if urlsplit(url).scheme != "http" or is_local(url, local_hosts):
         return None
     host = address(url)[0]
-    return f"no key is sent over plain http:// to {host}: use https://, or name {host} in local_hosts of cluster.yaml"
+    return f"nothing is sent over plain http:// to {host}: use https://, or name {host} in local_hosts of cluster.yaml"
 
 
 def is_local(url: str | None, local_hosts: Iterable[str]) -> bool:

@@ -182,7 +182,7 @@ def _by_url(url: str, policy: str | None, cluster: Cluster | None) -> tuple[Dial
     if policy == "local_only" and not is_local(url, hosts):
         why = f"the data policy is local_only, and {parts.hostname} is neither this machine nor in local_hosts of cluster.yaml"
         raise errors.UnavailableError(f"BIOLLM_GATEWAY is not used: {why}.", hint=_OFF)
-    if why := objection(url, key=bool(key), local_hosts=hosts, trusted_owners=owners):
+    if why := objection(url, local_hosts=hosts, trusted_owners=owners):
         raise errors.UnavailableError(f"BIOLLM_GATEWAY is not used: {why}.", hint=_OFF)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     dial = partial(kind, parts.hostname or "", parts.port, timeout=_PATIENCE)
@@ -440,5 +440,8 @@ def _error(error: object, *, status: int = 0, partial: str = "") -> errors.Bioll
         )
     given = cast("Json", error) if isinstance(error, dict) else {}
     ours: Json = given.get("biollm") or {}
-    message = ours.get("message") or given.get("message") or f"The gateway answered HTTP {status}."
+    if not (message := ours.get("message") or given.get("message")):
+        url = named()
+        message = f"The gateway at {url} answered HTTP {status}." if url else f"The gateway answered HTTP {status}."
+        ours = {"hint": f"{'BIOLLM_GATEWAY must be the URL of a biollm gateway. ' if url else ''}{_OFF}"}
     return errors.BiollmError.from_json({**ours, "message": message}, partial=partial)

@@ -193,8 +193,7 @@ def _warn(layers: Layers, providers: Sequence[Provider], cluster: Cluster) -> No
         if str(layers.data["providers"][provider.name].get("base_url")).rstrip("/").endswith(values.ROUTE):
             message = f"should end before {values.ROUTE}, which is added to each request."
             layers.warnings.append(layers.problem((*path, "base_url"), message, f"Write {provider.base_url}."))
-        keyed = any(account.env_key or account.key_file for account in provider.accounts)
-        if keyed and (why := in_the_clear(provider.base_url or "", cluster.local_hosts)):
+        if why := in_the_clear(provider.base_url or "", cluster.local_hosts):
             layers.warnings.append(layers.problem((*path, "base_url"), f"is never used: {why}."))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from biollm.config import Cluster
     from biollm.providers.credentials import Credential
 
-_Place = tuple[str, str, bool, tuple[str, ...], tuple[str, ...]]
+_Place = tuple[str, str, tuple[str, ...], tuple[str, ...]]
 _STEPS = 12
 _KNOWN = 60.0  # seconds for which a host that answered needs no watching
 # Seconds for which a check of an address holds, so that with the choice among replicas and what LiteLLM does first it is
@@ -99,7 +99,7 @@ class Trust:
         url = known.base_url or deployment.base_url
         if not url:
             return None
-        place = (_origin(url), deployment.start, bool(known.secret), cluster.local_hosts, cluster.trusted_owners)
+        place = (_origin(url), deployment.start, cluster.local_hosts, cluster.trusted_owners)
         age = time.monotonic() - self._good.get(place, -TRUSTED)
         if age >= RENEWED and place not in self._looks:
             self._looks[place] = look = asyncio.create_task(self._look(place, url, deployment.model, known.secret))
@@ -112,10 +112,10 @@ class Trust:
         self._good = {place: at for place, at in self._good.items() if place[0] != origin}
 
     async def _look(self, place: _Place, url: str, model: str, secret: str) -> str | None:
-        _, start, key, local_hosts, trusted_owners = place
+        _, start, local_hosts, trusted_owners = place
         now = time.monotonic()
         try:
-            ask = partial(objection, url, key=key, local_hosts=local_hosts, trusted_owners=trusted_owners)
+            ask = partial(objection, url, local_hosts=local_hosts, trusted_owners=trusted_owners)
             if start:
                 found = None if await self._proves(url, start, secret) else unproven(url, model)
             else:

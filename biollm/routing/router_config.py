@@ -87,9 +87,7 @@ def proxy_config(config: Config) -> tuple[dict[str, Any], list[str]]:
             left_out.append(f"{deployment.id}: its key lies in a file, which the proxy does not read")
         elif deployment.provider.type == "local" and not deployment.base_url:
             left_out.append(f"{deployment.id}: its servers come and go with their jobs and keys of their own")
-        elif deployment.account.env_key and (
-            why := in_the_clear(deployment.base_url or "", config.cluster.local_hosts)
-        ):
+        elif why := in_the_clear(deployment.base_url or "", config.cluster.local_hosts):
             left_out.append(f"{deployment.id}: {why}")
         elif deployment.account.env_key:
             keys[deployment.id] = {"api_key": f"os.environ/{deployment.account.env_key}"}

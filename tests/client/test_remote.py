@@ -507,6 +507,19 @@ def test_one_that_breaks_off_is_an_error(runtime: Path, answer: bytes, error: st
                 way(line)
 
 
+def test_another_server_in_its_place_is_named(
+    net: Loopback, waterfall: Waterfall, monkeypatch: pytest.MonkeyPatch, biollm: Biollm
+) -> None:
+    server = net.serve(then=Behaviour(404, body="Not Found"))
+    waterfall(first=server)
+    monkeypatch.setenv("BIOLLM_GATEWAY", server.url)
+    url = server.url.removesuffix("/v1")
+    assert (
+        f"The gateway at {url} answered HTTP 404.\nBIOLLM_GATEWAY must be the URL of a biollm gateway."
+        in biollm("complete", "hi").err
+    )
+
+
 NEWER = {"deployment": "p/m", "outcome": "failed", "reason": "HTTP 500", "kind": "broken", "rests_s": 15}
 STORY = {"provider": "p", "account": "a", "model": "m", "deployment": "p/m", "cost_usd": 0, "latency_ms": 1,
          "degraded": False, "attempts": [NEWER], "estimated": False}  # fmt: skip

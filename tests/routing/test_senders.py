@@ -148,11 +148,12 @@ def test_the_command_line_sends_a_remote_gateway_nothing_either(
     [
         ("127.0.0.1", [], "local_only", True, True),
         ("0.0.0.0", ["0.0.0.0"], "local_only", True, True),
-        ("0.0.0.0", [], "any", False, True),
+        ("0.0.0.0", [], "any", False, False),
+        ("0.0.0.0", ["0.0.0.0"], "any", False, True),
         ("0.0.0.0", [], "any", True, False),
     ],
 )
-def test_a_gateways_key_goes_over_plain_http_to_local_hosts_alone(
+def test_a_gateway_is_used_over_plain_http_on_local_hosts_alone(
     ear: Ear, net: Loopback, waterfall: Write, monkeypatch: pytest.MonkeyPatch,
     name: str, hosts: list[str], policy: str, key: bool, sent: bool,
 ) -> None:  # fmt: skip
@@ -178,7 +179,7 @@ def open_wire(ear: Ear, net: Loopback, waterfall: Write) -> Ear:
 
 def test_no_key_of_a_provider_goes_over_plain_http_to_a_remote_host(open_wire: Ear, biollm: Biollm) -> None:
     client = Client()
-    said = "no key is sent over plain http:// to 0.0.0.0: use https://, or name 0.0.0.0 in local_hosts of cluster.yaml"
+    said = "nothing is sent over plain http:// to 0.0.0.0: use https://, or name 0.0.0.0 in local_hosts of cluster.yaml"
     answer = client.complete("hi")
     assert (answer.text, answer.attempts[0].reason) == ("from fine", said)
     assert client.explain()[0].reason == said
@@ -190,11 +191,23 @@ def test_no_key_of_a_provider_goes_over_plain_http_to_a_remote_host(open_wire: E
     assert open_wire.heard == []
 
 
+def test_no_prompt_goes_over_plain_http_to_a_remote_host_without_a_key(
+    ear: Ear, net: Loopback, waterfall: Write, biollm: Biollm
+) -> None:
+    models = {"models": {"own": {"type": "local", "hf_id": "x/own"}}}
+    clear = {"type": "local", "base_url": f"{ear.elsewhere}/v1", "models": ["own"]}
+    waterfall(models, clear=clear, fine=net.serve(text="from fine"))
+    answer = Client().complete("secret")
+    assert (answer.text, answer.attempts[0].reason[:34]) == ("from fine", "nothing is sent over plain http://")
+    assert "providers.clear.base_url: is never used" in biollm("config", "--check").err
+    assert ear.heard == []
+
+
 def test_config_check_says_in_which_line(open_wire: Ear, biollm: Biollm) -> None:
     ran = biollm("config", "--check")
     assert ran.code == 0
     (line,) = [line for line in ran.err.splitlines() if "local_hosts" in line]
-    where, _, _ = line.partition(": providers.clear.base_url: is never used: no key is sent over plain http://")
+    where, _, _ = line.partition(": providers.clear.base_url: is never used: nothing is sent over plain http://")
     file, _, number = where.removeprefix("warning: ").rpartition(":")
     assert open_wire.elsewhere in Path(file).read_text().splitlines()[int(number) - 1]
 
