@@ -58,7 +58,7 @@ class UnknownNameError(UsageError):
     """A `name` that is not among the `choices` of its `kind`: "provider", "model", "account"."""
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
-        self.kind, self.name, self.choices = kind, name, tuple(choices)
+        self.kind, self.name, self.choices = kind, name, tuple(dict.fromkeys(choices))
         hint = f"{nearest(name, self.choices, repr)} Known: {', '.join(self.choices) or 'none'}.".lstrip()
         super().__init__(f"There is no {kind} named {name!r}.", hint=hint)
 

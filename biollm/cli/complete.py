@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from biollm.types import Completion
 
 Provider = Annotated[str | None, Option(metavar="NAME", help="Use only this provider.")]
-Model = Annotated[str | None, Option(metavar="NAME", help="Use only this model.")]
+Model = Annotated[str | None, Option(metavar="NAME", help="Use only this model; also PROVIDER/MODEL.")]
 LocalOnly = Annotated[bool, Option("--local-only", help="Keep the prompt on this machine and the cluster.")]
 MaxTokens = Annotated[int | None, Option(min=1, metavar="N", help="Maximum completion tokens.")]
 File = Annotated[list[Path] | None, Option("-f", "--file", metavar="FILE", help="Add a file; repeatable; - is stdin.")]

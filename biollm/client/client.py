@@ -41,7 +41,7 @@ class Client:
     is `off`, or the URL of another one.
 
     Args:
-        provider, model: Only these deployments may answer, unless a call names others.
+        provider, model: Only these deployments may answer, unless a call names others. The model may be "provider/model".
         config_dir: The folder with models.yaml and providers.yaml; else the usual layers.
         defaults: Options of every call.
 
@@ -358,7 +358,8 @@ class Client:
             raise UsageError("The prompt is empty.")
         request = make_request(prompt, self._defaults, options, self.policy)
         if local := self._local:  # else the gateway checks them
-            local.check_names(request.requirements.provider, request.requirements.model)
+            provider, model = local.check_names(request.requirements.provider, request.requirements.model)
+            request = replace(request, requirements=replace(request.requirements, provider=provider, model=model))
         return request
 
     def _streamable(self, prompt: Prompt | None, options: Options) -> Request:

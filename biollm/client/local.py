@@ -65,9 +65,9 @@ class Local:
         policies: tuple[DataPolicy, ...] = (self._wanted(), self.config.data_policy)
         return max(policies, key=DATA_POLICIES.index)
 
-    def check_names(self, provider: str | None, model: str | None) -> None:
-        """Raise an UnknownNameError for a provider or a model that is not configured."""
-        candidates.check_names(self.config, provider, model)
+    def check_names(self, provider: str | None, model: str | None) -> tuple[str | None, str | None]:
+        """Return a provider and a model as requests name them; raise an UnknownNameError if one is not configured."""
+        return candidates.check_names(self.config, provider, model)
 
     def call(self, request: Request) -> LocalCall:
         """Return a call that answers one request."""

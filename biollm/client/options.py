@@ -172,7 +172,7 @@ class Options(TypedOptions, Defaults, total=False):
     """What `complete`, `acomplete`, `stream`, `astream` and `complete_many` take beside the prompt.
 
     Attributes:
-        provider, model: Only these deployments may answer; they replace the client's own.
+        provider, model: Only these deployments may answer; they replace the client's own. The model may be "provider/model".
         messages: OpenAI-shaped messages, instead of the prompt.
         attachments: What the question is about: files or Nextflow work folders (`Path`), texts, texts with a name
             ({"name": ..., "text": ...}). Each deployment gets what fits it: the end, the beginning, and the lines

@@ -228,7 +228,7 @@ class DeploymentPool:
             except (OSError, ValueError) as error:  # its record still counts for some seconds after the key has gone
                 return f"the key of the server on {server.host} cannot be read: {error}"
         found = credentials.find(deployment.provider, deployment.account, self.state, exchange=exchange)
-        url = "" if isinstance(found, str) or not found.secret else found.base_url or deployment.base_url or ""
+        url = "" if isinstance(found, str) else found.base_url or deployment.base_url or ""
         return in_the_clear(url, self.config.cluster.local_hosts) or found
 
     def claim(self, deployment: Deployment, requirements: Requirements) -> Claim:
@@ -357,12 +357,14 @@ def address(config: Config, name: str) -> dict[str, Any]:
     return {"model": name}
 
 
-def check_names(config: Config, provider: str | None, model: str | None) -> None:
-    """Refuse a forced provider or model that is not configured.
+def check_names(config: Config, provider: str | None, model: str | None) -> tuple[str | None, str | None]:
+    """Return a forced provider and model, "provider/model" taken apart; refuse those that are not configured.
 
     Raises:
         UnknownNameError: It lists those that are.
     """
+    if model and (named := address(config, model).get("provider")) and provider in (None, named):
+        provider, model = named, model.removeprefix(f"{named}/")
     if provider is not None:
         config.provider(provider)
     if model is not None:
@@ -370,6 +372,7 @@ def check_names(config: Config, provider: str | None, model: str | None) -> None
         names = [name for each in among for name in models_of(config, each)]
         if model not in names:
             raise UnknownNameError("model", model, names)
+    return provider, model
 
 
 def explain(pool: DeploymentPool, requirements: Requirements) -> Sequence[Candidate]:

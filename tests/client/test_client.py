@@ -139,6 +139,24 @@ def test_a_forced_provider_or_model_is_the_only_one_asked(net: Loopback, waterfa
     assert mine.complete("hi", provider="first").text == "1", "the client's own model is not asked for too"
 
 
+def test_a_model_may_be_named_with_its_provider(net: Loopback, waterfall: Write, biollm: Callable[..., Any]) -> None:
+    waterfall(first=net.serve(text="1"), second=net.serve(text="2"))
+    client = get_model_client()
+    assert client.complete("hi", model="second/small").text == "2"
+    assert get_model_client(model="second/small").complete("hi").text == "2"
+    assert client.complete("hi", provider="second", model="second/small").text == "2"
+    assert next(str(piece) for piece in client.stream("hi", model="second/small")) == "2"
+    assert biollm("complete", "hi", "--model", "second/small").out == "2\n"
+    assert [each["deployment"] for each in biollm("explain", "--model", "second/small", "--json").json] == [
+        "second/small"
+    ]
+    wrongs: list[Any] = [{"model": "second/smal"}, {"provider": "first", "model": "second/small"}, {"model": "smal"}]
+    for wrong in wrongs:
+        with pytest.raises(UnknownNameError) as caught:
+            client.complete("hi", **wrong)
+        assert (caught.value.hint or "").endswith("Known: small.")
+
+
 def test_an_unknown_name_lists_those_that_exist(net: Loopback, waterfall: Write) -> None:
     waterfall(first=net.serve())
     with pytest.raises(UnknownNameError, match="no provider named 'frist'") as caught:
