@@ -244,6 +244,8 @@ def _summed(db: sqlite3.Connection, since: float, until: float, grain: int) -> I
     first, end = math.ceil(since / 3600), math.floor(min(until, 1e11) / 3600)
     if since < pruned:
         first = math.floor(since / 3600)
+    if pruned > end * 3600:  # in the last hour
+        end = math.ceil(until / 3600)
     if first < end and (last or pruned):
         for row in db.execute(_SUM, (grain, grain, first, end)):
             yield Key(*row[:7]), Cell(*row[7:-2], *(memoryview(blob).cast("H") for blob in row[-2:]))

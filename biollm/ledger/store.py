@@ -276,8 +276,8 @@ class Ledger:
 
     @contextmanager
     def reading(self) -> Generator[sqlite3.Connection | None]:
-        """Open history.db for several queries on one state of it; None while it is empty."""
-        if not self._read(self._history, "SELECT 1 FROM attempt LIMIT 1", ()):
+        """Open history.db for several queries on one state of it; None before its first attempt."""
+        if not self._read(self._history, "SELECT 1 FROM sqlite_master WHERE name = 'attempt'", ()):
             yield None
             return
         with reading(self._history, _EXIT) as db:

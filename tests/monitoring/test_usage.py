@@ -472,6 +472,8 @@ def test_prune_and_merge_from_the_command_line(used: Path, tmp_path: Path, bioll
     assert "1 record added" in biollm("usage", "--merge", tmp_path / "other" / "history.db").out
     assert "0 records removed" in biollm("usage", "--prune", "90d").out
     assert biollm("usage", "--json").json["total"]["requests"] == 3
+    assert "0 records removed" not in biollm("usage", "--prune", "0d").out
+    assert biollm("usage", "--json").json["total"]["requests"] == 3, "the sums of an hour that has not ended stay too"
 
 
 @pytest.mark.parametrize(
