@@ -204,7 +204,7 @@ def _edited() -> Generator[tuple[Path, str]]:
             text = file.read_text() if file.exists() else ""
             _names(text)
         except (ValueError, TypeError, pyyaml.YAMLError):
-            raise UsageError(f"{file} is no YAML file of keys.", hint="Write NAME: {key: ...}, or delete it.") from None
+            raise ConfigError(yaml.read(file).problems) from None
         yield file, text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,14 +123,14 @@ def test_a_wrong_command_changes_nothing(biollm: Any, file: Path, command: str, 
     assert (done.out, file.read_text()) == ("", text)
 
 
-@pytest.mark.parametrize("text", [b"[ann]\n", b"ann\n", b"ann: [\n", b"\xff\xfe\n"])
-@pytest.mark.parametrize("command", ["add ben", "revoke ann"])
+@pytest.mark.parametrize("text", [b"[ann]\n", b"ann\n", b"ann: [\n", b"\xff\xfe\n", b"ann: &x {key: *y}\n"])
+@pytest.mark.parametrize("command", ["add ben", "revoke ann", "list"])
 def test_a_file_that_holds_no_keys_is_left_as_it_is(biollm: Any, file: Path, text: bytes, command: str) -> None:
     file.write_bytes(text)
     file.chmod(0o600)
     done = biollm("keys", *command.split())
-    assert (done.code, done.out, file.read_bytes()) == (2, "", text)
-    assert "is no YAML file of keys." in done.err
+    assert (done.code, done.out, file.read_bytes()) == (78, "", text)
+    assert re.match(f"biollm: {re.escape(str(file))}:[12]: ", done.err) and "elete" not in done.err
 
 
 def test_an_empty_file_takes_a_key(biollm: Any, file: Path) -> None:
