@@ -13,7 +13,7 @@ from typer import Argument, Exit, Option
 from biollm.cli import output
 from biollm.cli.complete import LocalOnly, MaxTokens, System, json_schema
 from biollm.cli.output import Json, Progress
-from biollm.errors import CompletionError, UsageError
+from biollm.errors import BiollmError, CompletionError, UsageError
 
 _BAR = 20  # columns
 
@@ -45,7 +45,10 @@ def compare(
     html: Annotated[Path | None, Option(metavar="FILE", help="Write one HTML page with every answer.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the answers of several models."""
+    """Compare the answers of several models.
+
+    Exits 1 if the spend limit stopped it, 69 if an arm has no answer.
+    """
     from biollm import evals
     from biollm.evals.report import HEAD, lines, rows
 
@@ -87,6 +90,8 @@ def compare(
         print()
         for line in lines(found):
             output.paragraph(line)
+    if found.stopped:
+        raise Exit(BiollmError.exit_code)
     if not all(arm.answers for arm in found.arms):
         raise Exit(CompletionError.exit_code)  # an arm that never answers compares nothing
 

@@ -35,11 +35,12 @@ from biollm.routing.candidates import address, check_names
 from biollm.routing.normalize import Rule, at_least, checked, is_number
 from biollm.routing.pricing import price
 from biollm.routing.structured import ResponseSchema
-from biollm.types import Json, known
+from biollm.types import Json, Usage, known
 
 _EXCERPT = 4_000  # tokens of a file in the results
 _COOLDOWN_S = 60.0  # that an arm is waited for which cools down after a failure
 _ENSEMBLE = "ensemble:"
+_SOME = Usage(prompt_tokens=1000, completion_tokens=1000)
 
 
 # What attempts without an answer have used, by arm: they are paid for, too.
@@ -60,7 +61,7 @@ class Comparison:
         command: See `scoring.by_command`.
         judge: The model that judges pairs of answers, each twice with the order swapped.
         wait: Seconds that a request waits where its arm is at a limit, before it counts as an error.
-        spend_limit: USD after which nothing more is sent.
+        spend_limit: USD after which nothing more that costs is sent; 0 sends what is free.
         options: Of every request: temperature, max_tokens, local_only ...
     """
 
@@ -98,6 +99,13 @@ class Comparison:
                 if not all(price(each.deployment, client.config) for each in found):
                     message = f"The price of {name} is unknown, so the spend limit cannot be kept."
                     raise UsageError(message, hint="Set costs.per_million_tokens in providers.yaml.")
+
+    def costs(self, client: Client, arm: str) -> bool:
+        """Return whether an answer of this arm may cost something."""
+        members = _members(arm)
+        places: list[Json] = [{}] if isinstance(members, int) else [address(client.config, name) for name in members]
+        prices = [price(each.deployment, client.config) for place in places for each in client.explain(**place)]
+        return any(each is None or each.usd(_SOME) for each in prices)
 
     def key(self, given: Input, *arms: str) -> str:
         """Return what identifies an answer in a file of results: the input, the arm, and what it is asked."""
@@ -155,6 +163,8 @@ class _Run:
     ) -> None:
         self._asked, self._client, self._progress, self._results = comparison, client, progress, Results()
         self.inputs, self.began, self.stopped = found, time.time(), ""  # why nothing more is sent
+        limited = () if comparison.spend_limit is None else (*comparison.arms, comparison.judge)
+        self._costly = {arm for arm in limited if arm and comparison.costs(client, arm)}
         self._usd, self._failed, self.lost = 0.0, False, dict[str, Used]()  # by attempts without an answer
         by_command = scoring.by_command(comparison.command) if comparison.command else None
         self._score = by_command or (scoring.unscored if comparison.judge else scoring.by_expected(comparison.expect))
@@ -193,7 +203,7 @@ class _Run:
         if kept := self._results.known.get(key):
             made = known(Answer, kept | {"id": given.id})
             return replace(made, score=await self._score(given, made.text, made.parsed))
-        if self.stopped:
+        if self._stops(arm):
             return None
         asked = self._asked
         options: Json = {"system": asked.system, "response_model": asked.schema, "tags": {"compare": arm}}
@@ -225,12 +235,16 @@ class _Run:
             answer = error
         failed = any(each.outcome == "failed" for each in answer.attempts)
         self._failed |= failed
-        if (limit := self._asked.spend_limit) is not None:
-            if failed:
-                self.lost = await apart(self._unanswered)
-            if self._spent() >= limit:
-                self.stopped = f"the spend limit of {limit:.6f} USD is reached"
+        if failed and self._asked.spend_limit is not None:
+            self.lost = await apart(self._unanswered)
         return answer
+
+    def _stops(self, arm: str) -> bool:
+        """Return whether nothing more is sent, from the first request of an arm that costs after the limit is reached."""
+        limit = self._asked.spend_limit
+        if limit is not None and arm in self._costly and self._spent() >= limit:
+            self.stopped = f"the spend limit of {limit:.6f} USD is reached"
+        return bool(self.stopped)
 
     async def _patiently(self, ask: Callable[[], Awaitable[Completion]]) -> Completion:
         """Wait where the arm is at a limit, and less long where it cools down: no other model may answer for it."""
@@ -251,12 +265,12 @@ class _Run:
             return Verdict(**kept["verdict"] | {"id": given.id})
         if one.same_as(other):
             return Verdict(given.id, one.arm, other.arm, "tie", contradicted=False)
-        if self.stopped:
-            return None
         judge, question, winners = str(self._asked.judge), given.prompt(self._asked.prompt), list[str]()
         text = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
         options: Json = {"response_model": scoring.VERDICT, "tags": {"compare": "judge"}}
         for first, second in ((one, other), (other, one)):
+            if self._stops(judge):
+                return None
             prompt = scoring.judge_prompt(text, first.text, second.text)
             answer = await self._paid(partial(self._ask, given, judge, prompt, options))
             if isinstance(answer, CompletionError):

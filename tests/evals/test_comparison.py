@@ -391,6 +391,24 @@ def test_it_stops_at_the_spend_limit(net: Loopback, waterfall: Write, tmp_path: 
     assert len(server.completions) == 1
 
 
+def test_with_a_spend_limit_of_0_only_what_is_free_is_sent(
+    net: Loopback, waterfall: Write, tmp_path: Path, paid: Any, biollm: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server, free = net.serve(text="x"), net.serve(text="y")
+    costs = {"costs": {"per_million_tokens": {"f": 0}}}
+    waterfall(costs, a=paid(server, "a"), f={"base_url": free.url, "models": ["f", "g"]})
+    path = lines(tmp_path, [{"input": f"question {n}", "target": "y"} for n in range(4)])
+    ran = biollm("compare", "--a", "a/gpt-4o-mini", "--b", "f/f", path, "--spend-limit", "0")
+    assert (ran.code, len(server.completions)) == (1, 0)
+    assert "Stopped: the spend limit of 0.000000 USD is reached" in ran.out
+    assert biollm("compare", "--a", "f/f", "--b", "f/g", path, "--spend-limit", "0").code == 0
+    assert (
+        biollm("compare", "--a", "f/f", "--b", "f/g", path, "--spend-limit", "0", "--judge", "a/gpt-4o-mini").code == 0
+    )
+    assert not server.completions, "equal answers need no judge"
+
+
 def test_a_spend_limit_needs_known_prices(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
     servers = arms(net, waterfall, a="x", b="x")
     with pytest.raises(UsageError, match=r"The price of model-a is unknown, so the spend limit cannot be kept\."):
