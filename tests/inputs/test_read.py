@@ -107,7 +107,7 @@ with tarfile.open(fileobj=TAR, mode="w") as _tar:
 )
 def test_what_is_not_text_is_refused_by_its_kind(data: bytes, kind: str, tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(data)
-    with pytest.raises(UsageError, match=rf"^x\.bin is not text \({kind}\)\.$"):
+    with pytest.raises(UsageError, match=rf"(?m)^x\.bin is not text \({kind}\)\.$"):
         read_input(tmp_path / "x.bin")
 
 
@@ -129,10 +129,10 @@ def test_an_empty_file_is_noted_and_the_null_device_is_not(tmp_path: Path) -> No
 
 def test_what_cannot_be_read_gets_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "run.log").touch()
-    with pytest.raises(UsageError, match=r"/run\.lgo: No such file or directory\.$") as caught:
+    with pytest.raises(UsageError, match=r"(?m)/run\.lgo: No such file or directory\.$") as caught:
         read_input(tmp_path / "run.lgo")
     assert caught.value.hint == "Did you mean run.log?"
-    with pytest.raises(UsageError, match=r": Is a directory\.$") as caught:
+    with pytest.raises(UsageError, match=r"(?m): Is a directory\.$") as caught:
         read_input(tmp_path)
     assert caught.value.hint == f"Did you mean {tmp_path}/run.log?"
     closed = os.open(tmp_path, os.O_RDONLY)
