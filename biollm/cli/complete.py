@@ -61,7 +61,8 @@ def complete(
         ),
     ] = None,
     redact_name: Annotated[
-        list[str] | None, Option(metavar="NAME", help="Replace this name, too, such as a sample's; repeatable.")
+        list[str] | None,
+        Option(metavar="NAME", callback=output.filled, help="Replace this name, too, such as a sample's; repeatable."),
     ] = None,
     cache: Annotated[
         bool | None,
@@ -72,7 +73,11 @@ def complete(
     ] = False,
     cache_name: Annotated[
         list[str] | None,
-        Option(metavar="NAME", help="With --cache-similar: a name that differs, such as a sample's; repeatable."),
+        Option(
+            metavar="NAME",
+            callback=output.filled,
+            help="With --cache-similar: a name that differs, such as a sample's; repeatable.",
+        ),
     ] = None,
     max_tokens: MaxTokens = None,
     temperature: Annotated[float | None, Option(min=0, max=2, metavar="T", help="Sampling temperature (0-2).")] = None,

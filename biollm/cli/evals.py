@@ -20,18 +20,30 @@ _BAR = 20  # columns
 
 def compare(
     inputs: Annotated[list[Path], Argument(metavar="INPUTS", help="Log files, folders of them, JSONL files.")],
-    a: Annotated[str, Option("--a", metavar="MODEL", help="Model, provider/model, ensemble:3 or ensemble:x,y,z.")],
-    b: Annotated[str, Option("--b", metavar="MODEL", help="What it is compared with.")],
-    c: Annotated[str | None, Option("--c", metavar="MODEL", help="A third arm.")] = None,
-    d: Annotated[str | None, Option("--d", metavar="MODEL", help="A fourth arm.")] = None,
+    a: Annotated[
+        str,
+        Option(
+            "--a", callback=output.filled, metavar="MODEL", help="Model, provider/model, ensemble:3 or ensemble:x,y,z."
+        ),
+    ],
+    b: Annotated[str, Option("--b", callback=output.filled, metavar="MODEL", help="What it is compared with.")],
+    c: Annotated[str | None, Option("--c", callback=output.filled, metavar="MODEL", help="A third arm.")] = None,
+    d: Annotated[str | None, Option("--d", callback=output.filled, metavar="MODEL", help="A fourth arm.")] = None,
     prompt: Annotated[str | None, Option(metavar="TEXT", help="Asked about each input.")] = None,
     system: System = None,
     schema: Annotated[Path | None, Option(metavar="FILE", help="JSON Schema that answers must follow.")] = None,
-    expect: Annotated[str | None, Option(metavar="FIELD", help="Field of the input with the right answer.")] = None,
-    command: Annotated[
-        str | None, Option(metavar="TEXT", help="Program that scores an answer: 'check {answer}' (a file).")
+    expect: Annotated[
+        str | None, Option(callback=output.filled, metavar="FIELD", help="Field of the input with the right answer.")
     ] = None,
-    judge: Annotated[str | None, Option(metavar="MODEL", help="Model that chooses between two answers.")] = None,
+    command: Annotated[
+        str | None,
+        Option(
+            callback=output.filled, metavar="TEXT", help="Program that scores an answer: 'check {answer}' (a file)."
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None, Option(callback=output.filled, metavar="MODEL", help="Model that chooses between two answers.")
+    ] = None,
     results: Annotated[
         Path, Option("-o", "--output", metavar="FILE", help="JSONL of answers; an interrupted run resumes from it.")
     ] = Path("biollm-compare.jsonl"),
@@ -97,11 +109,15 @@ def compare(
 
 
 def _check_page(html: Path, taken: Sequence[Path]) -> None:
-    """Raise a UsageError before anything is paid for, if the page would replace one of these or cannot be written."""
+    """Raise a UsageError before anything is paid for, if the page would replace something else or cannot be written."""
+    from biollm.evals.report import is_page
+
     if {html.resolve(), html.resolve().parent} & {each.resolve() for each in taken}:
         raise UsageError(f"--html {html} is among the inputs or results.", hint="Name a file elsewhere.")
     if html.is_dir() or not html.parent.is_dir():
         raise UsageError(f"--html {html} is not a file in a folder that exists.")
+    if html.is_file() and not is_page(html):
+        raise UsageError(f"--html {html} exists, and is no page of `biollm compare`.", hint="Name another file.")
 
 
 def _bar(progress: Progress) -> Callable[[int, int, float], None]:

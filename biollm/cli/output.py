@@ -18,9 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import CallbackParam, Option
 
 from biollm.config.paths import data_dir
+from biollm.errors import UsageError
 
 _LAST, _LEAST = 18, 10  # columns of a terminal that the last column, and each of the others, keeps
 # Green for what may be used, yellow for what will be, red for what needs a hand, faint for what is not set up.
@@ -143,6 +144,13 @@ def painted(cell: str) -> str:
     """Return the name of a state in its colour; anything else as it is."""
     hue = STATES.get(cell.strip())
     return f"\033[{hue}m{cell}\033[0m" if hue else cell
+
+
+def filled(option: CallbackParam, value: Any) -> Any:
+    """Return the value of an option, the callback of one that must not be empty; raise UsageError where it is."""
+    if not all(each.strip() for each in ([value] if isinstance(value, str) else value or ())):
+        raise UsageError(f"{option.opts[0]} is empty.", hint="Give a value, or leave the option out.")
+    return value
 
 
 def as_json(value: Any) -> None:

@@ -38,7 +38,10 @@ def export(
     source: Annotated[
         Path | None, Option("--from", metavar="FILE", exists=True, help="Chat JSONL, instead of your rated answers.")
     ] = None,
-    name: Annotated[list[str] | None, Option(metavar="NAME", help="Replace this name, too; repeatable.")] = None,
+    name: Annotated[
+        list[str] | None, Option(metavar="NAME", callback=output.filled, help="Replace this name, too; repeatable.")
+    ] = None,
+    force: Annotated[bool, Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
     """Write rated answers as training data.
 
@@ -49,7 +52,7 @@ def export(
     from biollm.ledger.ratings import Ratings
     from biollm.providers import credentials
 
-    file, beside = tuning.places(file, source)
+    file, beside = tuning.places(file, source, force=force)
     accounts = [(each, account) for each in config.load_config().providers for account in each.accounts]
     keys = [credentials.find(*each, state_dir(), exchange=False) for each in accounts]
     secrets = [key.secret for key in keys if not isinstance(key, str)]

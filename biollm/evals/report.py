@@ -22,6 +22,7 @@ _SEEN = 5.0  # points: the difference that a report says how many inputs would s
 _UNSCORED = "No answer is scored: the inputs have no right answers (`target`, or the field that --expect names)."
 _CHANCE = 0.05  # p-values from which a difference may be chance
 _LEAST_HOURS = 0.01  # of GPUs that are worth a line
+_PAGE = Path(__file__).with_suffix(".html")
 HEAD = ("arm", "score", "answers", "errors", "p50", "p95", "tokens in", "out", "USD")
 
 
@@ -133,8 +134,7 @@ class Report:
         """Return one page that needs nothing else."""
         from jinja2 import Environment
 
-        source = Path(__file__).with_suffix(".html").read_text()
-        page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+        page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE.read_text())
         by_input: defaultdict[str, list[Answer]] = defaultdict(list)
         for each in self.answers:
             by_input[each.id].append(each)
@@ -142,6 +142,12 @@ class Report:
         return page.render(
             report=self, head=HEAD, rows=rows(self), lines=lines(self), by_input=by_input, differing=differing
         )
+
+
+def is_page(file: Path) -> bool:
+    """Return whether a file is a page that `Report.html` made, or empty."""
+    text, (head, *_) = file.read_text(errors="replace"), _PAGE.read_text().partition("{{")
+    return not text or text.startswith(head)
 
 
 def report(

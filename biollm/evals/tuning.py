@@ -83,16 +83,23 @@ def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     return [e for e in examples if places[e.run] > most], [e for e in examples if places[e.run] <= most]
 
 
-def places(file: Path, source: Path | None) -> tuple[Path, Path]:
-    """Return where the training data and the held-out data go; raise UsageError where that is no file to write."""
+def places(file: Path, source: Path | None, *, force: bool = False) -> tuple[Path, Path]:
+    """Return where the training data and the held-out data go; raise UsageError where that is no file to write.
+
+    Files that exist are replaced only with `force`.
+    """
     if not file.name or file.is_dir():
         raise UsageError(f"{file} is a folder.", hint="Name a file: -o train.jsonl.")
+    if not file.parent.is_dir():
+        raise UsageError(f"{file} cannot be written: there is no folder {file.parent}.", hint="Make it: mkdir -p.")
     found = file, file.with_suffix(".held-out.jsonl")
     for path in found:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} is not a file.", hint="Name another one with -o.")
         if source and path.exists() and path.samefile(source):
             raise UsageError(f"{path} would be replaced by what is made of it.", hint="Name another file with -o.")
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists.", hint="Name another file with -o, or replace it with --force.")
     return found
 
 

@@ -506,15 +506,37 @@ def test_an_arm_without_an_answer_is_named_with_its_reason(
 def test_a_page_never_replaces_an_input(net: Loopback, waterfall: Write, tmp_path: Path, biollm: Any) -> None:
     arms(net, waterfall, a="x", b="x")
     content = (path := lines(tmp_path, [{"input": "q"}])).read_text()
+    (notes := tmp_path / "notes.txt").write_text("<!doctype html> mine")
     for inputs_, html, problem in (
         (path, path, "is among the inputs"),
         (tmp_path, tmp_path / "page.html", "is among the inputs"),
         (path, tmp_path, "is not a file in a folder that exists"),
         (path, tmp_path / "none" / "page.html", "is not a file in a folder that exists"),
+        (path, notes, "exists, and is no page of `biollm compare`"),
     ):
         ran = biollm("compare", "--a", "model-a", "--b", "model-b", inputs_, "--html", html)
         assert (ran.code, problem in ran.err) == (2, True)
-    assert path.read_text() == content
+    assert (path.read_text(), notes.read_text()) == (content, "<!doctype html> mine")
+    for _ in range(2):
+        page = ("--html", tmp_path / "page.html")
+        assert biollm("compare", "--a", "model-a", "--b", "model-b", path, *page, "-o", tmp_path / "r.jsonl").code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "compare x.log --a a --b b --command",
+        "compare x.log --a a --b b --judge",
+        "compare x.log --a a --b b --expect",
+        "compare x.log --a a --b b --c",
+        "complete hi --redact-name",
+        "complete hi --cache-similar --cache-name",
+        "tune export -o x.jsonl --name",
+    ],
+)
+def test_an_option_without_a_value_is_named(biollm: Any, words: str) -> None:
+    ran = biollm(*words.split(), "")
+    assert (ran.code, f"{words.split()[-1]} is empty." in ran.err) == (2, True)
 
 
 def test_an_interrupt_says_how_to_go_on(net: Loopback, waterfall: Write, tmp_path: Path) -> None:

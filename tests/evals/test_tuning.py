@@ -139,6 +139,16 @@ def test_a_file_of_ones_own_is_exported_and_too_few_examples_are_refused(biollm:
     ran = biollm("tune", "export", "--from", own, "-o", tmp_path / "out.jsonl")
     assert ran.code == 0
     assert {len(read(tmp_path / "out.jsonl")), len(read(tmp_path / "out.held-out.jsonl"))} == {1, 2}
+    (tmp_path / "out.jsonl").unlink()
+    for out, problem in (
+        ("out.jsonl", "out.held-out.jsonl exists."),
+        ("own.jsonl", "would be replaced by what is made of it"),
+        ("none/out.jsonl", f"there is no folder {tmp_path / 'none'}."),
+    ):
+        ran = biollm("tune", "export", "--from", own, "-o", tmp_path / out)
+        assert (ran.code, problem in ran.err) == (2, True)
+    assert not (tmp_path / "none").exists()
+    assert biollm("tune", "export", "--from", own, "-o", tmp_path / "out.jsonl", "--force").code == 0
     one = jsonl(tmp_path / "one.jsonl", chat("a", run="1"), chat("b", run="1"))
     ran = biollm("tune", "export", "--from", one, "-o", tmp_path / "none.jsonl")
     assert ran.code == 2
