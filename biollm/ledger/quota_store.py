@@ -9,15 +9,16 @@ import json
 import math
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from biollm.ledger import attempts, quotas
 from biollm.ledger.quotas import Cooldown
 from biollm.ledger.records import Claim
-from biollm.ledger.sqlite import BOUND, Database, read
+from biollm.ledger.sqlite import BOUND, Database, is_damage, read
 
 if TYPE_CHECKING:
     import asyncio  # half the time of importing this module, and commands that only read need none of it
@@ -101,7 +102,8 @@ class SqliteStore:
         self.name = str(path.parent)
         self._path, self._clock, self._recalled, self._served = path, clock, recall, served
         synchronous = "OFF" if network else "NORMAL"
-        self._database = Database(path, quotas.SCHEMA, network, synchronous, patience=BOUND - 0.05)
+        self._open = partial(Database, path, quotas.SCHEMA, network, synchronous, patience=BOUND - 0.05)
+        self._database = self._open()  # for one thread
         self._pruned = -math.inf
 
     def write(self, jobs: Sequence[Job]) -> Mapping[str, Cooldown]:  # noqa: D102
@@ -113,22 +115,29 @@ class SqliteStore:
         self._database.close()
 
     def cooldowns(self) -> Mapping[str, Cooldown]:  # noqa: D102
-        return _by_key(read(self._path, quotas.COOLDOWNS, (self._clock() - quotas.MEMORY,)))
+        return _by_key(self._read(quotas.COOLDOWNS, (self._clock() - quotas.MEMORY,)))
 
     def used(self, scope: str, limits: Sequence[Limit]) -> list[tuple[float, float | None]]:  # noqa: D102
-        def query(sql: str, arguments: Sequence[object]) -> list[Any]:
-            return read(self._path, sql, arguments)
-
         now = self._clock()
-        return [quotas.used_of(query, scope, limit, now) for limit in limits]
+        return [quotas.used_of(self._read, scope, limit, now) for limit in limits]
 
     def ratios(self) -> Mapping[str, float]:  # noqa: D102
-        return dict(read(self._path, "SELECT model, ratio FROM token_ratio"))
+        return dict(self._read("SELECT model, ratio FROM token_ratio"))
 
     def origins(self, digests: Sequence[str]) -> Mapping[str, str]:  # noqa: D102
         asked = digests[-_ORIGINS:]
         marks = ", ".join("?" * len(asked))
-        return dict(read(self._path, f"SELECT digest, model FROM origin WHERE digest IN ({marks})", asked))  # noqa: S608
+        return dict(self._read(f"SELECT digest, model FROM origin WHERE digest IN ({marks})", asked))  # noqa: S608
+
+    def _read(self, sql: str, arguments: Sequence[object] = ()) -> list[Any]:
+        try:
+            return read(self._path, sql, arguments)
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+        with closing(self._open()) as database:
+            database.write(lambda _: None)  # which sets the file aside
+        return []
 
     def _carry_out(self, db: sqlite3.Connection, jobs: Sequence[Job]) -> Mapping[str, Cooldown]:
         now = self._clock()

@@ -265,6 +265,8 @@ def _password(server: LedgerServer) -> str | None:
         raise OSError(f"{server.password_env}, which holds its password, is not set")
     if not (file := server.password_file):
         return None
+    if not file.exists():
+        raise OSError(f"{file}, which holds its password, does not exist: write it, or correct password_file")
     if not is_private(file, stat.S_ISREG):
-        raise OSError(f"{file}, which holds its password, is missing or open to others: chmod 600 {quote(str(file))}")
+        raise OSError(f"{file}, which holds its password, is open to others: chmod 600 {quote(str(file))}")
     return file.read_text().strip()

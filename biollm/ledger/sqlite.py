@@ -136,6 +136,11 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(before=_before_fork, after_in_parent=lambda: _lock.release(), after_in_child=_after_fork_in_child)
 
 
+def is_damage(error: Exception) -> bool:
+    """Return whether the error means that a file is damaged; the next write sets such a file aside."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+
+
 class Database:
     """One SQLite file for one writing thread; opened on first use, and again when the file is replaced.
 
@@ -173,7 +178,7 @@ class Database:
                 try:
                     self._write(work)
                 except sqlite3.DatabaseError as error:
-                    if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                    if not is_damage(error):
                         raise
                     self._set_aside(error)
                     self._write(work)

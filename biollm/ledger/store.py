@@ -25,7 +25,7 @@ from biollm.ledger import attempts, quotas
 from biollm.ledger.quota_store import OPERATIONS, PRUNE, Job, QuotaStore, SqliteStore, history_of
 from biollm.ledger.quotas import Block, Cooldown, next_cooldown
 from biollm.ledger.records import Claim, Record, Refused
-from biollm.ledger.sqlite import BOUND, Database, Prepare, databases, on_network, read, reading
+from biollm.ledger.sqlite import BOUND, Database, Prepare, databases, is_damage, on_network, read, reading
 from biollm.ledger.writer import Writer, file_writer
 from biollm.types import span
 
@@ -436,5 +436,7 @@ class Ledger:
     def _warn(self, error: Exception | None, store: QuotaStore | None = None) -> None:
         if error and self._warned.acquire(blocking=False):
             name, advice = (store.name, store.advice) if store else (self.directory, SqliteStore.advice)
+            if is_damage(error):
+                advice = "The next request sets the damaged file aside."
             text = "The ledger %s cannot be used (%s): limits hold within this process and records wait in memory until it can. %s"
             _log.warning(text, name, error, advice)

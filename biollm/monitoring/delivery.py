@@ -90,6 +90,8 @@ def unready(config: Config) -> Iterator[Problem]:
 def _url(rules: Alerts) -> str:
     url, where = os.environ.get(rules.webhook_env or "", ""), rules.webhook_env
     if not url and (file := rules.webhook_file):
+        if not file.exists():
+            raise _DeliveryError(f"{file} does not exist")
         if not is_private(file, stat.S_ISREG):
             raise _DeliveryError(f"{file} must be a file that only you can read (chmod 600)")
         url, where = file.read_text().strip(), str(file)

@@ -840,8 +840,19 @@ def test_a_damaged_file_is_reported_by_reading_and_left_in_place(
 ) -> None:
     garbage(tmp_path / "history.db")
     assert list(Ledger(tmp_path).history()) == []
-    assert len(caplog.messages) == 1
+    (warning,) = caplog.messages
+    assert "sets the damaged file aside" in warning and "writable" not in warning
     assert (tmp_path / "history.db").exists()
+
+
+def test_a_damaged_quota_file_that_is_read_first_is_set_aside_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    garbage(tmp_path / "quotas.db")
+    with contextlib.closing(Ledger(tmp_path)) as ledger:
+        assert (ledger.token_ratio("m"), ledger.used(SCOPE, [per(3, "min")])[0][1]) == (1, 0)
+    (warning,) = caplog.messages
+    assert f"{tmp_path / 'quotas.db'} is damaged" in warning
 
 
 def test_a_file_that_somebody_removed_is_made_again(file_ledger: Ledger, tmp_path: Path) -> None:

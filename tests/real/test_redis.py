@@ -290,7 +290,8 @@ def with_password(server: RedisServer, folder: Path, mode: int = 0o600, secret: 
         ("environment", ""),
         ("none", "Authentication required"),
         ("wrong", "invalid"),
-        ("open", "is missing or open to others: chmod 600"),
+        ("open", "is open to others: chmod 600"),
+        ("missing", "does not exist: write it, or correct password_file"),
         ("unset", "REDIS_PASSWORD, which holds its password, is not set"),
     ],
 )
@@ -307,6 +308,8 @@ def test_the_password_comes_from_a_private_file_or_the_environment(
     if given == "environment":
         monkeypatch.setenv("REDIS_PASSWORD", "correct-horse-battery")
     where = {"none": {}, "environment": {"password_env": "REDIS_PASSWORD"}, "unset": {"password_env": "REDIS_PASSWORD"}}
+    if given == "missing":
+        file.unlink()
     settings = LedgerServer(url=server.server.url, **where.get(given, {"password_file": file}))
     with contextlib.closing(Ledger(tmp_path, server=settings)) as ledger:
         assert isinstance(reserve(ledger, per(5, "min")), int)
