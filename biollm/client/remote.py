@@ -143,13 +143,16 @@ def nearby(mine: Json | None = None) -> Path | None:
     if os.environ.get("BIOLLM_GATEWAY", "").lower() in FALSE:
         return None
     for folder in folders():
-        if (found := record(folder)) and found.get("identity") == (mine or identity()):
-            if new := tuple(name for name in found.get("lacks", ()) if _is_provider_key(os.environ.get(name))):
-                _warn(new)
-                continue
+        if found := record(folder):
             with suppress(OSError):
                 connect(folder / SOCKET).close()
-                return folder
+                new = [name for name in found.get("lacks", ()) if _is_provider_key(os.environ.get(name))]
+                if found.get("identity") != (mine or identity()):
+                    _warn("with another configuration or version")
+                elif new:
+                    _warn(f"without {', '.join(new)}")
+                else:
+                    return folder
     return None
 
 
@@ -165,12 +168,12 @@ def _dial(folder: Path) -> HTTPConnection:
 
 
 @cache
-def _warn(names: tuple[str, ...]) -> None:
-    """Warn once that the gateway cannot have read these variables."""
+def _warn(how: str) -> None:
+    """Warn once that the gateway was started in a way in which it cannot answer for this process."""
     import logging
 
-    text = "The gateway was started without %s and is not used. Restart it: biollm serve stop; biollm serve --detach"
-    logging.getLogger("biollm").warning(text, ", ".join(names))
+    text = "The gateway was started %s and is not used. Restart it (biollm serve stop; biollm serve --detach). %s"
+    logging.getLogger("biollm").warning(text, how, _OFF)
 
 
 def _by_url(url: str, policy: str | None, cluster: Cluster | None) -> tuple[Dial, dict[str, str]]:

@@ -366,9 +366,14 @@ def body(policy: str = "any") -> dict[str, Any]:
 
 
 def test_only_one_with_the_same_configuration_is_asked(
-    runtime: Path, waterfall: Waterfall, net: Loopback, monkeypatch: pytest.MonkeyPatch
+    runtime: Path,
+    waterfall: Waterfall,
+    net: Loopback,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = waterfall(first=net.serve())
+    gate._warn.cache_clear()
     with closing(Fake(runtime)):
         assert gate.reach(HI)
         assert gate.reach(None) is None
@@ -379,6 +384,8 @@ def test_only_one_with_the_same_configuration_is_asked(
         with monkeypatch.context() as patch:
             patch.setenv("BIOLLM_STATE_DIR", "/elsewhere")
             assert gate.reach(HI) is None
+        (warning,) = caplog.messages
+        assert warning.startswith("The gateway was started with another configuration or version and is not used.")
         client = Client()
         assert asks_the_gateway(client)
         assert not asks_the_gateway(Client(config_dir=folder))
@@ -387,6 +394,7 @@ def test_only_one_with_the_same_configuration_is_asked(
         assert asks_the_gateway(client), "it has read what the gateway has read"
         client.reload()
         assert not asks_the_gateway(client)
+        assert caplog.messages == [warning], "once"
     (folder / "models.yaml").unlink()
     assert gate.reach(HI) is None, "nobody listens"
 
