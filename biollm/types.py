@@ -40,6 +40,13 @@ def short(amount: float, digits: int = 3) -> str:
     return f"{amount / size:.{digits}g}{letter}"
 
 
+def iso(epoch: float | None) -> str | None:
+    """Return epoch seconds as ISO 8601 in UTC; None for None and 0."""
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="seconds") if epoch else None
+
+
 def counted(count: int, noun: str) -> str:
     """Return 1 input, 1,200 inputs."""
     return f"{count:,} {noun}" + "s" * (count != 1)

@@ -12,7 +12,7 @@ from typer import Option
 from biollm.cli import output
 from biollm.cli.output import Json
 from biollm.errors import UsageError
-from biollm.types import counted, span
+from biollm.types import counted, iso, span
 
 
 def show(
@@ -29,7 +29,7 @@ def show(
     with _reported(cache.path):
         count, size, newest = cache.contents(time.time() - limits.ttl, limit)
     for each in newest:
-        each["made_at"] = output.moment(each["made_at"])
+        each["made_at"] = iso(each["made_at"])
     if as_json:
         facts = {"file": str(cache.path), "bytes": size, "max_mb": limits.max_mb, "ttl_s": limits.ttl}
         output.as_json({**facts, "answers": count, "newest": newest})

@@ -14,7 +14,7 @@ from typer import Argument, Option
 from biollm.cli import output
 from biollm.cli.output import Json
 from biollm.errors import Problem
-from biollm.types import counted, short
+from biollm.types import counted, iso, short
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -112,7 +112,7 @@ def _account(candidate: Candidate, used: Sequence[tuple[Limit, float, float | No
 
 def _limit(limit: Limit, used: float, resets: float | None) -> dict[str, Any]:
     facts = {"limit": str(limit), "kind": limit.kind, "amount": limit.amount, "per": limit.unit}
-    return {**facts, "used": used, "resets": output.moment(resets)}
+    return {**facts, "used": used, "resets": iso(resets)}
 
 
 def health(

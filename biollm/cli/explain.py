@@ -14,6 +14,7 @@ from biollm.cli.complete import File, LocalOnly, MaxTokens, Model, NoCondense, N
 from biollm.cli.output import Json
 from biollm.cli.prompt import read
 from biollm.errors import CompletionError
+from biollm.types import iso
 
 if TYPE_CHECKING:
     from biollm.routing.candidates import Candidate
@@ -102,7 +103,7 @@ def _facts(candidate: Candidate) -> dict[str, Any]:
         "model": deployment.model,
         "standing": candidate.status,
         "reason": candidate.reason,
-        "until": output.moment(candidate.until),
+        "until": iso(candidate.until),
         "cost": cost and _cost(cost),
         "load": load and {"own": load.own, "others": load.others, "metrics": load.told},
     }

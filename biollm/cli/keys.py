@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from biollm.cli import output
 from biollm.cli.output import Json
+from biollm.types import iso
 
 Name = Annotated[str, Argument(metavar="NAME", help="Whose key it is: a person, a group or a program.")]
 Limits = Annotated[list[str] | None, Option(metavar="LIMIT", help="Requests: 30/min; repeatable.")]
@@ -60,11 +61,11 @@ def list_(as_json: Json = False) -> None:
     for key in keys.listed():
         used = [each for claim in (key.requests, key.usage) for each in book.used(claim.scope, claim.limits)]
         tags = ",".join(f"{name}={value}" for name, value in key.tags.items())
-        shown = ", ".join(f"{amount:.15g} of {limit}" for limit, amount, _ in used)
+        shown = ", ".join(f"{amount:.6f}".rstrip("0").rstrip(".") + f" of {limit}" for limit, amount, _ in used)
         rows.append((key.name, "hash" if key.hashed else "plain", tags or "-", shown or "no limits"))
         facts.append({
             "name": key.name, "hashed": bool(key.hashed), "tags": dict(key.tags), "start_local": key.start_local,
-            "limits": [{"limit": str(limit), "used": amount, "resets_at": output.moment(at)} for limit, amount, at in used],
+            "limits": [{"limit": str(limit), "used": amount, "resets_at": iso(at)} for limit, amount, at in used],
         })  # fmt: skip
     if as_json:
         output.as_json(facts)

@@ -14,7 +14,8 @@ from typer import Option
 
 from biollm.cli import output
 from biollm.cli.output import Json
-from biollm.types import counted, short
+from biollm.errors import UsageError
+from biollm.types import counted, iso, short
 
 if TYPE_CHECKING:
     from biollm.monitoring.snapshot import Snapshot
@@ -51,6 +52,8 @@ def usage(
     from biollm.monitoring import metrics
     from biollm.monitoring import usage as reports
 
+    if as_json + as_csv + prometheus > 1:
+        raise UsageError("--json, --csv and --prometheus exclude each other.", hint="Choose one.")
     output.warn_unwritable(state_dir())
     records, now = Ledger(state_dir()), time.time()
     for file in merge or ():
@@ -79,7 +82,7 @@ def _facts(report: Report) -> dict[str, Any]:
 
     facts = asdict(report)
     for each in (facts, *facts["quotas"], *facts["budgets"]):
-        each.update({name: output.moment(at) for name, at in each.items() if name in _TIMES})
+        each.update({name: iso(at) for name, at in each.items() if name in _TIMES})
     return facts
 
 
@@ -162,7 +165,7 @@ def _cells(row: Row) -> Sequence[object]:
 
 
 def _minute(epoch: float | None) -> str:
-    return (output.moment(epoch) or "-")[:16].replace("T", " ")
+    return (iso(epoch) or "-")[:16].replace("T", " ")
 
 
 def _usd(value: float | None) -> str:
@@ -266,6 +269,6 @@ def alerts(
     elif not quiet and not config.alerts.active:
         print("No alert rules configured: add some under `alerts:` in providers.yaml.")
     elif not quiet:
-        print("\n".join(f"since {output.moment(each.since)}  {each}" for each in found) or "No active alerts.")
+        print("\n".join(f"since {iso(each.since)}  {each}" for each in found) or "No active alerts.")
     if found:
         raise typer.Exit(1)

@@ -166,13 +166,6 @@ def _plain(value: Any) -> Any:
     return value.model_dump() if hasattr(value, "model_dump") else str(value)
 
 
-def moment(epoch: float | None) -> str | None:
-    """Return epoch seconds as ISO 8601 in UTC."""
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="seconds") if epoch else None
-
-
 class Progress:
     """Progress on stderr: one line that is replaced on a terminal, else a line each. `hint` is printed at the end."""
 

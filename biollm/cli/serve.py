@@ -10,6 +10,7 @@ from typer import Option
 from biollm.cli import output
 from biollm.cli.output import Json
 from biollm.errors import UsageError
+from biollm.types import iso
 
 
 def serve(
@@ -78,7 +79,7 @@ def status(as_json: Json = False) -> None:
         raise typer.Exit(1)
     mine: dict[str, Any] = told.get("identity") or {}
     same = mine == identity()
-    started = output.moment(told.get("started"))
+    started = iso(told.get("started"))
     facts = {"pid": told["pid"], "started": started, "socket": told["socket"], "url": told.get("url")}
     facts["keys"] = told.get("keys")
     if as_json:

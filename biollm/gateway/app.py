@@ -179,11 +179,10 @@ class _Gateway:
             return _refused(Dialect(""), UsageError("/usage is for requests with a key.", hint=hint))
         now, config = time.time(), self._client.config
         try:
-            since = usage.moment(request.query_params.get("since", "7d"), now)
+            since, claims = usage.moment(request.query_params.get("since", "7d"), now), (key.requests, key.usage)
+            return _json(await apart(usage.of_key, config, ledger(config), key.name, claims, since, now))
         except UsageError as error:
             return _refused(Dialect(""), error)
-        claims = (key.requests, key.usage)
-        return _json(await apart(usage.of_key, config, ledger(config), key.name, claims, since, now))
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(page.html(await apart(self._top.snapshot)), headers=_PAGE)

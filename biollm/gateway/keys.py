@@ -163,7 +163,7 @@ def add(name: str, entry: Mapping[str, Any]) -> tuple[str, Path]:
             _Entry.model_validate(written)
         except ValidationError as error:
             each = error.errors(include_url=False)[0]
-            raise UsageError(f"{str(each['loc'][0]).replace('_', ' ')}: {sentence(each)}") from None
+            raise UsageError(f"--{str(each['loc'][0]).replace('_', '-')}: {sentence(each)}") from None
         old = old.rstrip().removesuffix("{}")
         text = pyyaml.safe_dump({name: written}, sort_keys=False, allow_unicode=True)
         _replace(file, f"{old.rstrip()}\n{text}".lstrip(), {*there, name})

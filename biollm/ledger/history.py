@@ -229,13 +229,13 @@ def cells(
 
 
 def marked(ledger: Ledger, since: float, until: float, marks: Mapping[str, str]) -> list[tuple[Key, Cell]]:
-    """Return the sums of the requests in `marks`, with each one's mark in place of its tags; latencies are exact."""
+    """Return the sums of the attempts, with the mark of each request, or "(none)", in place of its tags; latencies are exact."""
     with ledger.reading() as db:
         if db is None:
             return []
         rows = map(_Attempt._make, db.execute(f"{_READ} at >= ? AND at < ? ORDER BY at, id", (since, until)))
-        chosen = [row._replace(tags=marks[row.request]) for row in rows if row.request in marks]
-    return list(_fold(chosen, {}, exact=True, grain=1 << 30).items())
+        marked = (row._replace(tags=marks.get(row.request, "(none)")) for row in rows)
+        return list(_fold(marked, {}, exact=True, grain=1 << 30).items())
 
 
 def _summed(db: sqlite3.Connection, since: float, until: float, grain: int) -> Iterator[tuple[Key, Cell]]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from biollm.types import counted
+from biollm.types import counted, iso
 
 if TYPE_CHECKING:
     from biollm.config import Alerts
@@ -31,8 +30,7 @@ class Alert:
     @property
     def facts(self) -> dict[str, Any]:
         """Return what is reported of it."""
-        since = datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds")
-        return {"rule": self.rule, "about": self.about, "text": self.text, "since": since}
+        return {"rule": self.rule, "about": self.about, "text": self.text, "since": iso(self.since)}
 
     def __str__(self) -> str:
         return f"resolved: {self.text}" if self.over else self.text

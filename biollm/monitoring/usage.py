@@ -23,7 +23,7 @@ from biollm.ledger import Claim, Ledger, history
 from biollm.ledger.history import Cell, Key
 from biollm.ledger.quotas import period
 from biollm.ledger.ratings import marks
-from biollm.types import Json, seconds_of, span
+from biollm.types import Json, iso, seconds_of, span
 
 By = Literal["provider", "account", "model", "day", "hour", "tag", "key", "rating"]
 Cells = Sequence[tuple[Key, Cell]]
@@ -127,6 +127,7 @@ def report(
     now = time.time()
     until = now if until is None else until
     since = until - WEEK if since is None else since
+    _check_order(since, until)
     cells, kept = history.cells(ledger, since, until, exact, _GRAIN.get(by, 1 << 30))
     price = _price(config.costs.reference_model)
     groups = cells if by != "rating" else history.marked(ledger, since, until, marks(ledger.directory, since, until))
@@ -149,17 +150,25 @@ def report(
 
 def of_key(config: Config, ledger: Ledger, name: str, claims: Sequence[Claim], since: float, until: float) -> Json:
     """Return what a gateway's key has used, in total and by model, and its limits now; for anyone who has the key."""
+    _check_order(since, until)
     cells = [each for each in history.cells(ledger, since, until)[0] if json.loads(each[0].tags).get("key") == name]
     embedded = {each.name for each in config.providers if each.type == "embedded"}
     rows, total = _rows(cells, cells, "model", None, embedded, exact=False)
     limits = [
-        {"limit": str(limit), "used": used, "left": max(0.0, limit.amount - used), "resets_at": resets}
+        {"limit": str(limit), "used": used, "left": max(0.0, limit.amount - used), "resets_at": iso(resets)}
         for claim in claims
         for limit, used, resets in ledger.used(claim.scope, claim.limits)
     ]
     shown = ("name", "requests", "errors", "prompt_tokens", "completion_tokens", "cost_usd")
     facts = [{field: getattr(row, field) for field in shown} for row in (total, *rows)]
-    return {"since": since, "until": until, "key": name, "total": facts[0], "models": facts[1:], "limits": limits}
+    whole = {"since": iso(since), "until": iso(until), "key": name}
+    return whole | {"total": facts[0], "models": facts[1:], "limits": limits}
+
+
+def _check_order(since: float, until: float) -> None:
+    if since > until:
+        start, end = (f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC" for at in (since, until))
+        raise UsageError(f"The start, {start}, is after the end, {end}.", hint="Give an earlier start or a later end.")
 
 
 def moment(written: str, now: float) -> float:

@@ -107,8 +107,8 @@ def test_revoking_leaves_the_others_and_their_comments(biollm: Any, file: Path) 
         ("add ann", "has a key named 'ann' already."),
         ("add a/b", "'a/b' cannot be a key's name."),
         ("add random", "'random' is the name of a key of the gateway itself."),
-        ("add ben --rate-limit fast", "rate limit: 'fast' is not a valid limit"),
-        ("add ben --budget 10", "budget: '10' is not a valid limit"),
+        ("add ben --rate-limit fast", "--rate-limit: 'fast' is not a valid limit"),
+        ("add ben --budget 10", "--budget: '10' is not a valid limit"),
         ("add ben --tag user", "--tag has 'user', which is not key=value."),
         ("revoke anne", "has no key named 'anne'.\nDid you mean ann?"),
     ],
@@ -278,7 +278,10 @@ def test_a_key_shows_its_own_usage_and_no_other(biollm: Any, file: Path) -> None
     (limit,) = seen["limits"]
     assert (limit["limit"], limit["used"], limit["left"]) == ("100 USD/month", 60, 40)
     assert client.get("/usage", headers=bearer(ben)).json()["total"]["requests"] == 2
+    assert seen["since"] < seen["until"] < limit["resets_at"] and seen["until"].endswith("+00:00")
+    assert {each["used"] for key in biollm("keys", "list", "--json").json for each in key["limits"]} == {60}
     assert client.get("/usage?since=yesterday", headers=bearer(ben)).status_code == 400
+    assert client.get("/usage?since=2099-01-01", headers=bearer(ben)).status_code == 400
     assert client.get("/usage").status_code == 401
     rows = {row["name"]: row["requests"] for row in biollm("usage", "--by", "key", "--json").json["rows"]}
     assert rows == {"ann": 1, "ben": 2}

@@ -159,7 +159,7 @@ def test_usage_reports_by_rating(net: Loopback, waterfall: Write, biollm: Any) -
         if rating:
             asking.rate(answer, rating)  # type: ignore[arg-type]
     report = biollm("usage", "--by", "rating", "--json").json
-    assert {row["name"]: row["requests"] for row in report["rows"]} == {"up": 2, "down": 1}
+    assert {row["name"]: row["requests"] for row in report["rows"]} == {"up": 2, "down": 1, "(none)": 1}
     assert report["total"]["requests"] == 4
 
 

@@ -460,7 +460,17 @@ def test_json_gives_times_in_iso_8601_utc(
 
 
 @pytest.mark.parametrize(
-    "argv", [("--since", "yesterday"), ("--by", "colour"), ("--prune", "old"), ("--merge", "/nowhere.db")]
+    "argv",
+    [
+        ("--since", "yesterday"),
+        ("--by", "colour"),
+        ("--prune", "old"),
+        ("--merge", "/nowhere.db"),
+        ("--since", "2099-01-01"),
+        ("--since", "1d", "--until", "2d"),
+        ("--csv", "--json"),
+        ("--json", "--prometheus"),
+    ],
 )
 def test_what_it_cannot_do_is_one_sentence(used: Path, biollm: Callable[..., Any], argv: tuple[str, ...]) -> None:
     ran = biollm("usage", *argv)
