@@ -129,7 +129,7 @@ def _bar(progress: Progress) -> Callable[[int, int, float], None]:
             began = time.monotonic()
         left = (time.monotonic() - began) / done * (count - done)
         bar = ("#" * (_BAR * done // count)).ljust(_BAR, "-")
-        progress.say(f"[{bar}] {done} of {count}, about {left:.0f} s left, {usd:.4f} USD")
+        progress.say(f"[{bar}] {done} of {count}, about {left:.0f} s left, {usd:.6f} USD")
 
     return show
 

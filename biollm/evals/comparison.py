@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,10 +24,10 @@ from biollm.client.ensemble import MOST
 from biollm.client.local import gather
 from biollm.client.options import Options
 from biollm.client.options import check as check_options
-from biollm.errors import UsageError
+from biollm.errors import UsageError, nearest
 from biollm.evals import inputs, scoring
 from biollm.evals.inputs import Input
-from biollm.evals.report import Answer, Report, Used, Verdict, report
+from biollm.evals.report import Answer, Report, Used, Verdict, last_line, report
 from biollm.evals.results import Results, opened
 from biollm.inputs.read import read_input
 from biollm.monitoring.usage import gpu_hours
@@ -57,7 +58,7 @@ class Comparison:
     Attributes:
         arms: "model" or "provider/model", answered by that alone; "ensemble:3" or "ensemble:a,b,c".
         prompt: Asked about every file, and before the question of every line.
-        expect: The field of the input and of the structured answer that must be equal.
+        expect: The field of the input and of the structured answer that must be equal, unless `command` or `judge` is given.
         command: See `scoring.by_command`.
         judge: The model that judges pairs of answers, each twice with the order swapped.
         wait: Seconds that a request waits where its arm is at a limit, before it counts as an error.
@@ -86,8 +87,6 @@ class Comparison:
         check_options(cast("Options", self.options))
         if self.schema:
             ResponseSchema(self.schema).check("schema")
-        if len([each for each in (self.expect, self.command, self.judge) if each]) > 1:
-            raise UsageError("--expect, --command and --judge exclude each other.", hint="Choose one.")
         for arm in (*self.arms, *([self.judge] if self.judge else [])):
             members = _members(arm)
             if isinstance(members, int) and not 1 <= members <= MOST:
@@ -99,6 +98,14 @@ class Comparison:
                 if not all(price(each.deployment, client.config) for each in found):
                     message = f"The price of {name} is unknown, so the spend limit cannot be kept."
                     raise UsageError(message, hint="Set costs.per_million_tokens in providers.yaml.")
+
+    def check_expect(self, found: Sequence[Input]) -> None:
+        """Raise a UsageError where no input, or not the schema, has the field with the right answer."""
+        fields = {name for each in found for name in each.record}
+        for where, names in (("inputs have", fields), ("schema has", (self.schema or {}).get("properties"))):
+            if self.expect and names is not None and self.expect not in names:
+                hint = nearest(self.expect, names) or f"Its fields: {', '.join(sorted(names)) or 'none'}."
+                raise UsageError(f"The {where} no field {self.expect!r}, which `expect` names.", hint=hint)
 
     def costs(self, client: Client, arm: str) -> bool:
         """Return whether an answer of this arm may cost something."""
@@ -138,6 +145,8 @@ def compare(
     Raises:
         UsageError: An input, an arm or a setting is wrong.
     """
+    if len([name for name in ("expect", "command", "judge") if settings.get(name)]) > 1:
+        raise UsageError("--expect, --command and --judge exclude each other.", hint="Choose one.")
     file = Path(results) if results else None
     checked({"limit": 1 if limit is None else limit}, {"limit": at_least(1)})
     found, given = inputs.read([Path(path) for path in paths], file)
@@ -145,10 +154,12 @@ def compare(
     comparison = Comparison(arms=arms, **given)
     client = client or Client(sender="direct")
     comparison.check(client)
+    comparison.check_expect(found)
     run = _Run(comparison, client, found[:limit], progress)
     answers, verdicts = background().run(run.answers(file))
     hours = gpu_hours(client.config, run.began, time.time())
-    return report(arms, run.inputs, answers, verdicts, comparison.expect, hours, run.lost, run.stopped)
+    made = report(arms, run.inputs, answers, verdicts, comparison.expect, hours, run.lost)
+    return replace(made, stopped=run.stopped, judge=comparison.judge, unjudged=run.unjudged)
 
 
 class _Run:
@@ -165,8 +176,9 @@ class _Run:
         self.inputs, self.began, self.stopped = found, time.time(), ""  # why nothing more is sent
         limited = () if comparison.spend_limit is None else (*comparison.arms, comparison.judge)
         self._costly = {arm for arm in limited if arm and comparison.costs(client, arm)}
+        self.unjudged = Counter[str]()
         self._usd, self._failed, self.lost = 0.0, False, dict[str, Used]()  # by attempts without an answer
-        by_command = scoring.by_command(comparison.command) if comparison.command else None
+        by_command = scoring.by_command(comparison.command, comparison.expect) if comparison.command else None
         self._score = by_command or (scoring.unscored if comparison.judge else scoring.by_expected(comparison.expect))
 
     async def answers(self, file: Path | None) -> tuple[list[Answer], list[Verdict]]:
@@ -274,6 +286,7 @@ class _Run:
             prompt = scoring.judge_prompt(text, first.text, second.text)
             answer = await self._paid(partial(self._ask, given, judge, prompt, options))
             if isinstance(answer, CompletionError):
+                self.unjudged[last_line(str(answer))] += 1
                 return None
             winners.append(answer.parsed["winner"])
         made = Verdict(given.id, one.arm, other.arm, *scoring.verdict(*winners))

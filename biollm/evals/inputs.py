@@ -64,12 +64,12 @@ def read(paths: Sequence[Path], results: Path | None = None) -> tuple[list[Input
     """Return the inputs, and the settings of a folder's compare.yaml: prompt, system, schema, expect.
 
     A JSONL line has `messages`, `input` or `prompt`, and a `file` that it is about. A folder's inputs are the lines of
-    its JSONL files, or its other files; `results`, which the run writes, is none.
+    its JSONL files, or its other files; `results`, which the run writes, is none. A file that is named twice is read once.
 
     Raises:
         UsageError: A file cannot be read, or has no input; it names the line.
     """
-    found: list[Input] = []
+    named: list[Path] = []
     settings: dict[str, Any] = {}
     own = results and results.resolve()
     for path in paths:
@@ -79,9 +79,13 @@ def read(paths: Sequence[Path], results: Path | None = None) -> tuple[list[Input
                 each for each in path.iterdir() if each.is_file() and each.name[0] != "." and each.resolve() != own
             )
             lines = [each for each in files if each.suffix == ".jsonl"]
-            found += [each for file in lines or files if file.name != SETTINGS for each in _of_file(file)]
+            named += [file for file in lines or files if file.name != SETTINGS]
         else:
-            found += _of_file(path)
+            named.append(path)
+    once: dict[Path, Path] = {}
+    for path in named:
+        once.setdefault(path.resolve(), path)
+    found = [each for path in once.values() for each in _of_file(path)]
     if not found:
         raise UsageError("There are no inputs.", hint="Name log files, a folder of them, or JSONL files.")
     return list(_apart(found)), settings

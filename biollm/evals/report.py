@@ -96,8 +96,8 @@ class Pair:
     """How the second of two arms differs from the first, on the inputs that both answered.
 
     Attributes:
-        wins, losses, ties: Inputs on which `other` is better, worse, or equal.
-        differ: Inputs with different answers, whether or not they are scored.
+        other_wins, one_wins, ties: Inputs on which `other` is better, `one` is better, or neither.
+        different_answers: Inputs with different answers, whether or not they are scored.
         p: Of the exact sign test; McNemar's for scores of 0 and 1.
         points: Mean difference of the scores, in points of 100; `low` and `high`: its 95% interval.
         contradicted: How often the judge chose the other answer when the order was swapped; None without one.
@@ -107,10 +107,10 @@ class Pair:
     one: str
     other: str
     inputs: int
-    wins: int = 0
-    losses: int = 0
+    other_wins: int = 0
+    one_wins: int = 0
     ties: int = 0
-    differ: int = 0
+    different_answers: int = 0
     p: float | None = None
     points: float | None = None
     low: float | None = None
@@ -121,12 +121,19 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a comparison found. `stopped`: why not every input was asked; "" if all were."""
+    """What a comparison found.
+
+    Attributes:
+        stopped: Why not every input was asked, or judged; "" if all were.
+        unjudged: Why the judge gave no verdict -> on how many pairs of answers.
+    """
 
     arms: tuple[Arm, ...]
     pairs: tuple[Pair, ...]
     inputs: int
     stopped: str = ""
+    judge: str | None = None
+    unjudged: Mapping[str, int] = field(default_factory=dict[str, int])
     answers: tuple[Answer, ...] = field(default=(), repr=False)
     expected: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
 
@@ -158,7 +165,6 @@ def report(
     expect: str | None,
     hours: Mapping[str, float],
     lost: Mapping[str, Used],
-    stopped: str,
 ) -> Report:
     """Return the report; `hours` of GPUs by model, `lost` by arm."""
     by_arm: dict[str, dict[str, Answer]] = {arm: {} for arm in arms}
@@ -172,10 +178,14 @@ def report(
             for one, other in combinations(arms, 2)
         ),
         inputs=len(inputs),
-        stopped=stopped,
         answers=tuple(found[each.id] for each in inputs for found in by_arm.values() if each.id in found),
         expected={each.id: each.expected(expect) for each in inputs},
     )
+
+
+def last_line(error: str) -> str:
+    """Return the last line of an error's message: the attempt that failed last."""
+    return error.splitlines()[-1].strip()
 
 
 def _arm(name: str, found: Sequence[Answer], hours: Mapping[str, float], lost: Used) -> Arm:
@@ -187,7 +197,7 @@ def _arm(name: str, found: Sequence[Answer], hours: Mapping[str, float], lost: U
         name=name,
         answers=len(answered),
         errors=len(found) - len(answered),
-        reasons=Counter(each.error.splitlines()[-1].strip() for each in found if each.error),
+        reasons=Counter(last_line(each.error) for each in found if each.error),
         score=fmean(scores) if scores else None,
         p50_ms=p50,
         p95_ms=p95,
@@ -221,16 +231,16 @@ def _pair(
     values = [value for cluster in clusters.values() for value in cluster]
     if not values:
         sentence = _differing(differ, count, "answer") if count else "no input has an answer of both"
-        return Pair(one=one, other=other, inputs=count, differ=differ, sentence=sentence)
+        return Pair(one=one, other=other, inputs=count, different_answers=differ, sentence=sentence)
     wins, losses = sum(value > 0 for value in values), sum(value < 0 for value in values)
     pair = Pair(
         one=one,
         other=other,
         inputs=len(values),
-        wins=wins,
-        losses=losses,
+        other_wins=wins,
+        one_wins=losses,
         ties=len(values) - wins - losses,
-        differ=differ,
+        different_answers=differ,
         points=100 * fmean(values),
         contradicted=sum(contradicted) if contradicted else None,
     )
@@ -245,7 +255,7 @@ def _pair(
 
 def _sentence(pair: Pair, p: float, low: float, high: float, needed: int) -> str:
     """Return what the difference is worth, as the lead of the arm with the higher score."""
-    better, most, least = pair.other, pair.wins, pair.losses
+    better, most, least = pair.other, pair.other_wins, pair.one_wins
     if pair.points and pair.points < 0:
         better, most, least, low, high = pair.one, least, most, 0.0 - high, 0.0 - low
     lead = f"lead {low:+.1f} to {high:+.1f} points (95% interval)"
@@ -256,7 +266,7 @@ def _sentence(pair: Pair, p: float, low: float, high: float, needed: int) -> str
 
 
 def _differing(unequal: int, count: int, noun: str) -> str:
-    return f"{unequal} of {counted(count, noun)} differ" + "s" * (unequal == 1)
+    return f"{unequal} of {counted(count, noun)} differ" + "s" * (1 in (unequal, count))
 
 
 def rows(found: Report) -> Iterator[tuple[str, ...]]:
@@ -270,7 +280,7 @@ def rows(found: Report) -> Iterator[tuple[str, ...]]:
             *("-" if ms is None else seconds(ms) for ms in (arm.p50_ms, arm.p95_ms)),
             short(arm.prompt_tokens),
             short(arm.completion_tokens),
-            "unknown" if arm.cost_usd is None else f"{arm.cost_usd:.4f}",
+            "unknown" if arm.cost_usd is None else f"{arm.cost_usd:.6f}",
         )
 
 
@@ -283,7 +293,10 @@ def lines(found: Report) -> Iterator[str]:
             yield f"{arm.name}: {counted(arm.changed, 'input')} condensed or redacted."
         if (arm.gpu_hours or 0) >= _LEAST_HOURS:
             yield f"{arm.name}: {arm.gpu_hours:.2f} GPU hours."
-    if any(arm.answers for arm in found.arms) and not any(pair.wins + pair.losses + pair.ties for pair in found.pairs):
+    for reason, count in found.unjudged.items():
+        yield f"{found.judge}: {count} without a verdict: {reason}"
+    scored = found.judge or any(arm.score is not None for arm in found.arms)
+    if any(arm.answers for arm in found.arms) and not scored:
         yield _UNSCORED
     for pair in found.pairs:
         yield f"{pair.one} and {pair.other}: {pair.sentence}."
@@ -292,4 +305,5 @@ def lines(found: Report) -> Iterator[str]:
         if pair.contradicted is not None:
             yield f"  The judge contradicted itself in {pair.contradicted} of them when the order was swapped: ties."
     if found.stopped:
-        yield f"Stopped: {found.stopped}."
+        compared = any(pair.other_wins + pair.one_wins + pair.ties for pair in found.pairs)
+        yield f"Stopped: {found.stopped}{'' if compared else ', before any answers were compared'}."

@@ -51,10 +51,10 @@ async def unscored(_given: Input, _text: str, _parsed: Any) -> None:
     """Score nothing: a judge compares."""
 
 
-def by_command(command: str) -> Score:
+def by_command(command: str, expect: str | None = None) -> Score:
     """Score with a program: the number that it prints last, else 1 where it exits with 0.
 
-    {answer}, {input} and {expected} stand for files with these texts. No shell is started.
+    {answer}, {input} and {expected} (the field `expect` of the input) stand for files with these texts. No shell is started.
     """
     try:
         words = shlex.split(command)
@@ -70,7 +70,7 @@ def by_command(command: str) -> Score:
             question = given.question if isinstance(given.question, str) else json.dumps(given.question)
             if given.file and not question:
                 question = given.file.read_text(errors="replace")
-            texts = {"answer": text, "input": question, "expected": str(given.expected(None) or "")}
+            texts = {"answer": text, "input": question, "expected": str(given.expected(expect) or "")}
             line = words
             for name, content in texts.items():
                 (Path(folder) / name).write_text(content, errors="replace")

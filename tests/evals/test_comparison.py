@@ -18,7 +18,8 @@ from provider import Json, Loopback, Server
 from biollm import evals
 from biollm.client import UsageError
 from biollm.evals import inputs, scoring
-from biollm.evals.report import Pair, Report
+from biollm.evals.report import Pair, Report, rows
+from biollm.evals.report import lines as report_lines
 
 Write = Callable[..., Path]
 DIAGNOSIS = Path(__file__).parents[2] / "examples" / "diagnosis"
@@ -68,7 +69,7 @@ def test_every_arm_gets_every_input_and_none_but_it_answers(net: Loopback, water
     assert texts[0] == texts[1], "the same text"
     right = 12 + sum(category == "other" for category in list(EXPECTED.values())[12:])
     assert [(arm.score, arm.answers, arm.errors) for arm in found.arms] == [(1, 24, 0), (right / 24, 24, 0)]
-    assert (pair(found).wins, pair(found).losses, pair(found).inputs) == (0, 24 - right, 24)
+    assert (pair(found).other_wins, pair(found).one_wins, pair(found).inputs) == (0, 24 - right, 24)
     assert found.inputs == 24
 
 
@@ -303,7 +304,7 @@ def test_a_judge_sees_each_pair_twice(net: Loopback, waterfall: Write, tmp_path:
     path = lines(tmp_path, [{"input": f"question {n}"} for n in range(6)])
     found = evals.compare([path], ["a", "b"], judge=named, results=tmp_path / "out.jsonl")
     assert len(judge.completions) == 12
-    assert (pair(found).wins, pair(found).contradicted) == (6, 0)
+    assert (pair(found).other_wins, pair(found).contradicted) == (6, 0)
     assert pair(found).sentence.startswith("b is better: 6 to 0 of 6 inputs (p = 0.031)")
     evals.compare([path], ["a", "b"], judge=named, results=tmp_path / "out.jsonl")
     assert len(judge.completions) == 12, "verdicts are kept, too"
@@ -433,6 +434,50 @@ def test_what_is_paid_for_without_an_answer_counts(net: Loopback, waterfall: Wri
     assert "the spend limit" in stopped.stopped
 
 
+@pytest.mark.parametrize(
+    ("expect", "schema", "problem"),
+    [
+        ("categroy", None, "The inputs have no field 'categroy', which `expect` names."),
+        ("category", {"cause": {"type": "string"}}, "The schema has no field 'category', which `expect` names."),
+    ],
+)
+def test_a_misspelt_field_is_found_before_anything_is_sent(
+    net: Loopback, waterfall: Write, tmp_path: Path, expect: str, schema: Json | None, problem: str
+) -> None:
+    servers = arms(net, waterfall, a="x", b="x")
+    path = lines(tmp_path, [{"input": "q", "category": "x"}])
+    wanted = schema and {"type": "object", "properties": schema}
+    with pytest.raises(UsageError, match=re.escape(problem)):
+        evals.compare([path], ["model-a", "model-b"], expect=expect, schema=wanted)
+    assert not any(each.completions for each in servers.values())
+
+
+def test_an_option_takes_precedence_over_how_a_folder_scores(
+    net: Loopback, waterfall: Write, tmp_path: Path, biollm: Any
+) -> None:
+    judge = {"role": "assistant", "content": '{"winner": "tie", "reason": "?"}'}
+    servers = arms(net, waterfall, a="yes", b="no", j=lambda _: judge)
+    (folder := tmp_path / "in").mkdir()
+    (folder / "compare.yaml").write_text("expect: right")
+    lines(folder, [{"input": "q", "right": "no"}, {"input": "p", "right": "no"}])
+    given = ("compare", "--a", "model-a", "--b", "model-b", folder, "-o", tmp_path / "out.jsonl", "--json")
+    for words, scores in (
+        ((), [0, 1]),
+        (("--command", "diff -q {answer} {expected}"), [0, 1]),
+        (("--judge", "model-j"), [None, None]),
+    ):
+        assert [each["score"] for each in biollm(*given, *words).json["arms"]] == scores
+    assert len(servers["j"].completions) == 4
+    assert "exclude each other" in biollm(*given, "--judge", "model-j", "--expect", "right").err
+
+
+def test_a_file_that_is_named_twice_counts_once(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    arms(net, waterfall, a="x", b="x")
+    path = lines(tmp_path, [{"input": "q"}])
+    again = tmp_path / ".." / tmp_path.name / path.name
+    assert evals.compare([path, tmp_path, again], ["model-a", "model-b"]).inputs == 1
+
+
 # --- what it says --------------------------------------------------------------------------------------------------
 
 
@@ -450,7 +495,7 @@ def test_inputs_about_one_file_are_no_evidence(net: Loopback, waterfall: Write, 
     records = [{"input": f"question {n}", "target": "yes", "cluster": "a.log"} for n in range(8)]
     found = pair(evals.compare([lines(tmp_path, records)], ["model-a", "model-b"]))
     assert found.sentence == "8 of 8 inputs differ; inputs about one file say nothing about others"
-    assert (found.p, found.low, found.high, found.losses) == (None, None, None, 8)
+    assert (found.p, found.low, found.high, found.one_wins) == (None, None, None, 8)
 
 
 def test_results_are_a_dataset_of_inspect(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
@@ -485,7 +530,9 @@ def test_the_command_line_compares(
     assert "model-a" in (tmp_path / "out.html").read_text()
     assert (tmp_path / "out.html").stat().st_mode & 0o777 == 0o600
     found = biollm("compare", "--a", "model-a", "--b", "model-b", DIAGNOSIS, "--json").json
-    assert found["pairs"][0]["wins"] == pytest.approx(24 * (found["arms"][1]["score"] - found["arms"][0]["score"]))
+    assert found["pairs"][0]["other_wins"] == pytest.approx(
+        24 * (found["arms"][1]["score"] - found["arms"][0]["score"])
+    )
     assert biollm("compare", "--a", "model-a", "--b", "model-b", "gone.log").code == 2
 
 
@@ -500,6 +547,39 @@ def test_an_arm_without_an_answer_is_named_with_its_reason(
     assert ran.code == 69
     assert re.search("^a: 2 without an answer: .*HTTP 400", ran.out, re.MULTILINE)
     assert "No answer is scored: the inputs have no right answers" in ran.out
+
+
+def test_why_nothing_is_compared(net: Loopback, waterfall: Write, tmp_path: Path, paid: Any) -> None:
+    a, b, down = net.serve(text="x"), net.serve(text="y"), net.serve(then=HTTP_400)
+    garbled = net.serve(text="no JSON")
+    waterfall(
+        a=paid(a, "a"),
+        b=paid(b, "b", "gpt-4o"),
+        **{n: {"base_url": s.url, "models": [n]} for n, s in {"d": down, "g": garbled}.items()},
+    )
+    path = lines(tmp_path, [{"input": "q", "target": "x"}])
+    models = ["a/gpt-4o-mini", "b/gpt-4o"]
+    for names, settings, sentence in (
+        (["a/gpt-4o-mini", "d"], {}, "a/gpt-4o-mini and d: no input has an answer of both."),
+        (["a/gpt-4o-mini", "d"], {"judge": "g"}, "a/gpt-4o-mini and d: no input has an answer of both."),
+        (models, {"judge": "g"}, "g: 1 without a verdict: "),
+        (
+            models,
+            {"judge": "a/gpt-4o-mini", "spend_limit": 1e-9, "concurrency": 1},
+            ", before any answers were compared.",
+        ),
+    ):
+        said = "\n".join(report_lines(evals.compare([path], names, wait=0, **settings)))
+        assert sentence in said
+        assert "No answer is scored" not in said
+
+
+def test_small_numbers_are_written_out(net: Loopback, waterfall: Write, tmp_path: Path, paid: Any) -> None:
+    server = net.serve(text="x")
+    waterfall(a=paid(server, "a"), b=paid(server, "b", "gpt-4o"))
+    found = evals.compare([lines(tmp_path, [{"input": "q"}])], ["a/gpt-4o-mini", "b/gpt-4o"])
+    assert pair(found).sentence == "0 of 1 answer differs"
+    assert all(float(row[-1]) > 0 for row in rows(found))
 
 
 @pytest.mark.slow
