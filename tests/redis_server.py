@@ -83,10 +83,10 @@ class RedisServer:
 
 
 class SlowProxy:
-    """A TCP proxy on loopback that delivers answers `delay` seconds late."""
+    """A TCP proxy on loopback that delivers answers `delay` seconds late, or breaks the connection instead: `lose` times."""
 
     def __init__(self, port: int, delay: float) -> None:
-        self._to, self.delay = port, delay
+        self._to, self.delay, self.lose = port, delay, 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -107,5 +107,8 @@ class SlowProxy:
         with suppress(OSError):
             while data := source.recv(65536):
                 time.sleep(self.delay if source is server else 0)
+                if source is server and self.lose:
+                    self.lose -= 1
+                    break
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)

@@ -277,6 +277,8 @@ function operations.reserve(_, claim, id, history)
     end
     if #blocks == 0 then
         operations.grant(now, claim, id)
+    elseif redis.call('ZSCORE', key('sent', claim.scope), id) then
+        return {blocks = {}} -- this server had counted it when the connection broke before the answer
     end
     return {blocks = blocks}
 end

@@ -137,6 +137,23 @@ def test_a_connection_that_the_server_closed_is_opened_again(
     assert not warnings(caplog)
 
 
+@pytest.mark.parametrize(
+    ("limit", "used"), [(per(1, "min"), 1), (per(1000, "min", "tokens"), 800)], ids=["requests", "tokens"]
+)
+def test_a_request_is_counted_once_where_the_connection_breaks_before_the_answer(
+    tmp_path: Path, server: RedisServer, limit: Limit, used: float
+) -> None:
+    with contextlib.closing(SlowProxy(server.port, 0.0)) as proxy:
+        address = LedgerServer(url=f"redis://127.0.0.1:{proxy.port}/0")
+        with contextlib.closing(Ledger(tmp_path, server=address)) as ledger:
+            asyncio.run(ledger.reserve(Claim("another", (limit,))))  # the server has the script
+            proxy.lose = 1
+            assert isinstance(asyncio.run(ledger.reserve(Claim(SCOPE, (limit,), tokens=800))), int)
+            assert proxy.lose == 0
+            assert [each[1] for each in ledger.used(SCOPE, [limit])] == [used]
+            assert isinstance(asyncio.run(ledger.reserve(Claim(SCOPE, (limit,), tokens=800))), Refused)
+
+
 # --- Faults: completions go on, limits hold in the process, one warning says so ---------------------------------------
 
 
