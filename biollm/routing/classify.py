@@ -18,13 +18,15 @@ from biollm.routing.failures import CUT, Failure, Kind
 
 # Class names in an exception's chain -> the kind, and what happened; the first match counts.
 # Transport messages are never quoted: they can hold a proxy's password.
+_UNREACHED = ("unreachable", "refused")  # kinds before anything is sent; a TLS error can also come after that
+_TLS = "the TLS handshake failed"
 _NETWORK: tuple[tuple[str, Kind, str], ...] = (
     ("JSONDecodeError", "broken", "the response is not valid JSON"),
     ("ResponseTooLongError", "broken", "the response is too long"),
     ("gaierror|DNSError", "unreachable", "the host name does not resolve"),
     ("CertificateError|CertVerificationError", "unreachable",
      "the TLS certificate is not trusted (a private CA? set SSL_CERT_FILE)"),
-    ("SSLError|SSLZero", "unreachable", "the TLS handshake failed"),
+    ("SSLError|SSLZero", "unreachable", _TLS),
     ("ConnectTimeout|ConnectionTimeoutError", "unreachable", "no connection in time"),
     ("ConnectionRefusedError", "refused", "the connection was refused"),
     ("ServerDisconnectedError", "hung_up", "the server closed the connection without an answer"),
@@ -53,14 +55,14 @@ def classify(error: BaseException, now: float, *, shortened: bool = False, trans
         return answered(names, response.status_code, response.headers, _text(response) or str(error), now)
     if "ProxyError" in names or "ProxyConnection" in names:
         status = next((link.status for link in chain if hasattr(link, "status")), None)  # type: ignore[attr-defined]
-        return Failure("proxy", f"the proxy refused{f' (HTTP {status})' if status else ''}")
+        return Failure("proxy", f"the proxy refused{f' (HTTP {status})' if status else ''}", reached=False)
     if litellm_private.STREAM_WAS_CUT in str(error):
         return CUT
     if litellm_private.NOT_JSON in str(error):
         names += " JSONDecodeError"
     for signs, kind, reason in _NETWORK:
         if re.search(signs, names):
-            return Failure(kind, reason)
+            return Failure(kind, reason, reached=kind not in _UNREACHED or reason == _TLS)
     if "Timeout" in names:
         return Failure("timeout", "no answer in time", instead="" if shortened else None)
     if framed := _framed(chain, now):

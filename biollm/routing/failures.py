@@ -87,7 +87,8 @@ class Failure:
         wait: Seconds that the provider says to wait; None if it does not say.
         instead: What is put on cooldown if it is not what the rule says.
         afford: Tokens of answer that the account's credit still buys.
-        sent: Whether anything was sent to the provider.
+        sent: Whether anything was handed to the HTTP client.
+        reached: Whether the provider may have got it, and counted it.
     """
 
     kind: Kind
@@ -97,6 +98,7 @@ class Failure:
     instead: Scope | None = None
     afford: int | None = None
     sent: bool = True
+    reached: bool = True
 
     @property
     def rule(self) -> Rule:

@@ -22,7 +22,6 @@ from biollm.types import Attempt, Completion, Fields, Json, Usage
 
 _MIN_ANSWER = 16  # tokens of answer that are worth a request
 _TELLING = 500  # estimated tokens of a prompt from which a model's way of counting is learned
-_UNREACHED = ("unreachable", "refused", "proxy")  # kinds of failure before the request was sent
 
 
 class Outcomes:
@@ -39,7 +38,7 @@ class Outcomes:
         if not failure.sent and inflight.reservation is not None:
             self._pool.ledger.release(inflight.reservation, deployment.scope)
             inflight.reservation = None
-        if failure.kind in _UNREACHED and inflight.reservation is not None:  # recorded, but the provider counts nothing
+        if not failure.reached and inflight.reservation is not None:  # recorded, but the provider counts nothing
             self._pool.ledger.release(inflight.reservation, deployment.scope)
         if failure.kind == "modality" and failure.sent:
             note_refusal(deployment, run.request.requirements.media)

@@ -94,6 +94,23 @@ def test_a_failure_without_an_answer_is_of_one_kind(error: Exception, kind: str,
 
 
 @pytest.mark.parametrize(
+    ("names", "reached"),
+    [
+        (("ConnectError", "ClientConnectorDNSError", "gaierror"), False),
+        (("ConnectError", "ClientConnectorError", "ConnectionRefusedError"), False),
+        (("ProtocolError", "ClientConnectorCertificateError"), False),
+        (("ConnectTimeout", "ConnectionTimeoutError"), False),
+        (("ProxyError",), False),
+        (("ConnectError", "ClientOSError", "SSLError"), True),  # also in the middle of an answer
+        (("ConnectError", "ClientOSError", "ConnectionResetError"), True),
+        (("ReadTimeout", "SocketTimeoutError"), True),
+    ],
+)
+def test_a_request_counts_unless_the_provider_cannot_have_got_it(names: tuple[str, ...], reached: bool) -> None:
+    assert classify(broke(*names), NOW).reached is reached
+
+
+@pytest.mark.parametrize(
     ("error", "kind", "goes_on"),
     [
         (_litellm("APIConnectionError", "Missing corresponding tool call for tool response message."), "unsent", False),
