@@ -5,6 +5,7 @@ PyYAML drops comments; libraries that keep them reformat what they touch.
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from textwrap import indent as indented
 from typing import Any, cast
@@ -23,7 +24,9 @@ def add_model(file: Path, key: str, text: str) -> None:
         UsageError: The file has such a model, or is not written line by line.
     """
     file = file.resolve()  # a link into a folder of dotfiles stays one
-    with locked(own_dir(state_dir()) / "models.lock"):
+    with ExitStack() as stack:
+        with suppress(OSError):  # without a state folder, two commands at once are not kept apart
+            stack.enter_context(locked(own_dir(state_dir()) / "models.lock"))
         _add(file, key, text)
 
 

@@ -143,6 +143,12 @@ def test_a_model_that_is_in_no_registry(published: Path) -> None:
     assert fit(model, A3, gpus=4).fits
 
 
+def test_a_model_is_added_where_no_state_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIOLLM_STATE_DIR", "/proc/nowhere/state")
+    add_model(tmp_path / "models.yaml", "mine", "mine: {hf_id: me/mine}\n")
+    assert "mine" in yaml.safe_load((tmp_path / "models.yaml").read_text())["models"]
+
+
 def test_models_that_are_added_at_once_are_all_added(tmp_path: Path) -> None:
     file = tmp_path / "models.yaml"
     with ThreadPoolExecutor(8) as threads:
