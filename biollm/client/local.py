@@ -54,7 +54,7 @@ class Local:
 
     def identity(self) -> str:
         """Return what configuration and weights add to the key of a stored answer; looks at the folders of weights."""
-        return f"{self._configured} {_changed_at(self.config)}"
+        return f"{self._configured} {list(_weights(self.config))}"
 
     @cached_property
     def _configured(self) -> str:
@@ -263,15 +263,16 @@ async def gather(
             task.cancel()
 
 
-def _changed_at(config: Config) -> dict[str, int]:
-    """Return when the weights of each local model were changed: an adapter may be trained again in its folder."""
-    changed: dict[str, int] = {}
+def _weights(config: Config) -> Iterator[tuple[str, str, int, int]]:
+    """Yield the files of local weights and adapters with size and time: an adapter may be trained again in its folder."""
     for model in config.models.values():
         if model.type == "local" and (model.path or model.hf_id):
             for folder in filter(None, (model.lora, weights_dir(model, config.cluster))):
                 with suppress(OSError):  # there is none
-                    changed[str(folder)] = max((entry.stat().st_mtime_ns for entry in os.scandir(folder)), default=0)
-    return changed
+                    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+                        with suppress(OSError):  # a link to nothing
+                            found = entry.stat()
+                            yield str(folder), entry.name, found.st_size, found.st_mtime_ns
 
 
 def _let_go(making: asyncio.Future[Waterfall]) -> None:

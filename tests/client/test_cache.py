@@ -214,21 +214,23 @@ def test_requests_that_could_have_other_answers_have_other_keys(client: Client) 
     assert len(set(keys.values())) == len(keys)
 
 
+@pytest.mark.parametrize("at", [time.time() + 9, 0], ids=["later", "put back by a copy"])
 @pytest.mark.parametrize("changed", ["adapter/adapter_model.safetensors", "base/config.json"])
 def test_weights_that_were_trained_again_share_no_answer(
-    changed: str, waterfall: Write, server: Server, tmp_path: Path
+    changed: str, at: float, waterfall: Write, server: Server, tmp_path: Path
 ) -> None:
     files = [tmp_path / name for name in ("adapter/adapter_model.safetensors", "base/config.json")]
     for file in files:
         file.parent.mkdir()
         file.touch()
+        (file.parent / "a deleted blob").symlink_to("nothing")
     models = {"mine": {"path": str(files[1].parent)}, "tuned": {"base": "mine", "lora": str(files[0].parent)}}
     folder = waterfall(first=server)
     (folder / "models.yaml").write_text(yaml.safe_dump({"models": models}))
     client = get_model_client(sender="direct")
     first = client.complete("why?", cache=True)
     assert client.complete("why?", cache=True).cached
-    os.utime(tmp_path / changed, (0, time.time() + 9))
+    os.utime(tmp_path / changed, (0, at))
     assert str(client.complete("why?", cache=True)) != str(first)
 
 
