@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -43,7 +43,8 @@ def opened(path: Path | None) -> Generator[Results]:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}.", hint="Name another file with -o.") from None
-    with locked(path.resolve(), wait=False) as alone, path.open("ab", buffering=0) as file:
+    lock = locked(path.resolve(), wait=False) if path.is_file() else nullcontext(True)  # a pipe takes none
+    with lock as alone, path.open("ab", buffering=0) as file:
         if not alone:
             hint = "Wait until that ends, or name another file with -o."
             raise UsageError(f"{path} is in use by another comparison.", hint=hint)

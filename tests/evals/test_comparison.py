@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -162,6 +163,15 @@ def test_a_line_may_hold_other_ends_of_lines(net: Loopback, waterfall: Write, tm
     for _ in range(2):
         assert [each.answers for each in evals.compare([path], ["model-a", "model-b"], results=out).arms] == [1, 1]
     assert [len(each.completions) for each in servers.values()] == [1, 1]
+
+
+def test_results_may_go_to_a_pipe(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
+    arms(net, waterfall, a="x", b="y")
+    ours, theirs = os.pipe()
+    evals.compare([lines(tmp_path, [{"input": "q"}])], ["model-a", "model-b"], results=f"/proc/self/fd/{theirs}")
+    os.close(theirs)
+    assert os.read(ours, 1 << 16).count(b"\n") == 2
+    os.close(ours)
 
 
 def test_the_results_in_a_folder_are_no_inputs(net: Loopback, waterfall: Write, tmp_path: Path) -> None:
