@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from biollm.config import Limit
     from biollm.config.schema import LedgerServer
 
-_PREFIX = "biollm:"
+_PREFIX = "biollm:2:"  # the number changes with the layout of the keys, so that no version reads the counts of another
 _BATCH = 200  # jobs in one call: other clients wait for it, some 10 us for each
 _encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 _JITTER = 0.1  # seconds by which two measurements of the server's clock may differ

@@ -27,6 +27,7 @@ from biollm.config.schema import LedgerServer
 from biollm.errors import install_command
 from biollm.ledger import Claim, Ledger, Record, Refused
 from biollm.ledger import redis as redis_ledger
+from biollm.ledger.quotas import window
 from biollm.monitoring import doctor
 
 pytestmark = pytest.mark.real
@@ -124,6 +125,18 @@ def test_every_key_has_the_prefix_and_ends_by_itself(tmp_path: Path, server: Red
     assert len(keys) == 10
     assert {key.partition(":")[0] for key in keys} == {"biollm"}
     assert all(0 < server.call("TTL", key) < 100 * 86400 for key in keys)
+
+
+def test_counts_that_an_earlier_version_kept_in_another_layout_are_not_read(
+    tmp_path: Path, server: RedisServer
+) -> None:
+    limit, at = per(1000, "min", "tokens"), time.time() - 100
+    server.call("ZADD", f"biollm:sent:{SCOPE}", at, 1)
+    server.call("HSET", f"biollm:tokens:{SCOPE}", 1, 1000)
+    server.call("HSET", f"biollm:sums:{SCOPE}", f"tokens {window(limit):g}", f"1000 {at - 1}")
+    with contextlib.closing(Ledger(tmp_path, server=server.server)) as ledger:
+        assert isinstance(reserve(ledger, limit), int)
+        assert [used for _, used, _ in ledger.used(SCOPE, [limit])] == [0]
 
 
 def test_a_connection_that_the_server_closed_is_opened_again(
@@ -362,7 +375,7 @@ def test_it_is_reached_over_tls(tmp_path: Path) -> None:
             Ledger(tmp_path / "a", server=LedgerServer(url=f"{address}?ssl_ca_certs={certificate}"))
         ) as ledger:
             assert isinstance(reserve(ledger, per(5, "min")), int)
-        assert server.call("KEYS", "*") == ["biollm:sent:first/default"]
+        assert server.call("KEYS", "*") == ["biollm:2:sent:first/default"]
         stranger = Ledger(tmp_path / "b", server=LedgerServer(url=address))
         reserve(stranger, per(5, "min"))
         assert stranger._availability.failed_at is not None, "an unknown certificate is not trusted"
