@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -91,9 +89,8 @@ def _sum_up(keyless: Sequence[str], reasons: Mapping[str, str]) -> None:
     if keyless and sys.stdout.isatty():
         wanted = [f"{name.removesuffix('/default')} ({reasons[name].removeprefix('no key: set ')})" for name in keyless]
         text = f"Without a key: {', '.join(wanted)}."
-        print(
-            f"\n{textwrap.fill(text, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)}"
-        )
+        print()
+        output.paragraph(text)
 
 
 def _account(candidate: Candidate, used: Sequence[tuple[Limit, float, float | None]]) -> dict[str, Any]:

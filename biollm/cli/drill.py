@@ -48,7 +48,7 @@ def drill(
     else:
         _print_live(found) if isinstance(found, lives.LiveDrill) else _print(found, every=every)
         for name, reason in found.absent.items():
-            print(f"{name} is not available: {reason}")
+            output.paragraph(f"{name} is not available: {reason}")
     raise typer.Exit(not found.ok)
 
 
@@ -63,12 +63,14 @@ def _print(found: Drill, *, every: bool) -> None:
     if found.cells:
         failed, alone = sum(not c.ok for c in found.cells), sum(c.ok and not c.expected for c in found.cells)
         good = len(found.cells) - failed - alone
-        print(f"{good} failovers succeeded, {failed} failed; {alone} had no fallback left.")
-        print(f"Silent servers had {drills.TIMEOUT:g} s here; your own timeouts are longer (`biollm config`).")
+        output.paragraph(f"{good} failovers succeeded, {failed} failed; {alone} had no fallback left.")
+        output.paragraph(
+            f"Silent servers had {drills.TIMEOUT:g} s here; your own timeouts are longer (`biollm config`)."
+        )
         if not every and good + alone:
             print("--all lists every failover.")
     for sentence in found.odd:
-        print(sentence)
+        output.paragraph(sentence)
     rows = [
         (c.deployment, c.fault, _result(c), c.answered or "-", f"{c.ms:.0f} ms", c.asked, c.next or "-", c.seen)
         for c in found.cells

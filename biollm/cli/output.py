@@ -68,7 +68,7 @@ def open_streams() -> bool:
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print aligned columns: at a terminal within its width and with colours, else plain lines for grep and awk.
 
-    Where the columns are wider than the terminal, the last one is wrapped between words, and others are cut in their middle.
+    Where the columns are wider than the terminal, cells are wrapped between words, and longer words cut in their middle.
     """
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
@@ -78,20 +78,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         widths = _narrowed(widths, wide)
     color = live and "NO_COLOR" not in os.environ  # no-color.org
     for number, row in enumerate(cells):
-        padded = [cut(cell, width).ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
-        lines = _wrapped(row[-1], widths[-1]) if live else [row[-1]]
-        if color:
-            padded = [cell if number == 0 else painted(cell) for cell in padded]
-        line = "  ".join([*padded, lines[0]]).rstrip()
-        print(f"\033[1m{line}\033[0m" if color and number == 0 else line)
-        for line in lines[1:]:
-            print(" " * (sum(widths[:-1]) + 2 * len(padded)) + line)
+        wrapped = [_wrapped(cell, width) if live else [cell] for cell, width in zip(row, widths, strict=True)]
+        for parts in itertools.zip_longest(*wrapped, fillvalue=""):
+            padded = [part.ljust(width) for part, width in zip(parts[:-1], widths[:-1], strict=True)]
+            if color and number:
+                padded = [painted(cell) for cell in padded]
+            line = "  ".join([*padded, parts[-1]]).rstrip()
+            print(f"\033[1m{line}\033[0m" if color and number == 0 else line)
 
 
-def paragraph(text: str) -> None:
-    """Print a sentence; at a terminal, in lines that end between words."""
-    lines = [text] if width() == math.inf else textwrap.wrap(text, int(width()), break_on_hyphens=False)
-    print("\n".join(lines))
+def paragraph(text: str, indent: int = 0) -> None:
+    """Print a sentence; at a terminal, in lines that end between words, those after the first indented."""
+    if width() < math.inf:
+        text = textwrap.fill(
+            text, int(width()), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
+    print(text)
 
 
 def width() -> float:

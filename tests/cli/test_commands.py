@@ -333,6 +333,7 @@ USAGE = [
     (["complete", "--provder", "x"], "--provider"),
     (["complete", "why?", "--provider", "frist"], "Did you mean 'first'? Known: first."),
     (["complete", "why?", "--model", "smal"], "Did you mean 'small'?"),
+    (["complete", "why?", "--temperature", "hot"], "'hot' is not a valid float.\nIt must be a number."),
     (["complete"], "The prompt is empty."),
     (["complete", "   "], "The prompt is empty."),
     (["complete", "why?", "-f", "missing.log"], "missing.log: No such file or directory."),
@@ -686,6 +687,15 @@ def test_a_terminal_gets_bold_heads_unless_no_color(waterfall: Waterfall) -> Non
     waterfall(first="http://127.0.0.1:9/v1")
     assert "\x1b[1m#  model" in _on_a_terminal("models", TERM="xterm")
     assert "\x1b" not in _on_a_terminal("models", TERM="xterm", NO_COLOR="1")
+
+
+def test_at_80_columns_lines_end_between_words(waterfall: Waterfall) -> None:
+    limits = {"rate_limit": ["30/min", "1000/day"], "token_limit": "120k/min", "budget": "10 USD/month"}
+    waterfall(first={"base_url": "http://127.0.0.1:9/v1", **limits})
+    shown = _on_a_terminal("providers", TERM="xterm", NO_COLOR="1", COLUMNS="80")
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    words = shown.split()
+    assert {"30/min,", "1000/day,", "tokens/min,", "USD/month"} <= {*words}
 
 
 @pytest.mark.slow
