@@ -30,7 +30,7 @@ Partition = Annotated[str | None, Option(metavar="NAME", help="Slurm partition."
 Account = Annotated[str | None, Option(metavar="NAME", help="Slurm account.")]
 Qos = Annotated[str | None, Option(metavar="NAME", help="Slurm quality of service.")]
 Time = Annotated[str | None, Option("--time", metavar="H:MM:SS", help="Walltime.")]
-Gpus = Annotated[int | None, Option(min=0, metavar="N", help="Number of GPUs (single model only).")]
+Gpus = Annotated[int | None, Option(min=0, metavar="N", help="Number of GPUs.")]
 
 
 def render_slurm(
@@ -268,8 +268,9 @@ def autoscale(as_json: Json = False) -> None:
     For cron: one look, then exit. A running gateway does the same.
     """
     from biollm._runtime import ledger
+    from biollm.config.paths import biollm_dir
     from biollm.monitoring.usage import ending_budgets
-    from biollm.slurm import scaling
+    from biollm.slurm import commands, scaling
 
     settings = config.load_config()
     if not scaling.scaled(settings):
@@ -278,6 +279,8 @@ def autoscale(as_json: Json = False) -> None:
         decisions = (
             scaling.look(settings, ledger(settings), ending_budgets(settings, ledger(settings))) if alone else {}
         )
+    if error := commands.queue(biollm_dir(settings.cluster), settings.cluster.name).error:
+        raise SlurmError(error, hint="Nothing was decided. Run this on a login node of the cluster.")
     if not alone:
         print("Another controller runs: the gateway, or another `biollm autoscale`. It decides.", file=sys.stderr)
     if as_json:
@@ -328,9 +331,9 @@ def doctor(as_json: Json = False) -> None:
         output.as_json([{**vars(each), "mend": each.fix} for each in checks])  # `mend`: its name until 0.2
     else:
         for each in checks:
-            print(f"{'ok  ' if each.ok else 'FAIL'}  {each.name}: {each.detail}")
+            output.paragraph(f"{'ok  ' if each.ok else 'FAIL'}  {each.name}: {each.detail}", indent=6)
             if not each.ok:
-                print(f"      {each.fix}")
+                output.paragraph(f"      {each.fix}", indent=6)
     if not all(each.ok for each in checks):
         raise typer.Exit(1)
 

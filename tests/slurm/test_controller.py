@@ -204,7 +204,7 @@ def test_no_server_starts_against_a_limit_of_the_site(
 
 
 def test_a_refusal_of_slurm_and_a_controller_that_is_away_are_decisions_too(
-    site: Callable[..., None], answer: Answer, tmp_path: Path
+    site: Callable[..., None], answer: Answer, biollm: Callable[..., Any], tmp_path: Path
 ) -> None:
     site()
     demand(40, 1)
@@ -214,6 +214,8 @@ def test_a_refusal_of_slurm_and_a_controller_that_is_away_are_decisions_too(
     for path in (tmp_path / "run" / "biollm").glob("queue-*.json"):
         os.utime(path, (1, 1))
     assert look().startswith("not scaled: Slurm does not answer.")
+    ran = biollm("autoscale")
+    assert (ran.code, ran.out) == (69, "") and ran.err.startswith("biollm: Slurm does not answer.")
 
 
 def test_a_server_is_stopped_after_quiet_and_none_starts_for_a_while(
