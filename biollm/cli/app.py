@@ -130,6 +130,7 @@ def _run() -> int:
 def _checked(command: Any) -> Any:
     """Return a command of click's whose options take finite numbers only: Typer takes nan for any range."""
     for parameter in command.params:
+        parameter.type.name = parameter.type.name.removesuffix(" range")  # in "'hot' is not a valid float"
         if "float" in parameter.type.name:
             parameter.callback = _finite
     for each in getattr(command, "commands", {}).values():

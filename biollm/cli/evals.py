@@ -149,8 +149,10 @@ def rate(
         raise UsageError(f"The rating is {rating!r}; it must be up or down.")
     try:
         text = correction.read_text() if correction else None
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"{correction} cannot be read: {error}.") from None
+    except OSError as error:
+        raise UsageError(f"{correction}: {error.strerror}.") from None
+    except UnicodeError:
+        raise UsageError(f"{correction} is not UTF-8 text.") from None
     if text is not None and (rating == "up" or not text.strip()):
         why = "goes with `down`" if rating == "up" else f"is empty: {correction}"
         raise UsageError(f"A correction {why}.", hint="Write what the answer should have been into the file.")

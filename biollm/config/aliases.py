@@ -22,7 +22,11 @@ BLOCKS = (*ENTRIES, "cluster", "routing", "costs", "alerts", "cache", "ledger", 
 SCALARS = ("data_policy", "store_rated", "store_rated_local")
 TOP = (*BLOCKS, *SCALARS, "lenient", "inherit")
 NO_MAPPING = "must be a mapping, its keys indented below it."
-_NESTED = {("", block) for block in BLOCKS} | {("cluster", "environment"), ("models", "architecture")}
+_NESTED = {("", block) for block in BLOCKS} | {
+    ("cluster", "environment"),
+    ("models", "architecture"),
+    ("models", "scale"),
+}
 _RENAMED = {
     "providers": {"name": "title", "api_base": "base_url", "url": "base_url", "api_key_env": "env_key"},
     "accounts": {"api_key_env": "env_key"},

@@ -31,7 +31,7 @@ from biollm.types import DataPolicy
 _SECTIONS: dict[str, Any] = {
     "models": Model, "providers": Provider, "cluster": Cluster, "routing": Routing, "costs": Costs,
     "alerts": Alerts, "cache": Cache, "ledger": schema.LedgerServer, "accounts": schema.Account, "environment": Environment,
-    "architecture": schema.Architecture,
+    "architecture": schema.Architecture, "scale": schema.Scale,
 }  # fmt: skip
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
 

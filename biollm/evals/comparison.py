@@ -222,6 +222,9 @@ class _Run:
         try:
             answer = await self._paid(partial(self._ask, given, arm, given.prompt(asked.prompt), options))
         except UsageError as error:
+            if given.file and str(error).startswith(given.file.name):
+                hint = f"{error.hint} To leave it out, name the other files, or move it out of the folder."
+                raise UsageError(str(error), hint=hint) from None
             raise UsageError(f"{given.id}: {error}", hint=error.hint) from None
         if isinstance(answer, CompletionError):
             return Answer(id=given.id, arm=arm, error=str(answer))

@@ -26,7 +26,11 @@ class Results:
         """Write a result at once: it is paid for."""
         if self.file:
             text = json.dumps({"key": key, **line}, ensure_ascii=False) + "\n"
-            self.file.write(text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
+            try:
+                self.file.write(text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
+            except OSError as error:
+                error.filename = self.file.name
+                raise
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def _plan(models: Sequence[Model], cluster: Cluster, options: Options) -> tuple[
     idle = nodes * (cluster.gpus_per_node - job.gpus) if cluster.exclusive else 0
     if idle:
         warnings.append(
-            f"{cluster.partition or 'The partition'} hands out whole nodes: {idle} of {nodes * cluster.gpus_per_node}"
+            f"{f'Partition {cluster.partition}' if cluster.partition else 'The partition'} hands out whole nodes: {idle} of {nodes * cluster.gpus_per_node}"
             " GPUs would be idle, and billed. Serve several models in one job (--together)."
         )
     return LaunchScript("", job, gpus, idle, tuple(warnings)), models, cluster

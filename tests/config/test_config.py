@@ -312,6 +312,7 @@ WRONG_VALUES: list[tuple[str, int, str]] = [
     (GROQ + "enabled: perhaps", 5, "must be true or false"),
     (GROQ + "limits_per: user", 5, "must be 'account' or 'model', not 'user'."),
     (GROQ + "key_file: keys/groq", 5, "must be an absolute path"),
+    ("models:\n  qwen-coder-32b:\n    scale: {target: 1}", 3, "scale.target: is not a known key. Did you mean target_waiting?"),
     (GROQ + "modles: [m]", 5, "providers.groq.modles: is not a known key. Did you mean models?"),
     (GROQ + "name: OpenAI", 5, "is the name of openai already"),
     (GROQ + "accounts:\n      - {name: a, env_kye: K}", 6, r"accounts\[0\].env_kye: is not a known key. Did you mean env_key"),

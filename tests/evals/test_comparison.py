@@ -246,15 +246,27 @@ def test_what_cannot_be_compared_is_one_sentence(
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(b"", "The prompt is empty"), (b"\x1f\x8b\x08?", "The prompt is empty"), (b"\x89PNG\r\n\x1a\n", "is not text")],
+    [
+        (b"", ": The prompt is empty"),
+        (b"\x1f\x8b\x08?", ": The prompt is empty"),
+        (b"\x89PNG\r\n\x1a\n", " is not text"),
+    ],
 )
 def test_an_input_that_cannot_be_asked_is_named(
     net: Loopback, waterfall: Write, tmp_path: Path, content: bytes, problem: str
 ) -> None:
     arms(net, waterfall, a="x", b="x")
     (tmp_path / "run.log").write_bytes(content)
-    with pytest.raises(UsageError, match=rf"^run\.log: .*{problem}"):
+    with pytest.raises(UsageError, match=rf"^run\.log{problem}") as caught:
         evals.compare([tmp_path / "run.log"], ["model-a", "model-b"])
+    assert ("To leave it out" in (caught.value.hint or "")) == ("not text" in problem)
+
+
+def test_a_full_disk_is_named_with_the_file(net: Loopback, waterfall: Write, tmp_path: Path, biollm: Any) -> None:
+    arms(net, waterfall, a="x", b="x")
+    (tmp_path / "run.log").write_text("why?")
+    ran = biollm("compare", tmp_path / "run.log", "--a", "model-a", "--b", "model-b", "-o", "/dev/full")
+    assert (ran.code, "biollm: /dev/full: No space left on device\n" in ran.err) == (1, True), ran.err
 
 
 # --- how answers are scored ----------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_without_keeping_it_says_what_is_lost(net: Loopback, waterfall: Write, b
         (["abcdef12", "up"], "No answer has the id abcdef12."),
         (["abc", "up"], "'abc' is too short for an id."),
         (["last", "sideways"], "The rating is 'sideways'; it must be up or down."),
-        (["last", "down", "--correction", "/nothing"], "/nothing cannot be read"),
+        (["last", "down", "--correction", "/nothing"], "biollm: /nothing: No such file or directory.\n"),
         (["last", "down", "--correction", "/dev/null"], "A correction is empty: /dev/null."),
         (["last", "up", "--correction", "/etc/hostname"], "A correction goes with `down`."),
     ],
