@@ -191,7 +191,9 @@ def _too_few(members: Sequence[Member], count: int, needed: int) -> CompletionEr
 
 
 def _line(error: CompletionError) -> str:
-    return error.attempts[-1].reason if error.attempts and error.attempts[-1].reason else str(error).split("\n")[0]
+    """Return the reason of what failed last, else of what was last skipped."""
+    last = max(reversed(error.attempts), key=lambda each: each.outcome == "failed", default=None)
+    return (last and last.reason) or str(error).split("\n")[0]
 
 
 def _vote(answers: Sequence[Completion]) -> EnsembleCompletion:
@@ -241,8 +243,8 @@ def _vote_by_field(answers: Sequence[Completion], schema: ResponseSchema) -> Ens
 
 async def _judged(
     client: Asked, question: Any, answers: Sequence[Completion], options: Options, judge: str | None
-) -> tuple[EnsembleCompletion, Completion | None]:
-    """Return the answer that a judge chooses, and the judge's own; without one, that of the earliest member."""
+) -> tuple[EnsembleCompletion, Completion | CompletionError]:
+    """Return the answer that a judge chooses, and the judge's own or its error; without one, that of the earliest member."""
     asked = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
     texts = [f"## Answer {number}\n{each.text}" for number, each in enumerate(answers, 1)]
     prompt = "\n\n".join([_ASK.format(len(answers)), f"## Question\n{asked}", *texts])
@@ -252,7 +254,7 @@ async def _judged(
     try:
         verdict = await client.acomplete(prompt, **(_pinned(client, options, judge) if judge else options))
     except CompletionError as error:
-        return _ensemble(answers[0], reason=f"the judge did not answer ({_line(error)}): the first answer"), None
+        return _ensemble(answers[0], reason=f"the judge did not answer ({_line(error)}): the first answer"), error
     choice: Json = verdict.parsed
     chosen = answers[int(choice["answer"]) - 1]
     agree = sum(plain(each.text) == plain(chosen.text) for each in answers) / len(answers)

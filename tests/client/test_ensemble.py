@@ -141,6 +141,18 @@ def test_without_a_judge_the_first_answer_stands(
     assert why in answer.reason
 
 
+def test_a_judge_without_valid_json_is_named_and_its_attempts_count(net: Loopback, waterfall: Write) -> None:
+    judge = {"base_url": net.serve(text="no JSON").url, "models": ["judge"]}
+    embedded = {"type": "embedded", "models": ["smollm2-135m"]}
+    waterfall(m1=net.serve(text="one"), m2=net.serve(text="two"), j=judge, embedded=embedded)
+    for named in ("judge", None):
+        client = get_model_client(sender="direct")
+        answer = client.ensemble("?", members=["m1/small", "m2/small"], judge=named)
+        assert "the answer does not match the schema" in answer.reason
+        assert "allow_degraded" not in answer.reason
+        assert {"j/judge": "failed"}.items() <= {each.deployment: each.outcome for each in answer.attempts}.items()
+
+
 def test_equal_texts_need_no_judge(net: Loopback, waterfall: Write) -> None:
     client = ensemble(net, waterfall, "same", "Same.", "same")
     assert client.ensemble("?").agreement == 1
