@@ -299,8 +299,10 @@ class Ledger:
 
     def close(self) -> None:
         """Write what waits and close the files, in at most 2 s each; also done at interpreter exit."""
-        if process := self._processes.pop(os.getpid(), None):
-            process.quotas.close(_EXIT)
+        if process := self._processes.get(os.getpid()):
+            process.quotas.flush(_EXIT / 2)  # which releases what cancelled callers reserved
+            self._processes.pop(os.getpid(), None)
+            process.quotas.close(_EXIT / 2)
             process.history.close(_EXIT)
             with process.lock:
                 process.memory.close()
@@ -359,7 +361,10 @@ class Ledger:
             if job.future:
                 claim, reservation = job.arguments
                 job.answer = None if error or job.answer is None else self._refused(claim, job.answer) or reservation
-                loops[job.future.get_loop()].append(job)
+                if job.future.cancelled():
+                    self._resolve([job])  # here, as its loop may have ended
+                else:
+                    loops[job.future.get_loop()].append(job)
         for loop, waiting in loops.items():
             with suppress(RuntimeError):  # the loop is closed: no caller waits there
                 loop.call_soon_threadsafe(self._resolve, waiting)

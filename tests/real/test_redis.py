@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import until
 from provider import Loopback, Server
 
 pytest.importorskip("redis")
@@ -165,6 +166,30 @@ def test_a_request_is_counted_once_where_the_connection_breaks_before_the_answer
             assert proxy.lose == 0
             assert [each[1] for each in ledger.used(SCOPE, [limit])] == [used]
             assert isinstance(asyncio.run(ledger.reserve(Claim(SCOPE, (limit,), tokens=800))), Refused)
+
+
+def test_a_caller_that_is_cancelled_leaves_nothing_counted_where_its_loop_ends_before_the_answer(
+    tmp_path: Path, server: RedisServer
+) -> None:
+    """As at interpreter exit."""
+    limit = per(9, "min")
+    with (
+        contextlib.closing(SlowProxy(server.port, 0.0)) as proxy,
+        contextlib.closing(Ledger(tmp_path / "other", server=server.server)) as other,
+    ):
+        ledger = Ledger(tmp_path, server=LedgerServer(url=f"redis://127.0.0.1:{proxy.port}/0"))
+        asyncio.run(ledger.reserve(Claim("another", (limit,))))  # the server has the script
+        proxy.delay = 0.1
+
+        async def leave() -> None:
+            asking = asyncio.ensure_future(ledger.reserve(Claim(SCOPE, (limit,))))
+            await asyncio.sleep(0)  # the job is handed in
+            until(lambda: other.used(SCOPE, [limit])[0][1] == 1)
+            asking.cancel()
+
+        asyncio.run(leave())
+        ledger.close()
+        assert other.used(SCOPE, [limit])[0][1] == 0
 
 
 # --- Faults: completions go on, limits hold in the process, one warning says so ---------------------------------------
