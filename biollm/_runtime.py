@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import CancelledError as FutureCancelled
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,10 @@ T = TypeVar("T")
 THREAD = "biollm"
 _DEADLOCK = "A callback of the client (on_send, progress) called a blocking method, which would wait for itself."
 _DEADLOCK_HINT = "Let the callback only take notes, or call the client from another thread."
+_ENDED = "The process is ending: the client has closed its connections."
+_ENDED_HINT = (
+    "Send the request before the program ends, or from an exit handler that is registered after the first request."
+)
 
 
 class CallbackExitError(Exception):
@@ -45,18 +50,23 @@ class Background:
         self.kept: dict[Hashable, Any] = {}  # made once per process: ledgers, waterfalls, HTTP sessions
         self._making = threading.RLock()  # one `make` may need another
         self.closing: list[Callable[[], Awaitable[None]]] = []
+        self._submitting, self._ended = threading.Lock(), False
         self._thread = threading.Thread(target=self.loop.run_forever, name=THREAD, daemon=True)
         self._thread.start()
         multiprocessing = sys.modules.get("multiprocessing")
         if multiprocessing and multiprocessing.parent_process():  # its forked children end without `atexit`
-            multiprocessing.util.Finalize(None, self._end, exitpriority=0)
+            end = threading.Thread(target=self._end, name="biollm-end")  # the process waits for it
+            if multiprocessing.util.is_exiting():  # a thread has sent the first request, and the target has returned
+                end.start()
+            else:
+                multiprocessing.util.Finalize(None, end.start, exitpriority=-1000)  # after those of others
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the loop and wait for it; an interrupt of the caller cancels it."""
         if threading.current_thread() is self._thread:
             work.close()
             raise UsageError(_DEADLOCK, hint=_DEADLOCK_HINT)
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        future = self._submit(work)
         try:
             return future.result()
         except CallbackExitError as error:
@@ -70,7 +80,7 @@ class Background:
         if asyncio.get_running_loop() is self.loop:
             return await work
         try:
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+            return await asyncio.wrap_future(self._submit(work))
         except CallbackExitError as error:
             raise error.args[0] from None
 
@@ -79,7 +89,7 @@ class Background:
         if threading.current_thread() is self._thread:
             raise UsageError(_DEADLOCK, hint=_DEADLOCK_HINT)
         inbox: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
-        pump = asyncio.run_coroutine_threadsafe(_pump(items, inbox.put), self.loop)
+        pump = self._submit(_pump(items, inbox.put))
         try:
             while not isinstance(item := inbox.get(), _End):
                 yield item
@@ -100,7 +110,7 @@ class Background:
         if caller is self.loop:
             pump = self.loop.create_task(_pump(items, inbox.put_nowait))
         else:
-            pump = asyncio.run_coroutine_threadsafe(_pump(items, put), self.loop)
+            pump = self._submit(_pump(items, put))
         try:
             while not isinstance(item := await inbox.get(), _End):
                 yield item
@@ -121,7 +131,18 @@ class Background:
         atexit.unregister(self._stop)
         atexit.register(self._stop)
 
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._submitting:  # a loop that has stopped would keep the caller waiting
+            if self._ended:
+                work.close()
+                raise UsageError(_ENDED, hint=_ENDED_HINT)
+            return asyncio.run_coroutine_threadsafe(work, self.loop)
+
     def _end(self) -> None:
+        """Write what waits, once the threads that the process waits for have ended: they may still send."""
+        ends = {threading.main_thread(), threading.current_thread()}
+        while others := [each for each in {*threading.enumerate()} - ends if each.is_alive() and not each.daemon]:
+            others[0].join()
         self._stop()
         for each in [*self.kept.values()]:
             if isinstance(each, Ledger | Ratings):
@@ -130,6 +151,8 @@ class Background:
     def _stop(self) -> None:
         if self.pid != os.getpid() or not self.loop.is_running():
             return
+        with self._submitting:
+            self._ended = True
         with suppress(TimeoutError, FutureCancelled):
             asyncio.run_coroutine_threadsafe(self._finish(), self.loop).result(timeout=2)
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -14,9 +16,10 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+import pytest
 from provider import Loopback
 
-from biollm._runtime import background
+from biollm._runtime import background, ledger
 from biollm.client import get_model_client
 from biollm.routing import candidates, import_router
 
@@ -126,3 +129,56 @@ def test_threads_that_import_the_router_at_once_leave_the_process_as_it_was() ->
     with frequent_switches(lambda _: import_router()), ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(8)))
     assert gc.isenabled() and dict(os.environ) == before
+
+
+def _complete_in_a_thread_that_outlives_the_target() -> None:
+    client = get_model_client(sender="direct")
+    client.complete("first")
+
+    def later() -> None:
+        for _ in range(3):
+            time.sleep(0.1)
+            client.complete("hi")
+
+    threading.Thread(target=later).start()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_of_multiprocessing_ends_after_its_threads_and_writes_what_they_used(
+    net: Loopback, waterfall: Callable[..., Path]
+) -> None:
+    waterfall(first=net.serve())
+    child = multiprocessing.get_context("fork").Process(target=_complete_in_a_thread_that_outlives_the_target)
+    child.start()
+    child.join(30)
+    try:
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+    assert [each.outcome for each in ledger().history()] == ["ok"] * 4
+
+
+_AT_EXIT = """
+import asyncio, atexit
+from biollm.client import get_model_client
+from biollm.errors import UsageError
+
+def late():
+    for ask in (lambda: client.complete("hi"), lambda: list(client.stream("hi")), lambda: asyncio.run(client.acomplete("hi"))):
+        try:
+            ask()
+        except UsageError as error:
+            print(error)
+
+atexit.register(late)
+client = get_model_client(sender="direct")
+client.complete("hi")
+"""
+
+
+def test_a_request_after_the_connections_are_closed_at_exit_is_refused(
+    net: Loopback, waterfall: Callable[..., Path]
+) -> None:
+    waterfall(first=net.serve())
+    done = subprocess.run([sys.executable, "-c", _AT_EXIT], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("The process is ending") == 3, done
