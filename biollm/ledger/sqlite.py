@@ -105,32 +105,33 @@ def reading(path: Path, patience: float) -> Generator[sqlite3.Connection]:
 
 _lock = threading.Condition()  # of the two below; held during a fork
 _databases: WeakSet[Database] = WeakSet()
-_uses = 0  # of any file, at the moment
+_uses = set[object]()  # one for each use of a file at the moment
 
 
 @contextmanager
 def _in_use() -> Generator[None]:
-    global _uses
+    use = object()
     with _lock:
-        _uses += 1
+        _uses.add(use)
     try:
         yield
     finally:
         with _lock:
-            _uses -= 1
+            _uses.discard(use)  # one that began before a fork is not in the child's
             _lock.notify_all()
 
 
 def _before_fork() -> None:
     _lock.acquire()
-    if _lock.wait_for(lambda: _uses <= 0, BOUND):
+    if _lock.wait_for(lambda: not _uses, BOUND):
         for each in _databases:
             each.close()
 
 
 def _after_fork_in_child() -> None:
-    global _lock, _uses
-    _lock, _uses = threading.Condition(), 0
+    global _lock
+    _lock = threading.Condition()
+    _uses.clear()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=lambda: _lock.release(), after_in_child=_after_fork_in_child)

@@ -23,7 +23,7 @@ from biollm.config import Limit
 from biollm.ledger import Claim, Ledger, Record, Refused, quotas
 from biollm.ledger import history as _rollup
 from biollm.ledger.quotas import Cooldown
-from biollm.ledger.sqlite import Database, locks_are_local, on_network
+from biollm.ledger.sqlite import Database, locks_are_local, on_network, read, reading
 
 Make = Callable[..., Ledger]
 NOON = 1_795_435_200.0  # 2026-11-23 12:00 UTC
@@ -415,6 +415,34 @@ def test_a_forked_child_loses_nothing_when_its_parent_closes_the_files(tmp_path:
     os.write(go[1], b"-")
     assert os.waitpid(pid, 0)[1] == 0
     assert Ledger(tmp_path, network=False).used(SCOPE, [limit])[0][1] == 3
+
+
+def test_a_fork_while_a_file_is_read_leaves_the_childs_own_uses_counted(tmp_path: Path) -> None:
+    path, working, go = tmp_path / "x.db", threading.Event(), threading.Event()
+    database = Database(path, "CREATE TABLE IF NOT EXISTS t (n)", False, "NORMAL", 1)
+    database.write(lambda _: None)
+
+    def slowly(db: sqlite3.Connection) -> None:
+        working.set()
+        go.wait()
+        db.execute("INSERT INTO t VALUES (1)")
+
+    def write_during_a_fork() -> None:
+        writing = threading.Thread(target=database.write, args=(slowly,))
+        writing.start()
+        working.wait()
+        os.waitpid(in_a_child(lambda: None), 0)
+        go.set()
+        writing.join()
+
+    with reading(path, 1):
+        child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            write_during_a_fork()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert read(path, "SELECT n FROM t") == [(1,)]
 
 
 EXIT = """
