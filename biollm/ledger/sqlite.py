@@ -103,38 +103,50 @@ def reading(path: Path, patience: float) -> Generator[sqlite3.Connection]:
         yield db
 
 
-_lock = threading.Condition()  # of the two below; held during a fork
+_lock = threading.Condition()  # of the three below; held during a fork
 _databases: WeakSet[Database] = WeakSet()
-_uses = set[object]()  # one for each use of a file at the moment
+_uses: dict[object, int] = {}  # each use of a file at the moment, and its thread
+_forking: set[int] = set()  # threads that are about to fork
+_FORK = 2.0  # seconds for which a fork waits for other threads' uses, and new uses for a fork
 
 
 @contextmanager
 def _in_use() -> Generator[None]:
-    use = object()
+    use, thread = object(), threading.get_ident()
     with _lock:
-        _uses.add(use)
+        _lock.wait_for(lambda: _forking <= {thread} or thread in _uses.values(), _FORK)
+        _uses[use] = thread
     try:
         yield
     finally:
         with _lock:
-            _uses.discard(use)  # one that began before a fork is not in the child's
+            _uses.pop(use, None)  # one that began before a fork is not in the child's
             _lock.notify_all()
 
 
 def _before_fork() -> None:
+    thread = threading.get_ident()
     _lock.acquire()
-    if _lock.wait_for(lambda: not _uses, BOUND):
+    _forking.add(thread)
+    if _lock.wait_for(lambda: set(_uses.values()) <= {thread}, _FORK) and not _uses:
         for each in _databases:
             each.close()
+
+
+def _after_fork() -> None:
+    _forking.discard(threading.get_ident())
+    _lock.notify_all()
+    _lock.release()
 
 
 def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.Condition()
     _uses.clear()
+    _forking.clear()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=lambda: _lock.release(), after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def is_damage(error: Exception) -> bool:

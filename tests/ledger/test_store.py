@@ -417,6 +417,31 @@ def test_a_forked_child_loses_nothing_when_its_parent_closes_the_files(tmp_path:
     assert Ledger(tmp_path, network=False).used(SCOPE, [limit])[0][1] == 3
 
 
+def test_a_fork_gets_its_turn_though_a_file_is_always_in_use(tmp_path: Path) -> None:
+    database = Database(tmp_path / "x.db", "CREATE TABLE IF NOT EXISTS t (n)", False, "NORMAL", 1)
+    database.write(lambda _: None)
+    ended = threading.Event()
+
+    def read_on() -> None:
+        while not ended.is_set():
+            with reading(tmp_path / "x.db", 1):
+                time.sleep(0.05)
+
+    def open_files() -> None:
+        assert "x.db" not in [each.resolve().name for each in Path("/proc/self/fd").iterdir()]
+
+    threads = [threading.Thread(target=read_on) for _ in range(4)]
+    for at, thread in enumerate(threads):
+        thread.start()
+        time.sleep(0.0125 * (at < 3))
+    try:
+        assert {os.waitpid(in_a_child(open_files), 0)[1] for _ in range(5)} == {0}
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_a_fork_while_a_file_is_read_leaves_the_childs_own_uses_counted(tmp_path: Path) -> None:
     path, working, go = tmp_path / "x.db", threading.Event(), threading.Event()
     database = Database(path, "CREATE TABLE IF NOT EXISTS t (n)", False, "NORMAL", 1)
