@@ -182,26 +182,3 @@ def test_a_request_after_the_connections_are_closed_at_exit_is_refused(
     waterfall(first=net.serve())
     done = subprocess.run([sys.executable, "-c", _AT_EXIT], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.count("The process is ending") == 3, done
-
-
-_FORK = """
-import os, signal, sys, threading, time
-from biollm.client import get_model_client
-
-client = get_model_client()
-threading.Thread(target=client.complete, args=("hi",)).start()
-while "litellm" not in sys.modules:
-    time.sleep(0.01)
-if (child := os.fork()) == 0:
-    signal.alarm(20)
-    client.complete("hello")
-    os._exit(0)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.slow
-def test_a_fork_waits_for_the_import_of_litellm(net: Loopback, waterfall: Callable[..., Path]) -> None:
-    waterfall(first=net.serve())
-    done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "0\n", done

@@ -6,11 +6,9 @@ Imports `config`, `ledger`, `providers` and `slurm`. Start at `deployments.py` (
 
 from __future__ import annotations
 
-import concurrent.futures.thread  # noqa: F401 # pyright: ignore[reportUnusedImport] # before `register_at_fork`
 import gc
 import os
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from biollm.routing import litellm_private
@@ -18,26 +16,7 @@ from biollm.routing import litellm_private
 if TYPE_CHECKING:
     from biollm.routing.litellm_router import LiteLLMRouter
 
-_importing = threading.RLock()
-_PATIENCE = 30  # seconds that a fork waits for the import, whose locks would stay locked in the child
-
-
-# What registers last acquires first: the import needs the locks of `logging` and `concurrent.futures`, which do so too.
-def _before_fork() -> None:
-    _importing.acquire(timeout=_PATIENCE)
-
-
-def _after_fork_in_parent() -> None:
-    with suppress(RuntimeError):  # the wait was in vain
-        _importing.release()
-
-
-def _after_fork_in_child() -> None:
-    global _importing
-    _importing = threading.RLock()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+_importing = threading.Lock()
 
 
 def import_router() -> type[LiteLLMRouter]:
