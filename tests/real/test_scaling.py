@@ -84,6 +84,8 @@ def test_demand_start_serve_second_replica_drain_and_stop(configured: None, lab:
             scaling.look(load_config(), ledger(), {}, SHORT)["smollm"].line == "not scaled: 1 job pending or starting"
         )
         slurm.wait_for([first.submission], cluster)
+        # The client's last look at the servers may be some seconds old.
+        wait_until(lambda: any(each.status == "ready" for each in client.explain()), 60, "the server")
         assert client.complete("Say hello.", max_tokens=8, timeout=120).deployment.startswith("vllm/smollm#")
 
         answers: list[str] = []
