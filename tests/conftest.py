@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +60,20 @@ def until(true: Callable[[], Any], seconds: float = 30) -> float:
         assert time.monotonic() < start + seconds, "it never came true"
         time.sleep(0.01)
     return time.monotonic() - start
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """Mount a file system without any room at `folder`; skip the test where that is not allowed."""
+    folder.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]).returncode:
+        pytest.skip("may not mount here")
+    try:
+        with suppress(OSError):
+            (folder / "filler").write_bytes(bytes(1 << 20))
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture(scope="module")

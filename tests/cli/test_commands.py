@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 import typer
 import yaml
 from behaviours import HANG, HTTP_400, HTTP_401, HTTP_401_ECHO, HTTP_500, Behaviour, limited
-from conftest import Ran
+from conftest import Ran, full_disk
 from provider import Loopback, Server
 
 from biollm.cli.app import app
@@ -819,15 +818,8 @@ def test_a_full_state_folder_is_said(
     waterfall: Waterfall, net: Loopback, biollm: Biollm, state: Path, command: str
 ) -> None:
     waterfall(first=net.serve())
-    state.mkdir(exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", state]).returncode:
-        pytest.skip("may not mount here")
-    try:
-        with suppress(OSError):
-            (state / "filler").write_bytes(bytes(1 << 20))
+    with full_disk(state):
         assert f"{state} is on a full disk: requests since then are missing here.\n" in biollm(command).err
-    finally:
-        subprocess.run(["umount", "-l", state], check=True)
 
 
 def test_a_usage_error_is_json_too(net: Loopback, waterfall: Waterfall, biollm: Biollm) -> None:

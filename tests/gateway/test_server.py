@@ -11,14 +11,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Ran, until
+from conftest import Ran, full_disk, until
 from provider import Loopback
 
 from biollm._ownership import is_private
@@ -179,12 +178,7 @@ def test_it_starts_where_its_log_is_on_a_full_disk(
     net: Loopback, waterfall: Waterfall, runtime: Path, state: Path, biollm: Biollm
 ) -> None:
     waterfall(first=net.serve(text="from the gateway"))
-    state.mkdir(exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", state]).returncode:
-        pytest.skip("may not mount here")
-    try:
-        with suppress(OSError):
-            (state / "filler").write_bytes(bytes(1 << 20))
+    with full_disk(state):
         started = biollm("serve", "--detach")
         assert (started.code, started.out.split("\n")[0]) == (
             0,
@@ -192,8 +186,6 @@ def test_it_starts_where_its_log_is_on_a_full_disk(
         )
         assert "from the gateway" in biollm("complete", "hi").out
         assert biollm("serve", "stop").code == 0
-    finally:
-        subprocess.run(["umount", "-l", state], check=True)
 
 
 def test_workers_share_the_sockets_and_the_limits(
