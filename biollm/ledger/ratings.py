@@ -99,9 +99,8 @@ class Ratings:
         self._warned = False
         atexit.register(self.close)
         if self._path.exists():
-            self._writer.put(
-                (_EXPIRE, (time.time(),))
-            )  # what has expired is deleted, also once nothing is kept any more
+            # What has expired is deleted, also once nothing is kept any more.
+            self._writer.put((_EXPIRE, (time.time(),)))
 
     def keep(
         self,

@@ -66,13 +66,13 @@ def check(config: Config, today: date, prices: Mapping[str, Facts], source: str)
 
 def _seconds(config: Config) -> Iterator[tuple[str, str, str]]:
     """Yield spans of seconds where hours or days are usual: a number without a unit is taken for seconds."""
-    cluster, alerts = config.cluster, config.alerts
     spans = {
         "cache.ttl": config.cache.ttl,
         "store_rated": config.store_rated,
-        "cluster.idle_timeout": cluster.idle_timeout,
+        "cluster.idle_timeout": config.cluster.idle_timeout,
+        "alerts.expires": config.alerts.expires,
+        "alerts.window": config.alerts.window,
     }
-    spans |= {"alerts.expires": alerts.expires, "alerts.window": alerts.window}
     for model in config.models.values():
         spans |= {f"models.{model.key}.{name}": getattr(model, name) for name in ("start_timeout", "idle_timeout")}
     for key, span in spans.items():
